@@ -1,0 +1,63 @@
+"""python -m ddpm_hf COMMAND: what one does with recipes and with finished runs. Training is train_unconditional.py."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from . import UserError, __version__
+from .presets import PRESETS
+
+
+def presets(arguments):
+    """Print the recipes, one line each, or all the flags of one as JSON."""
+    if arguments.name is None:
+        for name, preset in PRESETS.items():
+            print(f"{name:15} {preset.about}")
+    elif arguments.name in PRESETS:
+        preset = PRESETS[arguments.name]
+        print(json.dumps({"about": preset.about, "flags": preset.flags, "unet": preset.unet}, indent=2))
+    else:
+        raise UserError(f"there is no preset {arguments.name!r}: choose from {', '.join(PRESETS)}.")
+
+
+def figures(arguments):
+    """Draw the figures of a finished run anew, from its pipeline, its metrics and its data."""
+    run = Path(arguments.run)
+    if not (run / "train_config.json").is_file() or not (run / "model_index.json").is_file():
+        raise UserError(f"{run} is not a finished run: give the --output_dir of train_unconditional.py.")
+    from diffusers import UNet2DModel
+
+    from .config import TrainingConfig
+    from .data import load_images
+    from .figures import run_figures
+    from .scheduler import PaperDDPMScheduler
+
+    config = TrainingConfig(**json.loads((run / "train_config.json").read_text())["flags"])
+    unet = UNet2DModel.from_pretrained(run, subfolder="unet")
+    scheduler = PaperDDPMScheduler.from_pretrained(run, subfolder="scheduler")
+    train_set, _ = load_images(config, unet.config.in_channels)
+    run_figures(run, unet, scheduler, train_set.get(list(range(8))), config.seed)
+    print(f"The figures are in {run / 'figures'}.")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m ddpm_hf", description=__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("presets", help=presets.__doc__, description=presets.__doc__)
+    command.add_argument("name", nargs="?", help="show this recipe in full")
+    command.set_defaults(run_command=presets)
+    command = commands.add_parser("figures", help=figures.__doc__, description=figures.__doc__)
+    command.add_argument("run", help="the --output_dir of a finished training")
+    command.set_defaults(run_command=figures)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run_command(arguments)
+    except UserError as error:
+        print(f"python -m ddpm_hf: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The run folder and its checkpoints: a checkpoint is complete or absent, and the last good one is never touched.
+
+accelerate writes the weights, the optimizer and the gradient scaler; the EMA goes beside them as safetensors and the
+counters as plain tensors and numbers, all read back with `weights_only`. It is written to `checkpoint-<step>.tmp` and
+renamed when every process is done, so a kill leaves at worst a `.tmp` that the next run sweeps away.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from . import UserError
+
+
+RUN_FILES = (
+    ["model_index.json", "unet", "scheduler", "best", "samples", "figures", "evaluations"]
+    + ["README.md", "train_config.json", "metrics.jsonl"]
+)  # fmt: skip
+
+
+@dataclass
+class TrainState:
+    """Where a run stands, in optimizer steps and images seen.
+
+    `pending` holds one row per optimizer step that metrics.jsonl has not averaged yet; `stream` is the position of a
+    streamed dataset; `seconds` is the time spent training so far, over all interruptions.
+    """
+
+    step: int = 0
+    images_seen: int = 0
+    seconds: float = 0.0
+    best_validation_loss: float = float("inf")
+    pending: list = field(default_factory=list)
+    stream: dict | None = None
+
+
+@contextlib.contextmanager
+def writing(what: str, path):
+    """Turn the several errors of a full disk or a read-only folder into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{what} could not be written to {path} ({error}): free some space or allow writing."
+        ) from error
+    except RuntimeError as error:
+        # torch.save reports a failed write as a bare RuntimeError, see pytorch/pytorch#112190.
+        if "PytorchStreamWriter" not in str(error) and "iostream" not in str(error):
+            raise
+        raise UserError(f"{what} could not be written to {path} (disk full?): free some space.") from error
+
+
+def checkpoints(output_dir) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def find_checkpoint(config) -> Path | None:
+    """Return the checkpoint to resume from, or None to start afresh. Writes nothing.
+
+    Raises:
+        UserError: if the run folder is in use and neither resuming nor overwriting is asked for, or if the checkpoint
+            to resume from does not exist or is not complete.
+    """
+    output_dir = Path(config.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file: give the name of a folder.")
+    if config.resume_from_checkpoint not in (None, "latest"):
+        checkpoint = Path(config.resume_from_checkpoint)
+        if not (checkpoint / "state.pt").is_file() or checkpoint.suffix == ".tmp":
+            raise UserError(
+                f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: give a folder named "
+                f"checkpoint-<step>, or `latest`."
+            )
+        return checkpoint
+    if config.resume_from_checkpoint == "latest" and (found := checkpoints(output_dir)):
+        return found[-1]
+    # `latest` may also meet what a run left that was killed before its first checkpoint, which precedes any pipeline.
+    in_use = output_dir.is_dir() and any(output_dir.iterdir())
+    if in_use and config.resume_from_checkpoint == "latest":
+        in_use = (output_dir / "model_index.json").exists()
+    if in_use and not config.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {output_dir} is not empty: give --resume_from_checkpoint latest to go on with its run "
+            "(if it has a checkpoint), --overwrite_output_dir to replace it, or another folder."
+        )
+    return None
+
+
+def prepare_output_dir(config, checkpoint: Path | None):
+    """Make the run folder ready to be written to: sweep away what an overwritten or abandoned run left in it.
+
+    Raises:
+        UserError: if it cannot be written to.
+    """
+    output_dir = Path(config.output_dir)
+    with writing("the run", output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / ".writable.tmp").touch()
+        for stale in output_dir.glob("*.tmp"):
+            remove(stale)
+        if checkpoint is None:
+            # Only what a run writes goes: anything else in the folder is the user's.
+            for old in [*RUN_FILES, config.logging_dir, *checkpoints(output_dir)]:
+                remove(output_dir / old)
+        elif checkpoint.parent.resolve() == output_dir.resolve():
+            # Going on from an earlier checkpoint abandons what was trained after it.
+            for later in checkpoints(output_dir):
+                if int(later.name.split("-")[1]) > int(checkpoint.name.split("-")[1]):
+                    remove(later)
+
+
+def remove(path: Path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def save_checkpoint(accelerator, config, unet_config: dict, ema, state: TrainState, pending: list):
+    """Write `checkpoint-<step>`, then forget the oldest beyond --checkpoints_total_limit. Every process calls this.
+
+    Args:
+        pending: the rows of `state.pending`, each summed over the processes.
+
+    Raises:
+        UserError: if it cannot be written; the checkpoints before it are untouched then.
+    """
+    final = Path(config.output_dir) / f"checkpoint-{state.step}"
+    partial = final.with_name(final.name + ".tmp")
+    try:
+        with writing("a checkpoint", final):
+            accelerator.save_state(str(partial))
+            if accelerator.is_main_process:
+                if ema is not None:
+                    safetensors.torch.save_file(ema.module.state_dict(), partial / "ema.safetensors")
+                record = {"flags": config.to_dict(), "unet": unet_config}
+                (partial / "train_config.json").write_text(json.dumps(record))
+                torch.save({**vars(state), "pending": pending}, partial / "state.pt")
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                partial.rename(final)
+                if config.checkpoints_total_limit is not None:
+                    for old in checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
+                        remove(old)
+    finally:
+        if accelerator.is_main_process:
+            remove(partial)  # what a full disk left of it
+    accelerator.wait_for_everyone()
+
+
+def check_same_model(checkpoint: Path, unet_config: dict, ema: bool):
+    """Refuse a checkpoint of another UNet, or one without the EMA that the run goes on averaging.
+
+    Raises:
+        UserError: naming the first entry of the UNet's config that differs.
+    """
+    saved = json.loads((checkpoint / "train_config.json").read_text())
+    for name, value in json.loads(json.dumps(unet_config)).items():
+        if saved["unet"].get(name) != value:
+            raise UserError(
+                f"{checkpoint} is of another model: its UNet has {name} {saved['unet'].get(name)}, this run's has "
+                f"{value}: give the flags it was trained with, or another --output_dir."
+            )
+    if ema and not (checkpoint / "ema.safetensors").is_file():
+        raise UserError(f"{checkpoint} was trained without --use_ema: leave --use_ema out, or start afresh.")
+    return saved["flags"]
+
+
+def load_checkpoint(accelerator, checkpoint: Path, ema) -> TrainState:
+    """Put weights, optimizer and EMA back to where they were and return the counters. Every process calls this."""
+    accelerator.load_state(str(checkpoint))
+    saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    if not accelerator.is_main_process:
+        saved["pending"] = [torch.zeros_like(row) for row in saved["pending"]]
+    state = TrainState(**saved)
+    state.pending = [row.to(accelerator.device) for row in state.pending]
+    if ema is not None:
+        ema.module.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
+        ema.n_averaged.fill_(state.step)
+    return state
+
+
+def keep_metrics_up_to(output_dir, step: int):
+    """Drop the lines of metrics.jsonl after `step`: the resumed run writes them again."""
+    path = Path(output_dir) / "metrics.jsonl"
+    if path.is_file():
+        lines = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        partial = path.with_suffix(".tmp")
+        partial.write_text("".join(line + "\n" for line in lines))
+        partial.replace(path)

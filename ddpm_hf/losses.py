@@ -1,0 +1,148 @@
+"""What a batch costs: a loss is a callable `(model, batch) -> float32 (B,)`, one number per image.
+
+A batch is a dict: "images" (B, C, H, W) in [-1, 1], "noise" like it, "timesteps" (B,) int64 in [0, T), all on the
+model's device. Everything outside the UNet is float32 whatever the autocast: in bfloat16, 1 - abar rounds to 0 for
+the first ten timesteps.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .randomness import keyed_generator
+from .scheduler import PaperDDPMScheduler
+
+
+NUM_BANDS = 4  # losses are told apart by quarter of the timesteps
+VALIDATION_IMAGES = 1024  # enough for three digits, and a few percent of the cost of an epoch
+DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
+
+
+def denoising_loss(scheduler: PaperDDPMScheduler, loss_type: str = "l2", snr_gamma: float | None = None):
+    """Return the loss of Ho et al. eq. 14 for the scheduler's prediction type; for a learned variance, L_hybrid.
+
+    Args:
+        loss_type: "l2", "l1" or "huber", the distance between prediction and target, averaged over pixels.
+        snr_gamma: weigh each image by Min-SNR with this gamma (Hang et al. 2023, https://huggingface.co/papers/2303.09556).
+    """
+    learned = scheduler.config.variance_type == "learned_range"
+
+    def loss(model, batch):
+        images, noise, timesteps = batch["images"], batch["noise"], batch["timesteps"]
+        noisy = scheduler.q_sample(images, noise, timesteps)
+        output = model(noisy, timesteps).sample.float()
+        prediction, variance = output.chunk(2, dim=1) if learned else (output, None)
+        target = scheduler.training_target(images, noise, timesteps)
+        losses = DISTANCES[loss_type](prediction, target, reduction="none").mean(dim=(1, 2, 3))
+        if snr_gamma is not None:
+            losses = losses * min_snr_weights(scheduler, timesteps, snr_gamma)
+        if learned:
+            # L_hybrid = L_simple + 0.001 L_vlb (Nichol eq. 16). L_vlb sums over t, so its estimate by one t is T times
+            # that term: 0.001 T. The mean is detached: the bound teaches only the variance.
+            bound = variational_term(scheduler, images, noisy, timesteps, prediction.detach(), variance)
+            losses = losses + 0.001 * scheduler.config.num_train_timesteps * bound
+        return losses
+
+    return loss
+
+
+def min_snr_weights(scheduler: PaperDDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return the Min-SNR weight (B,) of each timestep: min(SNR, gamma) in the space of x_0, per prediction type.
+
+    An error in epsilon is SNR times smaller than the same error in x_0, and one in v is SNR + 1 times smaller.
+    """
+    snr = scheduler.snr(timesteps).float()
+    in_x0 = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[scheduler.config.prediction_type]
+    return snr.clamp(max=gamma) / in_x0
+
+
+def variational_term(scheduler, images, noisy, timesteps, prediction, variance) -> torch.Tensor:
+    """Return one term of the variational bound per image (B,), in bits per dimension.
+
+    KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) for t > 0 and -log p_theta(x_0 | x_1) for t = 0
+    (Ho et al. eq. 5 and 13), for the reverse variance that `variance`, the UNet's second half of channels, stands for.
+    """
+    pred_original_sample = scheduler.predict_original_sample(prediction, noisy, timesteps)
+    true_mean, _, true_log_variance = scheduler.q_posterior(images, noisy, timesteps)
+    mean, _, _ = scheduler.q_posterior(pred_original_sample, noisy, timesteps)
+    log_variance = scheduler.reverse_log_variance(noisy, timesteps, None, "learned_range", variance)
+    # KL of two diagonal Gaussians.
+    kl = 0.5 * (
+        log_variance
+        - true_log_variance
+        - 1
+        + torch.exp(true_log_variance - log_variance)
+        + (true_mean - mean) ** 2 * torch.exp(-log_variance)
+    )
+    decoder = -discretized_log_likelihood(images, mean, log_variance)
+    first = (timesteps == 0).view(-1, 1, 1, 1)
+    return torch.where(first, decoder, kl).mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def discretized_log_likelihood(images, mean, log_variance) -> torch.Tensor:
+    """Return the log-probability in nats of each 8-bit pixel under a Gaussian integrated over the pixel's bin.
+
+    Ho et al. eq. 13, with the tanh approximation of the normal CDF and the floor of 1e-12 of their code, which the
+    published bits/dim were computed with. All arguments (B, C, H, W); images are k/127.5 - 1.
+    """
+    deviation, inverse_std = images - mean, torch.exp(-0.5 * log_variance)
+    upper = normal_cdf(inverse_std * (deviation + 1 / 255))
+    lower = normal_cdf(inverse_std * (deviation - 1 / 255))
+    # The first and last bins reach to infinity.
+    upper = torch.where(images > 0.999, torch.ones_like(upper), upper)
+    lower = torch.where(images < -0.999, torch.zeros_like(lower), lower)
+    return torch.log((upper - lower).clamp(min=1e-12))
+
+
+def normal_cdf(z: torch.Tensor) -> torch.Tensor:
+    """Return the standard normal CDF by the tanh approximation of Ho's and Nichol's code."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+
+def draw_noise(ordinals: torch.Tensor, shape, num_train_timesteps: int, seed: int):
+    """Return noise (B, *shape) and timesteps (B,) int64, those of image number `ordinal` keyed by (seed, ordinal).
+
+    What the n-th image of a run is taught thus depends on neither batch size, processes, accumulation nor resuming.
+    """
+    noise = torch.empty(len(ordinals), *shape)
+    timesteps = torch.empty(len(ordinals), dtype=torch.int64)
+    for row, ordinal in enumerate(ordinals.tolist()):
+        generator = keyed_generator(seed, "noise", ordinal)
+        timesteps[row] = torch.randint(num_train_timesteps, (), generator=generator)
+        torch.randn(shape, generator=generator, out=noise[row])
+    return noise, timesteps
+
+
+def by_band(losses: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
+    """Return (2, 4): the sum of the losses and the count of images in each quarter of the timesteps."""
+    band = timesteps * NUM_BANDS // num_train_timesteps
+    sums = torch.zeros(2, NUM_BANDS, device=losses.device)
+    return sums.index_add_(1, band, torch.stack([losses.float(), torch.ones_like(losses)]))
+
+
+@torch.no_grad()
+def validation_loss(model, loss, image_set, num_train_timesteps: int, batch_size: int, accelerator) -> torch.Tensor:
+    """Return (2, 4), as `by_band`: the loss on at most 1,024 held-out images, each with its own fixed t and noise.
+
+    The timesteps are spread evenly, so that two runs, or two epochs of one, differ only by their weights. Every
+    process takes its share.
+    """
+    count = min(len(image_set), VALIDATION_IMAGES)
+    rows = torch.linspace(0, len(image_set) - 1, count).round().long()
+    spread = (torch.randperm(count, generator=keyed_generator(0, "validation")) + 0.5) / count
+    sums = torch.zeros(2, NUM_BANDS, device=accelerator.device)
+    training = model.training
+    model.eval()
+    share = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
+    for ordinals in share.split(batch_size):
+        images = image_set.get(rows[ordinals].tolist())
+        noise, _ = draw_noise(ordinals, images.shape[1:], num_train_timesteps, seed=-1)
+        timesteps = (spread[ordinals] * num_train_timesteps).long()
+        batch = {"images": images, "noise": noise, "timesteps": timesteps}
+        batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+        with accelerator.autocast():
+            losses = loss(model, batch)
+        sums += by_band(losses, batch["timesteps"], num_train_timesteps)
+    model.train(training)
+    return accelerator.reduce(sums, "sum").cpu()

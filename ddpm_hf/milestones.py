@@ -1,0 +1,179 @@
+"""What a run does besides steps: log lines, validation, sample sheets, checkpoints, pipelines, pushes, the end."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from . import UserError, checkpoints
+from .checkpoints import writing
+from .figures import image_sheet, run_figures
+from .hub import push, save_pipeline, write_card
+from .losses import NUM_BANDS, validation_loss
+from .model import ema_decay
+from .run import Run
+from .sampling import sample_images
+
+
+def what_is_due(run: Run) -> set[str]:
+    """Return what is due after this step. An epoch is over when the images seen pass a multiple of the set."""
+    config, step = run.config, run.state.step
+    every = {
+        "validation": config.validation_epochs,
+        "sheet": config.save_images_epochs,
+        "pipeline": config.save_model_epochs,
+    }
+    due = {name for name, n in every.items() if run.epochs(step) // n > run.epochs(step - 1) // n}
+    if step == run.total_steps:
+        due |= every.keys() | {"end"}
+    if run.validation_set is None:
+        due.discard("validation")
+    if due & {"validation", "end"} or step % config.logging_steps == 0:
+        due.add("log")
+    # A pipeline never lies there without a checkpoint to go on from.
+    if "pipeline" in due or step % config.checkpointing_steps == 0:
+        due.add("checkpoint")
+    return due
+
+
+def reach(run: Run, due: set[str], images_per_second: float) -> dict:
+    """Do what is due, in an order that a kill at any point cannot upset; return the log line. All processes call this.
+
+    Raises:
+        UserError: if a loss is no number any more, or if something cannot be written.
+    """
+    config, state, main = run.config, run.state, run.accelerator.is_main_process
+    folder = Path(config.output_dir)
+    rows = pending_rows(run)
+    line = {
+        "step": state.step,
+        "epoch": round(state.images_seen / run.num_images, 4),
+        "images_seen": state.images_seen,
+    }
+    if "log" in due:
+        line |= averages(rows) | {
+            "lr": run.learning_rate(state.step - 1),
+            "ema_decay": ema_decay(config, state.step - 1) if run.ema is not None else None,
+            "images_per_second": round(images_per_second, 2),
+        }
+        state.pending.clear()
+        rows = []
+    if "validation" in due:
+        line |= validate(run)
+        score = line["validation_loss" if run.ema is None else "validation_loss_ema"]
+        if config.save_best and score < state.best_validation_loss:
+            state.best_validation_loss = score
+            if main:
+                with writing("the best pipeline", folder / "best"):
+                    save_pipeline(folder / "best", run.published, run.scheduler)
+    if "log" in due and main:
+        with writing("metrics.jsonl", folder), open(folder / "metrics.jsonl", "a") as metrics:
+            metrics.write(json.dumps(line) + "\n")
+        run.accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=state.step)
+    if "sheet" in due:
+        draw_sheet(run)
+    if "checkpoint" in due:
+        state.stream = run.train_set.state_dict() if config.streaming else None
+        checkpoints.save_checkpoint(run.accelerator, config, dict(run.unet.config), run.ema, state, rows)
+    if "pipeline" in due and main:
+        with writing("the pipeline", folder):
+            save_pipeline(folder, run.published, run.scheduler)
+            if "end" in due:
+                images = run.train_set.get(list(range(min(8, run.num_images))))
+                run_figures(folder, run.published, run.scheduler, images, config.seed)
+            write_card(folder, config, run.facts | line | {"seconds": state.seconds})
+        if run.repo_id is not None:
+            message = "End of training" if "end" in due else f"Step {state.step}"
+            run.pushing = push(folder, run.repo_id, config.hub_token, message)
+    return line
+
+
+def pending_rows(run: Run) -> list[torch.Tensor]:
+    """Return one row per step since the last log line, summed over the processes, on the CPU.
+
+    Each process has its share. Summed row by row, the rows can be given back to one process alone by a checkpoint
+    and still add up to the same, bit for bit.
+
+    Raises:
+        UserError: naming the first step whose loss or gradient was no finite number.
+    """
+    state, config = run.state, run.config
+    if not state.pending:
+        return []
+    table = run.accelerator.reduce(torch.stack(state.pending), "sum").cpu()
+    # With fp16 an overflowing gradient is everyday life: the scaler skips that step.
+    checked = table[:, :-1] if config.mixed_precision == "fp16" else table
+    if not checked.isfinite().all():
+        first = int((~checked.isfinite().all(dim=1)).nonzero()[0])
+        step = state.step - len(table) + first + 1
+        what = "the gradient" if checked[first, :-1].isfinite().all() else "the loss"
+        last_good = checkpoints.checkpoints(config.output_dir)[-1:]
+        raise UserError(
+            f"{what} became nan or infinite at step {step} (learning rate {run.learning_rate(step - 1):.2g}): "
+            "lower --learning_rate, lengthen --lr_warmup_steps or take --mixed_precision no; "
+            + (f"the last good checkpoint is {last_good[0]}." if last_good else "there was no checkpoint yet.")
+        )
+    return list(table)
+
+
+def averages(rows: list[torch.Tensor]) -> dict:
+    """Return the log line's means over all images since the last line."""
+    table = torch.stack(rows).double()
+    sums, counts = table[:, :-1].sum(dim=0).view(2, NUM_BANDS)
+    return {
+        "loss": float(sums.sum() / counts.sum()),
+        "loss_by_band": per_band(sums, counts),
+        "grad_norm": float(table[:, -1].mean()),
+    }
+
+
+def per_band(sums, counts) -> list[float | None]:
+    return [float(s / n) if n else None for s, n in zip(sums, counts)]
+
+
+def validate(run: Run) -> dict:
+    """Return the validation loss of the raw weights and, where there is one, of their moving average."""
+    line = {}
+    weights = {"validation_loss": run.unet} | ({} if run.ema is None else {"validation_loss_ema": run.ema.module})
+    for name, unet in weights.items():
+        sums, counts = validation_loss(
+            unet,
+            run.loss,
+            run.validation_set,
+            run.config.ddpm_num_steps,
+            run.config.train_batch_size,
+            run.accelerator,
+        )
+        line[name] = float(sums.sum() / counts.sum())
+        line[f"{name}_by_band"] = per_band(sums, counts)
+    return line
+
+
+def draw_sheet(run: Run):
+    """Write samples/epoch_<n>.png from the same noise each time; every process draws its share of the images."""
+    config, accelerator = run.config, run.accelerator
+    share = range(accelerator.process_index, config.eval_batch_size, accelerator.num_processes)
+    images = sample_images(
+        run.published,
+        run.scheduler,
+        config.seed,
+        share,
+        batch_size=config.eval_batch_size,
+        num_inference_steps=config.ddpm_num_inference_steps,
+        spacing="trailing",  # begins at T - 1, in pure noise; "leading" would begin where cosine betas leave signal
+        progress=accelerator.is_main_process,
+    )
+    drawn = gather_object(list(zip(share, images.cpu().numpy())))
+    if accelerator.is_main_process:
+        images = np.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])
+        epoch = math.ceil(run.state.images_seen / run.num_images)
+        path = Path(config.output_dir) / "samples" / f"epoch_{epoch:04d}.png"
+        with writing("a sample sheet", path):
+            path.parent.mkdir(exist_ok=True)
+            image_sheet(torch.from_numpy(images), path)
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": images.transpose(0, 2, 3, 1)}, step=run.state.step, dataformats="NHWC")

@@ -1,0 +1,131 @@
+"""The UNet of a run and the moving average of its weights: diffusers' UNet2DModel, torch's AveragedModel."""
+
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from . import UserError
+from .presets import unet_kwargs
+
+
+def build_unet(config, channels: int) -> UNet2DModel:
+    """Build the UNet that `config` asks for, with weights drawn from `config.seed`.
+
+    Args:
+        channels: of the images; the UNet must take as many.
+
+    Raises:
+        UserError: if no UNet2DModel can be built so, saying which flag to change.
+    """
+    if config.model_config_name_or_path:
+        kwargs = read_unet_config(config)
+        outputs = channels * (2 if config.variance_type == "learned_range" else 1)
+        for key, wanted in dict(sample_size=config.resolution, in_channels=channels, out_channels=outputs).items():
+            if kwargs.get(key) not in (wanted, [wanted, wanted]):
+                raise UserError(
+                    f"--model_config_name_or_path {config.model_config_name_or_path!r} has {key} {kwargs.get(key)}, "
+                    f"but this run needs {wanted}: change --resolution, --variance_type or the config."
+                )
+    else:
+        kwargs = unet_kwargs(config, channels)
+    # UNet2DModel draws from the global generator: it gets a seeded one for a while and the caller's is left alone.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        try:
+            unet = UNet2DModel(**kwargs)
+        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            raise UserError(f"diffusers cannot build this UNet ({error}): change the architecture flags.") from error
+        initialise(unet)
+    if config.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"--enable_xformers_memory_efficient_attention cannot act here ({str(error).splitlines()[0]}): "
+                "install xformers on a machine with a GPU, or leave the flag out; torch's own attention is as fast."
+            ) from error
+    return unet
+
+
+def unet_channels(config) -> int | None:
+    """Return the channels that images must be converted to for the given UNet config, or None: those of the data.
+
+    Raises:
+        UserError: if the config takes neither grey (1) nor RGB (3) images.
+    """
+    if config.model_config_name_or_path is None:
+        return None
+    channels = read_unet_config(config).get("in_channels", 3)
+    if channels not in (1, 3):
+        raise UserError(
+            f"--model_config_name_or_path {config.model_config_name_or_path!r} has in_channels {channels}, but images "
+            "have 1 (grey) or 3 (RGB): change the config."
+        )
+    return channels
+
+
+def read_unet_config(config) -> dict:
+    """Return the UNet2DModel arguments of --model_config_name_or_path: a JSON file, a folder or a Hub id.
+
+    Raises:
+        UserError: if there is no such config.
+    """
+    name = config.model_config_name_or_path
+    subfolder = "unet" if (Path(name) / "unet" / "config.json").is_file() else None
+    try:
+        kwargs = UNet2DModel.load_config(name, subfolder=subfolder, cache_dir=config.cache_dir)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--model_config_name_or_path {name!r} has no UNet2DModel config ({str(error).strip().splitlines()[0]}): "
+            "give a JSON file, a folder or a Hub id that has one."
+        ) from error
+    if kwargs.get("_class_name", "UNet2DModel") != "UNet2DModel":
+        raise UserError(
+            f"--model_config_name_or_path {name!r} is a {kwargs['_class_name']}: give the config of a UNet2DModel."
+        )
+    return {key: value for key, value in kwargs.items() if not key.startswith("_")}
+
+
+@torch.no_grad()
+def initialise(unet: UNet2DModel):
+    """Initialise as Ho et al. (`nn.py: default_init`): Glorot-uniform weights, zero biases, zeros where a branch ends.
+
+    Each residual block, each attention and the UNet itself then begin as what their shortcut passes on, which is
+    zero noise predicted for the whole.
+    """
+    for module in unet.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, module in unet.named_modules():
+        if name.endswith((".conv2", ".to_out.0")) or name == "conv_out":
+            nn.init.zeros_(module.weight)
+
+
+def ema_decay(config, updates: int) -> float:
+    """Return the decay of the update after `updates` earlier ones: 1 - (1 + updates/inv_gamma)^-power, at most max.
+
+    The first update copies the weights, as Ho's and diffusers' do. With an inv_gamma of 0 the rest have the maximum.
+    """
+    if updates == 0:
+        return 0.0
+    if config.ema_inv_gamma == 0:
+        return config.ema_max_decay
+    return min(config.ema_max_decay, 1 - (1 + updates / config.ema_inv_gamma) ** -config.ema_power)
+
+
+def make_ema(config, unet: UNet2DModel) -> AveragedModel | None:
+    """Return the moving average that --use_ema asks for; its `.module` is a UNet2DModel to sample from and to save."""
+    if not config.use_ema:
+        return None
+
+    def average(ema_parameters, parameters, updates):
+        torch._foreach_lerp_(ema_parameters, parameters, 1 - ema_decay(config, int(updates)))
+
+    ema = AveragedModel(unet, multi_avg_fn=average)
+    ema.module.eval().requires_grad_(False)
+    return ema

@@ -1,0 +1,217 @@
+"""A run before its first step: everything that can be refused is refused here, before anything is written."""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin
+from diffusers import UNet2DModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from torch.optim.swa_utils import AveragedModel
+
+from . import UserError, checkpoints
+from .checkpoints import TrainState
+from .config import TrainingConfig
+from .data import load_images
+from .hub import create_repository
+from .losses import denoising_loss
+from .model import build_unet, ema_decay, make_ema, unet_channels
+from .record import describe, write_record
+from .scheduler import PaperDDPMScheduler, make_scheduler
+
+
+@dataclass
+class Run:
+    """All that the loop works with. `unet` holds the raw weights; `model` is it as accelerate prepared it."""
+
+    config: TrainingConfig
+    accelerator: Accelerator
+    train_set: Any
+    validation_set: Any
+    unet: UNet2DModel
+    scheduler: PaperDDPMScheduler
+    optimizer: torch.optim.Optimizer
+    learning_rate: Any  # optimizer step -> learning rate
+    loss: Any
+    num_images: int  # in an epoch
+    global_batch: int  # images per optimizer step, over all processes
+    total_steps: int
+    state: TrainState
+    facts: dict
+    model: Any = None
+    ema: AveragedModel | None = None
+    repo_id: str | None = None
+    pushing: Any = None  # the last push, under way in the background
+
+    @property
+    def published(self) -> UNet2DModel:
+        """The weights that are sampled from and saved: the EMA's where there is one."""
+        return self.unet if self.ema is None else self.ema.module
+
+    def epochs(self, step: int) -> int:
+        """Return how many epochs are over after `step` steps, by images seen."""
+        return step * self.global_batch // self.num_images
+
+
+def open_run(config: TrainingConfig) -> Run | None:
+    """Build all of a run and put it where its checkpoint left it; None after a --dry_run, which writes nothing.
+
+    Raises:
+        UserError: for whatever cannot be trained on, with nothing written.
+    """
+    checkpoint = checkpoints.find_checkpoint(config)
+    accelerator = make_accelerator(config)
+    with accelerator.local_main_process_first():
+        train_set, validation_set = load_images(config, unet_channels(config))
+    unet = build_unet(config, train_set.channels)
+    scheduler = make_scheduler(
+        config.ddpm_beta_schedule,
+        config.ddpm_num_steps,
+        prediction_type=config.prediction_type,
+        variance_type=config.variance_type,
+    )
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+    global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    num_images, total_steps = count_steps(config, train_set.num_images, global_batch)
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        train_set=train_set,
+        validation_set=validation_set,
+        unet=unet,
+        scheduler=scheduler,
+        optimizer=optimizer,
+        learning_rate=learning_rate_schedule(config, optimizer, total_steps),
+        loss=denoising_loss(scheduler, config.loss_type, config.snr_gamma),
+        num_images=num_images,
+        global_batch=global_batch,
+        total_steps=total_steps,
+        state=TrainState(),
+        facts={},
+    )
+    run.facts = describe(run)
+    if checkpoint is not None:
+        checkpoints.check_same_model(checkpoint, dict(unet.config), config.use_ema)
+    if accelerator.is_main_process:
+        print(*[run.facts["summary"], *ema_warning(config, total_steps)], sep="\n", flush=True)
+    if config.dry_run:
+        if accelerator.is_main_process:
+            print(json.dumps(config.to_dict() | {"unet": dict(unet.config)}, indent=2))
+        return None
+    if config.push_to_hub and accelerator.is_main_process:
+        run.repo_id = create_repository(config)
+
+    # From here on the folder is ours.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        checkpoints.prepare_output_dir(config, checkpoint)
+        write_record(run)
+        if config.logger != "none":
+            # Trackers take numbers and text only.
+            flags = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.to_dict().items()}
+            accelerator.init_trackers("ddpm_hf", config=flags)
+    accelerator.wait_for_everyone()
+    run.model, run.optimizer = accelerator.prepare(unet, optimizer)
+    run.ema = make_ema(config, unet)
+    if checkpoint is not None:
+        run.state = checkpoints.load_checkpoint(accelerator, checkpoint, run.ema)
+        if accelerator.is_main_process:
+            checkpoints.keep_metrics_up_to(config.output_dir, run.state.step)
+        if run.state.stream is not None:
+            train_set.load_state_dict(run.state.stream)
+    return run
+
+
+def make_accelerator(config) -> Accelerator:
+    """Return the Accelerator of a run; it alone knows of devices, processes and precision.
+
+    Raises:
+        UserError: if the precision or the tracker asked for is not to be had here.
+    """
+    if config.logger in ("wandb", "trackio") and find_spec(config.logger) is None:
+        raise UserError(
+            f"--logger {config.logger} is not installed: pip install {config.logger}, or take tensorboard or none."
+        )
+    if config.local_rank != -1:
+        # Launchers before torchrun pass the rank as a flag; accelerate reads the variable.
+        os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
+    try:
+        return Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=None if config.logger == "none" else config.logger,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
+            ),
+            # Whoever waits while the figures are drawn must not give up: two hours, as upstream.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            dynamo_plugin=TorchDynamoPlugin(backend="inductor") if config.torch_compile else None,
+        )
+    except ValueError as error:
+        raise UserError(f"--mixed_precision {config.mixed_precision} cannot act here ({error}): take no.") from error
+
+
+def count_steps(config, num_images: int | None, global_batch: int) -> tuple[int, int]:
+    """Return images per epoch and optimizer steps of the whole run.
+
+    The last step may reach into the epoch after: every step has exactly `global_batch` images.
+
+    Raises:
+        UserError: if a batch is larger than the set, or if the length of a stream is not known and none is given.
+    """
+    if num_images is None:
+        if config.max_train_steps is None:
+            raise UserError("the length of this stream is not known: give --max_train_steps instead of --num_epochs.")
+        return config.max_train_steps * global_batch, config.max_train_steps
+    if global_batch > num_images:
+        raise UserError(
+            f"one step takes {global_batch} images (batch x accumulation x processes), but there are only "
+            f"{num_images}: lower --train_batch_size or --gradient_accumulation_steps."
+        )
+    return num_images, config.max_train_steps or math.ceil(config.num_epochs * num_images / global_batch)
+
+
+def learning_rate_schedule(config, optimizer, total_steps: int):
+    """Return the function from optimizer step (0-based) to learning rate: diffusers' schedules, stateless.
+
+    Raises:
+        UserError: for a name that diffusers has not, or whose schedule needs more than a warm-up and a length.
+    """
+    names = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+    if config.lr_scheduler not in names:
+        raise UserError(f"--lr_scheduler {config.lr_scheduler} is not known: choose from {', '.join(names)}.")
+    # A throwaway optimizer: the schedule would set the rate of the one it is given.
+    schedule = get_scheduler(
+        config.lr_scheduler,
+        torch.optim.SGD(optimizer.param_groups[0]["params"][:1], lr=config.learning_rate),
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=total_steps,
+    )
+    factor = schedule.lr_lambdas[0]
+    return lambda step: config.learning_rate * factor(step)
+
+
+def ema_warning(config, total_steps: int) -> list[str]:
+    """Return a sentence to print if the average would still hold a good part of the initial weights at the end."""
+    if not config.use_ema:
+        return []
+    left = math.exp(sum(math.log(ema_decay(config, step)) for step in range(1, min(total_steps, 100_000))))
+    if left < 0.05:
+        return []
+    return [
+        f"Warning: after {total_steps} steps the EMA still is {left:.0%} the weights of the first step, and its "
+        "samples are mostly noise: give --ema_inv_gamma 1 for a warm-up, or a lower --ema_max_decay."
+    ]

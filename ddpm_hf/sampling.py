@@ -1,0 +1,184 @@
+"""Images from noise: ancestral DDPM sampling and DDIM, over any subsequence of the timesteps.
+
+Image k is image k: it is drawn from `torch.Generator().manual_seed(seed + k)` alone, in the order in which stock
+pipelines draw, so `DDPMPipeline(...)(generator=torch.Generator().manual_seed(seed + k))` redraws it, whatever batch or
+process it came from here. Up to float round-off: 1e-5 in [-1, 1], which now and then is one grey level.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from ddpm_hf import UserError
+from ddpm_hf.scheduler import PaperDDPMScheduler
+
+
+def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
+    """One CPU generator per image, seeded `seed + k` for k in `indices` (EDM's convention: seeds s..s+N-1)."""
+    return [torch.Generator().manual_seed(seed + k) for k in indices]
+
+
+@torch.no_grad()
+def sample(
+    unet: nn.Module,
+    scheduler: PaperDDPMScheduler,
+    generators: Sequence[torch.Generator],
+    *,
+    method: str = "ddpm",
+    num_inference_steps: int | None = None,  # None: all T, or as many as spacing lists
+    spacing: str | Sequence[int] = "leading",  # see PaperDDPMScheduler.subsequence
+    eta: float = 0.0,  # DDIM's share of fresh noise: 0 none, 1 as much as DDPM
+    variance_type: str | None = None,  # None: the config's on all T steps, fixed_small on fewer; learned_range stays
+    class_labels: Sequence[int] | torch.Tensor | None = None,  # one per generator, for a conditional UNet
+    clip: bool = True,  # clip or threshold the predicted x_0 as the scheduler's config says
+    on_step: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Draw one image per CPU generator: float32 (B, C, H, W) in [-1, 1], on the UNet's device.
+
+    `unet` is a UNet2DModel or anything with its call, `config`, `device` and `dtype`; it is in eval mode for the call.
+    "ddpm" is Algorithm 2 of Ho et al. 2020 with the posterior of the steps taken, "ddim" eq. (12) of Song et al. 2021.
+    As in stock diffusers, ddim leaves eps as it was where it clips x_0, so eta=1 equals ddpm only with clip=False.
+    `on_step(i, num_steps, sample, pred_original_sample)` is called after each step. Bad arguments are a UserError.
+    """
+    if method not in ("ddpm", "ddim"):
+        raise UserError(f"method is {method!r}; choose ddpm or ddim.")
+    if not 0 <= eta <= 1 or (method == "ddpm" and eta != 0):
+        raise UserError(f"eta is {eta} with method {method}; it belongs to ddim and is from 0 to 1.")
+    if method == "ddim" and variance_type is not None:
+        raise UserError(
+            f"variance_type is {variance_type} with method ddim; it belongs to ddpm, ddim has eta instead."
+        )
+    labels = _class_labels(unet, class_labels, len(generators))
+    # A repeated timestep is a step from t to t: it changes nothing.
+    steps = [(t, prev_t) for t, prev_t in scheduler.subsequence(num_inference_steps, spacing) if t != prev_t]
+    if variance_type is None:
+        # fixed_large overshoots where steps are skipped: a factor 2 to 4 in FID.
+        is_kept = len(steps) == len(scheduler) or scheduler.config.variance_type == "learned_range"
+        variance_type = scheduler.config.variance_type if is_kept else "fixed_small"
+
+    shape = _image_shape(unet)
+    x = _noise(generators, shape, unet.device)
+    was_training = unet.training
+    unet.eval()
+    try:
+        for i, (t, prev_t) in enumerate(steps):
+            # Predict x_0, in float32 whatever the UNet computes in.
+            timesteps = torch.full((len(x),), t, device=unet.device)
+            output = unet(x.to(unet.dtype), timesteps, **labels).sample.float()
+            predicted_variance = None
+            if output.shape[1] == 2 * shape[0]:
+                output, predicted_variance = output.chunk(2, dim=1)
+            pred_original_sample = scheduler.predict_original_sample(output, x, t)
+            epsilon = scheduler.predict_epsilon(output, x, t)
+            if clip:
+                pred_original_sample = _clip(pred_original_sample, scheduler)
+
+            # Step from x_t to x_t', noise included except into the clean image.
+            if method == "ddim":
+                x, sigma = _ddim_mean_and_sigma(scheduler, pred_original_sample, epsilon, t, prev_t, eta)
+            else:
+                x = scheduler.q_posterior(pred_original_sample, x, t, prev_t)[0]
+                log_variance = scheduler.reverse_log_variance(x, t, prev_t, variance_type, predicted_variance)
+                sigma = (0.5 * log_variance).exp()
+            if prev_t >= 0 and (method == "ddpm" or eta > 0):
+                x = x + sigma * _noise(generators, shape, unet.device)
+            if on_step is not None:
+                on_step(i, len(steps), x, pred_original_sample)
+    finally:
+        unet.train(was_training)
+    return x.clamp(-1, 1)
+
+
+def sample_images(
+    unet: nn.Module,
+    scheduler: PaperDDPMScheduler,
+    seed: int,
+    indices: Sequence[int],
+    batch_size: int,
+    *,
+    class_labels: Sequence[int] | torch.Tensor | None = None,  # one per index
+    on_step: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None,  # called for every batch
+    progress: bool = True,
+    **kwargs,
+) -> torch.Tensor:
+    """Images `indices` of `seed`, drawn in batches with a progress bar: uint8 (N, C, H, W) on the CPU.
+
+    `kwargs` are those of `sample`. The images do not depend on `batch_size`. A batch size below 1 is a UserError.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
+    images = torch.empty(len(indices), *_image_shape(unet), dtype=torch.uint8)
+    starts = range(0, len(indices), batch_size)
+    with tqdm(desc=f"Sampling {len(indices)} images", unit="step", disable=not progress) as bar:
+
+        def count_step(i, num_steps, *step):
+            bar.total = num_steps * len(starts)
+            bar.update()
+            if on_step is not None:
+                on_step(i, num_steps, *step)
+
+        for start in starts:
+            batch = slice(start, start + batch_size)
+            labels = None if class_labels is None else class_labels[batch]
+            generators = image_generators(seed, indices[batch])
+            images[batch] = to_uint8(
+                sample(unet, scheduler, generators, class_labels=labels, on_step=count_step, **kwargs)
+            )
+    return images
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] to uint8 of the same shape and device, rounded to the nearest level and clamped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(images: torch.Tensor) -> list[Image.Image]:
+    """uint8 images, or floats in [-1, 1], of shape (B, C, H, W) as PIL images: mode L for C = 1, RGB for C = 3."""
+    images = images if images.dtype == torch.uint8 else to_uint8(images)
+    return [Image.fromarray(image.squeeze(-1).numpy()) for image in images.permute(0, 2, 3, 1).cpu()]
+
+
+def _image_shape(unet: nn.Module) -> tuple[int, int, int]:
+    size = unet.config.sample_size
+    return unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
+
+
+def _noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """Standard normal noise, each image from its own CPU generator, so that no device's generator has a say."""
+    return torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators]).to(device)
+
+
+def _class_labels(unet: nn.Module, class_labels, num_images: int) -> dict[str, torch.Tensor]:
+    """The labels as the UNet's argument, or no argument for an unconditional UNet."""
+    num_classes = unet.config.num_class_embeds
+    if class_labels is None and num_classes is None:
+        return {}
+    if class_labels is None or num_classes is None:
+        wanted = "without class_labels" if num_classes is None else f"with class_labels from 0 to {num_classes - 1}"
+        raise UserError(f"This UNet was trained {wanted}; class_labels are {class_labels}.")
+    labels = torch.as_tensor(class_labels)
+    if labels.shape != (num_images,) or labels.min() < 0 or labels.max() >= num_classes:
+        raise UserError(
+            f"class_labels are {labels.tolist()}; give {num_images}, one per image, each from 0 to {num_classes - 1}."
+        )
+    return {"class_labels": labels.to(unet.device)}
+
+
+def _clip(pred_original_sample: torch.Tensor, scheduler: PaperDDPMScheduler) -> torch.Tensor:
+    if scheduler.config.thresholding:
+        return scheduler._threshold_sample(pred_original_sample)
+    if scheduler.config.clip_sample:
+        return pred_original_sample.clamp(-scheduler.config.clip_sample_range, scheduler.config.clip_sample_range)
+    return pred_original_sample
+
+
+def _ddim_mean_and_sigma(scheduler, pred_original_sample, epsilon, t, prev_t, eta):
+    """Mean and sigma of eq. (12) of Song et al. 2021, with sigma = eta sqrt(beta~) as in its eq. (16)."""
+    alpha_bar_prev = scheduler.alphas_cumprod_at(prev_t)
+    variance = eta**2 * scheduler.posterior_coefficients(t, prev_t)[2]
+    direction = (1 - alpha_bar_prev - variance).sqrt()
+    mean = alpha_bar_prev.sqrt().item() * pred_original_sample + direction.item() * epsilon
+    return mean, variance.sqrt().item()

@@ -1,0 +1,155 @@
+"""Flags: the 45 of diffusers' example with its types and defaults; default < preset < command line; errors."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from ddpm_hf import UserError
+from ddpm_hf.config import TrainingConfig, parse_config
+from ddpm_hf.presets import PRESETS
+
+
+# Name, type and default as in examples/unconditional_image_generation/train_unconditional.py of diffusers 58eb52c.
+UPSTREAM = {
+    "dataset_name": (str, None), "dataset_config_name": (str, None), "model_config_name_or_path": (str, None),
+    "train_data_dir": (str, None), "output_dir": (str, "ddpm-model-64"), "overwrite_output_dir": (bool, False),
+    "cache_dir": (str, None), "resolution": (int, 64), "center_crop": (bool, False), "random_flip": (bool, False),
+    "train_batch_size": (int, 16), "eval_batch_size": (int, 16), "dataloader_num_workers": (int, 0),
+    "num_epochs": (int, 100), "save_images_epochs": (int, 10), "save_model_epochs": (int, 10),
+    "gradient_accumulation_steps": (int, 1), "learning_rate": (float, 1e-4), "lr_scheduler": (str, "cosine"),
+    "lr_warmup_steps": (int, 500), "adam_beta1": (float, 0.95), "adam_beta2": (float, 0.999),
+    "adam_weight_decay": (float, 1e-6), "adam_epsilon": (float, 1e-8), "use_ema": (bool, False),
+    "ema_inv_gamma": (float, 1.0), "ema_power": (float, 0.75), "ema_max_decay": (float, 0.9999),
+    "push_to_hub": (bool, False), "hub_token": (str, None), "hub_model_id": (str, None),
+    "hub_private_repo": (bool, False), "logger": (str, "tensorboard"), "logging_dir": (str, "logs"),
+    "local_rank": (int, -1), "mixed_precision": (str, "no"), "prediction_type": (str, "epsilon"),
+    "ddpm_num_steps": (int, 1000), "ddpm_num_inference_steps": (int, 1000), "ddpm_beta_schedule": (str, "linear"),
+    "checkpointing_steps": (int, 500), "checkpoints_total_limit": (int, None), "resume_from_checkpoint": (str, None),
+    "enable_xformers_memory_efficient_attention": (bool, False), "preserve_input_precision": (bool, False),
+}  # fmt: skip
+
+
+def test_all_45_flags_of_upstream_are_there_with_its_defaults():
+    assert len(UPSTREAM) == 45
+    config = parse_config(["--dataset_name=digits"])
+    for name, (_, default) in UPSTREAM.items():
+        assert getattr(config, name) == (default if name != "dataset_name" else "digits")
+
+
+@pytest.mark.parametrize("name", UPSTREAM)
+def test_flag_of_upstream_takes_a_value_of_its_type(name):
+    kind, _ = UPSTREAM[name]
+    # Values that differ from every default and stay within what a run can have.
+    special = {
+        "logger": "none",
+        "mixed_precision": "bf16",
+        "prediction_type": "sample",
+        "ddpm_num_inference_steps": "7",
+    }
+    value = special.get(name, {str: "word", int: "1007", float: "0.25", bool: None}[kind])
+    argv = ["--dataset_name=digits", f"--{name}" if value is None else f"--{name}={value}"]
+    read = getattr(parse_config(argv), name)
+    assert type(read) is kind and read == (True if value is None else kind(value))
+    assert getattr(parse_config([a.replace(name, name.replace("_", "-")) for a in argv]), name) == read
+
+
+BOOLEANS = [field.name for field in dataclasses.fields(TrainingConfig) if field.type is bool]
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_every_boolean_can_be_negated(name):
+    start = ["--dataset_name=digits", "--validation_split=test", f"--{name}"]
+    assert getattr(parse_config(start), name) is True
+    for no in ([f"--no_{name}"], [f"--no-{name.replace('_', '-')}"], [f"--{name}", "false"], [f"--{name}=False"]):
+        assert getattr(parse_config(start + no), name) is False
+
+
+def test_preset_beats_default_and_flag_beats_preset():
+    assert parse_config(["--preset=cifar10"]).train_batch_size == 128
+    assert parse_config(["--preset=cifar10", "--train_batch_size=3"]).train_batch_size == 3
+    assert parse_config(["--train_batch_size=3", "--preset=cifar10"]).train_batch_size == 3
+    assert parse_config(["--preset=cifar10", "--no_use_ema"]).use_ema is False
+    # A flag that repeats the default wins over the preset too.
+    assert parse_config(["--preset=cifar10", "--learning_rate=1e-4"]).learning_rate == 1e-4
+
+
+def test_epochs_on_the_command_line_win_over_the_steps_of_a_preset():
+    assert parse_config(["--preset=cifar10"]).max_train_steps == 800_000
+    config = parse_config(["--preset=cifar10", "--num_epochs=3"])
+    assert config.max_train_steps is None and config.num_epochs == 3
+    assert parse_config(["--preset=cifar10", "--num_epochs=3", "--max_train_steps=5"]).max_train_steps == 5
+
+
+@pytest.mark.parametrize("words", [["1,2,2"], ["1", "2", "2"], ["1", "2,2"]])
+def test_lists_may_be_written_with_commas_or_blanks(words):
+    assert parse_config(["--preset=mnist", "--channel_mults", *words]).channel_mults == [1, 2, 2]
+
+
+@pytest.mark.parametrize("words", [["--attention_resolutions"], ["--attention_resolutions", ""]])
+def test_no_attention_is_an_empty_list(words):
+    assert parse_config(["--preset=mnist", *words]).attention_resolutions == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        ([], "nothing to train on"),
+        (["--preset=cifar"], "there is no preset 'cifar': choose from digits, mnist"),
+        (["--preset=mnist", "--lerning_rate=1"], "there is no flag '--lerning_rate=1': did you mean --learning_rate?"),
+        (["--preset=mnist", "stray"], "there is no flag 'stray': see --help"),
+        (["--preset=mnist", "--train_batch_size=0"], "--train_batch_size is 0, but must be at least 1"),
+        (["--preset=mnist", "--train_batch_size=many"], "invalid int value: 'many'"),
+        (["--preset=mnist", "--max_train_steps=-5"], "--max_train_steps is -5, but must be at least 1"),
+        (["--preset=mnist", "--learning_rate=-1"], "--learning_rate is -1.0, but must be at least 0"),
+        (["--preset=mnist", "--learning_rate=nan"], "--learning_rate is nan"),
+        (["--preset=mnist", "--dropout=1.5"], "--dropout is 1.5, but must lie between 0 and 1"),
+        (["--preset=mnist", "--ema_max_decay=1"], "--ema_max_decay is 1.0"),
+        (["--preset=mnist", "--snr_gamma=0"], "--snr_gamma is 0.0, but must be positive"),
+        (["--preset=mnist", "--loss_type=l3"], "invalid choice: 'l3'"),
+        (["--preset=mnist", "--use_ema=maybe"], "Truthy value expected"),
+        (["--preset=mnist", "--channel_mults=1,x"], "is not a list of whole numbers: write --channel_mults 1,2,2,2"),
+        (["--preset=mnist", "--ddpm_num_steps=10"], "--ddpm_num_inference_steps is 100, but a model"),
+        (["--preset=mnist", "--validation_split", "", "--save_best"], "--save_best needs held-out images"),
+    ],
+)  # fmt: skip
+def test_bad_flags_are_one_sentence_and_exit_code_2(argv, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(argv)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+
+
+def test_in_python_a_bad_value_is_a_value_error():
+    with pytest.raises(UserError, match="--num_epochs is 0"):
+        TrainingConfig(dataset_name="digits", num_epochs=0)
+    assert issubclass(UserError, ValueError)
+
+
+def test_the_token_is_not_in_the_record():
+    assert "hf_secret" not in str(parse_config(["--preset=mnist", "--hub_token=hf_secret"]).to_dict())
+
+
+def test_help_is_quick_and_grouped():
+    times = []
+    for _ in range(2):  # the first may meet a cold disk
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, ROOT / "train_unconditional.py", "--help"], capture_output=True, text=True, check=True
+        )
+        times.append(time.perf_counter() - start)
+    assert min(times) < 2
+    for group in ("recipe:", "data:", "model:", "diffusion:", "optimisation:", "output:", "hub:"):
+        assert f"\n{group}\n" in done.stdout
+    for field in dataclasses.fields(TrainingConfig):
+        assert f"--{field.name}" in done.stdout
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_alone_is_a_complete_run(name):
+    config = parse_config([f"--preset={name}"])
+    assert config.dataset_name and config.output_dir == f"runs/{name}"

@@ -1,0 +1,131 @@
+"""Bad input, as a user gives it: one sentence on stderr, exit code 2, no traceback, nothing written."""
+
+import re
+
+import datasets
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from ddpm_hf.checkpoints import checkpoints
+from ddpm_hf.config import parse_config
+from ddpm_hf.training import train
+from train_unconditional import main
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """Folders that cannot be trained on, and a finished run."""
+    root = tmp_path_factory.mktemp("broken")
+    (root / "empty").mkdir()
+    (root / "texts").mkdir()
+    (root / "texts" / "readme.txt").write_text("no images here")
+    (root / "damaged" / "a").mkdir(parents=True)
+    pixels = Image.fromarray(np.zeros((16, 16, 3), np.uint8))
+    for k in range(20):
+        pixels.save(root / "damaged" / "a" / f"{k}.png")
+    data = (root / "damaged" / "a" / "7.png").read_bytes()
+    (root / "damaged" / "a" / "7.png").write_bytes(data[: len(data) // 2])
+    (root / "numbers").mkdir()
+    datasets.Dataset.from_dict({"x": [1.0, 2.0]}).to_parquet(root / "numbers" / "train-00000-of-00001.parquet")
+    (root / "file").write_text("a file")
+    (root / "config.json").write_text('{"_class_name": "DDPMScheduler"}')
+    (root / "checkpoint-3").mkdir()
+    train(parse_config([*TINY, "--max_train_steps=2", f"--output_dir={root / 'run'}"]))
+    return root
+
+
+BAD = {
+    # flags
+    "nothing to train on": ([], "nothing to train on"),
+    "unknown preset": (["--preset=mnst"], "there is no preset 'mnst': choose from"),
+    "unknown flag": (["--preset=mnist", "--bach_size=3"], "there is no flag '--bach_size=3'"),
+    "no number": ([*TINY, "--train_batch_size=lots"], "invalid int value: 'lots'"),
+    "zero batch": ([*TINY, "--train_batch_size=0"], "--train_batch_size is 0"),
+    "negative steps": ([*TINY, "--max_train_steps=-1"], "--max_train_steps is -1"),
+    "zero epochs": ([*TINY, "--num_epochs=0"], "--num_epochs is 0"),
+    "negative seed": ([*TINY, "--seed=-1"], "--seed is -1"),
+    "unknown loss": ([*TINY, "--loss_type=l9"], "invalid choice: 'l9'"),
+    "unknown betas": ([*TINY, "--ddpm_beta_schedule=cosine"], "'cosine'; choose one of ho_linear, nichol_cosine"),
+    "too few steps for ho": ([*TINY, "--ddpm_beta_schedule=ho_linear"], "take at least 21 timesteps"),
+    "more steps than T": ([*TINY, "--ddpm_num_inference_steps=11"], "--ddpm_num_inference_steps is 11"),
+    "unknown lr schedule": ([*TINY, "--lr_scheduler=wave"], "--lr_scheduler wave is not known: choose from linear"),
+    "fp16 on a CPU": ([*TINY, "--mixed_precision=fp16"], "--mixed_precision fp16 cannot act here"),
+    "tracker not installed": ([*TINY, "--logger=wandb"], "--logger wandb is not installed: pip install wandb"),
+    "best of nothing": ([*TINY, "--save_best"], "--save_best needs held-out images"),
+    # the model
+    "resolution cannot be halved": ([*TINY, "--resolution=7"], "--resolution 7 cannot be halved 1 times"),
+    "attention nowhere": ([*TINY, "--attention_resolutions=16"], "--attention_resolutions has 16, but the levels"),
+    "no such config": ([*TINY, "--model_config_name_or_path=nowhere/x"], "'nowhere/x' has no UNet2DModel config"),
+    "config of another class": ([*TINY, "--model_config_name_or_path={root}/config.json"], "is a DDPMScheduler"),
+    # the data
+    "no such folder": (["--dataset_name=./nowhere"], "nowhere"),
+    "no such hub dataset": (["--dataset_name=nobody/nothing"], "nobody/nothing"),
+    "no such data dir": (["--train_data_dir={root}/nowhere"], "nowhere"),
+    "empty folder": (["--train_data_dir={root}/empty"], "empty"),
+    "folder without images": (["--train_data_dir={root}/texts"], "texts"),
+    "dataset without images": (["--dataset_name={root}/numbers"], "image"),
+    "damaged image": (["--train_data_dir={root}/damaged", "--train_batch_size=2"], "7.png"),
+    "no such column": (["--dataset_name={images}", "--image_column=img"], "--image_column"),
+    "column of another type": (["--dataset_name={images}", "--image_column=label"], "--image_column"),
+    "no such label column": (["--dataset_name={images}", "--label_column=breed"], "--label_column"),
+    "no such class": (["--dataset_name={images}", "--class_names=horse"], "cat"),
+    "no such split": (["--dataset_name={images}", "--validation_split=tset"], "--validation_split"),
+    "share above one": (["--dataset_name={images}", "--validation_split=1.5"], "--validation_split"),
+    "all held out": (["--dataset_name={images}", "--validation_split=12"], "--validation_split"),
+    "batch larger than the set": (["--dataset_name={images}", "--train_batch_size=13"], "there are only 12"),
+    # the folder
+    "folder in use": ([*TINY, "--output_dir={root}/run"], "is not empty: give --resume_from_checkpoint latest"),
+    "folder is a file": ([*TINY, "--output_dir={root}/file"], "is a file"),
+    "folder below a file": ([*TINY, "--output_dir={root}/file/run"], "could not be written"),
+    "no such checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-9"], "is not a complete checkpoint"),
+    "half a checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-3"], "is not a complete checkpoint"),
+    "checkpoint of another model": (
+        [*TINY, "--output_dir={root}/run", "--resume_from_checkpoint=latest", "--base_channels=16"],
+        "is of another model: its UNet has block_out_channels [8, 16], this run's has [16, 32]",
+    ),
+    "checkpoint without ema": (
+        [*TINY, "--output_dir={root}/run", "--resume_from_checkpoint=latest", "--use_ema"],
+        "was trained without --use_ema",
+    ),
+}
+
+
+def listing(root):
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(name, broken, image_folder, tmp_path, capsys):
+    argv, sentence = BAD[name]
+    argv = [flag.format(root=broken, images=image_folder) for flag in argv]
+    if not any(flag.startswith("--output_dir") for flag in argv):
+        argv.append(f"--output_dir={tmp_path / 'run'}")
+    if not any(flag.startswith(("--resolution", "--preset")) for flag in argv):
+        argv += ["--resolution=16", "--base_channels=8", "--logger=none"]
+    before = listing(broken)
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    sentences = [line for line in error.splitlines() if line.startswith("train_unconditional.py: error: ")]
+    assert len(sentences) == 1 and sentence in sentences[0], error
+    assert re.search(r"[.?]$", sentences[0]) or "invalid" in sentences[0]
+    assert "Traceback" not in error
+    assert listing(broken) == before and not (tmp_path / "run").exists()
+
+
+def test_there_are_more_than_25_cases():
+    assert len(BAD) >= 25
+
+
+def test_a_read_only_folder_is_a_sentence(tmp_path, capsys, monkeypatch):
+    # Root may write anywhere, so the folder lies where nobody can: below a device.
+    with pytest.raises(SystemExit) as stopped:
+        main([*TINY, "--output_dir=/dev/null/run"])
+    assert stopped.value.code == 2 and "could not be written to /dev/null/run" in capsys.readouterr().err
+
+
+def test_a_checkpoint_outlives_every_refusal(broken):
+    assert [path.name for path in checkpoints(broken / "run")] == ["checkpoint-2"]

@@ -1,0 +1,151 @@
+"""Figures: what is in the pixels, that every file of a run is there, that nothing half-written is left."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from PIL import Image
+
+from ddpm_hf import figures
+from ddpm_hf.sampling import image_generators, sample, to_uint8
+from ddpm_hf.scheduler import PaperDDPMScheduler
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine a second thread makes so small a UNet ten times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], block_out_channels=[8])
+    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, **blocks)
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    return PaperDDPMScheduler.nichol_cosine(10)
+
+
+def metrics(path, lines, **more):
+    """Write a metrics.jsonl such as training leaves, with validation on the last line only."""
+    line = dict(epoch=0, images_seen=8, loss=0.5, loss_by_band=[0.9, None, 0.3, 0.1], lr=1e-4, grad_norm=1.0)
+    text = [json.dumps(line | {"step": k + 1} | (more if k == lines - 1 else {})) for k in range(lines)]
+    path.write_text("\n".join(text) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("channels, side, cell", [(1, 8, 128), (1, 28, 112), (3, 32, 128), (3, 256, 256)])
+def test_sheet_keeps_every_pixel_as_a_square(tmp_path, channels, side, cell):
+    images = torch.randint(0, 256, (4, channels, side, side), dtype=torch.uint8)
+    picture = Image.open(figures.image_sheet(images, tmp_path / "sheet.png"))
+    assert picture.mode == ("L" if channels == 1 else "RGB")
+    assert picture.size == (2 * cell + 4, 2 * cell + 4)
+    pixels = np.asarray(picture).reshape(2 * cell + 4, 2 * cell + 4, channels)
+    assert (pixels[cell : cell + 4] == 255).all()
+    factor = cell // side
+    for corner in (0, factor - 1):  # image 3 is at the bottom right
+        last = pixels[cell + 4 + corner :: factor, cell + 4 + corner :: factor]
+        assert (last == images[3].permute(1, 2, 0).numpy()).all()
+
+
+@pytest.mark.parametrize("count, columns", [(1, 1), (2, 2), (3, 3), (7, 3), (8, 4), (10, 5), (16, 4), (64, 8)])
+def test_sheet_is_nearly_square(count, columns):
+    assert figures.near_square(count) == columns
+
+
+def test_a_failed_write_leaves_the_old_picture(tmp_path):
+    path = tmp_path / "sheet.png"
+    path.write_text("old")
+
+    def fail(partial):
+        partial.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        figures.saved(fail, path)
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("lines", [1, 3, 200])
+@pytest.mark.parametrize("more", [{}, {"validation_loss": 0.4, "validation_loss_ema": 0.3}])
+def test_loss_figure_takes_any_run(tmp_path, lines, more):
+    path = figures.loss_figure(metrics(tmp_path / "metrics.jsonl", lines, **more), tmp_path / "loss.png")
+    assert Image.open(path).size == (1320, 600)
+
+
+def test_the_moving_mean_keeps_a_straight_line_and_ends_on_a_mean_of_the_last_values():
+    line = np.arange(300.0)
+    assert np.allclose(figures.smoothed(line)[:-5], line[:-5])
+    assert figures.smoothed(line)[-1] == line[-6:].mean()
+
+
+@pytest.mark.parametrize("T", [10, 1000])
+def test_schedule_figure(tmp_path, T):
+    schedulers = [PaperDDPMScheduler.nichol_cosine(T), PaperDDPMScheduler(num_train_timesteps=T)]
+    for k, scheduler in enumerate(schedulers):
+        assert Image.open(figures.schedule_figure(scheduler, tmp_path / f"{k}.png")).size == (1320, 432)
+
+
+def test_forward_strip_goes_from_the_image_to_noise(tmp_path, scheduler):
+    images = torch.zeros(2, 1, 8, 8)
+    path = figures.forward_strip(scheduler, images, tmp_path / "forward.png", seed=3)
+    pixels = np.asarray(Image.open(path)).astype(float)
+    columns = [pixels[32:160, k * 132 : k * 132 + 128] for k in range(9)]  # T=10: t = 0, 1, 2, 3, 5, 6, 7, 8, 9
+    spread = [column.std() for column in columns]
+    assert pixels.shape == (32 + 128 + 4 + 128, 9 * 132 - 4)
+    assert spread == sorted(spread) and spread[0] < 25 and abs(columns[-1].std() - columns[-2].std()) < 5
+    again = figures.forward_strip(scheduler, images, tmp_path / "again.png", seed=3)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_gif_of_28_px_images_loops_rests_and_is_small(tmp_path):
+    T = PaperDDPMScheduler.nichol_cosine(1000)
+    noise = torch.Generator().manual_seed(0)
+    digits = -torch.ones(20, 1, 28, 28)
+    digits[:, :, 4:24, 12:16] = 1
+    times = torch.arange(999, -1, -10)
+    frames = [T.q_sample(digits, torch.randn(digits.shape, generator=noise), t.expand(20)) for t in times] + [digits]
+    path = figures.reverse_gif(frames, tmp_path / "reverse.gif")
+    assert path.stat().st_size < 1.5e6
+    gif = Image.open(path)
+    assert (gif.n_frames, gif.info["loop"], gif.info["duration"], gif.size) == (40, 0, 100, (348, 348))
+    gif.seek(39)
+    assert gif.info["duration"] == 2000
+    last = np.asarray(gif.convert("L"))
+    assert (last == np.asarray(figures.tiled(figures.resized(to_uint8(digits[:16]), 84), 4))).all()
+
+
+def test_ddim_sheets_are_ddim_samples_and_skip_what_T_cannot_give(tmp_path, unet, scheduler):
+    paths = figures.ddim_sheets(unet, scheduler, tmp_path, seed=5, num_images=2)
+    assert [path.name for path in paths] == ["ddim_5.png", "ddim_10.png"]
+    options = dict(method="ddim", num_inference_steps=5, spacing="trailing")
+    images = to_uint8(sample(unet, scheduler, image_generators(5, range(2)), **options))
+    assert paths[0].read_bytes() == figures.image_sheet(images, tmp_path / "expected.png").read_bytes()
+
+
+def test_run_figures_draws_them_all(tmp_path, unet, scheduler):
+    metrics(tmp_path / "metrics.jsonl", 3, validation_loss=0.4)
+    figures.run_figures(tmp_path, unet, scheduler, torch.zeros(2, 1, 8, 8), seed=0, num_images=3)
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    plots, strips = {"loss.png", "schedule.png"}, {"forward.png", "reverse.png", "reverse.gif"}
+    assert names == plots | strips | {"ddim_5.png", "ddim_10.png"}
+    strip = Image.open(tmp_path / "figures" / "reverse.png")
+    assert strip.height == 32 + 6 * 132 - 4  # three images, each with its prediction
+    assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_run_figures_of_a_pipeline_without_metrics(tmp_path, unet, scheduler):
+    figures.run_figures(
+        tmp_path, unet, scheduler, torch.zeros(1, 1, 8, 8), seed=0, num_images=1, num_inference_steps=2
+    )
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert "loss.png" not in names and "reverse.gif" in names

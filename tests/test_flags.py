@@ -1,0 +1,223 @@
+"""Every flag changes something: what the optimizer does, which images it sees, what is written, what is refused."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import DynamoBackend
+from conftest import TINY, steps
+from PIL import Image
+from safetensors.torch import load_file
+
+from ddpm_hf.checkpoints import checkpoints
+from ddpm_hf.config import TrainingConfig, parse_config
+from ddpm_hf.data import load_images
+from ddpm_hf.run import make_accelerator
+from ddpm_hf.training import train
+
+
+# Flags that change the trajectory: the weights after three steps differ from those of the same run without them.
+TRAJECTORY = [
+    "--seed=1", "--resolution=16", "--base_channels=16", "--channel_mults=1,1", "--layers_per_block=2",
+    "--attention_resolutions=8,4", "--dropout=0.5", "--ddpm_num_steps=20", "--ddpm_beta_schedule=squaredcos_cap_v2",
+    "--prediction_type=sample", "--prediction_type=v_prediction", "--variance_type=learned_range", "--loss_type=l1",
+    "--loss_type=huber", "--snr_gamma=5", "--train_batch_size=4", "--gradient_accumulation_steps=2",
+    "--num_epochs=1", "--max_train_steps=7", "--learning_rate=1e-2", "--lr_scheduler=constant", "--lr_warmup_steps=0",
+    "--adam_beta1=0.5", "--adam_beta2=0.5", "--adam_weight_decay=0.5", "--adam_epsilon=0.1", "--max_grad_norm=0.01",
+    "--mixed_precision=bf16", "--random_flip", "--class_names=3,7", "--validation_split=0.5",
+]  # fmt: skip
+
+
+def weights(run):
+    return torch.cat([parameter.detach().flatten() for parameter in run.unet.parameters()])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    run, _ = steps(3, "--output_dir", tmp_path_factory.mktemp("plain"))
+    return weights(run)
+
+
+def test_the_same_flags_give_the_same_weights(plain, tmp_path):
+    assert torch.equal(weights(steps(3, "--output_dir", tmp_path)[0]), plain)
+
+
+@pytest.mark.parametrize("flag", TRAJECTORY)
+def test_flag_changes_what_is_learnt(flag, plain, tmp_path):
+    changed = weights(steps(3, "--output_dir", tmp_path, flag)[0])
+    assert changed.shape != plain.shape or not torch.equal(changed, plain)
+
+
+@pytest.mark.parametrize("flag", ["--ema_inv_gamma=9", "--ema_power=0.2", "--ema_max_decay=0.1"])
+def test_ema_flags_change_what_is_published(flag, plain, tmp_path):
+    raw, _ = steps(3, "--output_dir", tmp_path / "raw")
+    averaged, _ = steps(3, "--output_dir", tmp_path / "ema", "--use_ema")
+    changed, _ = steps(3, "--output_dir", tmp_path / "changed", "--use_ema", flag)
+    assert raw.published is raw.unet and averaged.published is not averaged.unet
+    assert torch.equal(weights(averaged), plain)  # the average is beside the training, never in it
+    one, other = averaged.published.state_dict(), changed.published.state_dict()
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    assert any(not torch.equal(one[name], raw.unet.state_dict()[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def odd_images(tmp_path_factory):
+    """A dataset with two image and two label columns, not square, 16 bit deep in one of them."""
+    import datasets
+
+    folder, random = tmp_path_factory.mktemp("odd"), np.random.default_rng(0)
+
+    def picture(k, mode):
+        values = random.integers(0, 2**16 if mode == "I;16" else 256, (12, 20), dtype=np.uint16)
+        path = folder / f"{mode[0]}{k}.png"
+        (Image.fromarray(values) if mode == "I;16" else Image.fromarray(values.astype(np.uint8))).save(path)
+        return {"bytes": path.read_bytes(), "path": None}
+
+    features = datasets.Features(
+        first=datasets.Image(), second=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]),
+        other=datasets.ClassLabel(names=["x", "y", "z"]),
+    )  # fmt: skip
+    rows = [
+        {"first": picture(k, "L"), "second": picture(k, "I;16"), "label": k % 2, "other": k % 3} for k in range(12)
+    ]
+    (folder / "hub").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "hub" / "train-00000-of-00001.parquet")
+    return folder / "hub"
+
+
+def first_images(folder, *flags):
+    config = parse_config([f"--dataset_name={folder}", "--resolution=8", *flags])
+    images, _ = load_images(config)
+    return images, images.get(range(4), [torch.Generator().manual_seed(k) for k in range(4)], config.random_flip)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--image_column=second", "--center_crop", "--random_flip", "--class_names=b", "--resolution=4"]
+)
+def test_data_flags_change_the_images(odd_images, flag):
+    _, plain = first_images(odd_images)
+    _, changed = first_images(odd_images, flag)
+    assert plain.shape != changed.shape or not torch.equal(plain, changed)
+
+
+def test_preserve_input_precision_keeps_16_bits(odd_images):
+    _, rounded = first_images(odd_images, "--image_column=second", "--center_crop")
+    _, exact = first_images(odd_images, "--image_column=second", "--center_crop", "--preserve_input_precision")
+    levels = (rounded + 1) * 127.5
+    assert torch.allclose(levels, levels.round(), atol=1e-3)
+    assert not torch.allclose((exact + 1) * 127.5, ((exact + 1) * 127.5).round(), atol=1e-3)
+    assert (exact - rounded).abs().max() < 0.02
+
+
+def test_label_column_changes_the_classes(odd_images):
+    assert first_images(odd_images)[0].class_names == ["a", "b"]
+    assert first_images(odd_images, "--label_column=other")[0].class_names == ["x", "y", "z"]
+
+
+def test_workers_decode_and_change_no_image(odd_images):
+    flags = ["--dataset_name", odd_images, "--max_train_steps=3", "--train_batch_size=2"]
+    one = steps(3, *flags, "--output_dir", odd_images.parent / "one")
+    two = steps(3, *flags, "--output_dir", odd_images.parent / "two", "--dataloader_num_workers=1")
+    assert torch.equal(weights(one[0]), weights(two[0]))
+
+
+def test_streaming_reads_a_stream(image_folder):
+    config = parse_config([f"--dataset_name={image_folder}", "--streaming", "--resolution=8"])
+    assert type(load_images(config)[0]).__name__ == "StreamedSet"
+
+
+def test_train_data_dir_cache_dir_and_config_name(image_folder, tmp_path):
+    config = parse_config([f"--train_data_dir={image_folder}", f"--cache_dir={tmp_path}", "--resolution=8"])
+    images, _ = load_images(config)
+    assert images.num_images == 12 and images.class_names == ["cat", "dog"]
+    assert any(tmp_path.rglob("*.arrow"))
+    with pytest.raises(ValueError, match="elsewhere"):
+        load_images(parse_config([f"--dataset_name={image_folder}", "--dataset_config_name=elsewhere"]))
+
+
+def finished(folder, *flags):
+    train(parse_config([*TINY, "--max_train_steps=4", f"--output_dir={folder}", *flags]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    return finished(tmp_path_factory.mktemp("ran"))
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_output_flags_change_the_folder(ran, tmp_path):
+    # An epoch is 45 steps of 40 images, so "every epoch" is the end only, unless the set is small.
+    small = ["--validation_split=1781", "--max_train_steps=4"]  # 16 images: two steps an epoch
+    folder = finished(
+        tmp_path / "run", *small, "--checkpointing_steps=1", "--checkpoints_total_limit=3", "--save_images_epochs=1",
+        "--save_model_epochs=1", "--eval_batch_size=5", "--validation_epochs=1", "--save_best", "--logging_steps=1",
+        "--logger=tensorboard", "--logging_dir=trace", "--use_ema", "--ddpm_num_inference_steps=3",
+    )  # fmt: skip
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert [path.name for path in checkpoints(ran)] == ["checkpoint-4"]
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["epoch_0001.png", "epoch_0002.png"]
+    assert (folder / "best" / "model_index.json").exists() and not (ran / "best").exists()
+    assert any((folder / "trace").rglob("events.out.tfevents.*")) and not (ran / "logs").exists()
+    assert [line["step"] for line in lines(folder)] == [1, 2, 3, 4] and [l["step"] for l in lines(ran)] == [3, 4]
+    assert [line["step"] for line in lines(folder) if "validation_loss_ema" in line] == [2, 4]
+    sizes = [Image.open(next((run / "samples").glob("*.png"))).size for run in (ran, folder)]
+    assert sizes[0] != sizes[1]  # two images, five images
+
+
+def test_the_sheets_step_count_changes_the_sheet(ran, tmp_path):
+    other = finished(tmp_path / "run", "--ddpm_num_inference_steps=10")
+    one, two = (np.asarray(Image.open(run / "samples" / "epoch_0001.png")) for run in (ran, other))
+    assert not np.array_equal(one, two)
+    same = [load_file(run / "unet" / "diffusion_pytorch_model.safetensors") for run in (ran, other)]
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
+    folder = finished(tmp_path / "run")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "samples" / "epoch_0009.png").touch()
+    finished(folder, "--overwrite_output_dir", "--max_train_steps=2")
+    assert (folder / "notes.txt").read_text() == "mine" and not (folder / "samples" / "epoch_0009.png").exists()
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+
+
+def test_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path, capsys):
+    train(parse_config(["--preset=digits", "--dry_run", f"--output_dir={tmp_path / 'run'}"]))
+    said = capsys.readouterr().out
+    assert "1,617 images of 8x8x1 (180 held out)" in said and "M parameters" in said and "steps of 64 images" in said
+    assert '"learning_rate": 0.002' in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_torch_compile_asks_accelerate_for_inductor(tmp_path):
+    # Compiling itself takes minutes on a CPU: here only that the flag reaches who compiles.
+    config = parse_config([*TINY, f"--output_dir={tmp_path}", "--torch_compile"])
+    assert make_accelerator(config).state.dynamo_plugin.backend == DynamoBackend.INDUCTOR
+
+
+def test_local_rank_reaches_accelerate(tmp_path, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    make_accelerator(parse_config([*TINY, f"--output_dir={tmp_path}", "--local_rank=0"]))
+    assert os.environ.pop("LOCAL_RANK") == "0"
+
+
+# Where the other flags are tested: hub flags over HTTP in test_hub.py, the rest by name.
+ELSEWHERE = {
+    "preset": "test_config", "dataset_name": "everywhere", "resume_from_checkpoint": "test_resume",
+    "model_config_name_or_path": "test_model", "enable_xformers_memory_efficient_attention": "test_model",
+    "push_to_hub": "test_hub", "hub_token": "test_hub", "hub_model_id": "test_hub", "hub_private_repo": "test_hub",
+}  # fmt: skip
+
+
+def test_no_flag_is_forgotten():
+    here = Path(__file__).read_text()
+    for field in dataclasses.fields(TrainingConfig):
+        assert f"--{field.name}" in here or field.name in ELSEWHERE, field.name

@@ -1,0 +1,68 @@
+"""The house rules that a test can keep: imports point one way, files stay short, every flag is read somewhere."""
+
+import ast
+import dataclasses
+import re
+
+import pytest
+from conftest import ROOT
+
+from ddpm_hf.config import TrainingConfig
+
+
+# Each module imports only from layers before its own.
+LAYERS = [
+    ["__init__"],
+    ["presets", "randomness", "scheduler"],
+    ["config", "data", "losses", "sampling", "model"],
+    ["checkpoints", "figures", "hub"],
+    ["record"],
+    ["run"],
+    ["milestones"],
+    ["training"],
+    ["__main__"],
+]
+MODULES = sorted((ROOT / "ddpm_hf").glob("*.py"))
+
+
+def imports_of_ours(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("ddpm_hf")):
+            module = (node.module or "").removeprefix("ddpm_hf").removeprefix(".")
+            names = [module] if module else [alias.name for alias in node.names]
+            found |= {name if (ROOT / "ddpm_hf" / f"{name}.py").exists() else "__init__" for name in names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_imports_point_one_way(path):
+    layer = {name: level for level, names in enumerate(LAYERS) for name in names}
+    assert path.stem in layer, "a new module needs a place in LAYERS"
+    for imported in imports_of_ours(path):
+        assert layer[imported] < layer[path.stem], f"{path.stem} imports {imported}"
+
+
+@pytest.mark.parametrize("path", [*MODULES, ROOT / "train_unconditional.py"], ids=lambda path: path.stem)
+def test_no_file_is_longer_than_300_lines(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_config_and_presets_import_no_torch():
+    for name in ("__init__", "config", "presets"):
+        assert not re.search(
+            r"^\s*(import|from) (torch|diffusers|datasets)", (ROOT / f"ddpm_hf/{name}.py").read_text(), re.M
+        )
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainingConfig)])
+def test_every_flag_is_read(name):
+    sources = [path.read_text() for path in MODULES if path.stem != "config"]
+    own = (ROOT / "ddpm_hf" / "config.py").read_text()
+    assert any(f"config.{name}" in text for text in sources) or f"self.{name}" in own
+
+
+def test_nothing_pulls_torchvision():
+    for name in ("setup.cfg", "constraints.txt"):
+        text = (ROOT / name).read_text()
+        assert not re.search(r"torchvision|torch-fidelity|timm|lpips", text)

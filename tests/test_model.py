@@ -1,0 +1,104 @@
+"""The UNet's weights at the start, and the moving average of them."""
+
+import json
+
+import pytest
+import torch
+from diffusers.training_utils import EMAModel
+
+from ddpm_hf import UserError
+from ddpm_hf.config import parse_config
+from ddpm_hf.model import build_unet, ema_decay, make_ema, unet_channels
+
+
+TINY = ["--dataset_name=digits", "--resolution=8", "--base_channels=8", "--channel_mults=1,2", "--layers_per_block=1"]
+
+
+def test_weights_depend_on_the_seed_alone():
+    state = torch.get_rng_state()
+    one = build_unet(parse_config(TINY), 1).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's generator is left alone
+    torch.manual_seed(7)
+    same = build_unet(parse_config(TINY), 1).state_dict()
+    other = build_unet(parse_config([*TINY, "--seed=1"]), 1).state_dict()
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_untrained_unet_predicts_zero():
+    # Ho et al. end every branch, and the UNet, in zeros.
+    unet = build_unet(parse_config(TINY), 1)
+    assert unet(torch.randn(2, 1, 8, 8), torch.tensor([1, 2])).sample.abs().max() == 0
+    assert unet.conv_in.weight.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--ema_inv_gamma=2"], ["--ema_power=0.5"], ["--ema_max_decay=0.6"], ["--ema_inv_gamma=0"]]
+)
+def test_ema_follows_its_formula(flags):
+    config = parse_config([*TINY, "--use_ema", *flags])
+    unet = build_unet(config, 1)
+    ema = make_ema(config, unet)
+    expected = None
+    for updates in range(6):
+        with torch.no_grad():
+            unet.conv_in.bias.fill_(float(updates**2))
+        ema.update_parameters(unet)
+        decay = ema_decay(config, updates)
+        expected = updates**2 if expected is None else decay * expected + (1 - decay) * updates**2
+        assert torch.allclose(ema.module.conv_in.bias, torch.tensor(float(expected)))
+    assert ema_decay(config, 0) == 0 and ema_decay(config, 10**9) == config.ema_max_decay
+    if "--ema_inv_gamma=0" in flags:
+        assert ema_decay(config, 1) == config.ema_max_decay
+
+
+def test_ema_decays_as_upstreams():
+    config = parse_config([*TINY, "--use_ema"])
+    upstream = EMAModel([torch.nn.Parameter(torch.zeros(1))], use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    for step in range(50):
+        assert ema_decay(config, step) == pytest.approx(upstream.get_decay(step + 1))
+
+
+def test_no_ema_unless_asked_for():
+    config = parse_config(TINY)
+    assert make_ema(config, build_unet(config, 1)) is None
+
+
+def test_a_unet_config_may_come_from_a_file_or_a_folder(tmp_path):
+    unet = build_unet(parse_config(TINY), 1)
+    unet.save_config(tmp_path / "unet")
+    for name in (tmp_path, tmp_path / "unet", tmp_path / "unet" / "config.json"):
+        config = parse_config([*TINY[:2], f"--model_config_name_or_path={name}"])
+        assert unet_channels(config) == 1
+        assert build_unet(config, 1).config.block_out_channels == [8, 16]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(sample_size=16), "has sample_size 16, but this run needs 8"),
+        (dict(in_channels=4), "has in_channels 4, but images have 1"),
+        (dict(out_channels=2), "has out_channels 2, but this run needs 1"),
+        (dict(_class_name="AutoencoderKL"), "is a AutoencoderKL: give the config of a UNet2DModel"),
+        (dict(down_block_types=["NoSuchBlock", "DownBlock2D"]), "diffusers cannot build this UNet"),
+    ],
+)
+def test_unet_configs_that_do_not_fit_are_refused(tmp_path, change, sentence):
+    unet = build_unet(parse_config(TINY), 1)
+    unet.save_config(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    config = parse_config([*TINY[:2], f"--model_config_name_or_path={path}"])
+    with pytest.raises(UserError, match=sentence):
+        build_unet(config, unet_channels(config))
+
+
+def test_a_missing_unet_config_is_refused():
+    with pytest.raises(UserError, match="'nowhere' has no UNet2DModel config"):
+        unet_channels(parse_config([*TINY, "--model_config_name_or_path=nowhere"]))
+
+
+def test_xformers_acts_or_is_refused():
+    config = parse_config([*TINY, "--enable_xformers_memory_efficient_attention"])
+    with pytest.raises(UserError, match="--enable_xformers_memory_efficient_attention cannot act here"):
+        build_unet(config, 1)

@@ -1,0 +1,211 @@
+"""A run that is killed and resumed is the run that was never broken, bit for bit.
+
+The runs are real ones in processes of their own, forked from a server that has the imports done, so that twenty of
+them take seconds.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY, script, start_script
+
+from ddpm_hf.checkpoints import checkpoints
+
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["ddpm_hf.training", "sklearn.datasets", "matplotlib.figure"])
+# 24 steps of 2 x 8 images: with the 90 images of the digits that are left, an epoch ends within the run.
+RUN = [
+    *TINY, "--gradient_accumulation_steps=2", "--max_train_steps=24", "--checkpointing_steps=4", "--use_ema",
+    "--validation_split=1600", "--dropout=0.1", "--validation_epochs=1", "--save_images_epochs=100",
+    "--save_model_epochs=100", "--checkpoints_total_limit=2",
+]  # fmt: skip
+
+
+def in_child(arguments, log, file_size=None):
+    """Be a process that runs train_unconditional.py with its output in `log`."""
+    with open(log, "a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    torch.set_num_threads(1)
+    if file_size is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    from train_unconditional import main
+
+    sys.argv = ["train_unconditional.py", *arguments]
+    main(arguments)
+
+
+def start(folder, *flags, **kwargs):
+    arguments = [*RUN, f"--output_dir={folder}", *flags]
+    child = FORKSERVER.Process(target=in_child, args=(arguments, f"{folder}.log"), kwargs=kwargs)
+    child.start()
+    return child
+
+
+def finish(folder, *flags, code=0, **kwargs):
+    child = start(folder, *flags, **kwargs)
+    child.join(120)
+    log = Path(f"{folder}.log").read_text()
+    assert child.exitcode == code, log
+    return log
+
+
+def everything(folder):
+    """Return what must be equal: weights, average, optimizer, every logged number but the speed."""
+    last = checkpoints(folder)[-1]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["images_per_second"]
+    return {
+        "step": last.name,
+        "weights": safetensors.torch.load_file(last / "model.safetensors"),
+        "ema": safetensors.torch.load_file(last / "ema.safetensors"),
+        "published": safetensors.torch.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"),
+        "optimizer": torch.load(last / "optimizer.bin", weights_only=True)["state"],
+        "metrics": lines,
+    }
+
+
+def assert_equal(one, other):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_equal(one[name], other[name])
+    else:
+        assert one == other
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    started = time.perf_counter()
+    finish(folder)
+    return folder, time.perf_counter() - started
+
+
+def test_killed_at_ten_random_moments_and_resumed_each_time(unbroken, tmp_path):
+    reference, seconds = unbroken
+    folder, moments = tmp_path / "run", random.Random(0)
+    for _ in range(10):
+        child = start(folder, "--resume_from_checkpoint=latest")
+        child.join(moments.uniform(0.2, 0.7) * seconds)
+        child.kill()
+        child.join()
+        for checkpoint in checkpoints(folder):
+            assert {"model.safetensors", "optimizer.bin", "ema.safetensors", "state.pt"} <= {
+                path.name for path in checkpoint.iterdir()
+            }
+    finish(folder, "--resume_from_checkpoint=latest")
+    assert_equal(everything(folder), everything(reference))
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_resumed_from_a_checkpoint_in_the_middle_of_an_epoch_and_of_a_log_line(unbroken, tmp_path):
+    reference, _ = unbroken
+    folder = tmp_path / "run"
+    finish(folder, "--max_train_steps=24", "--checkpoints_total_limit=9")
+    # Step 8 is neither a multiple of logging_steps (3) nor the end of an epoch (images 197, 394).
+    finish(folder, f"--resume_from_checkpoint={folder / 'checkpoint-8'}")
+    assert_equal(everything(folder), everything(reference))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_checkpoint_a_pipeline_and_a_message(unbroken, tmp_path, number, code):
+    reference, _ = unbroken
+    folder = tmp_path / "run"
+    child = start(folder)
+    deadline = time.time() + 60
+    while not (folder / "metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    os.kill(child.pid, number)
+    child.join(60)
+    log = Path(f"{folder}.log").read_text()
+    assert child.exitcode == code, log
+    step = int(checkpoints(folder)[-1].name.split("-")[1])
+    assert f"Stopped after step {step} of 24" in log and "--resume_from_checkpoint latest" in log
+    assert "Traceback" not in log and 3 <= step < 24
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    finish(folder, "--resume_from_checkpoint=latest")
+    assert_equal(everything(folder), everything(reference))
+
+
+def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_is_good(tmp_path):
+    folder = tmp_path / "run"
+    finish(folder, "--max_train_steps=4")
+    log = finish(folder, "--resume_from_checkpoint=latest", code=2, file_size=20_000)
+    assert "could not be written" in log and "free some space" in log and "Traceback" not in log
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4"] and not list(folder.glob("*.tmp"))
+    finish(folder, "--resume_from_checkpoint=latest", "--max_train_steps=8")
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4", "checkpoint-8"]
+
+
+def test_a_nan_loss_stops_with_step_and_cause_and_the_last_checkpoint_is_good(tmp_path):
+    folder = tmp_path / "run"
+    finish(folder, "--max_train_steps=4", "--lr_scheduler=constant")
+    flags = ["--lr_scheduler=constant", "--learning_rate=1e25", "--max_grad_norm=0", "--logging_steps=10"]
+    log = finish(folder, "--resume_from_checkpoint=latest", *flags, code=2)
+    assert "became nan or infinite at step" in log and "learning rate 1e+25" in log and "Traceback" not in log
+    assert f"the last good checkpoint is {folder / 'checkpoint-4'}" in log
+    saved = safetensors.torch.load_file(folder / "checkpoint-4" / "model.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4"]
+
+
+def test_rotation_keeps_the_newest(unbroken):
+    folder, _ = unbroken
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-20", "checkpoint-24"]
+
+
+def test_a_longer_run_goes_on_where_a_finished_one_ended(tmp_path):
+    folder = tmp_path / "run"
+    finish(folder, "--max_train_steps=4")
+    finish(folder, "--resume_from_checkpoint=latest", "--max_train_steps=6")
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_streamed_run_resumes_exactly(tmp_path, image_folder):
+    flags = [
+        f"--dataset_name={image_folder}", "--streaming", "--resolution=8", "--train_batch_size=2",
+        "--max_train_steps=9", "--validation_split=", "--random_flip", "--checkpointing_steps=2",
+    ]  # fmt: skip
+    one, other = tmp_path / "one", tmp_path / "other"
+    finish(one, *flags)
+    finish(other, *flags, "--checkpoints_total_limit=9")
+    finish(other, *flags, f"--resume_from_checkpoint={other / 'checkpoint-4'}")
+    assert_equal(everything(other), everything(one))
+
+
+def test_two_processes_killed_and_resumed_and_counting_as_one_does(unbroken, tmp_path):
+    reference, _ = unbroken
+    # Two processes of 8 images are one process that accumulates two batches of 8.
+    flags = [*RUN, "--gradient_accumulation_steps=1", "--checkpoints_total_limit=9"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    script(*flags, f"--output_dir={whole}", processes=2)
+    launched = start_script(*flags, f"--output_dir={broken}", processes=2)
+    while not (broken / "checkpoint-8").exists():
+        assert launched.poll() is None
+        time.sleep(0.01)
+    os.killpg(launched.pid, signal.SIGKILL)
+    launched.wait()
+    script(*flags, f"--output_dir={broken}", "--resume_from_checkpoint=latest", processes=2)
+    two, again, one = everything(whole), everything(broken), everything(reference)
+    assert_equal(again, two)
+    for mine, other in zip(two["metrics"], one["metrics"], strict=True):
+        for name in ("step", "epoch", "images_seen", "lr", "ema_decay"):
+            assert mine[name] == other[name]
+        # The same images with the same noise: only the order of summation, and the dropout, differ.
+        assert mine["loss"] == pytest.approx(other["loss"], rel=0.05)

@@ -1,0 +1,31 @@
+"""Train a DDPM and leave a pipeline that stock diffusers loads.
+
+python train_unconditional.py --preset digits                                  # two minutes on a CPU, no network
+accelerate launch train_unconditional.py --preset cifar10 --push_to_hub        # Ho et al., on any number of GPUs
+accelerate launch train_unconditional.py --preset mnist --dataset_name FOLDER  # a local copy of the dataset
+accelerate launch train_unconditional.py --train_data_dir IMAGES --resolution 64 --use_ema --output_dir out
+accelerate launch train_unconditional.py ... --resume_from_checkpoint latest   # go on, exactly
+"""
+
+import os
+import sys
+
+from ddpm_hf import UserError
+from ddpm_hf.config import parse_config
+
+
+def main(argv=None):
+    config = parse_config(argv)
+    # Only now, so that --help and mistyped flags are answered at once: this imports torch and diffusers.
+    from ddpm_hf.training import train
+
+    try:
+        train(config)
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # one process speaks for all
+            print(f"train_unconditional.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
