@@ -1,15 +1,13 @@
 """Images in, tensors in [-1, 1] out: how a run finds, reads, crops and orders its images.
 
-`load_images` finds them, `training_batches` deals them out. The n-th image that a run sees has the ordinal n, and what
-is drawn for it (its row, crop and mirroring) is keyed by n: neither the batch size nor the number of processes or
-workers nor the place where a run was resumed can change what it sees.
+The n-th image that a run sees has the ordinal n, and what is drawn for it (its row, crop and mirroring) is keyed by n:
+neither batch size nor processes nor workers nor the place where a run was resumed can change what it sees.
 """
 
 import functools
 import hashlib
 import io
 import itertools
-import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,41 +32,45 @@ GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
 def load_images(config, channels=None):
     """Return the image sets `(train, validation)` of a `TrainingConfig`; validation is None where none is asked for.
 
-    A set has `num_images` (None for a stream of unknown length), `channels`, `resolution`, `labels` ((N,) int64, or
-    None), `class_names` (None, or a list whose k-th name is that of label k; `config.class_names` leaves only those it
-    names) and `fingerprint` (16 hex digits). `channels` is 1 or 3, or None to follow the data: 1 if all of 256 sampled
-    images are grey. Raises `UserError` for images, columns, classes or splits that are missing or cannot be read.
+    A set has `num_images` (None for a stream of unknown length), `channels`, `resolution`, `labels` ((N,) int64 with -1
+    for none, or None), `class_names` (None, or a list with the name of label k at k; `config.class_names` leaves only
+    those) and `fingerprint` (16 hex digits). `channels` is 1 or 3, or None: 1 if all of 256 sampled images are grey.
+
+    Raises:
+        UserError: for images, columns, classes or splits that are missing or cannot be read.
     """
     if channels not in (None, 1, 3):
-        raise UserError(f"the model has {channels} channels, but images have 1 (grey) or 3 (RGB): give such a model")
+        raise UserError(f"the model has {channels} channels, but images have 1 (grey) or 3 (RGB): give another model.")
     splits, held_out = _load_splits(config), config.validation_split
     if "train" not in splits:
-        raise UserError(f"there is no split `train`, only {', '.join(splits)}: rename the one to train on")
+        raise UserError(f"there is no split `train`, only {', '.join(splits)}: rename the one to train on.")
     columns, classes = _find_columns(splits["train"], config)
     rows, validation = _select_rows(splits["train"], columns, classes, config), None
     if held_out in splits:
         validation = _select_rows(splits[held_out], columns, classes, config)
         if config.streaming:  # these are needed time and again, so they are fetched
             validation = datasets.Dataset.from_list([{"row": n} | row for n, row in enumerate(validation)])
-    elif held_out is not None and config.streaming:
-        raise UserError(f"--validation_split {held_out} is no split of the stream: name one of {', '.join(splits)}")
     elif held_out is not None:
-        rows, validation = _set_apart(rows, held_out, splits)
+        rows, validation = _set_apart(rows, held_out, splits, config)
     if config.streaming:
         sample = list(enumerate(row["image"] for row in itertools.islice(rows, 64)))
     else:
-        sample = list(_undecoded(rows, range(0, len(rows), math.ceil(len(rows) / 256) or 1)))
+        sample = list(_undecoded(rows, range(0, len(rows), -(-len(rows) // 256) or 1)))
     if not sample or validation is not None and not len(validation):
         raise UserError(
-            "there are no images to train on, or none held out: give a dataset, or --class_names, with some"
+            "there are no images to train on, or none held out: give a dataset or --class_names with some."
         )
-    if channels is None:
-        modes = {_use_file(lambda file: Image.open(file).mode, *row) for row in sample}
-        channels = 1 if modes <= GREY_MODES else 3
-    exact = config.preserve_input_precision
-    read = functools.partial(_read_image, channels=channels, resolution=config.resolution, exact=exact)
-    train = (StreamedSet if config.streaming else _image_set)(rows, classes, read, config)
-    return train, None if validation is None else _image_set(validation, classes, read, config)
+    modes = {_use_file(lambda file: Image.open(file).mode, item) for item in sample}
+    read = functools.partial(
+        _read_image,
+        channels=channels or (1 if modes <= GREY_MODES else 3),
+        resolution=config.resolution,
+        exact=config.preserve_input_precision,
+    )
+    train = (
+        StreamedSet(rows, classes, read, config, sample) if config.streaming else ImageSet(rows, classes, read, config)
+    )
+    return train, None if validation is None else ImageSet(validation, classes, read, config)
 
 
 def training_batches(train_set, config, first_ordinal, process_index, num_processes):
@@ -76,20 +78,21 @@ def training_batches(train_set, config, first_ordinal, process_index, num_proces
 
     Images are float32 in [-1, 1]; without classes there are no labels. Micro-batch k of process r of P covers the
     ordinals `first_ordinal + (k * P + r) * B + [0, B)`, B = `config.train_batch_size`: an optimizer step of A
-    accumulated micro-batches takes the next A * P * B images. Raises `UserError` for a broken image.
+    accumulated micro-batches takes the next A * P * B images.
+
+    Raises:
+        UserError: for an image that cannot be read.
     """
     size = config.train_batch_size
-    dealt = (range(n, n + num_processes * size) for n in itertools.count(first_ordinal, num_processes * size))
-    own = slice(process_index * size, (process_index + 1) * size)
-    if isinstance(train_set, StreamedSet):
-        yield from (train_set.read_on(ordinals, own) for ordinals in dealt)
+    starts = itertools.count(first_ordinal + process_index * size, num_processes * size)
+    streamed = isinstance(train_set, StreamedSet)
     loader = DataLoader(
-        TrainingStream(train_set, config.seed, config.random_flip),
-        batch_sampler=(ordinals[own] for ordinals in dealt),
-        num_workers=config.dataloader_num_workers if isinstance(train_set, LazySet) else 0,
+        train_set if streamed else TrainingStream(train_set, config.seed, config.random_flip),
+        batch_sampler=(range(start, start + size) for start in starts),
+        num_workers=0 if streamed or train_set.pixels is not None else config.dataloader_num_workers,
         collate_fn=dict,  # the batches are ready
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else the loader draws from torch's global one
+        generator=torch.Generator(),  # else it draws from torch's global one
     )
     batches = iter(loader)
     while True:
@@ -110,7 +113,7 @@ class TrainingStream(Dataset):
         """Return a batch, as `training_batches` describes it, for a sequence of ordinals."""
         size = self.images.num_images
         rows = torch.stack([_epoch_order(self.seed, n // size, size)[n % size] for n in ordinals])
-        generators = _generators(self.seed, ordinals, self.random_flip or self.images.random_crop)
+        generators = _generators(self.seed, ordinals) if self.random_flip or self.images.random_crop else None
         batch = {"ordinals": torch.tensor(ordinals), "images": self.images.get(rows, generators, self.random_flip)}
         return batch if self.images.labels is None else batch | {"labels": self.images.labels[rows]}
 
@@ -120,64 +123,54 @@ def _epoch_order(seed, epoch, num_images):
     return torch.randperm(num_images, generator=keyed_generator(seed, "order", epoch))
 
 
-def _generators(seed, ordinals, needed):
-    return [keyed_generator(seed, "augment", n) for n in ordinals] if needed else None
+def _generators(seed, ordinals):
+    return [keyed_generator(seed, "augment", n) for n in ordinals]
 
 
-class MemorySet:
-    """Images that are all decoded: `pixels` (N,C,H,W), uint8 or, if their precision is kept, float32 in [-1, 1]."""
+class ImageSet:
+    """Images by index: decoded once into `pixels` (N,C,H,W), or, where that is None, whenever they are asked for."""
 
-    random_crop = False
-
-    def __init__(self, pixels, labels=None, class_names=None):
-        self.pixels, self.labels, self.class_names = pixels, labels, class_names
-        self.num_images, self.channels, self.resolution, _ = pixels.shape
-        self.fingerprint = hashlib.sha256(pixels.numpy()).hexdigest()[:16]
-
-    def __len__(self):
-        return self.num_images
-
-    def get(self, indices, generators=None, flip=False):
-        """Return (B,C,H,W) float32 in [-1, 1]; with `flip`, each image's own generator says whether to mirror it."""
-        images = self.pixels[indices]
-        if flip and generators:
-            mirrored = torch.tensor([_heads(generator) for generator in generators])
-            images[mirrored] = images[mirrored].flip(-1)
-        return _scale(images) if images.dtype == torch.uint8 else images
-
-
-class LazySet:
-    """Images that are decoded whenever they are asked for: too many for memory, or to be cropped at random."""
-
-    def __init__(self, rows, labels, class_names, read, random_crop):
-        self.rows, self.labels, self.class_names = rows, labels, class_names
-        self.read, self.random_crop, self.num_images = read, random_crop, len(rows)
-        self.channels, self.resolution = read.keywords["channels"], read.keywords["resolution"]
-        self.fingerprint = _hash(rows._fingerprint, read.keywords, random_crop)
+    def __init__(self, rows, classes, read, config):
+        self.rows, self.read, self.num_images, self.class_names = rows, read, len(rows), list(classes.values()) or None
+        self.channels, self.resolution = read.keywords["channels"], config.resolution
+        label_of = {value: label for label, value in enumerate(classes)}
+        self.labels = torch.tensor([label_of.get(value, -1) for value in rows["label"][:]]) if classes else None
+        self.pixels = _decode_all(rows, read, config.center_crop)
+        self.random_crop = self.pixels is None and not config.center_crop
+        identity = repr((rows._fingerprint, read.keywords, self.random_crop)).encode()
+        identity = identity if self.pixels is None else self.pixels.numpy()
+        self.fingerprint = hashlib.sha256(identity).hexdigest()[:16]
 
     def __len__(self):
         return self.num_images
 
     def get(self, indices, generators=None, flip=False):
         """Return (B,C,H,W) float32 in [-1, 1], mirrored and cropped as each one's generator says, else centrally."""
-        return _read_batch(_undecoded(self.rows, indices), self.read, generators, flip, self.random_crop)
+        if self.pixels is None:
+            return _read_batch(_undecoded(self.rows, indices), self.read, generators, flip, self.random_crop)
+        images = self.pixels[indices]
+        if flip and generators:
+            mirrored = torch.tensor([_heads(generator) for generator in generators])
+            images[mirrored] = images[mirrored].flip(-1)
+        return _scale(images)
 
 
-class StreamedSet:
-    """Images in the order of a stream, every `SHUFFLE_BUFFER` rows of it shuffled; their labels come with them.
+class StreamedSet(Dataset):
+    """Images by ordinal from a stream, of which each `SHUFFLE_BUFFER` rows are shuffled; labels come with the images.
 
-    (Not by `IterableDataset.shuffle`: the images in its buffer are lost when the stream is resumed.)
+    (Not by `IterableDataset.shuffle`: what is in its buffer is lost when the stream is resumed.)
     """
 
     labels = None
 
-    def __init__(self, rows, classes, read, config):
-        self.rows, self.read, self.config, self.class_names = rows, read, config, list(classes.values()) or None
-        self.label_of = {value: label for label, value in enumerate(classes)}
+    def __init__(self, rows, classes, read, config, sample):
+        self.rows, self.read, self.config, self.sample = rows, read, config, sample
+        self.label_of, self.class_names = {value: k for k, value in enumerate(classes)}, list(classes.values()) or None
         self.channels, self.resolution = read.keywords["channels"], config.resolution
         split = (rows.info.splits or {}).get(str(rows.split))
         self.num_images = split.num_examples if split and not config.class_names else None
-        self.fingerprint = _hash(config.dataset_name, config.train_data_dir, self.class_names, read.keywords)
+        identity = (config.dataset_name, config.train_data_dir, config.dataset_config_name, classes, read.keywords)
+        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         self.load_state_dict(None)
 
     def __len__(self):
@@ -185,8 +178,12 @@ class StreamedSet:
             raise TypeError("nobody knows how many images this stream has")
         return self.num_images
 
+    def get(self, indices):
+        """Return some of its first 64 images, (B,C,H,W) float32 in [-1, 1]."""
+        return _read_batch([self.sample[index] for index in indices], self.read)
+
     def state_dict(self):
-        """Return the position after the last `read_on` in dicts, lists, strings and numbers."""
+        """Return the position after the last batch in dicts, lists, strings and numbers; it does for all processes."""
         return dict(self.state)
 
     def load_state_dict(self, state):
@@ -203,58 +200,130 @@ class StreamedSet:
             self.rows.load_state_dict(state["source"])
             rows = iter(self.rows)
             while block := list(itertools.islice(rows, SHUFFLE_BUFFER)):
-                order = torch.randperm(len(block), generator=keyed_generator(seed, "block", state["block"])).tolist()
-                while state["taken"] < len(block):
+                order = torch.randperm(len(block), generator=keyed_generator(seed, "block", state["block"]))
+                for row in order[state["taken"] :].tolist():
                     state["taken"] += 1
-                    yield block[order[state["taken"] - 1]]
+                    yield block[row]
                 state.update(block=state["block"] + len(block), taken=0, source=self.rows.state_dict())
             state.update(epoch=state["epoch"] + 1, source=None)
 
-    def read_on(self, ordinals, own):
-        """Read a range of ordinals, starting over if it lies behind, and return the batch of `ordinals[own]` alone.
-
-        So the stream is in the same state in all processes, each of which decodes only its own images.
-        """
+    def __getitems__(self, ordinals):
+        """Return a batch, as `training_batches` describes it, for a range of ordinals, best one that lies ahead."""
         if ordinals.start < self.state["block"] + self.state["taken"]:
             self.load_state_dict(None)
         skipped = ordinals.start - self.state["block"] - self.state["taken"]
-        rows = list(itertools.islice(self.shuffled, skipped, skipped + len(ordinals)))[own]
-        flip, random_crop, ordinals = self.config.random_flip, not self.config.center_crop, ordinals[own]
-        generators = _generators(self.config.seed, ordinals, flip or random_crop)
-        undecoded = zip(ordinals, [row["image"] for row in rows])
-        images = _read_batch(undecoded, self.read, generators, flip, random_crop)
-        labels = {"labels": torch.tensor([self.label_of[row["label"]] for row in rows])} if self.label_of else {}
-        return {"ordinals": torch.tensor(ordinals), "images": images} | labels
+        rows = list(itertools.islice(self.shuffled, skipped, skipped + len(ordinals)))
+        undecoded, flip = zip(ordinals, [row["image"] for row in rows]), self.config.random_flip
+        images = _read_batch(
+            undecoded, self.read, _generators(self.config.seed, ordinals), flip, not self.config.center_crop
+        )
+        batch = {"ordinals": torch.tensor(ordinals), "images": images}
+        labels = [self.label_of.get(row.get("label"), -1) for row in rows]
+        return batch | {"labels": torch.tensor(labels)} if self.label_of else batch
 
 
-def _image_set(rows, classes, read, config):
-    """Return a `MemorySet`, or a `LazySet` if the images do not fit or there are several ways to crop one."""
-    label_of = {value: label for label, value in enumerate(classes)}
-    labels = torch.tensor([label_of.get(value, -1) for value in rows["label"][:]]) if classes else None
-    if labels is not None and labels.min() < 0:  # some have none after all, like the test images of a competition
-        labels = None
-    class_names = None if labels is None else list(classes.values())
-    lazy_set = LazySet(rows, labels, class_names, read, random_crop=not config.center_crop)
-    shape = (len(rows), lazy_set.channels, config.resolution, config.resolution)
-    if math.prod(shape) * (4 if config.preserve_input_precision else 1) > MEMORY_LIMIT:
-        return lazy_set
-    pixels = np.empty(shape, np.float32 if config.preserve_input_precision else np.uint8)
-    with ThreadPoolExecutor() as pool, tqdm(total=len(rows), unit=" images", desc="reading", disable=None) as progress:
-        for start in range(0, len(rows), CHUNK):
+def to_array(image, channels, exact=False):
+    """Return a Pillow image as (H,W,C) with C = `channels` (1 or 3), upright, its transparent parts on white.
+
+    It is uint8, to which greys of 16 bit and floats are rounded, or with `exact` float32 in [0, 1], where nothing is
+    rounded (but Pillow opens *colours* of 16 bit as 8 bit).
+
+    Raises:
+        UserError: for greys that are off their scale.
+    """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip these at 255
+        array, white = np.asarray(image), 1 if image.mode == "F" else 65535
+        if not 0 <= array.min() <= array.max() <= white:
+            raise UserError(f"its values are {array.min():g} to {array.max():g}, not within 0 to {white}: rescale it.")
+        array = (array / white).astype(np.float32) if exact else np.rint(array / white * 255).astype(np.uint8)
+    else:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode not in ("1", "L"):
+            image = image.convert("RGB")
+        array = np.asarray(image.convert("L") if channels == 1 or image.mode == "1" else image)
+        array = array.astype(np.float32) / 255 if exact else array
+    return array if array.ndim == 3 else np.repeat(array[..., None], channels, axis=-1)
+
+
+def _read_image(item, channels, resolution, exact):
+    """Return (H,W,C) as `to_array` does, resized with antialiasing until its shorter side is `resolution`."""
+    array = _use_file(lambda file: to_array(Image.open(file), channels, exact), item)
+    height, width = (round(side * resolution / min(array.shape[:2])) for side in array.shape[:2])
+    if (height, width) == array.shape[:2]:
+        return array
+    planes = [Image.fromarray(plane) for plane in np.moveaxis(array, -1, 0)]
+    planes = [plane.resize((width, height), Image.Resampling.LANCZOS) for plane in planes]
+    return np.stack(planes, axis=-1).clip(0, 1 if exact else 255)  # floats overshoot at edges
+
+
+def _square(array, generator=None, flip=False, random_crop=False):
+    if generator and flip and _heads(generator):
+        array = array[:, ::-1]
+    side, drawn = min(array.shape[:2]), generator and random_crop
+    spare = [length - side for length in array.shape[:2]]
+    top, left = (int(torch.randint(n + 1, (), generator=generator)) if drawn else n // 2 for n in spare)
+    return np.moveaxis(array[top : top + side, left : left + side], -1, 0)
+
+
+def _heads(generator):
+    return bool(torch.rand((), generator=generator) < 0.5)
+
+
+def _scale(images):
+    return images / 127.5 - 1 if images.dtype == torch.uint8 else images * 2 - 1
+
+
+def _read_batch(undecoded, read, generators=None, flip=False, random_crop=False):
+    def read_one(item, generator):
+        return _square(read(item), generator, flip, random_crop)
+
+    with ThreadPoolExecutor(1 if get_worker_info() else None) as pool:  # Pillow decodes outside the GIL
+        images = list(pool.map(read_one, undecoded, generators or itertools.repeat(None)))
+    return _scale(torch.from_numpy(np.stack(images)))
+
+
+def _decode_all(rows, read, center_crop):
+    """Return (N,C,H,W), or None if that is too large or there are several ways to crop one of the images."""
+    channels, resolution, exact = read.keywords.values()
+    shape, dtype = (len(rows), channels, resolution, resolution), np.dtype(np.float32 if exact else np.uint8)
+    if np.prod(shape) * dtype.itemsize > MEMORY_LIMIT:
+        return None
+    pixels = np.empty(shape, dtype)
+    with ThreadPoolExecutor() as pool:
+        for start in tqdm(range(0, len(rows), CHUNK), desc="reading images", unit=f" x {CHUNK}", disable=None):
             undecoded = _undecoded(rows, range(start, min(start + CHUNK, len(rows))))
-            arrays = list(pool.map(lambda item: read(*item), undecoded))
-            if not config.center_crop and any(array.shape[0] != array.shape[1] for array in arrays):
-                return lazy_set
+            arrays = list(pool.map(read, undecoded))
+            if not center_crop and any(array.shape[0] != array.shape[1] for array in arrays):
+                return None
             pixels[start : start + CHUNK] = [_square(array) for array in arrays]
-            progress.update(len(arrays))
-    pixels = torch.from_numpy(pixels)
-    return MemorySet(_scale(pixels) if config.preserve_input_precision else pixels, labels, class_names)
+    return torch.from_numpy(pixels)
+
+
+def _undecoded(rows, indices):
+    for start in range(0, len(indices), CHUNK):
+        chunk = rows[[int(index) for index in indices[start : start + CHUNK]]]
+        yield from zip(chunk["row"], chunk["image"])
+
+
+def _use_file(use, item):
+    """Return `use(image file)`; whatever goes wrong with a broken file is told with its row and path."""
+    row, encoded = item
+    try:
+        if encoded["bytes"] is not None:
+            return use(io.BytesIO(encoded["bytes"]))
+        with fsspec.open(encoded["path"], "rb") as file:  # the paths of a stream may lead to the Hub or into archives
+            return use(file)
+    except Exception as error:
+        path, reason = (encoded or {}).get("path") or "without a name", str(error).split(" <_io")[0].rstrip(".")
+        raise UserError(f"image {row} ({path}) cannot be read ({reason}): mend it or take it out.") from error
 
 
 def _load_splits(config):
     name, options = config.dataset_name, {"cache_dir": config.cache_dir, "streaming": config.streaming}
-    if not name and not config.train_data_dir:
-        raise UserError("there are no images to train on: give --dataset_name or --train_data_dir")
     if name == "digits" and not Path(name).exists():
         return {"train": _digits().to_iterable_dataset() if config.streaming else _digits()}
     try:
@@ -265,7 +334,7 @@ def _load_splits(config):
         reason = " ".join(str(error).split("Example of usage")[0].split())
         wanted = "a dataset of the Hub or a local folder, of images or in the Hub's layout"
         wanted = "one of these as --dataset_config_name" if "Config" in reason else wanted
-        raise UserError(f"{name or config.train_data_dir} cannot be loaded ({reason}): give {wanted}") from error
+        raise UserError(f"{name or config.train_data_dir} cannot be loaded ({reason}): give {wanted}.") from error
 
 
 def _digits():
@@ -287,22 +356,18 @@ def _find_columns(rows, config):
     label = config.label_column or first.get(datasets.ClassLabel)
     kind, classes = rows.features.get(label), {}
     if not isinstance(rows.features.get(image), datasets.Image):
-        given = f"--image_column {image} is no" if image else "there is no"
-        raise UserError(f"{given} column of images: the columns are {columns}, name one of images")
+        raise UserError(f"--image_column {image or '(not given)'} is no column of images: choose from {columns}.")
     if isinstance(kind, datasets.ClassLabel):
         classes = dict(enumerate(kind.names))
     elif "int" in getattr(kind, "dtype", "") and not config.streaming:
         classes = {value: str(value) for value in sorted(set(rows[label][:]))}
     elif label:
-        wanted = "classes" if config.streaming else "classes or integers"
-        raise UserError(
-            f"--label_column {label} is no column of {wanted}: the columns are {columns}, name one of such"
-        )
-    unknown = [name for name in config.class_names or () if name not in classes.values()]
-    if unknown:
-        known = ", ".join(classes.values()) or f"none; is one of the columns {columns} a --label_column?"
-        raise UserError(f"--class_names has {', '.join(unknown)}, but the classes to name are: {known}")
-    kept = {value: name for value, name in classes.items() if name in (config.class_names or classes.values())}
+        raise UserError(f"--label_column {label} is no column of classes: choose from {columns}.")
+    wanted = config.class_names or classes.values()
+    if not set(wanted) <= set(classes.values()):
+        known = ", ".join(classes.values()) or f"none, unless one of the columns {columns} is a --label_column"
+        raise UserError(f"--class_names {','.join(wanted)} is not all among the classes, which are {known}.")
+    kept = {value: name for value, name in classes.items() if name in wanted}
     return {image: "image"} | ({label: "label"} if label else {}), kept
 
 
@@ -317,107 +382,17 @@ def _select_rows(rows, columns, classes, config):
     return rows.select(np.flatnonzero(np.isin(rows["label"][:], list(classes)))) if config.class_names else rows
 
 
-def _set_apart(rows, held_out, splits):
+def _set_apart(rows, held_out, splits, config):
     """Return (rows to train on, rows held out): by hash, so that neither their order nor copies of images matter."""
     try:
-        share = float(held_out) / (len(rows) if held_out.isdigit() else 1)
+        share = 0 if config.streaming else float(held_out) / (len(rows) if held_out.isdigit() else 1)
     except ValueError:
         share = 0  # refused below, like shares that leave nothing on one side
     if not 0 < share < 1:
-        splits = ", ".join(splits)
-        raise UserError(
-            f"--validation_split {held_out} is no split ({splits}), no count below the number of images ({len(rows)}) "
-            "and no share between 0 and 1: give one of these"
-        )
-    digests = [
-        _use_file(lambda file: hashlib.sha256(file.read()).digest(), *row)
-        for row in _undecoded(rows, range(len(rows)))
-    ]
+        wanted = "" if config.streaming else f", a count below {len(rows)} or a share between 0 and 1"
+        raise UserError(f"--validation_split {held_out} cannot be: name a split ({', '.join(splits)}){wanted}.")
+    digest = functools.partial(_use_file, lambda file: hashlib.sha256(file.read()).digest())
+    digests = [digest(item) for item in _undecoded(rows, range(len(rows)))]
     highest = sorted(digests)[max(1, round(share * len(rows))) - 1]
     held = np.array([digest <= highest for digest in digests])
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))
-
-
-def _undecoded(rows, indices):
-    for start in range(0, len(indices), CHUNK):
-        chunk = rows[[int(index) for index in indices[start : start + CHUNK]]]
-        yield from zip(chunk["row"], chunk["image"])
-
-
-def _hash(*parts):
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def to_array(image, channels, exact=False):
-    """Return a Pillow image as (H,W,C) with C = `channels` (1 or 3), upright, its transparent parts on white.
-
-    It is uint8, to which greys of 16 bit and floats are rounded, or with `exact` float32 in [0, 1], where nothing is
-    rounded (but Pillow opens *colours* of 16 bit as 8 bit). Raises `UserError` for greys that are off their scale.
-    """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip these at 255
-        array, white = np.asarray(image), 1 if image.mode == "F" else 65535
-        if not 0 <= array.min() <= array.max() <= white:
-            raise UserError(f"its values are {array.min():g} to {array.max():g}, not within 0 to {white}: rescale it")
-        array = (array / white).astype(np.float32) if exact else np.rint(array / white * 255).astype(np.uint8)
-    else:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode not in ("1", "L"):
-            image = image.convert("RGB")
-        array = np.asarray(image.convert("L") if channels == 1 or image.mode == "1" else image)
-        array = array.astype(np.float32) / 255 if exact else array
-    return array if array.ndim == 3 else np.repeat(array[..., None], channels, axis=-1)
-
-
-def _read_image(row, encoded, channels, resolution, exact):
-    """Return (H,W,C) as `to_array` does, resized with antialiasing until its shorter side is `resolution`."""
-    array = _use_file(lambda file: to_array(Image.open(file), channels, exact), row, encoded)
-    height, width = (round(side * resolution / min(array.shape[:2])) for side in array.shape[:2])
-    if (height, width) == array.shape[:2]:
-        return array
-    planes = [Image.fromarray(plane) for plane in np.moveaxis(array, -1, 0)]
-    planes = [plane.resize((width, height), Image.Resampling.LANCZOS) for plane in planes]
-    return np.stack(planes, axis=-1).clip(0, 1 if exact else 255)  # floats overshoot at edges
-
-
-def _use_file(use, row, encoded):
-    """Return `use(image file)`; whatever goes wrong with a broken file is told with its row and path."""
-    try:
-        if encoded["bytes"] is not None:
-            return use(io.BytesIO(encoded["bytes"]))
-        with fsspec.open(encoded["path"], "rb") as file:  # the paths of a stream may lead to the Hub or into archives
-            return use(file)
-    except Exception as error:
-        path, reason = (encoded or {}).get("path") or "without a name", str(error).split(" <_io")[0]
-        raise UserError(f"image {row} ({path}) cannot be read ({reason}): mend it or take it out") from error
-
-
-def _read_batch(undecoded, read, generators=None, flip=False, random_crop=False):
-    def read_one(item, generator):
-        return _square(read(*item), generator, flip, random_crop)
-
-    with ThreadPoolExecutor(1 if get_worker_info() else None) as pool:  # Pillow decodes outside the GIL
-        images = list(pool.map(read_one, undecoded, generators or itertools.repeat(None)))
-    return _scale(torch.from_numpy(np.stack(images)))
-
-
-def _square(array, generator=None, flip=False, random_crop=False):
-    """Return the square (C,H,W) of (H,W,C), mirrored and cut where the generator says; without, the central one."""
-    if generator and flip and _heads(generator):
-        array = array[:, ::-1]
-    side = min(array.shape[:2])
-    spare = [length - side for length in array.shape[:2]]
-    drawn = random_crop and generator
-    top, left = (int(torch.randint(n + 1, (), generator=generator)) if drawn else n // 2 for n in spare)
-    return np.moveaxis(array[top : top + side, left : left + side], -1, 0)
-
-
-def _heads(generator):
-    return bool(torch.rand((), generator=generator) < 0.5)
-
-
-def _scale(images):
-    return images / 127.5 - 1 if images.dtype == torch.uint8 else images * 2 - 1

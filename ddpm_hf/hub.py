@@ -83,23 +83,30 @@ def push(output_dir: str | Path, repo_id: str, token: str | None, message: str) 
     """Upload the run as it is now, in the background, as one commit; `finish_push` waits for it.
 
     The files are copied first, so that training may go on writing. One that holds a token stays here, with a warning.
+    A push that fails is a warning too, whatever the reason: no network may end hours of training.
     """
     secrets = "|".join([TOKEN, *map(re.escape, filter(None, [token, get_token()]))]).encode()
-    frozen = tempfile.TemporaryDirectory(prefix=".push-", dir=output_dir)
     paths = [path for name in PUBLISHED for path in [Path(output_dir, name), *Path(output_dir, name).rglob("*")]]
-    for source in filter(Path.is_file, paths):
-        target = Path(frozen.name, source.relative_to(output_dir))
-        if source.suffix in (".json", ".jsonl", ".md") and re.search(secrets, source.read_bytes()):
-            logger.warning("%s holds an access token and was not pushed: remove the token from it.", source)
-        elif "/." not in f"/{source.relative_to(output_dir).as_posix()}":  # half-written files start with a dot
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    try:
+        frozen = tempfile.TemporaryDirectory(prefix=".push-", dir=output_dir, ignore_cleanup_errors=True)
+        for source in filter(Path.is_file, paths):
+            target = Path(frozen.name, source.relative_to(output_dir))
+            if source.suffix in (".json", ".jsonl", ".md") and re.search(secrets, source.read_bytes()):
+                logger.warning("%s holds an access token and was not pushed: remove the token from it.", source)
+            elif "/." not in f"/{source.relative_to(output_dir).as_posix()}":  # half-written files start with a dot
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+    except OSError as error:
+        logger.warning(
+            "Nothing was pushed to %s, for want of a copy (%s): free some space, push again.", repo_id, error
+        )
+        return API.run_as_future(lambda: False)
 
     def upload():
         with frozen as folder:
             try:
                 API.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, token=token)
-            except Exception as error:  # whatever it is: no network may end hours of training
+            except Exception as error:
                 logger.warning(
                     "The push to %s failed (%s): the run is whole here, push again.", repo_id, reason(error)
                 )

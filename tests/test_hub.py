@@ -173,6 +173,15 @@ attempt("unreachable", [])
     assert not list(run.glob(".push-*"))
 
 
+def test_a_full_disk_is_a_warning(run, monkeypatch, caplog):
+    def copyfile(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ddpm_hub.shutil, "copyfile", copyfile)
+    assert not ddpm_hub.finish_push(ddpm_hub.push(run, "me/run", None, "Step 3"))
+    assert "Nothing was pushed to me/run, for want of a copy ([Errno 28] No space left on device)" in caplog.text
+
+
 def test_the_server_serves_datasets(hub, tmp_path):
     (tmp_path / "data").mkdir()
     rows = datasets.Dataset.from_dict({"label": [3, 1, 4]})
@@ -237,7 +246,7 @@ def test_the_card_says_what_the_run_recorded_and_no_more(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     facts = {
-        "command": f"train_unconditional.py --push_to_hub --hub_token {OTHER_TOKEN} '--hub-token=***' --seed=1 --note={WRITE_TOKEN}",
+        "command": f"train.py --push_to_hub --hub_token {OTHER_TOKEN} '--hub-token=***' --n={WRITE_TOKEN}",
         "parameters": 35746307,
         "images_seen": 128000,
         "seconds": 1234.5,
@@ -253,7 +262,7 @@ def test_the_card_says_what_the_run_recorded_and_no_more(tmp_path):
         "tags": ["diffusers", "ddpm", "unconditional-image-generation", "pytorch", "ddpm_hf"],
         "datasets": ["uoft-cs/cifar10"],
     }
-    assert "train_unconditional.py --push_to_hub --seed=1 --note=***\n" in card.text
+    assert "train.py --push_to_hub --n=***\n" in card.text
     for part in (
         "# ddpm-cifar10\n",
         'DDPMPipeline.from_pretrained("me/ddpm-cifar10")\nimage = pipeline(num_inference_steps=1000).images[0]',
