@@ -37,7 +37,10 @@ def figures(arguments):
     unet = UNet2DModel.from_pretrained(run, subfolder="unet")
     scheduler = PaperDDPMScheduler.from_pretrained(run, subfolder="scheduler")
     train_set, _ = load_images(config, unet.config.in_channels)
-    run_figures(run, unet, scheduler, train_set.get(list(range(8))), config.seed)
+    count = min(16, config.eval_batch_size)
+    run_figures(
+        run, unet, scheduler, train_set.get(list(range(8))), config.seed, count, config.ddpm_num_inference_steps
+    )
     print(f"The figures are in {run / 'figures'}.")
 
 

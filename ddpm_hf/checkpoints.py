@@ -165,7 +165,8 @@ def check_same_model(checkpoint: Path, unet_config: dict, ema: bool):
     """
     saved = json.loads((checkpoint / "train_config.json").read_text())
     for name, value in json.loads(json.dumps(unet_config)).items():
-        if saved["unet"].get(name) != value:
+        # Names with an underscore are diffusers' own notes, in an order that differs from process to process.
+        if not name.startswith("_") and saved["unet"].get(name) != value:
             raise UserError(
                 f"{checkpoint} is of another model: its UNet has {name} {saved['unet'].get(name)}, this run's has "
                 f"{value}: give the flags it was trained with, or another --output_dir."

@@ -32,9 +32,10 @@ GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
 def load_images(config, channels=None):
     """Return the image sets `(train, validation)` of a `TrainingConfig`; validation is None where none is asked for.
 
-    A set has `num_images` (None for a stream of unknown length), `channels`, `resolution`, `labels` ((N,) int64 with -1
-    for none, or None), `class_names` (None, or a list with the name of label k at k; `config.class_names` leaves only
-    those) and `fingerprint` (16 hex digits). `channels` is 1 or 3, or None: 1 if all of 256 sampled images are grey.
+    A set has `num_images` (None for a stream of unknown length), `channels`, `resolution`, `labels` (None, or (N,)
+    int64 with -1 for no class), `class_names` (None, or a list with the name of label k at k; `config.class_names`
+    leaves only those it has) and `fingerprint` (16 hex digits). `channels` is 1 or 3, or None to follow the data: 1 if
+    all of 256 sampled images (of a stream, its first 64) are grey.
 
     Raises:
         UserError: for images, columns, classes or splits that are missing or cannot be read.
@@ -57,9 +58,7 @@ def load_images(config, channels=None):
     else:
         sample = list(_undecoded(rows, range(0, len(rows), -(-len(rows) // 256) or 1)))
     if not sample or validation is not None and not len(validation):
-        raise UserError(
-            "there are no images to train on, or none held out: give a dataset or --class_names with some."
-        )
+        raise UserError("no images are left to train on, or to hold out: give a dataset, or --class_names, with some.")
     modes = {_use_file(lambda file: Image.open(file).mode, item) for item in sample}
     read = functools.partial(
         _read_image,
@@ -67,10 +66,10 @@ def load_images(config, channels=None):
         resolution=config.resolution,
         exact=config.preserve_input_precision,
     )
-    train = (
-        StreamedSet(rows, classes, read, config, sample) if config.streaming else ImageSet(rows, classes, read, config)
-    )
-    return train, None if validation is None else ImageSet(validation, classes, read, config)
+    validation = None if validation is None else ImageSet(validation, classes, read, config)
+    if config.streaming:
+        return StreamedSet(rows, classes, read, config, sample), validation
+    return ImageSet(rows, classes, read, config), validation
 
 
 def training_batches(train_set, config, first_ordinal, process_index, num_processes):
@@ -98,8 +97,9 @@ def training_batches(train_set, config, first_ordinal, process_index, num_proces
     while True:
         try:
             batch = next(batches)
-        except UserError as error:  # torch wraps a worker's in its traceback
-            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
+        except UserError as error:
+            # Torch wraps a worker's in its traceback, and in a cycle of references that keeps the workers for seconds.
+            raise UserError(str(error.with_traceback(None)).rsplit("UserError: ", 1)[-1].strip()) from None
         yield batch
 
 
@@ -135,7 +135,10 @@ class ImageSet:
         self.channels, self.resolution = read.keywords["channels"], config.resolution
         label_of = {value: label for label, value in enumerate(classes)}
         self.labels = torch.tensor([label_of.get(value, -1) for value in rows["label"][:]]) if classes else None
-        self.pixels = _decode_all(rows, read, config.center_crop)
+        shape = (len(rows), self.channels, self.resolution, self.resolution)
+        dtype = np.dtype(np.float32 if config.preserve_input_precision else np.uint8)
+        fits = np.prod(shape) * dtype.itemsize <= MEMORY_LIMIT
+        self.pixels = _decode_all(rows, read, config.center_crop, np.empty(shape, dtype)) if fits else None
         self.random_crop = self.pixels is None and not config.center_crop
         identity = repr((rows._fingerprint, read.keywords, self.random_crop)).encode()
         identity = identity if self.pixels is None else self.pixels.numpy()
@@ -183,7 +186,7 @@ class StreamedSet(Dataset):
         return _read_batch([self.sample[index] for index in indices], self.read)
 
     def state_dict(self):
-        """Return the position after the last batch in dicts, lists, strings and numbers; it does for all processes."""
+        """Return the position after the last batch in dicts, lists, strings and numbers; process 0 has one for all."""
         return dict(self.state)
 
     def load_state_dict(self, state):
@@ -208,15 +211,14 @@ class StreamedSet(Dataset):
             state.update(epoch=state["epoch"] + 1, source=None)
 
     def __getitems__(self, ordinals):
-        """Return a batch, as `training_batches` describes it, for a range of ordinals, best one that lies ahead."""
+        """Return a batch, as `training_batches` describes it, for a range of ordinals; if it lies behind, start over."""
         if ordinals.start < self.state["block"] + self.state["taken"]:
             self.load_state_dict(None)
         skipped = ordinals.start - self.state["block"] - self.state["taken"]
         rows = list(itertools.islice(self.shuffled, skipped, skipped + len(ordinals)))
-        undecoded, flip = zip(ordinals, [row["image"] for row in rows]), self.config.random_flip
-        images = _read_batch(
-            undecoded, self.read, _generators(self.config.seed, ordinals), flip, not self.config.center_crop
-        )
+        flip, random_crop = self.config.random_flip, not self.config.center_crop
+        generators = _generators(self.config.seed, ordinals) if flip or random_crop else None
+        images = _read_batch(zip(ordinals, [row["image"] for row in rows]), self.read, generators, flip, random_crop)
         batch = {"ordinals": torch.tensor(ordinals), "images": images}
         labels = [self.label_of.get(row.get("label"), -1) for row in rows]
         return batch | {"labels": torch.tensor(labels)} if self.label_of else batch
@@ -286,20 +288,15 @@ def _read_batch(undecoded, read, generators=None, flip=False, random_crop=False)
     return _scale(torch.from_numpy(np.stack(images)))
 
 
-def _decode_all(rows, read, center_crop):
-    """Return (N,C,H,W), or None if that is too large or there are several ways to crop one of the images."""
-    channels, resolution, exact = read.keywords.values()
-    shape, dtype = (len(rows), channels, resolution, resolution), np.dtype(np.float32 if exact else np.uint8)
-    if np.prod(shape) * dtype.itemsize > MEMORY_LIMIT:
-        return None
-    pixels = np.empty(shape, dtype)
-    with ThreadPoolExecutor() as pool:
-        for start in tqdm(range(0, len(rows), CHUNK), desc="reading images", unit=f" x {CHUNK}", disable=None):
-            undecoded = _undecoded(rows, range(start, min(start + CHUNK, len(rows))))
-            arrays = list(pool.map(read, undecoded))
+def _decode_all(rows, read, center_crop, pixels):
+    """Fill `pixels` (N,C,H,W) and return it as a tensor, or None if there are several ways to crop one of the images."""
+    with ThreadPoolExecutor() as pool, tqdm(desc="reading", total=len(rows), unit=" images", disable=None) as bar:
+        for start in range(0, len(rows), CHUNK):
+            arrays = list(pool.map(read, _undecoded(rows, range(start, min(start + CHUNK, len(rows))))))
             if not center_crop and any(array.shape[0] != array.shape[1] for array in arrays):
                 return None
             pixels[start : start + CHUNK] = [_square(array) for array in arrays]
+            bar.update(len(arrays))
     return torch.from_numpy(pixels)
 
 
@@ -311,19 +308,21 @@ def _undecoded(rows, indices):
 
 def _use_file(use, item):
     """Return `use(image file)`; whatever goes wrong with a broken file is told with its row and path."""
-    row, encoded = item
+    row, encoded = item[0], item[1] or {"bytes": b"", "path": None}
     try:
         if encoded["bytes"] is not None:
             return use(io.BytesIO(encoded["bytes"]))
         with fsspec.open(encoded["path"], "rb") as file:  # the paths of a stream may lead to the Hub or into archives
-            return use(file)
+            return use(io.BytesIO(file.read()))
     except Exception as error:
-        path, reason = (encoded or {}).get("path") or "without a name", str(error).split(" <_io")[0].rstrip(".")
+        path, reason = encoded["path"] or "without a name", str(error).split(" <_io")[0].rstrip(".")
         raise UserError(f"image {row} ({path}) cannot be read ({reason}): mend it or take it out.") from error
 
 
 def _load_splits(config):
     name, options = config.dataset_name, {"cache_dir": config.cache_dir, "streaming": config.streaming}
+    if not name and not config.train_data_dir:
+        raise UserError("there is nothing to train on: give --dataset_name (Hub id or folder) or --train_data_dir.")
     if name == "digits" and not Path(name).exists():
         return {"train": _digits().to_iterable_dataset() if config.streaming else _digits()}
     try:
@@ -350,17 +349,18 @@ def _digits():
 
 def _find_columns(rows, config):
     """Return `{image column: "image", label column, if any: "label"}` and `{value of a label: name of its class}`."""
-    columns = ", ".join(rows.features)
-    first = {type(feature): name for name, feature in reversed(rows.features.items())}
+    features = rows.features or {}  # a stream of texts has none
+    columns = ", ".join(features) or "none"
+    first = {type(feature): name for name, feature in reversed(features.items())}
     image = config.image_column or first.get(datasets.Image)
     label = config.label_column or first.get(datasets.ClassLabel)
-    kind, classes = rows.features.get(label), {}
-    if not isinstance(rows.features.get(image), datasets.Image):
+    kind, classes = features.get(label), {}
+    if not isinstance(features.get(image), datasets.Image):
         raise UserError(f"--image_column {image or '(not given)'} is no column of images: choose from {columns}.")
     if isinstance(kind, datasets.ClassLabel):
         classes = dict(enumerate(kind.names))
     elif "int" in getattr(kind, "dtype", "") and not config.streaming:
-        classes = {value: str(value) for value in sorted(set(rows[label][:]))}
+        classes = {value: str(value) for value in sorted(set(rows[label][:]) - {None})}
     elif label:
         raise UserError(f"--label_column {label} is no column of classes: choose from {columns}.")
     wanted = config.class_names or classes.values()
@@ -373,9 +373,9 @@ def _find_columns(rows, config):
 
 def _select_rows(rows, columns, classes, config):
     """Leave the wanted columns, as `image` and `label`, and the rows of the wanted classes; nothing is decoded."""
-    renamed = {column: name for column, name in columns.items() if column != name}
-    rows = rows.select_columns(list(columns)).rename_columns(renamed)
-    rows = rows.cast_column("image", datasets.Image(decode=False))
+    # The cast comes first: any other step of a stream would decode the images, and encode them again.
+    rows = rows.cast_column(next(iter(columns)), datasets.Image(decode=False)).select_columns(list(columns))
+    rows = rows.rename_columns({column: name for column, name in columns.items() if column != name})
     if config.streaming:
         return rows.filter(lambda label: label in classes, input_columns="label") if config.class_names else rows
     rows = rows.add_column("row", np.arange(len(rows)))  # broken images are named by it

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
 from .randomness import keyed_generator
-from .sampling import image_generators, sample, to_uint8
+from .sampling import affordable, image_generators, sample, to_uint8
 from .scheduler import PaperDDPMScheduler
 
 
@@ -23,6 +23,7 @@ BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
 BANDS = {"0 to T/4": "#12355b", "T/4 to T/2": "#2a78b8", "T/2 to 3T/4": "#5fb6c9", "3T/4 to T": "#a8d5a2"}
 GAP = 4  # white pixels between images
 FRAMES = 40  # of the GIF; more are smoother and cost bytes
+PATIENCE = 180  # seconds
 DDIM_STEPS = (5, 10, 20, 50)  # divisors of 1000, so that trailing spacing is even
 
 
@@ -222,13 +223,15 @@ def run_figures(output_dir, unet, scheduler, images, seed, num_images=16, num_in
 
     Args:
         images: real images (N, C, H, W) in [-1, 1], of which up to 4 are shown drowning in noise.
-        num_images: images drawn from `seed`, from the same noise by DDPM and DDIM; the GIF has 16 of them at most.
+        num_images: images drawn from `seed`, from the same noise by DDPM and DDIM; the GIF has 16 of them at most. On
+            a CPU there are fewer if they would take longer than PATIENCE.
         num_inference_steps: DDPM steps of the reverse process; None: all T.
     """
     metrics, folder = Path(output_dir, "metrics.jsonl"), Path(output_dir, "figures")
     steps = scheduler.subsequence(num_inference_steps, "trailing")
     kept = evenly(range(len(steps)), FRAMES)
     total = len(steps) + sum(count for count in DDIM_STEPS if count <= len(scheduler))
+    num_images = affordable(unet, num_images, total, PATIENCE)
     frames = []
     with tqdm(total=total, desc="Figures", unit="step") as bar:
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
 
 from . import UserError, checkpoints
 from .checkpoints import writing
@@ -15,7 +16,10 @@ from .hub import push, save_pipeline, write_card
 from .losses import NUM_BANDS, validation_loss
 from .model import ema_decay
 from .run import Run
-from .sampling import sample_images
+from .sampling import affordable, sample_images
+
+
+PATIENCE = 180  # seconds that a sample sheet may take on a CPU
 
 
 def what_is_due(run: Run) -> set[str]:
@@ -83,8 +87,11 @@ def reach(run: Run, due: set[str], images_per_second: float) -> dict:
             save_pipeline(folder, run.published, run.scheduler)
             if "end" in due:
                 images = run.train_set.get(list(range(min(8, run.num_images))))
-                run_figures(folder, run.published, run.scheduler, images, config.seed)
-            write_card(folder, config, run.facts | line | {"seconds": state.seconds})
+                count = min(16, config.eval_batch_size)
+                steps = config.ddpm_num_inference_steps
+                run_figures(folder, run.published, run.scheduler, images, config.seed, count, steps)
+            facts = run.facts | line | {"seconds": state.seconds}
+            write_card(folder, config, facts | ({"repo_id": run.repo_id} if run.repo_id else {}))
         if run.repo_id is not None:
             message = "End of training" if "end" in due else f"Step {state.step}"
             run.pushing = push(folder, run.repo_id, config.hub_token, message)
@@ -155,7 +162,16 @@ def validate(run: Run) -> dict:
 def draw_sheet(run: Run):
     """Write samples/epoch_<n>.png from the same noise each time; every process draws its share of the images."""
     config, accelerator = run.config, run.accelerator
-    share = range(accelerator.process_index, config.eval_batch_size, accelerator.num_processes)
+    if run.sheet_images is None:
+        steps = config.ddpm_num_inference_steps
+        affordable_images = [affordable(run.published, config.eval_batch_size, steps, PATIENCE)]
+        run.sheet_images = broadcast_object_list(affordable_images)[0]
+        if run.sheet_images < config.eval_batch_size and accelerator.is_main_process:
+            tqdm.write(
+                f"Sample sheets have {run.sheet_images} instead of {config.eval_batch_size} images: more would take "
+                f"over {PATIENCE} s each in {steps} steps; lower --ddpm_num_inference_steps for more."
+            )
+    share = range(accelerator.process_index, run.sheet_images, accelerator.num_processes)
     images = sample_images(
         run.published,
         run.scheduler,

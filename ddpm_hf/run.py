@@ -48,6 +48,7 @@ class Run:
     model: Any = None
     ema: AveragedModel | None = None
     repo_id: str | None = None
+    sheet_images: int | None = None  # on a sample sheet, as many as this machine draws in bearable time
     pushing: Any = None  # the last push, under way in the background
 
     @property
@@ -145,11 +146,11 @@ def make_accelerator(config) -> Accelerator:
         raise UserError(
             f"--logger {config.logger} is not installed: pip install {config.logger}, or take tensorboard or none."
         )
-    if config.local_rank != -1:
-        # Launchers before torchrun pass the rank as a flag; accelerate reads the variable.
+    if config.local_rank != -1 and "WORLD_SIZE" in os.environ:
+        # Launchers before torchrun pass this rank as a flag and the others as variables; accelerate reads variables.
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             log_with=None if config.logger == "none" else config.logger,
@@ -161,7 +162,13 @@ def make_accelerator(config) -> Accelerator:
             dynamo_plugin=TorchDynamoPlugin(backend="inductor") if config.torch_compile else None,
         )
     except ValueError as error:
+        if config.mixed_precision == "no":
+            raise UserError(f"accelerate cannot start ({error}): check the launcher's settings.") from error
         raise UserError(f"--mixed_precision {config.mixed_precision} cannot act here ({error}): take no.") from error
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # accelerate lets it pass, without the gradient scaler that fp16 needs.
+        raise UserError("--mixed_precision fp16 cannot act here (it needs a GPU): take bf16 or no.")
+    return accelerator
 
 
 def count_steps(config, num_images: int | None, global_batch: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
     ACCELERATE_USE_CPU="true",
+    OMP_NUM_THREADS="1",  # tiny networks: a second thread costs more than it gives, tenfold on a busy machine
     TOKENIZERS_PARALLELISM="false",
 )
 

@@ -104,6 +104,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(name, broken, image_folder
         argv.append(f"--output_dir={tmp_path / 'run'}")
     if not any(flag.startswith(("--resolution", "--preset")) for flag in argv):
         argv += ["--resolution=16", "--base_channels=8", "--logger=none"]
+    if not any(flag.startswith(("--max_train_steps", "--num_epochs")) for flag in argv):
+        argv.append("--max_train_steps=3")  # should a refusal fail, the test does not train for hours
     before = listing(broken)
     with pytest.raises(SystemExit) as stopped:
         main(argv)

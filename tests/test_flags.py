@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-import os
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.utils import DynamoBackend
-from conftest import TINY, steps
+from conftest import TINY, start_script, steps
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,7 +20,7 @@ from ddpm_hf.run import make_accelerator
 from ddpm_hf.training import train
 
 
-# Flags that change the trajectory: the weights after three steps differ from those of the same run without them.
+# Flags that change the trajectory: the weights after four steps differ from those of the same run without them.
 TRAJECTORY = [
     "--seed=1", "--resolution=16", "--base_channels=16", "--channel_mults=1,1", "--layers_per_block=2",
     "--attention_resolutions=8,4", "--dropout=0.5", "--ddpm_num_steps=20", "--ddpm_beta_schedule=squaredcos_cap_v2",
@@ -38,25 +38,25 @@ def weights(run):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    run, _ = steps(3, "--output_dir", tmp_path_factory.mktemp("plain"))
+    run, _ = steps(4, "--output_dir", tmp_path_factory.mktemp("plain"))
     return weights(run)
 
 
 def test_the_same_flags_give_the_same_weights(plain, tmp_path):
-    assert torch.equal(weights(steps(3, "--output_dir", tmp_path)[0]), plain)
+    assert torch.equal(weights(steps(4, "--output_dir", tmp_path)[0]), plain)
 
 
 @pytest.mark.parametrize("flag", TRAJECTORY)
 def test_flag_changes_what_is_learnt(flag, plain, tmp_path):
-    changed = weights(steps(3, "--output_dir", tmp_path, flag)[0])
+    changed = weights(steps(4, "--output_dir", tmp_path, flag)[0])
     assert changed.shape != plain.shape or not torch.equal(changed, plain)
 
 
 @pytest.mark.parametrize("flag", ["--ema_inv_gamma=9", "--ema_power=0.2", "--ema_max_decay=0.1"])
 def test_ema_flags_change_what_is_published(flag, plain, tmp_path):
-    raw, _ = steps(3, "--output_dir", tmp_path / "raw")
-    averaged, _ = steps(3, "--output_dir", tmp_path / "ema", "--use_ema")
-    changed, _ = steps(3, "--output_dir", tmp_path / "changed", "--use_ema", flag)
+    raw, _ = steps(4, "--output_dir", tmp_path / "raw")
+    averaged, _ = steps(4, "--output_dir", tmp_path / "ema", "--use_ema")
+    changed, _ = steps(4, "--output_dir", tmp_path / "changed", "--use_ema", flag)
     assert raw.published is raw.unet and averaged.published is not averaged.unet
     assert torch.equal(weights(averaged), plain)  # the average is beside the training, never in it
     one, other = averaged.published.state_dict(), changed.published.state_dict()
@@ -110,7 +110,7 @@ def test_preserve_input_precision_keeps_16_bits(odd_images):
     levels = (rounded + 1) * 127.5
     assert torch.allclose(levels, levels.round(), atol=1e-3)
     assert not torch.allclose((exact + 1) * 127.5, ((exact + 1) * 127.5).round(), atol=1e-3)
-    assert (exact - rounded).abs().max() < 0.02
+    assert (exact - rounded).abs().max() < 0.05  # rounding, and clamping between the two passes
 
 
 def test_label_column_changes_the_classes(odd_images):
@@ -203,10 +203,15 @@ def test_torch_compile_asks_accelerate_for_inductor(tmp_path):
     assert make_accelerator(config).state.dynamo_plugin.backend == DynamoBackend.INDUCTOR
 
 
-def test_local_rank_reaches_accelerate(tmp_path, monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    make_accelerator(parse_config([*TINY, f"--output_dir={tmp_path}", "--local_rank=0"]))
-    assert os.environ.pop("LOCAL_RANK") == "0"
+def test_local_rank_joins_the_processes_of_an_old_launcher(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    flags = [*TINY, "--dry_run", f"--output_dir={tmp_path / 'run'}"]
+    processes = [start_script(*flags, f"--local_rank={k}", env=environment | {"RANK": str(k)}) for k in (0, 1)]
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and "on 2 x cpu" in said[0]
 
 
 # Where the other flags are tested: hub flags over HTTP in test_hub.py, the rest by name.
