@@ -211,7 +211,7 @@ class StreamedSet(Dataset):
             state.update(epoch=state["epoch"] + 1, source=None)
 
     def __getitems__(self, ordinals):
-        """Return a batch, as `training_batches` describes it, for a range of ordinals; if it lies behind, start over."""
+        """Return a batch, as `training_batches` describes it, for a range of ordinals; one that lies behind is slow."""
         if ordinals.start < self.state["block"] + self.state["taken"]:
             self.load_state_dict(None)
         skipped = ordinals.start - self.state["block"] - self.state["taken"]
@@ -289,7 +289,7 @@ def _read_batch(undecoded, read, generators=None, flip=False, random_crop=False)
 
 
 def _decode_all(rows, read, center_crop, pixels):
-    """Fill `pixels` (N,C,H,W) and return it as a tensor, or None if there are several ways to crop one of the images."""
+    """Fill `pixels` (N,C,H,W) and return it as a tensor; None if there are several ways to crop one of the images."""
     with ThreadPoolExecutor() as pool, tqdm(desc="reading", total=len(rows), unit=" images", disable=None) as bar:
         for start in range(0, len(rows), CHUNK):
             arrays = list(pool.map(read, _undecoded(rows, range(start, min(start + CHUNK, len(rows))))))

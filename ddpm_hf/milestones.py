@@ -1,7 +1,6 @@
 """What a run does besides steps: log lines, validation, sample sheets, checkpoints, pipelines, pushes, the end."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -185,7 +184,7 @@ def draw_sheet(run: Run):
     drawn = gather_object(list(zip(share, images.cpu().numpy())))
     if accelerator.is_main_process:
         images = np.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])
-        epoch = math.ceil(run.state.images_seen / run.num_images)
+        epoch = run.epochs(run.state.step - 1) + 1  # the one that this step belongs to
         path = Path(config.output_dir) / "samples" / f"epoch_{epoch:04d}.png"
         with writing("a sample sheet", path):
             path.parent.mkdir(exist_ok=True)
