@@ -6,26 +6,22 @@ neither batch size nor processes nor workers nor the place where a run was resum
 
 import functools
 import hashlib
-import io
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
-import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, get_worker_info
-from tqdm import tqdm
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from . import UserError
+from .pixels import decode_all, heads, read_batch, read_image, scale, to_array, undecoded, use_file  # noqa: F401
 from .randomness import keyed_generator
 
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels; larger sets are decoded anew whenever an image is needed
 SHUFFLE_BUFFER = 1000  # successive rows of a stream that are shuffled among themselves
-CHUNK = 256  # rows that are read together, undecoded
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
 
 
@@ -56,12 +52,12 @@ def load_images(config, channels=None):
     if config.streaming:
         sample = list(enumerate(row["image"] for row in itertools.islice(rows, 64)))
     else:
-        sample = list(_undecoded(rows, range(0, len(rows), -(-len(rows) // 256) or 1)))
+        sample = list(undecoded(rows, range(0, len(rows), -(-len(rows) // 256) or 1)))
     if not sample or validation is not None and not len(validation):
         raise UserError("no images are left to train on, or to hold out: give a dataset, or --class_names, with some.")
-    modes = {_use_file(lambda file: Image.open(file).mode, item) for item in sample}
+    modes = {use_file(lambda file: Image.open(file).mode, item) for item in sample}
     read = functools.partial(
-        _read_image,
+        read_image,
         channels=channels or (1 if modes <= GREY_MODES else 3),
         resolution=config.resolution,
         exact=config.preserve_input_precision,
@@ -138,7 +134,7 @@ class ImageSet:
         shape = (len(rows), self.channels, self.resolution, self.resolution)
         dtype = np.dtype(np.float32 if config.preserve_input_precision else np.uint8)
         fits = np.prod(shape) * dtype.itemsize <= MEMORY_LIMIT
-        self.pixels = _decode_all(rows, read, config.center_crop, np.empty(shape, dtype)) if fits else None
+        self.pixels = decode_all(rows, read, config.center_crop, np.empty(shape, dtype)) if fits else None
         self.random_crop = self.pixels is None and not config.center_crop
         identity = repr((rows._fingerprint, read.keywords, self.random_crop)).encode()
         identity = identity if self.pixels is None else self.pixels.numpy()
@@ -150,12 +146,12 @@ class ImageSet:
     def get(self, indices, generators=None, flip=False):
         """Return (B,C,H,W) float32 in [-1, 1], mirrored and cropped as each one's generator says, else centrally."""
         if self.pixels is None:
-            return _read_batch(_undecoded(self.rows, indices), self.read, generators, flip, self.random_crop)
+            return read_batch(undecoded(self.rows, indices), self.read, generators, flip, self.random_crop)
         images = self.pixels[indices]
         if flip and generators:
-            mirrored = torch.tensor([_heads(generator) for generator in generators])
+            mirrored = torch.tensor([heads(generator) for generator in generators])
             images[mirrored] = images[mirrored].flip(-1)
-        return _scale(images)
+        return scale(images)
 
 
 class StreamedSet(Dataset):
@@ -183,7 +179,7 @@ class StreamedSet(Dataset):
 
     def get(self, indices):
         """Return some of its first 64 images, (B,C,H,W) float32 in [-1, 1]."""
-        return _read_batch([self.sample[index] for index in indices], self.read)
+        return read_batch([self.sample[index] for index in indices], self.read)
 
     def state_dict(self):
         """Return the position after the last batch in dicts, lists, strings and numbers; process 0 has one for all."""
@@ -211,112 +207,17 @@ class StreamedSet(Dataset):
             state.update(epoch=state["epoch"] + 1, source=None)
 
     def __getitems__(self, ordinals):
-        """Return a batch, as `training_batches` describes it, for a range of ordinals; one that lies behind is slow."""
+        """Return a batch, as `training_batches` describes it, for a range of ordinals (behind: slow)."""
         if ordinals.start < self.state["block"] + self.state["taken"]:
             self.load_state_dict(None)
         skipped = ordinals.start - self.state["block"] - self.state["taken"]
         rows = list(itertools.islice(self.shuffled, skipped, skipped + len(ordinals)))
         flip, random_crop = self.config.random_flip, not self.config.center_crop
         generators = _generators(self.config.seed, ordinals) if flip or random_crop else None
-        images = _read_batch(zip(ordinals, [row["image"] for row in rows]), self.read, generators, flip, random_crop)
+        images = read_batch(zip(ordinals, [row["image"] for row in rows]), self.read, generators, flip, random_crop)
         batch = {"ordinals": torch.tensor(ordinals), "images": images}
         labels = [self.label_of.get(row.get("label"), -1) for row in rows]
         return batch | {"labels": torch.tensor(labels)} if self.label_of else batch
-
-
-def to_array(image, channels, exact=False):
-    """Return a Pillow image as (H,W,C) with C = `channels` (1 or 3), upright, its transparent parts on white.
-
-    It is uint8, to which greys of 16 bit and floats are rounded, or with `exact` float32 in [0, 1], where nothing is
-    rounded (but Pillow opens *colours* of 16 bit as 8 bit).
-
-    Raises:
-        UserError: for greys that are off their scale.
-    """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip these at 255
-        array, white = np.asarray(image), 1 if image.mode == "F" else 65535
-        if not 0 <= array.min() <= array.max() <= white:
-            raise UserError(f"its values are {array.min():g} to {array.max():g}, not within 0 to {white}: rescale it.")
-        array = (array / white).astype(np.float32) if exact else np.rint(array / white * 255).astype(np.uint8)
-    else:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode not in ("1", "L"):
-            image = image.convert("RGB")
-        array = np.asarray(image.convert("L") if channels == 1 or image.mode == "1" else image)
-        array = array.astype(np.float32) / 255 if exact else array
-    return array if array.ndim == 3 else np.repeat(array[..., None], channels, axis=-1)
-
-
-def _read_image(item, channels, resolution, exact):
-    """Return (H,W,C) as `to_array` does, resized with antialiasing until its shorter side is `resolution`."""
-    array = _use_file(lambda file: to_array(Image.open(file), channels, exact), item)
-    height, width = (round(side * resolution / min(array.shape[:2])) for side in array.shape[:2])
-    if (height, width) == array.shape[:2]:
-        return array
-    planes = [Image.fromarray(plane) for plane in np.moveaxis(array, -1, 0)]
-    planes = [plane.resize((width, height), Image.Resampling.LANCZOS) for plane in planes]
-    return np.stack(planes, axis=-1).clip(0, 1 if exact else 255)  # floats overshoot at edges
-
-
-def _square(array, generator=None, flip=False, random_crop=False):
-    if generator and flip and _heads(generator):
-        array = array[:, ::-1]
-    side, drawn = min(array.shape[:2]), generator and random_crop
-    spare = [length - side for length in array.shape[:2]]
-    top, left = (int(torch.randint(n + 1, (), generator=generator)) if drawn else n // 2 for n in spare)
-    return np.moveaxis(array[top : top + side, left : left + side], -1, 0)
-
-
-def _heads(generator):
-    return bool(torch.rand((), generator=generator) < 0.5)
-
-
-def _scale(images):
-    return images / 127.5 - 1 if images.dtype == torch.uint8 else images * 2 - 1
-
-
-def _read_batch(undecoded, read, generators=None, flip=False, random_crop=False):
-    def read_one(item, generator):
-        return _square(read(item), generator, flip, random_crop)
-
-    with ThreadPoolExecutor(1 if get_worker_info() else None) as pool:  # Pillow decodes outside the GIL
-        images = list(pool.map(read_one, undecoded, generators or itertools.repeat(None)))
-    return _scale(torch.from_numpy(np.stack(images)))
-
-
-def _decode_all(rows, read, center_crop, pixels):
-    """Fill `pixels` (N,C,H,W) and return it as a tensor; None if there are several ways to crop one of the images."""
-    with ThreadPoolExecutor() as pool, tqdm(desc="reading", total=len(rows), unit=" images", disable=None) as bar:
-        for start in range(0, len(rows), CHUNK):
-            arrays = list(pool.map(read, _undecoded(rows, range(start, min(start + CHUNK, len(rows))))))
-            if not center_crop and any(array.shape[0] != array.shape[1] for array in arrays):
-                return None
-            pixels[start : start + CHUNK] = [_square(array) for array in arrays]
-            bar.update(len(arrays))
-    return torch.from_numpy(pixels)
-
-
-def _undecoded(rows, indices):
-    for start in range(0, len(indices), CHUNK):
-        chunk = rows[[int(index) for index in indices[start : start + CHUNK]]]
-        yield from zip(chunk["row"], chunk["image"])
-
-
-def _use_file(use, item):
-    """Return `use(image file)`; whatever goes wrong with a broken file is told with its row and path."""
-    row, encoded = item[0], item[1] or {"bytes": b"", "path": None}
-    try:
-        if encoded["bytes"] is not None:
-            return use(io.BytesIO(encoded["bytes"]))
-        with fsspec.open(encoded["path"], "rb") as file:  # the paths of a stream may lead to the Hub or into archives
-            return use(io.BytesIO(file.read()))
-    except Exception as error:
-        path, reason = encoded["path"] or "without a name", str(error).split(" <_io")[0].rstrip(".")
-        raise UserError(f"image {row} ({path}) cannot be read ({reason}): mend it or take it out.") from error
 
 
 def _load_splits(config):
@@ -391,8 +292,8 @@ def _set_apart(rows, held_out, splits, config):
     if not 0 < share < 1:
         wanted = "" if config.streaming else f", a count below {len(rows)} or a share between 0 and 1"
         raise UserError(f"--validation_split {held_out} cannot be: name a split ({', '.join(splits)}){wanted}.")
-    digest = functools.partial(_use_file, lambda file: hashlib.sha256(file.read()).digest())
-    digests = [digest(item) for item in _undecoded(rows, range(len(rows)))]
+    digest = functools.partial(use_file, lambda file: hashlib.sha256(file.read()).digest())
+    digests = [digest(item) for item in undecoded(rows, range(len(rows)))]
     highest = sorted(digests)[max(1, round(share * len(rows))) - 1]
     held = np.array([digest <= highest for digest in digests])
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))

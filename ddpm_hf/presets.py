@@ -6,6 +6,7 @@
     Nichol    Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672, and openai/improved-diffusion README
     ADM       Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233, openai/guided-diffusion script_util.py
     EDM       Karras et al. 2022, https://huggingface.co/papers/2206.00364, table of AFHQv2-64 settings
+    Salimans  Salimans & Ho 2022, https://huggingface.co/papers/2202.00512
     P2        Choi et al. 2022, https://huggingface.co/papers/2204.00227, and jychoi118/P2-weighting issue 2
     course    huggingface/diffusion-models-class, units 1 and 2 (class-conditional MNIST at 28 px)
     ours      measured here: docs/results.md
@@ -74,16 +75,17 @@ PRESETS = {
             layers_per_block=2,
             attention_resolutions=[4],
             ddpm_beta_schedule="nichol_cosine",
+            prediction_type="v_prediction",
             ddpm_num_inference_steps=250,
             train_batch_size=64,
-            num_epochs=60,
+            num_epochs=40,
             learning_rate=2e-3,
             lr_warmup_steps=100,
             use_ema=True,
             ema_max_decay=0.995,
             eval_batch_size=36,
             save_images_epochs=20,
-            save_model_epochs=60,
+            save_model_epochs=40,
             checkpointing_steps=500,
             checkpoints_total_limit=2,
             output_dir="runs/digits",
@@ -102,8 +104,8 @@ PRESETS = {
             layers_per_block=2,
             attention_resolutions=[7],  # course: 14 and 7; at 14 it would cost a third of the time
             ddpm_beta_schedule="nichol_cosine",
-            # v (Salimans & Ho 2022, https://huggingface.co/papers/2202.00512): with epsilon, an error at the noisy end of
-            # cosine betas is amplified by 1/sqrt(abar), and backgrounds stay grey for epochs (ours).
+            # Salimans: errors of epsilon at the noisy end of cosine betas are amplified by 1/sqrt(abar): backgrounds stay
+            # grey for epochs (ours).
             prediction_type="v_prediction",
             variance_type="fixed_large",
             ddpm_num_inference_steps=100,

@@ -13,7 +13,7 @@ from ddpm_hf.config import TrainingConfig
 # Each module imports only from layers before its own.
 LAYERS = [
     ["__init__"],
-    ["presets", "randomness", "scheduler"],
+    ["presets", "randomness", "scheduler", "pixels"],
     ["config", "data", "losses", "sampling", "model"],
     ["checkpoints", "figures", "hub"],
     ["record"],
