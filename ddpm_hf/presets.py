@@ -104,8 +104,8 @@ PRESETS = {
             layers_per_block=2,
             attention_resolutions=[7],  # course: 14 and 7; at 14 it would cost a third of the time
             ddpm_beta_schedule="nichol_cosine",
-            # Salimans: errors of epsilon at the noisy end of cosine betas are amplified by 1/sqrt(abar): backgrounds stay
-            # grey for epochs (ours).
+            # Salimans: v, because errors of epsilon at the noisy end of cosine betas are amplified by 1/sqrt(abar):
+            # backgrounds stay grey for epochs (ours).
             prediction_type="v_prediction",
             variance_type="fixed_large",
             ddpm_num_inference_steps=100,
