@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from . import UserError
-from .pixels import decode_all, heads, read_batch, read_image, scale, to_array, undecoded, use_file  # noqa: F401
+from .pixels import decode_all, heads, read_batch, read_image, scale, undecoded, use_file
 from .randomness import keyed_generator
 
 

@@ -65,14 +65,18 @@ def _square(array, generator=None, flip=False, random_crop=False):
 
 
 def heads(generator):
+    """Toss the generator's coin."""
     return bool(torch.rand((), generator=generator) < 0.5)
 
 
 def scale(images):
+    """Return uint8 pixels, or float32 ones in [0, 1], as float32 in [-1, 1]."""
     return images / 127.5 - 1 if images.dtype == torch.uint8 else images * 2 - 1
 
 
 def read_batch(undecoded, read, generators=None, flip=False, random_crop=False):
+    """Decode encoded images to (B,C,H,W) float32 in [-1, 1], mirrored and cropped as their generators say."""
+
     def read_one(item, generator):
         return _square(read(item), generator, flip, random_crop)
 
@@ -94,6 +98,7 @@ def decode_all(rows, read, center_crop, pixels):
 
 
 def undecoded(rows, indices):
+    """Yield `(number of the row, encoded image)` for each index, read in chunks."""
     for start in range(0, len(indices), CHUNK):
         chunk = rows[[int(index) for index in indices[start : start + CHUNK]]]
         yield from zip(chunk["row"], chunk["image"])

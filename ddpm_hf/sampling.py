@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from ddpm_hf import UserError
-from ddpm_hf.scheduler import PaperDDPMScheduler
+from . import UserError
+from .scheduler import PaperDDPMScheduler
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:

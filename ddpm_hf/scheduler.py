@@ -19,7 +19,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ddpm_hf import UserError
+from . import UserError
 
 
 BETA_SCHEDULES = ("ho_linear", "nichol_cosine", "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")

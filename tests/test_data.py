@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from ddpm_hf import UserError, data
-from ddpm_hf.data import StreamedSet, load_images, to_array, training_batches
+from ddpm_hf.data import StreamedSet, load_images, training_batches
+from ddpm_hf.pixels import to_array
 
 
 def encode(image, **options):
