@@ -50,7 +50,7 @@ def main():
                 step(run, batches)
                 bar.update()
                 if due := what_is_due(run):
-                    reach(run, due, 0.0)
+                    reach(run, due, 0.0, [])
 
             run.model.train()
             our_step()

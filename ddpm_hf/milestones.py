@@ -1,5 +1,6 @@
 """What a run does besides steps: log lines, validation, sample sheets, checkpoints, pipelines, pushes, the end."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -42,8 +43,14 @@ def what_is_due(run: Run) -> set[str]:
     return due
 
 
-def reach(run: Run, due: set[str], images_per_second: float) -> dict:
+class Interrupted(Exception):
+    """A signal came while a sample sheet was being drawn."""
+
+
+def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> dict:
     """Do what is due, in an order that a kill at any point cannot upset; return the log line. All processes call this.
+
+    `signals` has the signals caught so far: one that comes while a sheet is drawn ends the sheet.
 
     Raises:
         UserError: if a loss is no number any more, or if something cannot be written.
@@ -77,7 +84,8 @@ def reach(run: Run, due: set[str], images_per_second: float) -> dict:
             metrics.write(json.dumps(line) + "\n")
         run.accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=state.step)
     if "sheet" in due:
-        draw_sheet(run)
+        with contextlib.suppress(Interrupted):
+            draw_sheet(run, signals)
     if "checkpoint" in due:
         state.stream = run.train_set.state_dict() if config.streaming else None
         checkpoints.save_checkpoint(run.accelerator, config, dict(run.unet.config), run.ema, state, rows)
@@ -158,8 +166,12 @@ def validate(run: Run) -> dict:
     return line
 
 
-def draw_sheet(run: Run):
-    """Write samples/epoch_<n>.png from the same noise each time; every process draws its share of the images."""
+def draw_sheet(run: Run, signals: list):
+    """Write samples/epoch_<n>.png from the same noise each time; every process draws its share of the images.
+
+    Raises:
+        Interrupted: if a signal comes. (Not on several processes, which would lose each other.)
+    """
     config, accelerator = run.config, run.accelerator
     if run.sheet_images is None:
         steps = config.ddpm_num_inference_steps
@@ -170,6 +182,11 @@ def draw_sheet(run: Run):
                 f"Sample sheets have {run.sheet_images} instead of {config.eval_batch_size} images: more would take "
                 f"over {PATIENCE} s each in {steps} steps; lower --ddpm_num_inference_steps for more."
             )
+
+    def give_way(*step):
+        if signals and accelerator.num_processes == 1:
+            raise Interrupted
+
     share = range(accelerator.process_index, run.sheet_images, accelerator.num_processes)
     images = sample_images(
         run.published,
@@ -179,6 +196,7 @@ def draw_sheet(run: Run):
         batch_size=config.eval_batch_size,
         num_inference_steps=config.ddpm_num_inference_steps,
         spacing="trailing",  # begins at T - 1, in pure noise; "leading" would begin where cosine betas leave signal
+        on_step=give_way,
         progress=accelerator.is_main_process,
     )
     drawn = gather_object(list(zip(share, images.cpu().numpy())))

@@ -119,11 +119,8 @@ def open_run(config: TrainingConfig) -> Run | None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         checkpoints.prepare_output_dir(config, checkpoint)
+        start_tracker(config, accelerator)
         write_record(run)
-        if config.logger != "none":
-            # Trackers take numbers and text only.
-            flags = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.to_dict().items()}
-            accelerator.init_trackers("ddpm_hf", config=flags)
     accelerator.wait_for_everyone()
     run.model, run.optimizer = accelerator.prepare(unet, optimizer)
     run.ema = make_ema(config, unet)
@@ -169,6 +166,24 @@ def make_accelerator(config) -> Accelerator:
         # accelerate lets it pass, without the gradient scaler that fp16 needs.
         raise UserError("--mixed_precision fp16 cannot act here (it needs a GPU): take bf16 or no.")
     return accelerator
+
+
+def start_tracker(config, accelerator):
+    """Start --logger, if any, with the flags of the run in it.
+
+    Raises:
+        UserError: if it cannot start, e.g. for want of a login.
+    """
+    if config.logger == "none":
+        return
+    folder = Path(config.output_dir) / config.logging_dir
+    folder.mkdir(parents=True, exist_ok=True)  # wandb takes another where this is missing
+    # Trackers take numbers and text only.
+    flags = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.to_dict().items()}
+    try:
+        accelerator.init_trackers("ddpm_hf", config=flags, init_kwargs={"wandb": {"dir": str(folder)}})
+    except Exception as error:  # each has errors of its own
+        raise UserError(f"--logger {config.logger} cannot start ({error}): set it up, or take none.") from error
 
 
 def count_steps(config, num_images: int | None, global_batch: int) -> tuple[int, int]:

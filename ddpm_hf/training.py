@@ -47,7 +47,7 @@ def train(config):
                 seconds = time.perf_counter() - started
                 state.seconds += seconds
                 speed = timed_steps * run.global_batch / seconds
-                line = reach(run, due, speed)
+                line = reach(run, due, speed, signals)
                 if "log" in due:
                     bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_second=f"{speed:.0f}")
                 timed_steps, started = 0, time.perf_counter()

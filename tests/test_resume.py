@@ -49,6 +49,7 @@ def in_child(arguments, log, file_size=None):
 
 def start(folder, *flags, **kwargs):
     arguments = [*RUN, f"--output_dir={folder}", *flags]
+    Path(f"{folder}.log").touch()
     child = FORKSERVER.Process(target=in_child, args=(arguments, f"{folder}.log"), kwargs=kwargs)
     child.start()
     return child
@@ -148,6 +149,20 @@ def test_a_signal_leaves_a_checkpoint_a_pipeline_and_a_message(unbroken, tmp_pat
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
     finish(folder, "--resume_from_checkpoint=latest")
     assert_equal(everything(folder), everything(reference))
+
+
+def test_a_signal_ends_a_sheet_that_takes_long(tmp_path):
+    folder = tmp_path / "run"
+    child = start(folder, "--save_images_epochs=1", "--ddpm_num_steps=4000", "--ddpm_num_inference_steps=4000")
+    deadline = time.time() + 60
+    while "Sampling" not in Path(f"{folder}.log").read_text() and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(60)
+    log = Path(f"{folder}.log").read_text()
+    # The first epoch ends with step 13: the sheet is left out, one more step is taken, and that is what is kept.
+    assert child.exitcode == 143 and "Stopped after step 14 of 24" in log, log
+    assert checkpoints(folder)[-1].name == "checkpoint-14" and not (folder / "samples").exists()
 
 
 def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_is_good(tmp_path):
