@@ -53,6 +53,7 @@ def sample(
             f"variance_type is {variance_type} with method ddim; it belongs to ddpm, ddim has eta instead."
         )
     labels = _class_labels(unet, class_labels, len(generators))
+    scheduler = scheduler.in_stock_precision()
     # A repeated timestep is a step from t to t: it changes nothing.
     steps = [(t, prev_t) for t, prev_t in scheduler.subsequence(num_inference_steps, spacing) if t != prev_t]
     if variance_type is None:
