@@ -71,7 +71,9 @@ def find_checkpoint(config) -> Path | None:
             to resume from does not exist or is not complete.
     """
     output_dir = Path(config.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
+    with writing("the run", output_dir):  # a name too long shows itself here
+        is_file = output_dir.exists() and not output_dir.is_dir()
+    if is_file:
         raise UserError(f"--output_dir {output_dir} is a file: give the name of a folder.")
     if config.resume_from_checkpoint not in (None, "latest"):
         checkpoint = Path(config.resume_from_checkpoint)

@@ -78,6 +78,7 @@ BAD = {
     # the folder
     "folder in use": ([*TINY, "--output_dir={root}/run"], "is not empty: give --resume_from_checkpoint latest"),
     "folder is a file": ([*TINY, "--output_dir={root}/file"], "is a file"),
+    "folder with too long a name": ([*TINY, "--output_dir=" + "a" * 300], "could not be written to aaa"),
     "folder below a file": ([*TINY, "--output_dir={root}/file/run"], "could not be written"),
     "no such checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-9"], "is not a complete checkpoint"),
     "half a checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-3"], "is not a complete checkpoint"),
