@@ -59,8 +59,9 @@ def writing(what: str, path):
 
 def checkpoints(output_dir) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/state.pt")]
+    ours = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(ours, key=lambda path: int(path.name.split("-")[1]))
 
 
 def find_checkpoint(config) -> Path | None:

@@ -8,6 +8,7 @@ No torch in here, so that `--help` answers at once.
 import argparse
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,6 +156,8 @@ MINIMUM = dict(
     checkpointing_steps=1, checkpoints_total_limit=1, save_images_epochs=1, save_model_epochs=1, eval_batch_size=1,
     validation_epochs=1, logging_steps=1, seed=0,
 )  # fmt: skip
+# A flag of these must be at most this much.
+MAXIMUM = dict(seed=2**32 - 1, ddpm_num_steps=100_000, resolution=8192)
 # A flag of these lies in [0, 1).
 FRACTIONS = ["dropout", "adam_beta1", "adam_beta2", "ema_max_decay"]
 
@@ -176,6 +179,14 @@ class TrainingConfig(*reversed(GROUPS)):
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise UserError(f"--{name} is {value}, but must be at least {least}: give a larger number.")
+        for name, most in MAXIMUM.items():
+            if getattr(self, name) > most:
+                raise UserError(
+                    f"--{name} is {getattr(self, name)}, but must be at most {most}: give a smaller number."
+                )
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name} is {value}, but must be a number: give a finite one.")
         for name in FRACTIONS:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -189,6 +200,8 @@ class TrainingConfig(*reversed(GROUPS)):
                 f"--ddpm_num_inference_steps is {self.ddpm_num_inference_steps}, but a model of "
                 f"--ddpm_num_steps {self.ddpm_num_steps} can take at most {self.ddpm_num_steps}: lower the first."
             )
+        if self.validation_split == "train":
+            raise UserError("--validation_split train is what is trained on: name another split, a count or a share.")
         if self.save_best and self.validation_split is None:
             raise UserError("--save_best needs held-out images to choose by: add --validation_split, e.g. 0.05.")
         if self.dataset_name is None and self.train_data_dir is None:

@@ -82,10 +82,11 @@ def read_unet_config(config) -> dict:
             f"--model_config_name_or_path {name!r} has no UNet2DModel config ({str(error).strip().splitlines()[0]}): "
             "give a JSON file, a folder or a Hub id that has one."
         ) from error
-    if kwargs.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise UserError(
-            f"--model_config_name_or_path {name!r} is a {kwargs['_class_name']}: give the config of a UNet2DModel."
-        )
+    kind = kwargs.get("_class_name", "UNet2DModel") if isinstance(kwargs, dict) else "JSON of another shape"
+    if kind != "UNet2DModel":
+        raise UserError(f"--model_config_name_or_path {name!r} is a {kind}: give the config of a UNet2DModel.")
+    if kwargs.get("num_class_embeds") or kwargs.get("class_embed_type"):
+        raise UserError(f"--model_config_name_or_path {name!r} is class-conditional: give one without classes.")
     return {key: value for key, value in kwargs.items() if not key.startswith("_")}
 
 

@@ -215,13 +215,14 @@ def learning_rate_schedule(config, optimizer, total_steps: int):
     names = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     if config.lr_scheduler not in names:
         raise UserError(f"--lr_scheduler {config.lr_scheduler} is not known: choose from {', '.join(names)}.")
-    # A throwaway optimizer: the schedule would set the rate of the one it is given.
-    schedule = get_scheduler(
-        config.lr_scheduler,
-        torch.optim.SGD(optimizer.param_groups[0]["params"][:1], lr=config.learning_rate),
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=total_steps,
-    )
+    # The schedule would set the rate of the optimizer it is given.
+    throwaway = torch.optim.SGD(optimizer.param_groups[0]["params"][:1], lr=config.learning_rate)
+    try:
+        schedule = get_scheduler(
+            config.lr_scheduler, throwaway, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
+        )
+    except ValueError as error:
+        raise UserError(f"--lr_scheduler {config.lr_scheduler} cannot be ({error}): raise --learning_rate.") from error
     factor = schedule.lr_lambdas[0]
     return lambda step: config.learning_rate * factor(step)
 

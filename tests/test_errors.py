@@ -31,6 +31,8 @@ def broken(tmp_path_factory):
     datasets.Dataset.from_dict({"x": [1.0, 2.0]}).to_parquet(root / "numbers" / "train-00000-of-00001.parquet")
     (root / "file").write_text("a file")
     (root / "config.json").write_text('{"_class_name": "DDPMScheduler"}')
+    (root / "list.json").write_text("[]")
+    (root / "classes.json").write_text('{"sample_size": 8, "in_channels": 1, "num_class_embeds": 10}')
     (root / "checkpoint-3").mkdir()
     train(parse_config([*TINY, "--max_train_steps=2", f"--output_dir={root / 'run'}"]))
     return root
@@ -46,6 +48,14 @@ BAD = {
     "negative steps": ([*TINY, "--max_train_steps=-1"], "--max_train_steps is -1"),
     "zero epochs": ([*TINY, "--num_epochs=0"], "--num_epochs is 0"),
     "negative seed": ([*TINY, "--seed=-1"], "--seed is -1"),
+    "huge seed": ([*TINY, "--seed=99999999999999999999"], "--seed is 99999999999999999999, but must be at most"),
+    "endless betas": ([*TINY, "--ddpm_num_steps=1000000000000"], "--ddpm_num_steps is 1000000000000, but must be at"),
+    "infinite rate": ([*TINY, "--learning_rate=inf"], "--learning_rate is inf, but must be a number"),
+    "nan epsilon": ([*TINY, "--adam_epsilon=nan"], "--adam_epsilon is nan, but must be a number"),
+    "rate below the last of polynomial": (
+        [*TINY, "--lr_scheduler=polynomial", "--learning_rate=0"],
+        "polynomial cannot",
+    ),
     "unknown loss": ([*TINY, "--loss_type=l9"], "invalid choice: 'l9'"),
     "unknown betas": ([*TINY, "--ddpm_beta_schedule=cosine"], "'cosine'; choose one of ho_linear, nichol_cosine"),
     "too few steps for ho": ([*TINY, "--ddpm_beta_schedule=ho_linear"], "take at least 21 timesteps"),
@@ -59,6 +69,8 @@ BAD = {
     "attention nowhere": ([*TINY, "--attention_resolutions=16"], "--attention_resolutions has 16, but the levels"),
     "no such config": ([*TINY, "--model_config_name_or_path=nowhere/x"], "'nowhere/x' has no UNet2DModel config"),
     "config of another class": ([*TINY, "--model_config_name_or_path={root}/config.json"], "is a DDPMScheduler"),
+    "config of no class": ([*TINY, "--model_config_name_or_path={root}/list.json"], "is a JSON of another shape"),
+    "config with classes": ([*TINY, "--model_config_name_or_path={root}/classes.json"], "is class-conditional"),
     # the data
     "no such folder": (["--dataset_name=./nowhere"], "nowhere"),
     "no such hub dataset": (["--dataset_name=nobody/nothing"], "nobody/nothing"),
@@ -73,6 +85,7 @@ BAD = {
     "no such class": (["--dataset_name={images}", "--class_names=horse"], "cat"),
     "no such split": (["--dataset_name={images}", "--validation_split=tset"], "--validation_split"),
     "share above one": (["--dataset_name={images}", "--validation_split=1.5"], "--validation_split"),
+    "training images held out": (["--dataset_name={images}", "--validation_split=train"], "is what is trained on"),
     "all held out": (["--dataset_name={images}", "--validation_split=12"], "--validation_split"),
     "batch larger than the set": (["--dataset_name={images}", "--train_batch_size=13"], "there are only 12"),
     # the folder
