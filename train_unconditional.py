@@ -22,7 +22,7 @@ def main(argv=None):
     try:
         train(config)
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # one process speaks for all
+        if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else one speaks for all
             print(f"train_unconditional.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 

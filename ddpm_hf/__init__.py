@@ -12,3 +12,5 @@ class UserError(ValueError):
 
     The command lines print the sentence and leave with exit code 2; in Python it is a `ValueError`.
     """
+
+    on_one_process = False  # whether the others may not have met it, so that this one has to say it

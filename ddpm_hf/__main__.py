@@ -33,14 +33,16 @@ def figures(arguments):
     from .figures import run_figures
     from .scheduler import PaperDDPMScheduler
 
-    config = TrainingConfig(**json.loads((run / "train_config.json").read_text())["flags"])
+    try:
+        config = TrainingConfig(**json.loads((run / "train_config.json").read_text())["flags"])
+    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{run}/train_config.json is not of this version ({error}): train the run anew.") from error
     unet = UNet2DModel.from_pretrained(run, subfolder="unet")
     scheduler = PaperDDPMScheduler.from_pretrained(run, subfolder="scheduler")
     train_set, _ = load_images(config, unet.config.in_channels)
-    count = min(16, config.eval_batch_size)
-    run_figures(
-        run, unet, scheduler, train_set.get(list(range(8))), config.seed, count, config.ddpm_num_inference_steps
-    )
+    images = train_set.get(list(range(min(8, train_set.num_images or 8))))
+    count, steps = min(16, config.eval_batch_size), config.ddpm_num_inference_steps
+    run_figures(run, unet, scheduler, images, config.seed, count, steps)
     print(f"The figures are in {run / 'figures'}.")
 
 

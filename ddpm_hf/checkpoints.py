@@ -19,10 +19,13 @@ from safetensors import SafetensorError
 from . import UserError
 
 
-RUN_FILES = (
-    ["model_index.json", "unet", "scheduler", "best", "samples", "figures", "evaluations"]
-    + ["README.md", "train_config.json", "metrics.jsonl"]
-)  # fmt: skip
+# What a run writes beside checkpoints, the tracker's folder and the card.
+RUN_FILES = ["model_index.json", "unet", "scheduler", "best", "evaluations", "metrics.jsonl", "samples/epoch_*.png"]
+RUN_FILES += ["figures/" + name for name in ("loss.png", "schedule.png", "forward.png", "reverse.*", "ddim_*.png")]
+# Flags that a checkpoint fixes, for the weights mean nothing under others; a change of the next ones is told.
+FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
+TOLD = ["seed", "dataset_name", "class_names", "random_flip", "loss_type", "snr_gamma", "train_batch_size"]
+TOLD += ["gradient_accumulation_steps", "learning_rate", "lr_scheduler", "use_ema", "ema_max_decay", "mixed_precision"]
 
 
 @dataclass
@@ -78,17 +81,22 @@ def find_checkpoint(config) -> Path | None:
         raise UserError(f"--output_dir {output_dir} is a file: give the name of a folder.")
     if config.resume_from_checkpoint not in (None, "latest"):
         checkpoint = Path(config.resume_from_checkpoint)
+        if not checkpoint.exists() and checkpoint.name == config.resume_from_checkpoint:
+            checkpoint = output_dir / checkpoint  # a bare name, as diffusers' script takes it
         if not (checkpoint / "state.pt").is_file() or checkpoint.suffix == ".tmp":
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: give a folder named "
                 f"checkpoint-<step>, or `latest`."
             )
+        elsewhere = checkpoint.parent.resolve() != output_dir.resolve()
+        if elsewhere and output_dir.is_dir() and any(output_dir.iterdir()):
+            raise UserError(f"--output_dir {output_dir} is not empty, and {checkpoint} is not its own: give another.")
         return checkpoint
     if config.resume_from_checkpoint == "latest" and (found := checkpoints(output_dir)):
         return found[-1]
-    # `latest` may also meet what a run left that was killed before its first checkpoint, which precedes any pipeline.
     in_use = output_dir.is_dir() and any(output_dir.iterdir())
-    if in_use and config.resume_from_checkpoint == "latest":
+    if in_use and config.resume_from_checkpoint == "latest" and (output_dir / "train_config.json").exists():
+        # `latest` may meet what a run left that was killed before its first checkpoint, which precedes any pipeline.
         in_use = (output_dir / "model_index.json").exists()
     if in_use and not config.overwrite_output_dir:
         raise UserError(
@@ -108,13 +116,16 @@ def prepare_output_dir(config, checkpoint: Path | None):
     with writing("the run", output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / ".writable.tmp").touch()
-        for stale in output_dir.glob("*.tmp"):
+        for stale in [*output_dir.glob("*.tmp"), *output_dir.glob(".push-*")]:
             remove(stale)
-        if checkpoint is None:
+        if checkpoint is None and (output_dir / "train_config.json").exists():
             # Only what a run writes goes: anything else in the folder is the user's.
-            for old in [*RUN_FILES, config.logging_dir, *checkpoints(output_dir)]:
-                remove(output_dir / old)
-        elif checkpoint.parent.resolve() == output_dir.resolve():
+            for pattern in [*RUN_FILES, config.logging_dir, "train_config.json"]:
+                for old in output_dir.glob(pattern):
+                    remove(old)
+            for old in checkpoints(output_dir):
+                remove(old)
+        elif checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve():
             # Going on from an earlier checkpoint abandons what was trained after it.
             for later in checkpoints(output_dir):
                 if int(later.name.split("-")[1]) > int(checkpoint.name.split("-")[1]):
@@ -160,13 +171,16 @@ def save_checkpoint(accelerator, config, unet_config: dict, ema, state: TrainSta
     accelerator.wait_for_everyone()
 
 
-def check_same_model(checkpoint: Path, unet_config: dict, ema: bool):
-    """Refuse a checkpoint of another UNet, or one without the EMA that the run goes on averaging.
+def check_same_run(checkpoint: Path, config, unet_config: dict, total_steps: int) -> list[str]:
+    """Refuse a checkpoint that this run cannot go on from; return a sentence about flags that differ, if any do.
 
     Raises:
-        UserError: naming the first entry of the UNet's config that differs.
+        UserError: if it is of another model or process, has no average where one is asked for, is past the end of
+            this run, or cannot be read.
     """
-    saved = json.loads((checkpoint / "train_config.json").read_text())
+    with reading(checkpoint):
+        saved = json.loads((checkpoint / "train_config.json").read_text())
+        step = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)["step"]
     for name, value in json.loads(json.dumps(unet_config)).items():
         # Names with an underscore are diffusers' own notes, in an order that differs from process to process.
         if not name.startswith("_") and saved["unet"].get(name) != value:
@@ -174,15 +188,35 @@ def check_same_model(checkpoint: Path, unet_config: dict, ema: bool):
                 f"{checkpoint} is of another model: its UNet has {name} {saved['unet'].get(name)}, this run's has "
                 f"{value}: give the flags it was trained with, or another --output_dir."
             )
-    if ema and not (checkpoint / "ema.safetensors").is_file():
+    was, now = saved["flags"], config.to_dict()
+    for name in FIXED:
+        if was[name] != now[name]:
+            raise UserError(f"{checkpoint} was trained with --{name} {was[name]}, not {now[name]}: give that.")
+    if config.use_ema and not (checkpoint / "ema.safetensors").is_file():
         raise UserError(f"{checkpoint} was trained without --use_ema: leave --use_ema out, or start afresh.")
-    return saved["flags"]
+    if step > total_steps:
+        raise UserError(f"{checkpoint} is past the {total_steps} steps of this run: give more --max_train_steps.")
+    changed = [f"{name} {was[name]} -> {now[name]}" for name in TOLD if was[name] != now[name]]
+    return [f"Warning: the checkpoint had other flags, so this run is a new one: {', '.join(changed)}."] * bool(
+        changed
+    )
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path):
+    """Turn the several errors of a damaged file into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{checkpoint} is damaged ({reason}): remove it and take an earlier one.") from error
 
 
 def load_checkpoint(accelerator, checkpoint: Path, ema) -> TrainState:
     """Put weights, optimizer and EMA back to where they were and return the counters. Every process calls this."""
-    accelerator.load_state(str(checkpoint))
-    saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    with reading(checkpoint):
+        accelerator.load_state(str(checkpoint))
+        saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
     if not accelerator.is_main_process:
         saved["pending"] = [torch.zeros_like(row) for row in saved["pending"]]
     state = TrainState(**saved)
@@ -201,5 +235,6 @@ def keep_metrics_up_to(output_dir, step: int):
             line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
         ]
         partial = path.with_suffix(".tmp")
-        partial.write_text("".join(line + "\n" for line in lines))
-        partial.replace(path)
+        with writing("metrics.jsonl", path):
+            partial.write_text("".join(line + "\n" for line in lines))
+            partial.replace(path)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from transformers.hf_argparser import HfArg, HfArgumentParser
@@ -172,6 +173,7 @@ class TrainingConfig(*reversed(GROUPS)):
 
     def __post_init__(self):
         self.validation_split = self.validation_split or None  # `--validation_split ""`: not even the preset's
+        self.resume_from_checkpoint = self.resume_from_checkpoint or None
         self.class_names = split_list(self.class_names)
         self.channel_mults = split_list(self.channel_mults, int, "--channel_mults 1,2,2,2")
         self.attention_resolutions = split_list(self.attention_resolutions, int, "--attention_resolutions 16,8")
@@ -199,6 +201,12 @@ class TrainingConfig(*reversed(GROUPS)):
             raise UserError(
                 f"--ddpm_num_inference_steps is {self.ddpm_num_inference_steps}, but a model of "
                 f"--ddpm_num_steps {self.ddpm_num_steps} can take at most {self.ddpm_num_steps}: lower the first."
+            )
+        if not self.output_dir:
+            raise UserError("--output_dir is empty: give the name of a folder.")
+        if Path(self.logging_dir).is_absolute() or not {"", ".", ".."}.isdisjoint(self.logging_dir.split("/")):
+            raise UserError(
+                f"--logging_dir {self.logging_dir!r} is not inside --output_dir: give a name such as logs."
             )
         if self.validation_split == "train":
             raise UserError("--validation_split train is what is trained on: name another split, a count or a share.")

@@ -179,7 +179,7 @@ class StreamedSet(Dataset):
 
     def get(self, indices):
         """Return some of its first 64 images, (B,C,H,W) float32 in [-1, 1]."""
-        return read_batch([self.sample[index] for index in indices], self.read)
+        return read_batch([self.sample[k] for k in indices if k < len(self.sample)], self.read)
 
     def state_dict(self):
         """Return the position after the last batch in dicts, lists, strings and numbers; process 0 has one for all."""

@@ -230,7 +230,7 @@ def run_figures(output_dir, unet, scheduler, images, seed, num_images=16, num_in
     metrics, folder = Path(output_dir, "metrics.jsonl"), Path(output_dir, "figures")
     steps = scheduler.subsequence(num_inference_steps, "trailing")
     kept = evenly(range(len(steps)), FRAMES)
-    total = len(steps) + sum(count for count in DDIM_STEPS if count <= len(scheduler))
+    total = len(steps) + sum(n for n in DDIM_STEPS if n <= len(scheduler))
     num_images = affordable(unet, num_images, total, PATIENCE)
     frames = []
     with tqdm(total=total, desc="Figures", unit="step") as bar:

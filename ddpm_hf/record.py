@@ -67,8 +67,16 @@ def without_token(arguments: list[str]) -> list[str]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the source tree that this package lies in, or None outside one."""
-    answer = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() or None
+    """Return the commit of the source tree that has this package, or None outside one or without git."""
+
+    def git(*arguments):
+        answer = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        return answer.stdout.strip() if answer.returncode == 0 else ""
+
+    try:
+        # An installed package may lie in somebody else's repository, which does not track it.
+        return git("rev-parse", "HEAD") or None if git("ls-files", Path(__file__).name) else None
+    except OSError:
+        return None

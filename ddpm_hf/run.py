@@ -49,6 +49,7 @@ class Run:
     ema: AveragedModel | None = None
     repo_id: str | None = None
     sheet_images: int | None = None  # on a sample sheet, as many as this machine draws in bearable time
+    unfinished: bool = False  # a signal came while the last figures were drawn
     pushing: Any = None  # the last push, under way in the background
 
     @property
@@ -104,10 +105,11 @@ def open_run(config: TrainingConfig) -> Run | None:
         facts={},
     )
     run.facts = describe(run)
+    said = [run.facts["summary"], *ema_warning(config, total_steps)]
     if checkpoint is not None:
-        checkpoints.check_same_model(checkpoint, dict(unet.config), config.use_ema)
+        said += checkpoints.check_same_run(checkpoint, config, dict(unet.config), total_steps)
     if accelerator.is_main_process:
-        print(*[run.facts["summary"], *ema_warning(config, total_steps)], sep="\n", flush=True)
+        print(*said, sep="\n", flush=True)
     if config.dry_run:
         if accelerator.is_main_process:
             print(json.dumps(config.to_dict() | {"unet": dict(unet.config)}, indent=2))
@@ -162,6 +164,8 @@ def make_accelerator(config) -> Accelerator:
         if config.mixed_precision == "no":
             raise UserError(f"accelerate cannot start ({error}): check the launcher's settings.") from error
         raise UserError(f"--mixed_precision {config.mixed_precision} cannot act here ({error}): take no.") from error
+    # A variable in the environment would win over the flag.
+    accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate lets it pass, without the gradient scaler that fp16 needs.
         raise UserError("--mixed_precision fp16 cannot act here (it needs a GPU): take bf16 or no.")
@@ -229,7 +233,7 @@ def learning_rate_schedule(config, optimizer, total_steps: int):
 
 def ema_warning(config, total_steps: int) -> list[str]:
     """Return a sentence to print if the average would still hold a good part of the initial weights at the end."""
-    if not config.use_ema:
+    if not config.use_ema or ema_decay(config, 1) == 0:
         return []
     left = math.exp(sum(math.log(ema_decay(config, step)) for step in range(1, min(total_steps, 100_000))))
     if left < 0.05:
