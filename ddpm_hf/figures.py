@@ -23,7 +23,7 @@ BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
 BANDS = {"0 to T/4": "#12355b", "T/4 to T/2": "#2a78b8", "T/2 to 3T/4": "#5fb6c9", "3T/4 to T": "#a8d5a2"}
 GAP = 4  # white pixels between images
 FRAMES = 40  # of the GIF; more are smoother and cost bytes
-PATIENCE = 180  # seconds
+PATIENCE = 180  # seconds that a sample sheet, or all figures, may take on a CPU
 DDIM_STEPS = (5, 10, 20, 50)  # divisors of 1000, so that trailing spacing is even
 
 
@@ -218,7 +218,7 @@ def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
     return saved(figure.savefig, path)
 
 
-def run_figures(output_dir, unet, scheduler, images, seed, num_images=16, num_inference_steps=None):
+def run_figures(output_dir, unet, scheduler, images, seed, num_images=16, num_inference_steps=None, on_step=None):
     """Draw every figure of a run into `output_dir`/figures; without a metrics.jsonl there is no loss.png.
 
     Args:
@@ -226,6 +226,7 @@ def run_figures(output_dir, unet, scheduler, images, seed, num_images=16, num_in
         num_images: images drawn from `seed`, from the same noise by DDPM and DDIM; the GIF has 16 of them at most. On
             a CPU there are fewer if they would take longer than PATIENCE.
         num_inference_steps: DDPM steps of the reverse process; None: all T.
+        on_step: called after every step of sampling, with what `sample` passes.
     """
     metrics, folder = Path(output_dir, "metrics.jsonl"), Path(output_dir, "figures")
     steps = scheduler.subsequence(num_inference_steps, "trailing")
@@ -235,8 +236,13 @@ def run_figures(output_dir, unet, scheduler, images, seed, num_images=16, num_in
     frames = []
     with tqdm(total=total, desc="Figures", unit="step") as bar:
 
-        def keep_frame(i, num_steps, *pair):
+        def count(*step):
             bar.update()
+            if on_step is not None:
+                on_step(*step)
+
+        def keep_frame(i, num_steps, *pair):
+            count(i, num_steps, *pair)
             if i in kept:
                 label = f"t = {steps[i][1]}" if i < num_steps - 1 else "image"
                 frames.append((label, [part.cpu() for part in pair]))
@@ -250,4 +256,4 @@ def run_figures(output_dir, unet, scheduler, images, seed, num_images=16, num_in
         labels, pairs = zip(*evenly(frames, 9))
         reverse_strip([[part[:3] for part in pair] for pair in pairs], labels, folder / "reverse.png")
         reverse_gif([samples for _, (samples, _) in frames], folder / "reverse.gif")
-        ddim_sheets(unet, scheduler, folder, seed, num_images, on_step=lambda *step: bar.update())
+        ddim_sheets(unet, scheduler, folder, seed, num_images, on_step=count)

@@ -157,7 +157,9 @@ def write_card(output_dir: str | Path, config, facts: dict) -> bool:
 
     task = "unconditional-image-generation"
     tags = ["diffusers", "ddpm", task, "pytorch", "ddpm_hf"]
-    about = ModelCardData(license="apache-2.0", library_name="diffusers", pipeline_tag=task, tags=tags)
+    # Cats that nobody may sell make a model that nobody may sell.
+    licence = "cc-by-nc-4.0" if "afhq" in dataset.lower() else "apache-2.0"
+    about = ModelCardData(license=licence, library_name="diffusers", pipeline_tag=task, tags=tags)
     source = "scikit-learn's handwritten digits" if dataset == "digits" else f"`{Path(dataset).name}`"
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) and not Path(dataset).exists():
         about.datasets = [dataset]

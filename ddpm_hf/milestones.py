@@ -1,6 +1,5 @@
 """What a run does besides steps: log lines, validation, sample sheets, checkpoints, pipelines, pushes, the end."""
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -11,15 +10,12 @@ from tqdm.auto import tqdm
 
 from . import UserError, checkpoints
 from .checkpoints import writing
-from .figures import image_sheet, run_figures
+from .figures import PATIENCE, image_sheet, run_figures
 from .hub import push, save_pipeline, write_card
 from .losses import NUM_BANDS, validation_loss
 from .model import ema_decay
 from .run import Run
 from .sampling import affordable, sample_images
-
-
-PATIENCE = 180  # seconds that a sample sheet may take on a CPU
 
 
 def what_is_due(run: Run) -> set[str]:
@@ -44,7 +40,20 @@ def what_is_due(run: Run) -> set[str]:
 
 
 class Interrupted(Exception):
-    """A signal came while a sample sheet was being drawn."""
+    """A signal came while pictures were being drawn."""
+
+
+def yielding_to(signals: list, run: Run):
+    """Return an `on_step` for sampling that raises Interrupted once there is a signal.
+
+    Several processes would lose each other: there the picture is finished first.
+    """
+
+    def on_step(*step):
+        if signals and run.accelerator.num_processes == 1:
+            raise Interrupted
+
+    return on_step
 
 
 def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> dict:
@@ -84,8 +93,10 @@ def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> d
             metrics.write(json.dumps(line) + "\n")
         run.accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=state.step)
     if "sheet" in due:
-        with contextlib.suppress(Interrupted):
+        try:
             draw_sheet(run, signals)
+        except Interrupted:
+            run.unfinished = "end" in due
     if "checkpoint" in due:
         state.stream = run.train_set.state_dict() if config.streaming else None
         checkpoints.save_checkpoint(run.accelerator, config, dict(run.unet.config), run.ema, state, rows)
@@ -96,7 +107,11 @@ def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> d
                 images = run.train_set.get(list(range(min(8, run.num_images))))
                 count = min(16, config.eval_batch_size)
                 steps = config.ddpm_num_inference_steps
-                run_figures(folder, run.published, run.scheduler, images, config.seed, count, steps)
+                try:
+                    give_way = yielding_to(signals, run)
+                    run_figures(folder, run.published, run.scheduler, images, config.seed, count, steps, give_way)
+                except Interrupted:
+                    run.unfinished = True
             facts = run.facts | line | {"seconds": state.seconds}
             write_card(folder, config, facts | ({"repo_id": run.repo_id} if run.repo_id else {}))
         if run.repo_id is not None:
@@ -137,10 +152,12 @@ def averages(rows: list[torch.Tensor]) -> dict:
     """Return the log line's means over all images since the last line."""
     table = torch.stack(rows).double()
     sums, counts = table[:, :-1].sum(dim=0).view(2, NUM_BANDS)
+    norms = table[:, -1][table[:, -1].isfinite()]
     return {
         "loss": float(sums.sum() / counts.sum()),
         "loss_by_band": per_band(sums, counts),
-        "grad_norm": float(table[:, -1].mean()),
+        # Under fp16 some overflow, and infinity is no JSON.
+        "grad_norm": float(norms.mean()) if len(norms) else None,
     }
 
 
@@ -182,11 +199,6 @@ def draw_sheet(run: Run, signals: list):
                 f"Sample sheets have {run.sheet_images} instead of {config.eval_batch_size} images: more would take "
                 f"over {PATIENCE} s each in {steps} steps; lower --ddpm_num_inference_steps for more."
             )
-
-    def give_way(*step):
-        if signals and accelerator.num_processes == 1:
-            raise Interrupted
-
     share = range(accelerator.process_index, run.sheet_images, accelerator.num_processes)
     images = sample_images(
         run.published,
@@ -196,7 +208,7 @@ def draw_sheet(run: Run, signals: list):
         batch_size=config.eval_batch_size,
         num_inference_steps=config.ddpm_num_inference_steps,
         spacing="trailing",  # begins at T - 1, in pure noise; "leading" would begin where cosine betas leave signal
-        on_step=give_way,
+        on_step=yielding_to(signals, run),
         progress=accelerator.is_main_process,
     )
     drawn = gather_object(list(zip(share, images.cpu().numpy())))

@@ -4,6 +4,7 @@ milestones.py. Everything counts optimizer steps and images seen, never micro-ba
 
 import contextlib
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from . import UserError
 from .data import training_batches
 from .hub import finish_push
 from .losses import NUM_BANDS, by_band, draw_noise
@@ -36,8 +38,15 @@ def train(config):
     run.model.train()
     due, timed_steps, started = set(), 0, time.perf_counter()
     with catching_signals() as signals, progress_bar(run) as bar:
+        if state.step == run.total_steps:
+            # Resumed at its end: what a kill may have kept from being written then.
+            reach(run, {"sheet", "pipeline", "end"}, 0.0, signals)
         while state.step < run.total_steps and "stop" not in due:
-            step(run, batches)
+            try:
+                step(run, batches)
+            except UserError as error:
+                error.on_one_process = True  # an image that only this one was to read
+                raise
             bar.update()
             timed_steps += 1
             due = what_is_due(run)
@@ -109,16 +118,21 @@ def catching_signals():
     """Collect SIGINT and SIGTERM in a list instead of dying of them; the second one of a kind acts as ever."""
     caught, before = [], {}
 
+    process = os.getpid()
+
     def note(number, frame):
         caught.append(number)
         signal.signal(number, before[number])
-        print(f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint.", flush=True)
+        if os.getpid() == process:  # not a worker that decodes images
+            print(f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint.", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, note)
-    yield caught
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stop_agreed(run: Run, signals: list, due: set) -> bool:
@@ -133,10 +147,10 @@ def stop_agreed(run: Run, signals: list, due: set) -> bool:
 def close(run: Run, signals: list):
     """Say where everything lies, or how to go on."""
     folder = Path(run.config.output_dir)
-    finished = run.state.step == run.total_steps
+    finished = run.state.step == run.total_steps and not run.unfinished
     if run.accelerator.is_main_process:
         if finished:
-            sheet = max((folder / "samples").glob("epoch_*.png"))
+            sheet = max((folder / "samples").glob("epoch_*.png"), key=lambda path: (len(path.name), path.name))
             print(
                 f"\nTrained {run.state.step:,} steps in {run.state.seconds / 60:.1f} minutes.\n"
                 f"  pipeline      {folder}  (DDPMPipeline.from_pretrained({str(folder)!r}))\n"

@@ -34,6 +34,11 @@ def broken(tmp_path_factory):
     (root / "list.json").write_text("[]")
     (root / "classes.json").write_text('{"sample_size": 8, "in_channels": 1, "num_class_embeds": 10}')
     (root / "checkpoint-3").mkdir()
+    (root / "checkpoint-4").mkdir()
+    for name in ("state.pt", "train_config.json"):
+        (root / "checkpoint-4" / name).write_text("{")
+    (root / "mine" / "samples").mkdir(parents=True)
+    (root / "mine" / "samples" / "holiday.jpg").touch()
     train(parse_config([*TINY, "--max_train_steps=2", f"--output_dir={root / 'run'}"]))
     return root
 
@@ -93,6 +98,26 @@ BAD = {
     "folder is a file": ([*TINY, "--output_dir={root}/file"], "is a file"),
     "folder with too long a name": ([*TINY, "--output_dir=" + "a" * 300], "could not be written to aaa"),
     "folder below a file": ([*TINY, "--output_dir={root}/file/run"], "could not be written"),
+    "tracker's folder elsewhere": ([*TINY, "--logging_dir={root}"], "is not inside --output_dir: give a name"),
+    "tracker's folder above": ([*TINY, "--logging_dir=../logs"], "is not inside --output_dir: give a name"),
+    "no name of a folder": ([*TINY, "--output_dir="], "--output_dir is empty"),
+    "latest in a folder of the user's": (
+        [*TINY, "--output_dir={root}/mine", "--resume_from_checkpoint=latest"],
+        "is not empty: give",
+    ),
+    "checkpoint of another process": (
+        [*TINY, "--output_dir={root}/run", "--resume_from_checkpoint=latest", "--prediction_type=v_prediction"],
+        "was trained with --prediction_type epsilon, not v_prediction",
+    ),
+    "checkpoint past the end": (
+        [*TINY, "--output_dir={root}/run", "--resume_from_checkpoint=latest", "--max_train_steps=1"],
+        "is past the 1 steps of this run",
+    ),
+    "damaged checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-4"], "is damaged"),
+    "checkpoint of another folder into a full one": (
+        [*TINY, "--output_dir={root}/mine", "--resume_from_checkpoint={root}/run/checkpoint-2"],
+        "is not its own",
+    ),
     "no such checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-9"], "is not a complete checkpoint"),
     "half a checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-3"], "is not a complete checkpoint"),
     "checkpoint of another model": (

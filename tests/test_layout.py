@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from ddpm_hf.config import TrainingConfig
+from ddpm_hf.config import TrainingConfig, parse_config
 
 
 # Each module imports only from layers before its own.
@@ -60,6 +60,22 @@ def test_every_flag_is_read(name):
     sources = [path.read_text() for path in MODULES if path.stem != "config"]
     own = (ROOT / "ddpm_hf" / "config.py").read_text()
     assert any(f"config.{name}" in text for text in sources) or f"self.{name}" in own
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_pages_are_whole(page):
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    assert not re.search(r"@[A-Z_]+@|TODO|TBD", text)
+    for link in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", text):
+        assert (folder / (link[0] or link[1])).exists(), link
+
+
+def test_commands_in_the_readme_are_parsed():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = [line.split("#")[0] for line in text.splitlines() if "launch train_unconditional.py" in line]
+    assert len(commands) > 4
+    for command in commands:
+        parse_config(command.split("train_unconditional.py")[1].split())
 
 
 def test_nothing_pulls_torchvision():

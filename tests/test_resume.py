@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -163,6 +164,29 @@ def test_a_signal_ends_a_sheet_that_takes_long(tmp_path):
     # The first epoch ends with step 13: the sheet is left out, one more step is taken, and that is what is kept.
     assert child.exitcode == 143 and "Stopped after step 14 of 24" in log, log
     assert checkpoints(folder)[-1].name == "checkpoint-14" and not (folder / "samples").exists()
+
+
+def test_a_signal_in_the_last_figures_leaves_them_to_the_next_run(unbroken, tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--ddpm_num_steps=4000", "--ddpm_num_inference_steps=1000"]
+    child = start(folder, *flags)
+    deadline = time.time() + 60
+    while "Figures" not in Path(f"{folder}.log").read_text() and time.time() < deadline:
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(60)
+    assert child.exitcode == 143, Path(f"{folder}.log").read_text()
+    assert checkpoints(folder)[-1].name == "checkpoint-24" and not (folder / "figures" / "reverse.gif").exists()
+    shutil.rmtree(folder / "unet")  # as if it had come before the pipeline
+    finish(folder, *flags, "--resume_from_checkpoint=latest")
+    assert (folder / "figures" / "reverse.gif").exists() and (folder / "unet").exists()
+
+
+def test_changed_flags_are_told(tmp_path):
+    folder = tmp_path / "run"
+    finish(folder, "--max_train_steps=4")
+    log = finish(folder, "--max_train_steps=8", "--resume_from_checkpoint=latest", "--seed=5", "--no_use_ema")
+    assert "the checkpoint had other flags, so this run is a new one: seed 0 -> 5, use_ema True -> False." in log
 
 
 def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_is_good(tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 from ddpm_hf.__main__ import main as command
 from ddpm_hf.config import TrainingConfig, parse_config
 from ddpm_hf.model import ema_decay
+from ddpm_hf.record import git_commit
 from ddpm_hf.sampling import image_generators, sample
 from ddpm_hf.scheduler import PaperDDPMScheduler
 from ddpm_hf.training import train
@@ -114,6 +115,12 @@ torch.save([torch.from_numpy(i) for i in images] + [ddim.scheduler.alphas_cumpro
         assert (ours / 2 + 0.5 - images.permute(0, 3, 1, 2)).abs().max() < 1e-5
     assert torch.equal(scheduler.alphas_cumprod, alphas_cumprod)
     assert scheduler.config.variance_type == "fixed_large"
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    assert git_commit() is None or len(git_commit()) == 40
+    monkeypatch.setenv("PATH", "")
+    assert git_commit() is None
 
 
 def test_the_index_names_diffusers_classes_only(ran):
