@@ -136,7 +136,7 @@ def test_the_token_is_not_in_the_record():
 
 def test_help_is_quick_and_grouped():
     times = []
-    for _ in range(2):  # the first may meet a cold disk
+    for _ in range(4):  # one may meet a cold disk or a busy machine
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, ROOT / "train_unconditional.py", "--help"], capture_output=True, text=True, check=True
