@@ -22,6 +22,8 @@ from . import UserError
 # What a run writes beside checkpoints, the tracker's folder and the card.
 RUN_FILES = ["model_index.json", "unet", "scheduler", "best", "evaluations", "metrics.jsonl", "samples/epoch_*.png"]
 RUN_FILES += ["figures/" + name for name in ("loss.png", "schedule.png", "forward.png", "reverse.*", "ddim_*.png")]
+# What a kill can leave of them.
+HALF_WRITTEN = [".writable.tmp", "checkpoint-*.tmp", "metrics.tmp", "train_config.tmp", ".push-*"]
 # Flags that a checkpoint fixes, for the weights mean nothing under others; a change of the next ones is told.
 FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
 TOLD = ["seed", "dataset_name", "class_names", "random_flip", "loss_type", "snr_gamma", "train_batch_size"]
@@ -64,7 +66,12 @@ def checkpoints(output_dir) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     found = [path.parent for path in Path(output_dir).glob("checkpoint-*/state.pt")]
     ours = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(ours, key=lambda path: int(path.name.split("-")[1]))
+    return sorted(ours, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def find_checkpoint(config) -> Path | None:
@@ -83,7 +90,7 @@ def find_checkpoint(config) -> Path | None:
         checkpoint = Path(config.resume_from_checkpoint)
         if not checkpoint.exists() and checkpoint.name == config.resume_from_checkpoint:
             checkpoint = output_dir / checkpoint  # a bare name, as diffusers' script takes it
-        if not (checkpoint / "state.pt").is_file() or checkpoint.suffix == ".tmp":
+        if not (checkpoint / "state.pt").is_file() or not re.fullmatch(r"checkpoint-\d+", checkpoint.name):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: give a folder named "
                 f"checkpoint-<step>, or `latest`."
@@ -116,8 +123,9 @@ def prepare_output_dir(config, checkpoint: Path | None):
     with writing("the run", output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / ".writable.tmp").touch()
-        for stale in [*output_dir.glob("*.tmp"), *output_dir.glob(".push-*")]:
-            remove(stale)
+        for pattern in HALF_WRITTEN:
+            for stale in output_dir.glob(pattern):
+                remove(stale)
         if checkpoint is None and (output_dir / "train_config.json").exists():
             # Only what a run writes goes: anything else in the folder is the user's.
             for pattern in [*RUN_FILES, config.logging_dir, "train_config.json"]:
@@ -128,7 +136,7 @@ def prepare_output_dir(config, checkpoint: Path | None):
         elif checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve():
             # Going on from an earlier checkpoint abandons what was trained after it.
             for later in checkpoints(output_dir):
-                if int(later.name.split("-")[1]) > int(checkpoint.name.split("-")[1]):
+                if step_of(later) > step_of(checkpoint):
                     remove(later)
 
 

@@ -37,6 +37,8 @@ def broken(tmp_path_factory):
     (root / "checkpoint-4").mkdir()
     for name in ("state.pt", "train_config.json"):
         (root / "checkpoint-4" / name).write_text("{")
+    (root / "backup").mkdir()
+    (root / "backup" / "state.pt").touch()
     (root / "mine" / "samples").mkdir(parents=True)
     (root / "mine" / "samples" / "holiday.jpg").touch()
     train(parse_config([*TINY, "--max_train_steps=2", f"--output_dir={root / 'run'}"]))
@@ -112,6 +114,10 @@ BAD = {
     "checkpoint past the end": (
         [*TINY, "--output_dir={root}/run", "--resume_from_checkpoint=latest", "--max_train_steps=1"],
         "is past the 1 steps of this run",
+    ),
+    "checkpoint by another name": (
+        [*TINY, "--resume_from_checkpoint={root}/backup"],
+        "give a folder named checkpoint-",
     ),
     "damaged checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-4"], "is damaged"),
     "checkpoint of another folder into a full one": (

@@ -183,11 +183,13 @@ def test_the_sheets_step_count_changes_the_sheet(ran, tmp_path):
 def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
     folder = finished(tmp_path / "run")
     (folder / "notes.txt").write_text("mine")
+    (folder / "draft.tmp").touch()
     (folder / "samples" / "epoch_0009.png").touch()
     (folder / "samples" / "holiday.jpg").touch()
     (folder / "README.md").write_text("my own words")
     finished(folder, "--overwrite_output_dir", "--max_train_steps=2")
     assert (folder / "samples" / "holiday.jpg").exists() and (folder / "README.md").read_text() == "my own words"
+    assert (folder / "draft.tmp").exists()
     assert (folder / "notes.txt").read_text() == "mine" and not (folder / "samples" / "epoch_0009.png").exists()
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
 
