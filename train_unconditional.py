@@ -11,7 +11,7 @@ import os
 import sys
 
 from ddpm_hf import UserError
-from ddpm_hf.config import parse_config
+from ddpm_hf.command_line import parse_config
 
 
 def main(argv=None):

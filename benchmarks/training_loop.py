@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from ddpm_hf.config import parse_config
+from ddpm_hf.command_line import parse_config
 from ddpm_hf.data import training_batches
 from ddpm_hf.milestones import reach, what_is_due
 from ddpm_hf.model import build_unet

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from . import UserError, __version__
+from . import UserError, __version__, options
 from .presets import PRESETS
 
 
@@ -46,16 +46,40 @@ def figures(arguments):
     print(f"The figures are in {run / 'figures'}.")
 
 
+def sample(arguments):
+    """Draw images with any DDPM, into a folder of PNG files or one .npz; killed, it goes on where it was."""
+    from .drawing import sample_command
+
+    sample_command(arguments)
+
+
+def evaluate(arguments):
+    """Score a model, or samples, against real images; leave a record that says what each number is."""
+    from .evaluation import evaluate_command
+
+    evaluate_command(arguments)
+
+
+def compare(arguments):
+    """Print records side by side; refuse those whose protocols differ, naming the field."""
+    from .records import compare_command
+
+    compare_command(arguments)
+
+
+COMMANDS = {presets: options.presets, figures: options.figures, sample: options.sample}
+COMMANDS |= {evaluate: options.evaluate, compare: options.compare}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m ddpm_hf", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("presets", help=presets.__doc__, description=presets.__doc__)
-    command.add_argument("name", nargs="?", help="show this recipe in full")
-    command.set_defaults(run_command=presets)
-    command = commands.add_parser("figures", help=figures.__doc__, description=figures.__doc__)
-    command.add_argument("run", help="the --output_dir of a finished training")
-    command.set_defaults(run_command=figures)
+    for run_command, add_flags in COMMANDS.items():
+        about = run_command.__doc__
+        command = commands.add_parser(run_command.__name__, help=about, description=about, allow_abbrev=False)
+        add_flags(command)
+        command.set_defaults(run_command=run_command)
     arguments = parser.parse_args(argv)
     try:
         arguments.run_command(arguments)

@@ -26,8 +26,9 @@ RUN_FILES += ["figures/" + name for name in ("loss.png", "schedule.png", "forwar
 HALF_WRITTEN = [".writable.tmp", "checkpoint-*.tmp", "metrics.tmp", "train_config.tmp", ".push-*"]
 # Flags that a checkpoint fixes, for the weights mean nothing under others; a change of the next ones is told.
 FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
-TOLD = ["seed", "dataset_name", "class_names", "random_flip", "loss_type", "snr_gamma", "train_batch_size"]
-TOLD += ["gradient_accumulation_steps", "learning_rate", "lr_scheduler", "use_ema", "ema_max_decay", "mixed_precision"]
+TOLD = ["seed", "dataset_name", "class_names", "random_flip", "objective", "timestep_sampling", "loss_type"]
+TOLD += ["snr_gamma", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "use_ema"]
+TOLD += ["ema_max_decay", "mixed_precision"]
 
 
 @dataclass
@@ -35,15 +36,17 @@ class TrainState:
     """Where a run stands, in optimizer steps and images seen.
 
     `pending` holds one row per optimizer step that metrics.jsonl has not averaged yet; `stream` is the position of a
-    streamed dataset; `seconds` is the time spent training so far, over all interruptions.
+    streamed dataset; `seconds` is the time spent training so far, over all interruptions. `loss_history` is that of
+    --timestep_sampling loss_second_moment, the same in every process.
     """
 
     step: int = 0
     images_seen: int = 0
     seconds: float = 0.0
-    best_validation_loss: float = float("inf")
+    best_score: float = float("inf")
     pending: list = field(default_factory=list)
     stream: dict | None = None
+    loss_history: torch.Tensor | None = None
 
 
 @contextlib.contextmanager
@@ -204,7 +207,8 @@ def check_same_run(checkpoint: Path, config, unet_config: dict, total_steps: int
         raise UserError(f"{checkpoint} was trained without --use_ema: leave --use_ema out, or start afresh.")
     if step > total_steps:
         raise UserError(f"{checkpoint} is past the {total_steps} steps of this run: give more --max_train_steps.")
-    changed = [f"{name} {was[name]} -> {now[name]}" for name in TOLD if was[name] != now[name]]
+    # A flag that is newer than the checkpoint has not been changed.
+    changed = [f"{name} {was[name]} -> {now[name]}" for name in TOLD if was.get(name, now[name]) != now[name]]
     return [f"Warning: the checkpoint had other flags, so this run is a new one: {', '.join(changed)}."] * bool(
         changed
     )

@@ -5,18 +5,17 @@ Precedence: default < preset < command line. Fields marked [ours] are not in dif
 No torch in here, so that `--help` answers at once.
 """
 
-import argparse
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from . import UserError
-from .presets import PRESETS, split_list
+from .options import METRICS
+from .presets import split_list
 
 
 def flag(default, help):
@@ -81,7 +80,13 @@ class DiffusionOptions:
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag("epsilon", "What the UNet predicts")
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = flag(
-        "fixed_small", "Variance of the reverse process; learned_range trains it with the hybrid loss [ours]"
+        "fixed_small", "Variance of the reverse process; learned_range trains it too [ours]"
+    )
+    objective: Literal["simple", "hybrid", "vlb"] | None = flag(
+        None, "Ho's L_simple, Nichol's L_hybrid (default with learned_range) or the variational bound [ours]"
+    )
+    timestep_sampling: Literal["uniform", "loss_second_moment"] = flag(
+        "uniform", "How timesteps are drawn; loss_second_moment: costly ones more often, weighted less [ours]"
     )
     loss_type: Literal["l2", "l1", "huber"] = flag("l2", "Distance between prediction and target [ours]")
     snr_gamma: float | None = flag(None, "Min-SNR loss weighting with this gamma, e.g. 5; default: none [ours]")
@@ -131,6 +136,19 @@ class OutputOptions:
 
 
 @dataclass(kw_only=True)
+class EvaluationOptions:
+    _argument_group_name = "evaluation"
+
+    eval_metrics: list[str] | None = flag(
+        None, "Scores of DDIM-50 samples while training, e.g. fid,kid or fd_mnist,bits_per_dim [ours]"
+    )
+    eval_epochs: int = flag(10, "Epochs between scores [ours]")
+    eval_num_images: int = flag(2000, "Images that scores are of, from the same noise each time [ours]")
+    eval_inception: str | None = flag(None, "Weights of FID's Inception; default: pytorch-fid's release [ours]")
+    best_by: str = flag("validation_loss", "What best/ is chosen by: validation_loss or one of --eval_metrics [ours]")
+
+
+@dataclass(kw_only=True)
 class HubOptions:
     _argument_group_name = "hub"
 
@@ -147,6 +165,7 @@ GROUPS = [
     DiffusionOptions,
     OptimisationOptions,
     OutputOptions,
+    EvaluationOptions,
     HubOptions,
 ]
 # A flag of these must be at least this much.
@@ -155,7 +174,7 @@ MINIMUM = dict(
     ddpm_num_inference_steps=1, train_batch_size=1, gradient_accumulation_steps=1, num_epochs=1, max_train_steps=1,
     learning_rate=0, lr_warmup_steps=0, adam_weight_decay=0, max_grad_norm=0, ema_inv_gamma=0, ema_power=0,
     checkpointing_steps=1, checkpoints_total_limit=1, save_images_epochs=1, save_model_epochs=1, eval_batch_size=1,
-    validation_epochs=1, logging_steps=1, seed=0,
+    validation_epochs=1, logging_steps=1, seed=0, eval_epochs=1, eval_num_images=40,
 )  # fmt: skip
 # A flag of these must be at most this much.
 MAXIMUM = dict(seed=2**32 - 1, ddpm_num_steps=100_000, resolution=8192)
@@ -195,6 +214,19 @@ class TrainingConfig(*reversed(GROUPS)):
                 raise UserError(f"--{name} is {value}, but must lie between 0 and 1 (1 excluded).")
         if self.snr_gamma is not None and not self.snr_gamma > 0:
             raise UserError(f"--snr_gamma is {self.snr_gamma}, but must be positive, e.g. 5; leave it out for none.")
+        learned = self.variance_type == "learned_range"
+        self.objective = self.objective or ("hybrid" if learned else "simple")
+        if self.objective == "hybrid" and not learned:
+            raise UserError(
+                f"--objective hybrid teaches a learned variance, but --variance_type is {self.variance_type}: "
+                "give learned_range, or simple or vlb."
+            )
+        if self.objective == "simple" and learned:
+            raise UserError("--objective simple leaves --variance_type learned_range untaught: give hybrid or vlb.")
+        if self.objective == "vlb" and (self.snr_gamma is not None or self.loss_type != "l2"):
+            raise UserError(
+                "--objective vlb is a likelihood, which --snr_gamma and --loss_type cannot change: leave them out."
+            )
         if self.adam_epsilon <= 0:
             raise UserError(f"--adam_epsilon is {self.adam_epsilon}, but must be positive, e.g. 1e-8.")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
@@ -210,7 +242,17 @@ class TrainingConfig(*reversed(GROUPS)):
             )
         if self.validation_split == "train":
             raise UserError("--validation_split train is what is trained on: name another split, a count or a share.")
-        if self.save_best and self.validation_split is None:
+        self.eval_metrics = split_list(self.eval_metrics)
+        for name in self.eval_metrics or []:
+            if name not in METRICS:
+                raise UserError(f"--eval_metrics {name} is not known: choose from {', '.join(METRICS)}.")
+        if self.eval_metrics and self.streaming:
+            raise UserError("--eval_metrics compare with all images, and --streaming has them not: leave one out.")
+        if self.best_by not in ["validation_loss", *(self.eval_metrics or [])]:
+            raise UserError(
+                f"--best_by {self.best_by} is not measured: give validation_loss or one of --eval_metrics."
+            )
+        if self.save_best and self.best_by == "validation_loss" and self.validation_split is None:
             raise UserError("--save_best needs held-out images to choose by: add --validation_split, e.g. 0.05.")
         if self.dataset_name is None and self.train_data_dir is None:
             raise UserError(
@@ -222,54 +264,3 @@ class TrainingConfig(*reversed(GROUPS)):
         flags = dataclasses.asdict(self)
         del flags["hub_token"]
         return flags
-
-
-class FlagParser(HfArgumentParser):
-    """HfArgumentParser in which every boolean can be negated, lists may be empty, and errors are one sentence."""
-
-    def __init__(self):
-        super().__init__(
-            GROUPS,
-            prog="train_unconditional.py",
-            usage="accelerate launch train_unconditional.py [--preset NAME] [--dataset_name ID_OR_FOLDER] [flags]",
-            description="Train a DDPM that stock diffusers loads. Defaults < preset < flags given here.",
-            epilog="Every boolean can be negated: --no_use_ema is --use_ema false.",
-            allow_abbrev=False,
-        )
-        for group in GROUPS:
-            for field in dataclasses.fields(group):
-                if field.type is bool:
-                    no = [f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"]
-                    self.add_argument(
-                        *no, dest=field.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
-                    )
-        for action in self._actions:
-            if action.nargs == "+":
-                action.nargs = "*"
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def parse_config(argv: list[str] | None = None) -> TrainingConfig:
-    """Turn a command line into a TrainingConfig: default < preset < flag. Leaves with exit code 2 on bad input."""
-    parser = FlagParser()
-    # argparse fills in no default for what the namespace has already: what is still None was not given.
-    names = [field.name for field in dataclasses.fields(TrainingConfig)]
-    flags, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names)))
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        parser.error(f"there is no flag {unknown[0]!r}: {f'did you mean {close[0]}?' if close else 'see --help.'}")
-    given = {name: value for name, value in vars(flags).items() if value is not None}
-    recipe = {}
-    if preset := given.get("preset"):
-        if preset not in PRESETS:
-            parser.error(f"there is no preset {preset!r}: choose from {', '.join(PRESETS)}.")
-        recipe = dict(PRESETS[preset].flags)
-        if "num_epochs" in given:  # two flags say how long: the one given wins over the other of the preset
-            recipe.pop("max_train_steps", None)
-    try:
-        return TrainingConfig(**recipe | given)
-    except UserError as error:
-        parser.error(str(error))

@@ -5,11 +5,10 @@ model's device. Everything outside the UNet is float32 whatever the autocast: in
 the first ten timesteps.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
+from .likelihood import variational_term
 from .randomness import keyed_generator
 from .scheduler import PaperDDPMScheduler
 
@@ -19,29 +18,42 @@ VALIDATION_IMAGES = 1024  # enough for three digits, and a few percent of the co
 DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
-def denoising_loss(scheduler: PaperDDPMScheduler, loss_type: str = "l2", snr_gamma: float | None = None):
-    """Return the loss of Ho et al. eq. 14 for the scheduler's prediction type; for a learned variance, L_hybrid.
+def denoising_loss(
+    scheduler: PaperDDPMScheduler,
+    loss_type: str = "l2",
+    snr_gamma: float | None = None,
+    objective: str = "simple",
+):
+    """Return the loss of an objective, for the scheduler's prediction type and variance.
 
     Args:
+        objective: "simple", Ho et al. eq. 14; "hybrid", Nichol eq. 16, which adds the bound to teach a learned
+            variance; "vlb", the variational bound itself in bits/dim, one of its T terms times T.
         loss_type: "l2", "l1" or "huber", the distance between prediction and target, averaged over pixels.
         snr_gamma: weigh each image by Min-SNR with this gamma (Hang et al. 2023, https://huggingface.co/papers/2303.09556).
     """
-    learned = scheduler.config.variance_type == "learned_range"
+    T, variance_type = scheduler.config.num_train_timesteps, scheduler.config.variance_type
 
     def loss(model, batch):
         images, noise, timesteps = batch["images"], batch["noise"], batch["timesteps"]
         noisy = scheduler.q_sample(images, noise, timesteps)
         output = model(noisy, timesteps).sample.float()
-        prediction, variance = output.chunk(2, dim=1) if learned else (output, None)
+        prediction, variance = output.chunk(2, dim=1) if variance_type == "learned_range" else (output, None)
+        if objective == "vlb":
+            return T * variational_term(
+                scheduler, images, noisy, timesteps, prediction, variance, variance_type=variance_type
+            )
         target = scheduler.training_target(images, noise, timesteps)
         losses = DISTANCES[loss_type](prediction, target, reduction="none").mean(dim=(1, 2, 3))
         if snr_gamma is not None:
             losses = losses * min_snr_weights(scheduler, timesteps, snr_gamma)
-        if learned:
+        if objective == "hybrid":
             # L_hybrid = L_simple + 0.001 L_vlb (Nichol eq. 16). L_vlb sums over t, so its estimate by one t is T times
             # that term: 0.001 T. The mean is detached: the bound teaches only the variance.
-            bound = variational_term(scheduler, images, noisy, timesteps, prediction.detach(), variance)
-            losses = losses + 0.001 * scheduler.config.num_train_timesteps * bound
+            bound = variational_term(
+                scheduler, images, noisy, timesteps, prediction.detach(), variance, variance_type=variance_type
+            )
+            losses = losses + 0.001 * T * bound
         return losses
 
     return loss
@@ -55,49 +67,6 @@ def min_snr_weights(scheduler: PaperDDPMScheduler, timesteps: torch.Tensor, gamm
     snr = scheduler.snr(timesteps).float()
     in_x0 = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[scheduler.config.prediction_type]
     return snr.clamp(max=gamma) / in_x0
-
-
-def variational_term(scheduler, images, noisy, timesteps, prediction, variance) -> torch.Tensor:
-    """Return one term of the variational bound per image (B,), in bits per dimension.
-
-    KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) for t > 0 and -log p_theta(x_0 | x_1) for t = 0
-    (Ho et al. eq. 5 and 13), for the reverse variance that `variance`, the UNet's second half of channels, stands for.
-    """
-    pred_original_sample = scheduler.predict_original_sample(prediction, noisy, timesteps)
-    true_mean, _, true_log_variance = scheduler.q_posterior(images, noisy, timesteps)
-    mean, _, _ = scheduler.q_posterior(pred_original_sample, noisy, timesteps)
-    log_variance = scheduler.reverse_log_variance(noisy, timesteps, None, "learned_range", variance)
-    # KL of two diagonal Gaussians.
-    kl = 0.5 * (
-        log_variance
-        - true_log_variance
-        - 1
-        + torch.exp(true_log_variance - log_variance)
-        + (true_mean - mean) ** 2 * torch.exp(-log_variance)
-    )
-    decoder = -discretized_log_likelihood(images, mean, log_variance)
-    first = (timesteps == 0).view(-1, 1, 1, 1)
-    return torch.where(first, decoder, kl).mean(dim=(1, 2, 3)) / math.log(2)
-
-
-def discretized_log_likelihood(images, mean, log_variance) -> torch.Tensor:
-    """Return the log-probability in nats of each 8-bit pixel under a Gaussian integrated over the pixel's bin.
-
-    Ho et al. eq. 13, with the tanh approximation of the normal CDF and the floor of 1e-12 of their code, which the
-    published bits/dim were computed with. All arguments (B, C, H, W); images are k/127.5 - 1.
-    """
-    deviation, inverse_std = images - mean, torch.exp(-0.5 * log_variance)
-    upper = normal_cdf(inverse_std * (deviation + 1 / 255))
-    lower = normal_cdf(inverse_std * (deviation - 1 / 255))
-    # The first and last bins reach to infinity.
-    upper = torch.where(images > 0.999, torch.ones_like(upper), upper)
-    lower = torch.where(images < -0.999, torch.zeros_like(lower), lower)
-    return torch.log((upper - lower).clamp(min=1e-12))
-
-
-def normal_cdf(z: torch.Tensor) -> torch.Tensor:
-    """Return the standard normal CDF by the tanh approximation of Ho's and Nichol's code."""
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
 def draw_noise(ordinals: torch.Tensor, shape, num_train_timesteps: int, seed: int):
@@ -114,11 +83,15 @@ def draw_noise(ordinals: torch.Tensor, shape, num_train_timesteps: int, seed: in
     return noise, timesteps
 
 
-def by_band(losses: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int) -> torch.Tensor:
-    """Return (2, 4): the sum of the losses and the count of images in each quarter of the timesteps."""
+def by_band(losses: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int, weights=1.0) -> torch.Tensor:
+    """Return (2, 4): the sum of the losses and the count of images in each quarter of the timesteps.
+
+    With `weights` (B,), those of importance sampling, sums of weighted losses and of weights: their ratio is what it
+    would be for uniform timesteps.
+    """
     band = timesteps * NUM_BANDS // num_train_timesteps
     sums = torch.zeros(2, NUM_BANDS, device=losses.device)
-    return sums.index_add_(1, band, torch.stack([losses.float(), torch.ones_like(losses)]))
+    return sums.index_add_(1, band, torch.stack([losses.float(), torch.ones_like(losses)]) * weights)
 
 
 @torch.no_grad()

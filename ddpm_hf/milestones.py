@@ -1,5 +1,6 @@
 """What a run does besides steps: log lines, validation, sample sheets, checkpoints, pipelines, pushes, the end."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .hub import push, save_pipeline, write_card
 from .losses import NUM_BANDS, validation_loss
 from .model import ema_decay
 from .run import Run
+from .run_scores import score_run
 from .sampling import affordable, sample_images
 
 
@@ -25,13 +27,16 @@ def what_is_due(run: Run) -> set[str]:
         "validation": config.validation_epochs,
         "sheet": config.save_images_epochs,
         "pipeline": config.save_model_epochs,
+        "scores": config.eval_epochs,
     }
     due = {name for name, n in every.items() if run.epochs(step) // n > run.epochs(step - 1) // n}
     if step == run.total_steps:
         due |= every.keys() | {"end"}
     if run.validation_set is None:
         due.discard("validation")
-    if due & {"validation", "end"} or step % config.logging_steps == 0:
+    if run.evaluation is None:
+        due.discard("scores")
+    if due & {"validation", "scores", "end"} or step % config.logging_steps == 0:
         due.add("log")
     # A pipeline never lies there without a checkpoint to go on from.
     if "pipeline" in due or step % config.checkpointing_steps == 0:
@@ -80,18 +85,24 @@ def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> d
         }
         state.pending.clear()
         rows = []
+    compared = None  # what best/ is chosen by, lower is better
     if "validation" in due:
         line |= validate(run)
-        score = line["validation_loss" if run.ema is None else "validation_loss_ema"]
-        if config.save_best and score < state.best_validation_loss:
-            state.best_validation_loss = score
-            if main:
-                with writing("the best pipeline", folder / "best"):
-                    save_pipeline(folder / "best", run.published, run.scheduler)
+        if config.best_by == "validation_loss":
+            compared = line["validation_loss" if run.ema is None else "validation_loss_ema"]
+    if "scores" in due:
+        with contextlib.suppress(Interrupted):
+            line["scores"], by_score = score_run(run, yielding_to(signals, run))
+            compared = compared if by_score is None else by_score
+    if config.save_best and main and compared is not None and compared < state.best_score:
+        state.best_score = compared
+        with writing("the best pipeline", folder / "best"):
+            save_pipeline(folder / "best", run.published, run.scheduler)
     if "log" in due and main:
         with writing("metrics.jsonl", folder), open(folder / "metrics.jsonl", "a") as metrics:
             metrics.write(json.dumps(line) + "\n")
-        run.accelerator.log({k: v for k, v in line.items() if isinstance(v, (int, float))}, step=state.step)
+        numbers = {k: v for k, v in (line | line.get("scores", {})).items() if isinstance(v, (int, float))}
+        run.accelerator.log(numbers, step=state.step)
     if "sheet" in due:
         try:
             draw_sheet(run, signals)

@@ -24,7 +24,9 @@ from .hub import create_repository
 from .losses import denoising_loss
 from .model import build_unet, ema_decay, make_ema, unet_channels
 from .record import describe, write_record
+from .run_scores import open_evaluation
 from .scheduler import PaperDDPMScheduler, make_scheduler
+from .timestep_sampling import new_history
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Run:
     model: Any = None
     ema: AveragedModel | None = None
     repo_id: str | None = None
+    evaluation: Any = None  # what --eval_metrics are computed from
     sheet_images: int | None = None  # on a sample sheet, as many as this machine draws in bearable time
     unfinished: bool = False  # a signal came while the last figures were drawn
     pushing: Any = None  # the last push, under way in the background
@@ -97,7 +100,7 @@ def open_run(config: TrainingConfig) -> Run | None:
         scheduler=scheduler,
         optimizer=optimizer,
         learning_rate=learning_rate_schedule(config, optimizer, total_steps),
-        loss=denoising_loss(scheduler, config.loss_type, config.snr_gamma),
+        loss=denoising_loss(scheduler, config.loss_type, config.snr_gamma, config.objective),
         num_images=num_images,
         global_batch=global_batch,
         total_steps=total_steps,
@@ -105,7 +108,8 @@ def open_run(config: TrainingConfig) -> Run | None:
         facts={},
     )
     run.facts = describe(run)
-    said = [run.facts["summary"], *ema_warning(config, total_steps)]
+    run.evaluation, skipped = open_evaluation(config, unet, scheduler, train_set, validation_set)
+    said = [run.facts["summary"], *ema_warning(config, total_steps), *skipped]
     if checkpoint is not None:
         said += checkpoints.check_same_run(checkpoint, config, dict(unet.config), total_steps)
     if accelerator.is_main_process:
@@ -132,6 +136,10 @@ def open_run(config: TrainingConfig) -> Run | None:
             checkpoints.keep_metrics_up_to(config.output_dir, run.state.step)
         if run.state.stream is not None:
             train_set.load_state_dict(run.state.stream)
+    if config.timestep_sampling == "uniform":
+        run.state.loss_history = None
+    elif run.state.loss_history is None:
+        run.state.loss_history = new_history(config.ddpm_num_steps)
     return run
 
 

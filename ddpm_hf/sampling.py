@@ -1,10 +1,12 @@
-"""Images from noise: ancestral DDPM sampling and DDIM, over any subsequence of the timesteps.
+"""Images from noise: ancestral DDPM sampling, DDIM and DPM-Solver++, over any subsequence of the timesteps.
 
 Image k is image k: it is drawn from `torch.Generator().manual_seed(seed + k)` alone, in the order in which stock
 pipelines draw, so `DDPMPipeline(...)(generator=torch.Generator().manual_seed(seed + k))` redraws it, whatever batch or
 process it came from here. Up to float round-off: 1e-5 in [-1, 1], which now and then is one grey level.
 """
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,6 +17,9 @@ from tqdm.auto import tqdm
 
 from . import UserError
 from .scheduler import PaperDDPMScheduler
+
+
+METHODS = ("ddpm", "ddim", "dpmsolver++")
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -35,41 +40,35 @@ def sample(
     variance_type: str | None = None,  # None: the config's on all T steps, fixed_small on fewer; learned_range stays
     class_labels: Sequence[int] | torch.Tensor | None = None,  # one per generator, for a conditional UNet
     clip: bool = True,  # clip or threshold the predicted x_0 as the scheduler's config says
+    dtype: torch.dtype = torch.float32,  # what the UNet computes in: below float32 by autocast, all else stays float32
     on_step: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Draw one image per CPU generator: float32 (B, C, H, W) in [-1, 1], on the UNet's device.
 
     `unet` is a UNet2DModel or anything with its call, `config`, `device` and `dtype`; it is in eval mode for the call.
-    "ddpm" is Algorithm 2 of Ho et al. 2020 with the posterior of the steps taken, "ddim" eq. (12) of Song et al. 2021.
+    "ddpm" is Algorithm 2 of Ho et al. 2020 with the posterior of the steps taken, "ddim" eq. (12) of Song et al. 2021,
+    "dpmsolver++" the second-order multistep Algorithm 2 of Lu et al. 2022 (https://huggingface.co/papers/2211.01095).
     As in stock diffusers, ddim leaves eps as it was where it clips x_0, so eta=1 equals ddpm only with clip=False.
     `on_step(i, num_steps, sample, pred_original_sample)` is called after each step. Bad arguments are a UserError.
     """
-    if method not in ("ddpm", "ddim"):
-        raise UserError(f"method is {method!r}; choose ddpm or ddim.")
-    if not 0 <= eta <= 1 or (method == "ddpm" and eta != 0):
-        raise UserError(f"eta is {eta} with method {method}; it belongs to ddim and is from 0 to 1.")
-    if method == "ddim" and variance_type is not None:
-        raise UserError(
-            f"variance_type is {variance_type} with method ddim; it belongs to ddpm, ddim has eta instead."
-        )
+    check_method(method, eta, variance_type, unet)
     labels = _class_labels(unet, class_labels, len(generators))
     scheduler = scheduler.in_stock_precision()
     # A repeated timestep is a step from t to t: it changes nothing.
     steps = [(t, prev_t) for t, prev_t in scheduler.subsequence(num_inference_steps, spacing) if t != prev_t]
-    if variance_type is None:
-        # fixed_large overshoots where steps are skipped: a factor 2 to 4 in FID.
-        is_kept = len(steps) == len(scheduler) or scheduler.config.variance_type == "learned_range"
-        variance_type = scheduler.config.variance_type if is_kept else "fixed_small"
+    variance_type = variance_type or default_variance(scheduler, len(steps))
 
     shape = _image_shape(unet)
     x = _noise(generators, shape, unet.device)
+    previous = None  # what dpmsolver++ remembers of the step before
     was_training = unet.training
     unet.eval()
     try:
         for i, (t, prev_t) in enumerate(steps):
             # Predict x_0, in float32 whatever the UNet computes in.
             timesteps = torch.full((len(x),), t, device=unet.device)
-            output = unet(x.to(unet.dtype), timesteps, **labels).sample.float()
+            with _autocast(unet, dtype):
+                output = unet(x.to(unet.dtype), timesteps, **labels).sample.float()
             predicted_variance = None
             if output.shape[1] == 2 * shape[0]:
                 output, predicted_variance = output.chunk(2, dim=1)
@@ -81,6 +80,8 @@ def sample(
             # Step from x_t to x_t', noise included except into the clean image.
             if method == "ddim":
                 x, sigma = _ddim_mean_and_sigma(scheduler, pred_original_sample, epsilon, t, prev_t, eta)
+            elif method == "dpmsolver++":
+                x, previous = _dpmsolver_step(scheduler, pred_original_sample, x, t, prev_t, previous)
             else:
                 x = scheduler.q_posterior(pred_original_sample, x, t, prev_t)[0]
                 log_variance = scheduler.reverse_log_variance(x, t, prev_t, variance_type, predicted_variance)
@@ -92,6 +93,27 @@ def sample(
     finally:
         unet.train(was_training)
     return x.clamp(-1, 1)
+
+
+def check_method(method: str, eta: float, variance_type: str | None, unet: nn.Module):
+    """Refuse what `sample` cannot do, with a UserError, before anything is drawn."""
+    if method not in METHODS:
+        raise UserError(f"method is {method!r}; choose {', '.join(METHODS)}.")
+    if not 0 <= eta <= 1 or (method != "ddim" and eta != 0):
+        raise UserError(f"eta is {eta} with method {method}; it belongs to ddim and is from 0 to 1.")
+    if method != "ddpm" and variance_type is not None:
+        raise UserError(f"variance_type is {variance_type} with method {method}; it belongs to ddpm; leave it out.")
+    if variance_type == "learned_range" and unet.config.out_channels != 2 * unet.config.in_channels:
+        raise UserError("variance_type learned_range needs a UNet with out_channels twice its in_channels.")
+
+
+def default_variance(scheduler: PaperDDPMScheduler, num_steps: int) -> str:
+    """Return the variance of ancestral sampling by default: the config's, on fewer than T steps fixed_small.
+
+    fixed_large overshoots where steps are skipped, by a factor 2 to 4 in FID. learned_range stays.
+    """
+    kept = num_steps == len(scheduler) or scheduler.config.variance_type == "learned_range"
+    return scheduler.config.variance_type if kept else "fixed_small"
 
 
 def sample_images(
@@ -132,22 +154,28 @@ def sample_images(
     return images
 
 
+def step_seconds(unet: nn.Module, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> float:
+    """Return the seconds that one evaluation of a batch takes here, measured after one to warm up."""
+    shape = batch_size, *_image_shape(unet)
+    x, timesteps = torch.zeros(shape, device=unet.device), torch.zeros(batch_size, dtype=torch.int64)
+    labels = _class_labels(unet, None if unet.config.num_class_embeds is None else [0] * batch_size, batch_size)
+    with torch.no_grad(), _autocast(unet, dtype):
+        for _ in range(2):
+            start = time.perf_counter()
+            unet(x.to(unet.dtype), timesteps.to(unet.device), **labels).sample.sum().item()  # waits for a GPU
+            seconds = time.perf_counter() - start
+    return seconds
+
+
 def affordable(unet: nn.Module, num_images: int, num_steps: int, seconds: float) -> int:
     """Return how many of `num_images` can be drawn in `num_steps` within `seconds` here: one at the least.
 
-    Measured by one UNet evaluation of one image, after one to warm up. Fewer images, never fewer steps: image k stays
-    image k. A GPU draws a batch in little more than the time of one image, and is never held back.
+    Fewer images, never fewer steps: image k stays image k. A GPU draws a batch in little more than the time of one
+    image, and is never held back.
     """
     if unet.device.type != "cpu":
         return num_images
-    x, timesteps = torch.randn(1, *_image_shape(unet)), torch.zeros(1, dtype=torch.int64)
-    labels = _class_labels(unet, None if unet.config.num_class_embeds is None else [0], 1)
-    with torch.no_grad():
-        for _ in range(2):
-            start = time.perf_counter()
-            unet(x, timesteps, **labels)
-            one_step = time.perf_counter() - start
-    return max(1, min(num_images, int(seconds / (one_step * num_steps))))
+    return max(1, min(num_images, int(seconds / (step_seconds(unet) * num_steps))))
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
@@ -159,6 +187,11 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """uint8 images, or floats in [-1, 1], of shape (B, C, H, W) as PIL images: mode L for C = 1, RGB for C = 3."""
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     return [Image.fromarray(image.squeeze(-1).numpy()) for image in images.permute(0, 2, 3, 1).cpu()]
+
+
+def _autocast(unet: nn.Module, dtype: torch.dtype):
+    """float32 leaves an autocast of the caller's as it is."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(unet.device.type, dtype)
 
 
 def _image_shape(unet: nn.Module) -> tuple[int, int, int]:
@@ -202,3 +235,21 @@ def _ddim_mean_and_sigma(scheduler, pred_original_sample, epsilon, t, prev_t, et
     direction = (1 - alpha_bar_prev - variance).sqrt()
     mean = alpha_bar_prev.sqrt().item() * pred_original_sample + direction.item() * epsilon
     return mean, variance.sqrt().item()
+
+
+def _dpmsolver_step(scheduler, pred_original_sample, x, t, prev_t, previous):
+    """x_t' by Algorithm 2 of Lu et al. 2022, and what the next step needs: this x_0 and the step in log-SNR.
+
+    The last step, to the clean image, is the predicted x_0: the limit of the first-order step.
+    """
+    if prev_t < 0:
+        return pred_original_sample, None
+    alpha_bar = scheduler.alphas_cumprod_at(torch.tensor([t, prev_t])).double()
+    alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    h = ((alpha / sigma).log().diff()).item()
+    mix = pred_original_sample
+    if previous is not None:
+        previous_x0, previous_h = previous
+        mix = mix + (mix - previous_x0) * (h / (2 * previous_h))
+    x = (sigma[1] / sigma[0]).item() * x - (alpha[1] * math.expm1(-h)).item() * mix
+    return x, (pred_original_sample, h)

@@ -18,6 +18,7 @@ from .hub import finish_push
 from .losses import NUM_BANDS, by_band, draw_noise
 from .milestones import reach, what_is_due
 from .run import Run, open_run
+from .timestep_sampling import draw_timesteps, remember
 
 
 def train(config):
@@ -72,25 +73,32 @@ def step(run: Run, batches):
     config, accelerator, state = run.config, run.accelerator, run.state
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate(state.step)
-    bands = torch.zeros(2, NUM_BANDS, device=accelerator.device)
+    bands, seen = torch.zeros(2, NUM_BANDS, device=accelerator.device), []
     for _ in range(config.gradient_accumulation_steps):
         with accelerator.accumulate(run.model):
             # Draw images, and a timestep and noise for each.
             batch = next(batches)
             ordinals, shape = batch["ordinals"], batch["images"].shape[1:]
             batch["noise"], batch["timesteps"] = draw_noise(ordinals, shape, config.ddpm_num_steps, config.seed)
+            if state.loss_history is not None:
+                batch["timesteps"], batch["weights"] = draw_timesteps(state.loss_history, ordinals, config.seed)
             batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
             # Dropout knows only the global generator: it is keyed by the first image of the batch.
             torch.manual_seed(config.seed + int(ordinals[0]))
             # Predict the noise and compare.
             losses = run.loss(run.model, batch)
             # Follow the gradient.
-            accelerator.backward(losses.mean())
+            weights = batch.get("weights", 1.0)
+            accelerator.backward((losses * weights).mean())
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(run.model.parameters(), config.max_grad_norm or math.inf)
             run.optimizer.step()
             run.optimizer.zero_grad()
-            bands += by_band(losses.detach(), batch["timesteps"], config.ddpm_num_steps)
+            bands += by_band(losses.detach(), batch["timesteps"], config.ddpm_num_steps, weights)
+            seen.append((batch["ordinals"], batch["timesteps"], losses.detach()))
+    if state.loss_history is not None:
+        # All processes learn of all losses, so that they go on drawing by one history.
+        remember(state.loss_history, *accelerator.gather([torch.cat(column) for column in zip(*seen)]))
     # Update the moving average.
     if run.ema is not None:
         run.ema.update_parameters(run.unet)

@@ -12,6 +12,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +20,17 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import UNet2DModel
 from PIL import Image
 
-from ddpm_hf.config import parse_config
+from ddpm_hf.command_line import parse_config
 from ddpm_hf.data import training_batches
+from ddpm_hf.hub import save_pipeline
 from ddpm_hf.losses import NUM_BANDS
 from ddpm_hf.run import open_run
+from ddpm_hf.scheduler import PaperDDPMScheduler
 from ddpm_hf.training import step
 
 
@@ -95,3 +100,61 @@ def steps(count, *flags):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return run, losses
+
+
+@pytest.fixture(scope="session")
+def digit_folder(tmp_path_factory):
+    """Real digits that look like MNIST: scikit-learn's, centred in 28x28, 120 to train on and 60 held out."""
+    from sklearn.datasets import load_digits
+
+    folder, digits = tmp_path_factory.mktemp("digits"), load_digits()
+    for k in range(180):
+        pixels = Image.fromarray((digits.images[k] * 255 / 16).astype(np.uint8)).resize((20, 20), Image.BICUBIC)
+        canvas = Image.new("L", (28, 28))
+        canvas.paste(pixels, (4, 4))
+        path = folder / ("train" if k < 120 else "test") / str(digits.target[k]) / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, digit_folder):
+    """A run folder with an untrained pipeline of 28x28 images, 20 timesteps, and its train_config.json."""
+    return make_run(tmp_path_factory.mktemp("runs") / "tiny", digit_folder)
+
+
+def make_run(folder, data, seed=0, **scheduler):
+    """Save a tiny pipeline of 28x28 grey images and the flags that evaluation reads."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        learned = scheduler.get("variance_type") == "learned_range"
+        unet = UNet2DModel(
+            sample_size=28,
+            in_channels=1,
+            out_channels=2 if learned else 1,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            add_attention=False,
+        )
+    folder.mkdir()
+    save_pipeline(folder, unet, PaperDDPMScheduler.nichol_cosine(20, **scheduler))
+    flags = {"dataset_name": str(data), "resolution": 28, "validation_split": "test", "output_dir": str(folder)}
+    (folder / "train_config.json").write_text(json.dumps({"flags": flags, "git_commit": None}))
+    return folder
+
+
+def command(*arguments, processes=1, code=0, **kwargs):
+    """Run `python -m ddpm_hf` to its end, which must have this exit code; return what it printed."""
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*launcher, "-m", "ddpm_hf", *map(str, arguments)], env=environment, capture_output=True, text=True, **kwargs
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr

@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 from ddpm_hf import UserError
-from ddpm_hf.config import TrainingConfig, parse_config
+from ddpm_hf.command_line import parse_config
+from ddpm_hf.config import TrainingConfig
 from ddpm_hf.presets import PRESETS
 
 

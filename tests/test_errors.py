@@ -9,7 +9,7 @@ from conftest import TINY
 from PIL import Image
 
 from ddpm_hf.checkpoints import checkpoints
-from ddpm_hf.config import parse_config
+from ddpm_hf.command_line import parse_config
 from ddpm_hf.training import train
 from train_unconditional import main
 
@@ -68,6 +68,14 @@ BAD = {
     "too few steps for ho": ([*TINY, "--ddpm_beta_schedule=ho_linear"], "take at least 21 timesteps"),
     "more steps than T": ([*TINY, "--ddpm_num_inference_steps=11"], "--ddpm_num_inference_steps is 11"),
     "unknown lr schedule": ([*TINY, "--lr_scheduler=wave"], "--lr_scheduler wave is not known: choose from linear"),
+    "hybrid of a fixed variance": ([*TINY, "--objective=hybrid"], "--objective hybrid teaches a learned variance"),
+    "simple with a learned one": (
+        [*TINY, "--objective=simple", "--variance_type=learned_range"],
+        "leaves --variance_type learned_range untaught: give hybrid or vlb",
+    ),
+    "weighted bound": ([*TINY, "--objective=vlb", "--snr_gamma=5"], "--objective vlb is a likelihood"),
+    "bound of another distance": ([*TINY, "--objective=vlb", "--loss_type=l1"], "--objective vlb is a likelihood"),
+    "unknown objective": ([*TINY, "--objective=elbo"], "invalid choice: 'elbo'"),
     "fp16 on a CPU": ([*TINY, "--mixed_precision=fp16"], "--mixed_precision fp16 cannot act here"),
     "tracker not installed": ([*TINY, "--logger=wandb"], "--logger wandb is not installed: pip install wandb"),
     "best of nothing": ([*TINY, "--save_best"], "--save_best needs held-out images"),

@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf.checkpoints import checkpoints
-from ddpm_hf.config import TrainingConfig, parse_config
+from ddpm_hf.command_line import parse_config
+from ddpm_hf.config import TrainingConfig
 from ddpm_hf.data import load_images
 from ddpm_hf.run import make_accelerator
 from ddpm_hf.training import train
@@ -28,7 +29,8 @@ TRAJECTORY = [
     "--loss_type=huber", "--snr_gamma=5", "--train_batch_size=4", "--gradient_accumulation_steps=2",
     "--num_epochs=1", "--max_train_steps=7", "--learning_rate=1e-2", "--lr_scheduler=constant", "--lr_warmup_steps=0",
     "--adam_beta1=0.5", "--adam_beta2=0.5", "--adam_weight_decay=0.5", "--adam_epsilon=0.1", "--max_grad_norm=0.01",
-    "--mixed_precision=bf16", "--random_flip", "--class_names=3,7", "--validation_split=0.5",
+    "--mixed_precision=bf16", "--random_flip", "--class_names=3,7", "--validation_split=0.5", "--objective=vlb",
+    "--timestep_sampling=loss_second_moment",
 ]  # fmt: skip
 
 
@@ -50,6 +52,14 @@ def test_the_same_flags_give_the_same_weights(plain, tmp_path):
 def test_flag_changes_what_is_learnt(flag, plain, tmp_path):
     changed = weights(steps(4, "--output_dir", tmp_path, flag)[0])
     assert changed.shape != plain.shape or not torch.equal(changed, plain)
+
+
+def test_a_learned_variance_is_taught_by_the_objective_asked_for(tmp_path):
+    learned = ["--output_dir", tmp_path, "--variance_type=learned_range"]
+    default, hybrid, bound = (
+        weights(steps(4, *learned, *flags)[0]) for flags in ([], ["--objective=hybrid"], ["--objective=vlb"])
+    )
+    assert torch.equal(default, hybrid) and not torch.equal(default, bound)
 
 
 @pytest.mark.parametrize("flag", ["--ema_inv_gamma=9", "--ema_power=0.2", "--ema_max_decay=0.1"])
@@ -224,6 +234,8 @@ ELSEWHERE = {
     "preset": "test_config", "dataset_name": "everywhere", "resume_from_checkpoint": "test_resume",
     "model_config_name_or_path": "test_model", "enable_xformers_memory_efficient_attention": "test_model",
     "push_to_hub": "test_hub", "hub_token": "test_hub", "hub_model_id": "test_hub", "hub_private_repo": "test_hub",
+    "eval_metrics": "test_run_scores", "eval_epochs": "test_run_scores", "eval_num_images": "test_run_scores",
+    "eval_inception": "test_run_scores", "best_by": "test_run_scores",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, Repo
 from huggingface_hub import ModelCard
 
 from ddpm_hf import hub as ddpm_hub
-from ddpm_hf.config import parse_config
+from ddpm_hf.command_line import parse_config
 from ddpm_hf.scheduler import PaperDDPMScheduler
 
 
@@ -88,7 +88,7 @@ def test_a_private_run_is_pushed_and_loads_from_the_hub(hub, tmp_path, run):
         f"""
 from pathlib import Path
 from diffusers import DDPMPipeline
-from ddpm_hf.config import parse_config
+from ddpm_hf.command_line import parse_config
 from ddpm_hf.hub import create_repository, finish_push, push
 
 config = parse_config(["--output_dir={run}", "--dataset_name=digits", "--push_to_hub", "--hub_private_repo"])
@@ -140,7 +140,7 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(hub, tmp_path, run):
 import json
 from pathlib import Path
 from ddpm_hf import UserError, hub
-from ddpm_hf.config import parse_config
+from ddpm_hf.command_line import parse_config
 
 def attempt(name, flags):
     try:

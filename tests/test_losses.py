@@ -4,17 +4,16 @@ import math
 
 import pytest
 import torch
+from conftest import steps
 
 from ddpm_hf.losses import (
     by_band,
     denoising_loss,
-    discretized_log_likelihood,
     draw_noise,
     min_snr_weights,
-    normal_cdf,
-    variational_term,
 )
 from ddpm_hf.scheduler import PaperDDPMScheduler, make_scheduler
+from ddpm_hf.timestep_sampling import draw_timesteps, new_history, remember, timestep_probabilities
 
 
 class Answer(torch.nn.Module):
@@ -64,42 +63,99 @@ def test_min_snr_is_one_weight_in_the_space_of_x0(prediction_type):
     assert (min_snr_weights(scheduler, batch["timesteps"], 5.0) > 0).all()
 
 
-def test_the_discretised_likelihood_is_a_distribution():
-    # Over all 256 levels the probabilities add up to 1, wherever the Gaussian lies.
-    levels = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
-    for mean, std in [(0.0, 0.5), (0.9, 0.3), (-1.0, 0.02)]:
-        log_p = discretized_log_likelihood(levels, torch.full_like(levels, mean), torch.tensor(2 * math.log(std)))
-        assert abs(float(log_p.exp().sum()) - 1) < 1e-4
-    z = torch.linspace(-3, 3, 61)
-    assert (normal_cdf(z) - torch.distributions.Normal(0, 1).cdf(z)).abs().max() < 1e-3
-
-
-def test_variational_term_is_the_kl_between_two_gaussians():
-    scheduler = PaperDDPMScheduler.ho_linear(100, variance_type="learned_range")
-    batch = a_batch()
-    images, t = batch["images"], batch["timesteps"]
-    noisy = scheduler.q_sample(images, batch["noise"], t)
-    prediction, v = batch["noise"] + 0.1, torch.full_like(noisy, 0.3)
-    terms = variational_term(scheduler, images, noisy, t, prediction, v)
-    true_mean, variance, _ = scheduler.q_posterior(images, noisy, t)
-    mean = scheduler.q_posterior(scheduler.predict_original_sample(prediction, noisy, t), noisy, t)[0]
-    log_variance = scheduler.reverse_log_variance(noisy, t, None, "learned_range", v)
-    for k in range(1, 6):
-        q = torch.distributions.Normal(true_mean[k], variance[k].sqrt().expand_as(true_mean[k]))
-        p = torch.distributions.Normal(mean[k], (0.5 * log_variance[k]).exp())
-        assert math.isclose(terms[k], torch.distributions.kl_divergence(q, p).mean() / math.log(2), rel_tol=1e-3)
-    assert t[0] == 0 and terms[0] > 0
-
-
 def test_the_hybrid_loss_teaches_the_variance_and_leaves_the_mean_to_the_simple_loss():
     scheduler = PaperDDPMScheduler.nichol_cosine(100, variance_type="learned_range")
     batch = a_batch()
     output = torch.cat([batch["noise"] + 0.1, torch.zeros_like(batch["noise"])], dim=1).requires_grad_()
-    denoising_loss(scheduler)(Answer(output), batch).sum().backward()
+    denoising_loss(scheduler, objective="hybrid")(Answer(output), batch).sum().backward()
     mean_gradient, variance_gradient = output.grad.chunk(2, dim=1)
     # d/d eps of the pixels' mean of (eps - target)^2
     assert torch.allclose(mean_gradient, torch.full_like(mean_gradient, 2 * 0.1 / 16), rtol=1e-4)
     assert (variance_gradient.abs().amax(dim=(1, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_large", "learned_range"])
+def test_the_bound_as_a_loss_is_hos_weight_times_the_error_and_teaches_the_mean(variance_type):
+    # Ho et al. eq. 12: an error d in epsilon costs beta_t^2 / (2 sigma_t^2 alpha_t (1 - abar_t)) d^2 nats, here with
+    # sigma_t^2 = beta_t, which v = 1 of a learned range is too. What does not depend on d is taken away.
+    scheduler, batch = PaperDDPMScheduler.ho_linear(100, variance_type=variance_type), a_batch()
+
+    def costs(d):
+        answer = batch["noise"] + d
+        if variance_type == "learned_range":
+            answer = torch.cat([answer, torch.ones_like(answer)], dim=1)
+        return denoising_loss(scheduler, objective="vlb")(Answer(answer), batch)[1:]
+
+    t = batch["timesteps"][1:]
+    beta, abar = scheduler.betas64[t], scheduler.alphas_cumprod64[t]
+    weight = 100 / math.log(2) * beta / (2 * (1 - beta) * (1 - abar))
+    d = torch.tensor(0.1, requires_grad=True)
+    assert torch.allclose(costs(d) - costs(0), (0.01 * weight).float(), rtol=1e-3)
+    costs(d).sum().backward()
+    assert d.grad.item() == pytest.approx(0.2 * weight.sum().item(), rel=1e-3)
+
+
+def test_timesteps_are_drawn_in_proportion_to_the_root_of_their_mean_squared_loss():
+    history = new_history(4)
+    assert timestep_probabilities(history).tolist() == [0.25] * 4
+    for _ in range(9):
+        remember(history, torch.arange(4), torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 0.0]))
+    # The order is that of the ordinals: of t = 3 there are first five more zeros, then five of 4 sqrt(2).
+    ordinals, losses = torch.tensor([45, 44, 43, 42, 41, 40, 39, 38, 37, 36]), torch.tensor([32**0.5] * 5 + [0.0] * 5)
+    remember(history, ordinals, torch.full((10,), 3), losses)
+    assert timestep_probabilities(history).tolist() == [0.25] * 4  # each t needs ten
+    remember(history, torch.arange(3), torch.arange(3), torch.tensor([1.0, 2.0, 3.0]))
+    assert history[3].tolist() == pytest.approx([0.0] * 5 + [32**0.5] * 5)
+    wanted = [0.999 * share + 0.001 / 4 for share in (0.1, 0.2, 0.3, 0.4)]  # rms of 1, 2, 3, 4
+    assert timestep_probabilities(history).tolist() == pytest.approx(wanted)
+
+
+def test_importance_weights_leave_the_mean_loss_as_it_is():
+    costs = torch.tensor([1.0, 2.0, 30.0, 4.0])  # per timestep
+    history = costs.double()[:, None].expand(4, 10) * torch.linspace(0.5, 1.5, 10)
+    timesteps, weights = draw_timesteps(history, torch.arange(4000), seed=0)
+    probabilities = timestep_probabilities(history)
+    drawn = torch.bincount(timesteps, minlength=4) / 4000
+    assert ((drawn - probabilities).abs() < 4 * (probabilities / 4000).sqrt()).all()
+    losses = weights * costs[timesteps]
+    assert abs(losses.mean() - costs.mean()) < 4 * losses.std() / math.sqrt(4000)
+    assert losses.std() < 0.05 * costs.std()  # what it is for
+    some = torch.tensor([7, 31])
+    assert torch.equal(draw_timesteps(history, some, seed=0)[0], timesteps[some])  # whatever the batch
+    assert not torch.equal(draw_timesteps(history, torch.arange(4000), seed=1)[0], timesteps)
+
+
+def test_accumulation_does_not_change_which_timesteps_are_drawn(monkeypatch, tmp_path):
+    def record(history, ordinals, timesteps, losses):
+        drawn[-1].append((ordinals, timesteps))
+        remember(history, ordinals, timesteps, losses)
+
+    drawn, histories = [], []
+    monkeypatch.setattr("ddpm_hf.training.remember", record)
+    for batch, accumulation in ((8, 1), (4, 2)):
+        drawn.append([])
+        flags = [f"--train_batch_size={batch}", f"--gradient_accumulation_steps={accumulation}"]
+        flags += ["--ddpm_num_steps=5", "--objective=vlb", "--timestep_sampling=loss_second_moment"]
+        run, _ = steps(30, *flags, "--output_dir", tmp_path)
+        histories.append(run.state.loss_history)
+    for (ordinals, timesteps), (again, t_again) in zip(*drawn, strict=True):
+        assert torch.equal(ordinals, again) and torch.equal(timesteps, t_again)
+    assert torch.allclose(*histories, rtol=1e-3)
+    p = timestep_probabilities(histories[0])
+    assert p.max() > 2 * p.min()  # no longer uniform
+
+
+def test_an_image_of_no_weight_teaches_nothing_and_counts_for_nothing(monkeypatch, tmp_path):
+    def weightless(history, ordinals, seed):
+        return torch.arange(len(ordinals)), torch.zeros(len(ordinals))
+
+    monkeypatch.setattr("ddpm_hf.training.draw_timesteps", weightless)
+    flags = ["--timestep_sampling=loss_second_moment", "--adam_weight_decay=0", "--output_dir", tmp_path]
+    before, after = steps(0, *flags)[0], steps(2, *flags)
+    for one, other in zip(before.unet.parameters(), after[0].unet.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert all(loss == 0 for loss in after[1])
+    assert after[0].state.loss_history.isfinite().sum(dim=1).tolist() == [2] * 8 + [0] * 2
 
 
 def test_noise_belongs_to_the_image_not_to_the_batch():
@@ -115,6 +171,13 @@ def test_noise_and_timesteps_have_their_distributions():
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     counts = torch.bincount(timesteps, minlength=10)
     assert len(counts) == 10 and (counts - 400).abs().max() < 4 * math.sqrt(400 * 0.9)
+
+
+def test_logged_losses_of_importance_sampling_compare_with_uniform_ones():
+    losses, timesteps = torch.tensor([4.0, 4.0, 4.0, 1.0]), torch.tensor([0, 0, 0, 1])  # t = 0 three times as often
+    weights = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0])
+    sums, counts = by_band(losses, timesteps, 2 * 4, weights)
+    assert float(sums.sum() / counts.sum()) == pytest.approx((4 + 1) / 2)
 
 
 def test_bands_are_quarters_of_the_timesteps():

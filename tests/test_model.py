@@ -7,7 +7,7 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from ddpm_hf import UserError
-from ddpm_hf.config import parse_config
+from ddpm_hf.command_line import parse_config
 from ddpm_hf.model import build_unet, ema_decay, make_ema, unet_channels
 
 

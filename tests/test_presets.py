@@ -5,7 +5,8 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf import UserError
-from ddpm_hf.config import TrainingConfig, parse_config
+from ddpm_hf.command_line import parse_config
+from ddpm_hf.config import TrainingConfig
 from ddpm_hf.presets import PRESETS, unet_kwargs
 
 

@@ -132,6 +132,37 @@ def test_resumed_from_a_checkpoint_in_the_middle_of_an_epoch_and_of_a_log_line(u
     assert_equal(everything(folder), everything(reference))
 
 
+IMPORTANCE = ["--objective=vlb", "--timestep_sampling=loss_second_moment", "--ddpm_num_steps=5"]
+
+
+def loss_history(checkpoint):
+    return torch.load(checkpoint / "state.pt", weights_only=True)["loss_history"]
+
+
+def test_resumed_with_the_losses_that_timesteps_are_drawn_by(tmp_path):
+    flags = [*IMPORTANCE, "--checkpoints_total_limit=9"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(whole, *flags)
+    shutil.copytree(whole / "checkpoint-12", broken / "checkpoint-12")
+    finish(broken, *flags, f"--resume_from_checkpoint={broken / 'checkpoint-12'}")
+    one, other = everything(whole), everything(broken)
+    one["metrics"] = [line for line in one["metrics"] if line["step"] > 12]
+    assert_equal(other, one)
+    assert torch.equal(loss_history(broken / "checkpoint-24"), loss_history(whole / "checkpoint-24"))
+    assert not loss_history(whole / "checkpoint-12").isnan().any()  # it is in use where the run goes on
+    assert not torch.equal(loss_history(whole / "checkpoint-12"), loss_history(whole / "checkpoint-24"))
+
+
+def test_two_processes_draw_timesteps_by_the_losses_of_both(tmp_path):
+    flags = [*RUN, *IMPORTANCE, "--dropout=0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(one, *flags)
+    script(*flags, "--gradient_accumulation_steps=1", f"--output_dir={two}", processes=2)
+    histories = [loss_history(folder / "checkpoint-24") for folder in (one, two)]
+    # Were one loss missing or another timestep drawn, a row would be shifted.
+    assert torch.allclose(*histories, rtol=0.01) and not histories[0].isnan().any()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_a_checkpoint_a_pipeline_and_a_message(unbroken, tmp_path, number, code):
     reference = unbroken

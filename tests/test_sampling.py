@@ -365,12 +365,12 @@ def test_to_pil_has_the_stock_pipelines_modes_and_pixels():
 @pytest.mark.parametrize(
     "kwargs, sentence",
     [
-        ({"method": "euler"}, "method is 'euler'; choose ddpm or ddim."),
+        ({"method": "euler"}, "method is 'euler'; choose ddpm, ddim, dpmsolver++."),
         ({"eta": 0.5}, "eta is 0.5 with method ddpm; it belongs to ddim and is from 0 to 1."),
         ({"method": "ddim", "eta": 1.5}, "eta is 1.5 with method ddim; it belongs to ddim and is from 0 to 1."),
         (
             {"method": "ddim", "variance_type": "fixed_large"},
-            "variance_type is fixed_large with method ddim; it belongs to ddpm, ddim has eta instead.",
+            "variance_type is fixed_large with method ddim; it belongs to ddpm; leave it out.",
         ),
         (
             {"variance_type": "learned"},

@@ -12,7 +12,8 @@ from diffusers import DDPMPipeline
 from PIL import Image
 
 from ddpm_hf.__main__ import main as command
-from ddpm_hf.config import TrainingConfig, parse_config
+from ddpm_hf.command_line import parse_config
+from ddpm_hf.config import TrainingConfig
 from ddpm_hf.model import ema_decay
 from ddpm_hf.record import git_commit
 from ddpm_hf.sampling import image_generators, sample

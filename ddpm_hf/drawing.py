@@ -1,0 +1,221 @@
+"""The drawing of many samples: by any number of processes, gone on with after a kill, each image always the same."""
+
+import json
+import os
+import re
+import shutil
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs
+from tqdm.auto import tqdm
+
+from . import UserError
+from .checkpoints import writing
+from .pretrained import Pretrained, load_pretrained
+from .samples import check_same_samples, file_name, read_record, read_samples, write_beside
+from .sampling import check_method, default_variance, image_generators, sample, step_seconds, to_pil, to_uint8
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FAR_FROM_NOISE = 0.01  # abar of the first step: with more signal left than this, pure noise is no fair beginning
+
+
+def resolve_sampler(
+    model: Pretrained,
+    *,
+    method: str = "ddpm",
+    num_inference_steps: int | None = None,
+    timesteps: str = "trailing",
+    eta: float = 0.0,
+    variance_type: str | None = None,
+    dtype: str = "float32",
+    seed: int = 0,
+    class_labels: list[int] | None = None,
+) -> tuple[dict, list[str]]:
+    """Return all that decides how image k of `model` looks, nothing left to a default, and warnings to print.
+
+    Args:
+        timesteps: a spacing of `PaperDDPMScheduler.subsequence`, or timesteps joined by commas.
+        class_labels: image k has label `class_labels[k % len]`; None: of a conditional model all classes in turn.
+
+    Raises:
+        UserError: for what `sample` or the scheduler refuse.
+    """
+    scheduler, config = model.scheduler, model.unet.config
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}; choose {', '.join(DTYPES)}.")
+    check_method(method, eta, variance_type, model.unet)
+    listed = re.fullmatch(r"\d+(,\d+)*", timesteps)
+    spacing = [int(t) for t in timesteps.split(",")] if listed else timesteps
+    if num_inference_steps is None and not listed:
+        num_inference_steps = len(scheduler) if method == "ddpm" else min(50, len(scheduler))
+    steps = [(t, prev_t) for t, prev_t in scheduler.subsequence(num_inference_steps, spacing) if t != prev_t]
+    if class_labels is None and config.num_class_embeds is not None:
+        class_labels = list(range(config.num_class_embeds))
+    if class_labels is not None and (config.num_class_embeds is None or max(class_labels) >= config.num_class_embeds):
+        known = "none" if config.num_class_embeds is None else f"0 to {config.num_class_embeds - 1}"
+        raise UserError(f"--class_labels are {class_labels}, but this model knows {known}: leave out what it has not.")
+    clip = scheduler.config.clip_sample or scheduler.config.thresholding
+    sampler = {
+        "method": method,
+        "num_inference_steps": num_inference_steps or len(steps),
+        "timesteps": spacing,
+        "eta": eta if method == "ddim" else None,
+        "variance_type": (variance_type or default_variance(scheduler, len(steps)))
+        if method == "ddpm"
+        else variance_type,
+        "clip_sample": bool(clip),
+        "dtype": dtype,
+        "seed": seed,
+        "class_labels": class_labels,
+        "quantize": "round-uint8",
+    }
+    warnings = []
+    signal = float(scheduler.alphas_cumprod_at(steps[0][0]))
+    if signal > FAR_FROM_NOISE:
+        warnings.append(
+            f"Warning: the first step is t = {steps[0][0]}, where abar is {signal:.2g}: sampling begins in pure "
+            f"noise, but the model expects some image there; --timesteps trailing begins at t = {len(scheduler) - 1}."
+        )
+    return sampler, warnings
+
+
+def draw_samples(model: Pretrained, sampler: dict, num_images: int, output, batch_size: int, progress=True) -> Path:
+    """Draw images 0..num_images-1 into a folder, or into one .npz; every process of a launch calls this.
+
+    Image k lies in block k // batch_size, and a block is drawn by one process in one batch, whatever is there already:
+    so a job that was killed ends with the same bytes as one that was not, on any number of processes.
+
+    Args:
+        sampler: as `resolve_sampler` returns it.
+        output: a folder to begin or to go on with, or a file that ends in .npz.
+
+    Raises:
+        UserError: if the folder holds other samples or files, cannot be written, or if an image is not finite.
+    """
+    if num_images < 1 or batch_size < 1:
+        raise UserError(f"--num_images is {num_images} and --batch_size {batch_size}; both must be at least 1.")
+    output, state = Path(output), PartialState()
+    folder = output.with_name(output.name + ".parts") if output.suffix == ".npz" else output
+    record = {"schema": "ddpm_hf.samples/1", "model": model.facts, "sampler": sampler, "num_images": num_images}
+    if output.suffix == ".npz" and output.is_file():
+        check_same_samples(output, json.loads(str(np.load(output)["meta"])), record)
+        if read_samples(output).images.shape[0] >= num_images:
+            return output
+    check_same_samples(folder, read_record(folder), record)
+    if state.is_main_process:
+        with writing("samples", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_beside(folder / "samples.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    blocks = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
+    mine = [
+        block
+        for block in blocks[state.process_index :: state.num_processes]
+        if not all((folder / file_name(k)).is_file() for k in block)
+    ]
+    if mine and progress and state.is_main_process:
+        left, steps = sum(map(len, mine)), sampler["num_inference_steps"]
+        one_step = step_seconds(model.unet.to(state.device), len(mine[0]), DTYPES[sampler["dtype"]])
+        cost = duration(one_step / len(mine[0]) * steps * left)
+        print(f"{left:,} images of {sampler['method']} in {steps} steps: about {cost}.", flush=True)
+    _draw_blocks(model, sampler, mine, folder, progress and state.is_main_process)
+    state.wait_for_everyone()
+    if output.suffix == ".npz" and state.is_main_process:
+        images = read_samples(folder).images[:num_images].permute(0, 2, 3, 1).numpy()
+        with writing("samples", output):
+            # An open file: to a name numpy would append .npz once more.
+            def save(path):
+                with open(path, "wb") as file:
+                    np.savez(file, arr_0=images, meta=np.array(json.dumps(record)))
+
+            write_beside(output, save)
+            shutil.rmtree(folder)
+    state.wait_for_everyone()
+    return output
+
+
+def _draw_blocks(model: Pretrained, sampler: dict, blocks: list[range], folder: Path, progress: bool):
+    unet, labels = model.unet.to(PartialState().device), sampler["class_labels"]
+    listed = isinstance(sampler["timesteps"], list)
+    options = dict(
+        method=sampler["method"],
+        num_inference_steps=None if listed else sampler["num_inference_steps"],
+        spacing=sampler["timesteps"],
+        eta=sampler["eta"] or 0.0,
+        variance_type=sampler["variance_type"],
+        dtype=DTYPES[sampler["dtype"]],
+    )
+    num_images = sum(map(len, blocks))
+    with tqdm(desc=f"Sampling {num_images:,} images", total=num_images, unit="image", disable=not progress) as bar:
+
+        def count(size, i, num_steps, *step):
+            bar.update(round(size * (i + 1) / num_steps) - round(size * i / num_steps))
+
+        for block in blocks:
+            images = sample(
+                unet,
+                model.scheduler,
+                image_generators(sampler["seed"], block),
+                class_labels=None if labels is None else [labels[k % len(labels)] for k in block],
+                on_step=partial(count, len(block)),
+                **options,
+            )
+            if not images.isfinite().all():
+                broken = block[int((~images.isfinite()).flatten(1).any(dim=1).nonzero()[0])]
+                error = UserError(
+                    f"image {broken} is not finite ({sampler['method']}, {sampler['dtype']}): take --dtype float32, "
+                    "or look whether the training of this model diverged."
+                )
+                error.on_one_process = True
+                raise error
+            with writing("samples", folder):
+                for k, image in zip(block, to_pil(to_uint8(images))):
+                    if not (folder / file_name(k)).is_file():
+                        write_beside(folder / file_name(k), partial(image.save, format="PNG"))
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in words of the size that matters: `8 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def sample_command(arguments):
+    """Run `python -m ddpm_hf sample` with its parsed flags."""
+    start_processes()
+    model = load_pretrained(arguments.model, arguments.weights)
+    sampler, warnings = resolve_sampler(model, **sampler_flags(arguments))
+    label = f"{model.facts['name'].replace('/', '--')}-{sampler['method']}{sampler['num_inference_steps']}"
+    output = arguments.output or Path("samples", f"{label}-seed{sampler['seed']}")
+    if PartialState().is_main_process:
+        print(*warnings, sep="\n", end="", flush=True)
+    draw_samples(model, sampler, arguments.num_images, output, arguments.batch_size)
+    if PartialState().is_main_process:
+        print(f"{arguments.num_images:,} images are in {output}.")
+
+
+def start_processes():
+    """Join the processes of this launch, if there are several; PartialState knows of them from here on.
+
+    Raises:
+        UserError: if there are, but each would take itself for the only one and do all the work.
+    """
+    # Accelerator, not PartialState alone, reads ACCELERATE_USE_CPU. Who waits for scores waits up to two hours.
+    Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and PartialState().num_processes == 1:
+        raise UserError(
+            f"{launched} processes were launched without a GPU each: set ACCELERATE_USE_CPU=true for CPUs."
+        )
+
+
+def sampler_flags(arguments) -> dict:
+    """Return the flags that `resolve_sampler` takes."""
+    names = ["num_inference_steps", "timesteps", "eta", "variance_type", "dtype", "seed", "class_labels"]
+    return {"method": arguments.sampler or "ddpm"} | {name: getattr(arguments, name) for name in names}

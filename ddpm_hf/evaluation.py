@@ -1,0 +1,243 @@
+"""From a model, or from samples, to a record: `python -m ddpm_hf evaluate`."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from . import UserError
+from .config import TrainingConfig
+from .data import load_images
+from .drawing import draw_samples, resolve_sampler, sampler_flags, start_processes
+from .features import images_at
+from .pretrained import Pretrained, load_pretrained
+from .records import data_name, make_record, print_record, write_record
+from .samples import SampleSet, read_samples
+from .scores import Evaluation, check_count, check_names, is_digits, open_extractors, score
+
+
+# Images to draw and how (steps None: all T), images and timesteps of the bound (0: all).
+SUITES = {
+    "smoke": dict(num_images=256, method="ddim", steps=10, bound_images=64, bound_timesteps=10),
+    "fast": dict(num_images=2_000, method="ddim", steps=50, bound_images=1_000, bound_timesteps=20),
+    "standard": dict(num_images=10_000, method="ddim", steps=50, bound_images=10_000, bound_timesteps=20),
+    "paper": dict(num_images=50_000, method="ddpm", steps=None, bound_images=0, bound_timesteps=0),
+}
+FEW_FOR_FID = 2048  # below the number of Inception's features FID is mostly its bias
+DATA_FLAGS = ["dataset_name", "dataset_config_name", "image_column", "label_column", "validation_split", "class_names"]
+
+
+def evaluate_command(arguments):
+    """Run `python -m ddpm_hf evaluate` with its parsed flags: refuse what cannot be, draw, score, print, write.
+
+    Raises:
+        UserError: for flags that do not go together, a model, samples or data that cannot be read.
+        SystemExit: with code 1, if a metric of --require was skipped; the record is written first.
+    """
+    started = time.perf_counter()
+    start_processes()
+    state = PartialState()
+    check_names(arguments.metrics or [])
+    model, samples = open_subject(arguments)
+    train, held_out = open_data(arguments, model, samples)
+    if samples is not None:
+        check_shapes(samples.images, train)
+    names = arguments.metrics or default_metrics(train, model)
+    suite = choose_suite(arguments)
+    sampler = samples.sampler if samples is not None else choose_sampler(arguments, model, suite)
+    path = record_path(arguments, model, sampler, suite["num_images"])
+    evaluation = Evaluation(
+        images=torch.empty(0),
+        train=train,
+        held_out=held_out,
+        model=model,
+        features=arguments.features or ("digits" if is_digits(train) else "inception"),
+        options={
+            "inception": {"weights": arguments.inception, "pipeline": arguments.inception_pipeline},
+            "dinov2": {"source": arguments.dinov2},
+        },
+        batch_size=arguments.batch_size,
+        seed_ranges=arguments.seed_ranges,
+        bound_images=suite["bound_images"] or None,
+        bound_timesteps=suite["bound_timesteps"] or None,
+        reference_file=arguments.reference,
+        reference_pipeline=arguments.reference_pipeline,
+        cache_dir=arguments.cache_dir,
+        pairs_path=path.with_suffix(".pairs.png"),
+    )
+    open_extractors(names, evaluation)
+    count = suite["num_images"] * arguments.seed_ranges if samples is None else len(samples.images)
+    check_count(names, evaluation, count)
+    for line in warnings_about(names, evaluation, count // arguments.seed_ranges):
+        state.print(line)
+
+    if samples is None and any(name != "bits_per_dim" for name in names):
+        if arguments.calibrate:
+            samples = SampleSet(images_at(held_out, range(min(count, len(held_out)))), sampler, {})
+        else:
+            place = arguments.samples_dir or home(model, "evaluation_samples") / label(model, sampler)
+            draw_samples(model, sampler, count, place, arguments.batch_size)
+            samples = read_samples(place)
+            samples.images = samples.images[:count]
+    drawn = time.perf_counter()
+    if samples is not None:
+        evaluation.images = samples.images
+    entries = score(names, evaluation)
+    if not state.is_main_process:
+        return
+    flags = model.run.get("flags", {}) if model is not None else {}
+    record = make_record(
+        evaluation,
+        entries,
+        model=model.facts if model is not None else (samples.model if samples is not None else {}),
+        sampler=sampler,
+        data_name=data_name(arguments.dataset_name or flags.get("dataset_name") or flags.get("train_data_dir")),
+        cost={"drawing_s": round(drawn - started, 1), "scoring_s": round(time.perf_counter() - drawn, 1)},
+    )
+    write_record(record, path)
+    print_record(record)
+    print(f"\nThe record is {path}.")
+    skipped = [entry["id"] for entry in entries if entry.get("status") == "skipped"]
+    if missing := [name for name in arguments.require if name in skipped or name not in names]:
+        print(f"python -m ddpm_hf: {', '.join(missing)} is required, but was skipped.", file=sys.stderr)
+        sys.exit(1)
+
+
+def choose_suite(arguments) -> dict:
+    """Return the numbers of images and timesteps of --suite, over which those of the command line win."""
+    suite = dict(SUITES[arguments.suite or "fast"])
+    for name in ("num_images", "bound_images", "bound_timesteps"):
+        if getattr(arguments, name) is not None:
+            suite[name] = getattr(arguments, name)
+    if min(suite["num_images"], arguments.seed_ranges, arguments.batch_size) < 1:
+        raise UserError("--num_images, --seed_ranges and --batch_size must be at least 1.")
+    return suite
+
+
+def choose_sampler(arguments, model: Pretrained | None, suite: dict) -> dict:
+    """Return what decides how the images look: the suite's sampler, unless the command line names another."""
+    if model is None:
+        return {"method": "real", "split": "held_out"}
+    flags = sampler_flags(arguments) | {"method": arguments.sampler or suite["method"]}
+    if flags["num_inference_steps"] is None and flags["method"] == suite["method"] and suite["steps"]:
+        flags["num_inference_steps"] = min(suite["steps"], len(model.scheduler))
+    sampler, warnings = resolve_sampler(model, **flags)
+    PartialState().print(*warnings, sep="\n", end="", flush=True)
+    return sampler
+
+
+def open_subject(arguments) -> tuple[Pretrained | None, SampleSet | None]:
+    """Return the model and the samples that the command line names; one of them may be None, with --calibrate both."""
+    subject, given = arguments.subject, arguments.from_samples
+    if arguments.calibrate:
+        if subject or given:
+            raise UserError("--calibrate scores real images only: leave out the model and the samples.")
+        return None, None
+    if subject is None and given is None:
+        raise UserError("there is nothing to score: give a model, a folder or .npz of samples, or --calibrate.")
+    path = Path(subject or "")
+    is_samples = subject is not None and (
+        path.suffix == ".npz"
+        or path.is_dir()
+        and not any((path / name).exists() for name in ("model_index.json", "state.pt"))
+    )
+    if is_samples and given is not None:
+        raise UserError(f"{subject} and --from_samples {given} are both samples: give one of them, or a model.")
+    model = None if subject is None or is_samples else load_pretrained(subject, arguments.weights)
+    samples = read_samples(path if is_samples else given) if is_samples or given else None
+    if model is not None and samples is not None:
+        drawn_by = samples.model.get("unet_sha256")
+        if drawn_by not in (None, model.facts["unet_sha256"]):
+            raise UserError(f"{given} was drawn by another model than {subject}: give that, or the samples alone.")
+    return model, samples
+
+
+def open_data(arguments, model: Pretrained | None, samples: SampleSet | None):
+    """Return the ImageSets (train, held out or None): of the run's flags, over which the command line's win."""
+    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    flags = dict(model.run["flags"]) if model is not None and "flags" in model.run else {}
+    flags = {key: value for key, value in flags.items() if key in known}
+    given = {name: getattr(arguments, name) for name in DATA_FLAGS if getattr(arguments, name) is not None}
+    if "dataset_name" in given and given["dataset_name"] != flags.get("dataset_name"):
+        # Of another place the same set is meant, and its held-out images; of another set nothing is known.
+        flags = {key: flags.get(key) for key in ("validation_split", "class_names", "center_crop") if key in flags}
+    flags |= given
+    if not flags.get("dataset_name") and not flags.get("train_data_dir"):
+        raise UserError("nothing says which real images to compare with: give --dataset_name (Hub id or folder).")
+    channels = None  # those of the data
+    if model is not None:
+        size, channels = model.unet.config.sample_size, model.unet.config.in_channels
+        flags["resolution"] = size if isinstance(size, int) else size[0]
+    elif samples is not None:
+        flags["resolution"] = samples.images.shape[-1]
+    else:
+        flags.setdefault("resolution", arguments.resolution or 32)
+    flags |= {"streaming": False, "random_flip": False, "resume_from_checkpoint": None}
+    with PartialState().local_main_process_first():
+        train, held_out = load_images(TrainingConfig(**flags), channels)
+    if arguments.calibrate and held_out is None:
+        raise UserError("--calibrate compares held-out with training images: add --validation_split, e.g. test.")
+    return train, held_out
+
+
+def default_metrics(train, model) -> list[str]:
+    """Return the metrics that suit the data: for grey digits the pinned classifier's, else Inception's."""
+    looks = ["fd_mnist"] if is_digits(train) else ["fid", "kid", "precision_recall", "inception_score"]
+    return looks + (["bits_per_dim"] if model is not None else []) + ["memorization"]
+
+
+def warnings_about(names, evaluation, num_images: int) -> list[str]:
+    """Return sentences about what the numbers to come will not be good for."""
+    lines = []
+    if evaluation.held_out is None:
+        lines.append(
+            "Warning: no images are held out, so no score has a floor: give --validation_split if there is one."
+        )
+    if "fid" in names and num_images < FEW_FOR_FID:
+        lines.append(f"Warning: FID of {num_images} images is mostly its bias: compare it with its floor, at equal N.")
+    return lines
+
+
+def check_shapes(images: torch.Tensor, train):
+    """Refuse samples that are not of the data's size."""
+    wanted = (train.channels, train.resolution, train.resolution)
+    if tuple(images.shape[1:]) != wanted:
+        given = "x".join(map(str, images.shape[1:]))
+        raise UserError(f"the samples are {given}, the real images {'x'.join(map(str, wanted))}: give others.")
+
+
+def record_path(arguments, model, sampler: dict, num_images: int) -> Path:
+    """Return where the record goes: --output, unless it is there already, or a new name in `evaluations`."""
+    if arguments.output is not None:
+        path = Path(arguments.output)
+        if path.exists() and not arguments.overwrite:
+            raise UserError(f"--output {path} exists: add --overwrite to replace it, or give another name.")
+        return path
+    stem = f"{label(model, sampler)}-{num_images}"
+    if model is None:
+        given = arguments.subject or arguments.from_samples or "calibration"
+        stem = Path(given).stem
+    folder, count = home(model, "evaluations"), 1
+    while (path := folder / f"{stem}{f'-{count}' if count > 1 else ''}.json").exists():
+        count += 1
+    return path
+
+
+def home(model: Pretrained | None, name: str) -> Path:
+    """Return folder `name` in the run that a local model is of, or here for others."""
+    if model is None or model.facts["revision"] is not None:
+        return Path(name)
+    return (model.folder.parent if (model.folder / "state.pt").is_file() else model.folder) / name
+
+
+def label(model: Pretrained | None, sampler: dict) -> str:
+    """Return a short name of a sampler, with 6 digits of all that tells it and the weights apart."""
+    if model is None or not sampler:
+        return "samples"
+    told = json.dumps([sampler, model.facts["unet_sha256"]], sort_keys=True)
+    return f"{sampler['method']}{sampler['num_inference_steps']}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"

@@ -1,0 +1,150 @@
+"""The flags of `python -m ddpm_hf`; no torch in here, so that `--help` answers at once."""
+
+import argparse
+
+
+METRICS = [
+    "fid",
+    "inception_score",
+    "kid",
+    "precision_recall",
+    "fd_dinov2",
+    "fd_mnist",
+    "bits_per_dim",
+    "memorization",
+]
+SUITES = ["smoke", "fast", "standard", "paper"]
+PIPELINES = ["tf1", "antialias", "pytorch"]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def presets(parser: argparse.ArgumentParser):
+    parser.add_argument("name", nargs="?", help="show this recipe in full")
+
+
+def figures(parser: argparse.ArgumentParser):
+    parser.add_argument("run", help="the --output_dir of a finished training")
+
+
+def sample(parser: argparse.ArgumentParser):
+    parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
+    parser.add_argument("--output", help="folder, or file ending in .npz; default: samples/MODEL-SAMPLER")
+    parser.add_argument("--num_images", type=int, default=64, help="default: 64")
+    sampler(parser)
+
+
+def sampler(parser: argparse.ArgumentParser):
+    """Add what decides how an image looks; None is "unless told otherwise", which a suite may be."""
+    group = parser.add_argument_group("sampler")
+    add = group.add_argument
+    add("--sampler", choices=["ddpm", "ddim", "dpmsolver++"], help="default: ddpm, ancestral sampling")
+    add("--num_inference_steps", type=int, help="default: all T for ddpm, 50 for the others")
+    add(
+        "--timesteps",
+        default="trailing",
+        metavar="SPACING",
+        help="trailing (default, begins in pure noise), leading (diffusers' default), linspace, uniform or quad (the "
+        "DDIM paper's), or timesteps such as 999,500,0",
+    )
+    add("--eta", type=float, default=0.0, help="ddim's share of fresh noise, 0 to 1; default: 0")
+    add(
+        "--variance_type",
+        choices=["fixed_small", "fixed_large", "learned_range"],
+        help="ddpm's; default: the model's own on all T steps, fixed_small on fewer",
+    )
+    add("--dtype", default="float32", help="precision inside the UNet: float32 (default), bfloat16 or float16")
+    add("--seed", type=int, default=0, help="image k is drawn from the generator seeded with seed + k; default: 0")
+    add("--class_labels", type=numbers, help="of a conditional model: 3 or 0,1,2 in turn; default: all in turn")
+    add("--weights", default="published", choices=["published", "raw"], help="raw: before averaging, of a checkpoint")
+    add("--batch_size", type=int, default=64, help="images per process at a time; changes nothing else; default: 64")
+
+
+def evaluate(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "subject", nargs="?", help="a model (folder, checkpoint, Hub id), or samples: a folder or an .npz"
+    )
+    parser.add_argument(
+        "--from_samples", "--from-samples", metavar="FOLDER|NPZ", help="score these images of the model"
+    )
+    parser.add_argument(
+        "--calibrate", action="store_true", help="score held-out images against train: no model at all"
+    )
+    group = parser.add_argument_group("what is measured")
+    add = group.add_argument
+    add("--metrics", type=names, help=f"of {','.join(METRICS)}; default: those that suit the data")
+    add(
+        "--suite",
+        choices=SUITES,
+        help="smoke: 256 images, 10 steps of DDIM; fast: 2,000 of DDIM-50; standard: 10,000 of "
+        "DDIM-50; paper: 50,000 of all T steps, the whole bound on all held-out images; default: fast",
+    )
+    add("--num_images", type=int, help="generated images per seed range; default: the suite's")
+    add("--seed_ranges", type=int, default=1, help="score so many successive sets of seeds; mean, deviation, min")
+    add(
+        "--features",
+        choices=["inception", "dinov2", "digits"],
+        help="that kid and precision_recall look through; default: digits for grey digits, else inception",
+    )
+    add("--bound_images", type=int, help="images of bits_per_dim; 0: all held-out ones; default: the suite's")
+    add(
+        "--bound_timesteps",
+        type=int,
+        help="of the bound, per image, drawn by importance; 0: all T; default: the suite's",
+    )
+    add("--require", type=names, default=[], help="metrics that must not be skipped: exit code 1 if one is")
+    group = parser.add_argument_group("real images", "Default: those of the run's train_config.json.")
+    add = group.add_argument
+    for flag, text in [
+        ("dataset_name", "Hub id, or local folder in the Hub's layout or of images"),
+        ("dataset_config_name", "configuration of the dataset, if it has several"),
+        ("image_column", "column of the images"),
+        ("label_column", "column of the classes"),
+        ("validation_split", "held-out images: a split's name, a count or a share, as in training"),
+    ]:
+        add(f"--{flag}", help=text)
+    add("--class_names", type=names, help="keep only these classes")
+    add("--resolution", type=int, help="of --calibrate, in pixels; else the model's or the samples'; default: 32")
+    add("--reference", metavar="NPZ", help="statistics (mu, sigma) to take for FID, e.g. EDM's or pytorch-fid's")
+    add("--reference_pipeline", choices=PIPELINES, help="that such a file was made with, if it does not say so")
+    group = parser.add_argument_group("networks that look at images")
+    add = group.add_argument
+    add(
+        "--inception", metavar="FILE", help="weights of FID's Inception; default: pytorch-fid's, from its release page"
+    )
+    add(
+        "--inception_pipeline",
+        choices=PIPELINES,
+        default="tf1",
+        help="resize and scale: tf1 (default; TTUR, EDM, "
+        "torch-fidelity), pytorch (pytorch-fid) or antialias (torchmetrics from 1.8)",
+    )
+    add("--dinov2", metavar="FOLDER|ID", default="facebook/dinov2-large", help="default: facebook/dinov2-large")
+    group = parser.add_argument_group("output")
+    add = group.add_argument
+    add("--output", metavar="JSON", help="the record; default: evaluations/... in the run's folder, or here")
+    add("--overwrite", action="store_true", help="replace the record that is in --output")
+    add(
+        "--samples_dir",
+        help="where the images are drawn to; default: evaluation_samples/... in the run's folder, or here",
+    )
+    add("--cache_dir", help="where features of real images are kept; default: ddpm_hf in HuggingFace's cache")
+    sampler(parser)
+
+
+def compare(parser: argparse.ArgumentParser):
+    parser.add_argument("records", nargs="+", help="JSON files written by evaluate")
+    parser.add_argument(
+        "--vary",
+        type=names,
+        default=[],
+        help="what may differ: sampler, or fields such as "
+        "sampler.num_inference_steps,model.weights; all the rest must be equal",
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")

@@ -1,0 +1,156 @@
+"""A trained DDPM, ours or anyone's, from a folder, a checkpoint or the Hub: what is sampled from and scored."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import safetensors.torch
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from . import UserError
+from .checkpoints import checkpoints, step_of
+from .scheduler import PaperDDPMScheduler, make_scheduler
+
+
+# Schedulers whose config holds the same betas: a pipeline saved with one of them is a DDPM all the same.
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
+WEIGHTS = ("published", "raw")
+# What is fetched of a Hub repository: some old ones have the UNet's files beside the index.
+PIPELINE_FILES = ["model_index.json", "train_config.json", "*config.json", "*.safetensors", "unet/*.safetensors"]
+
+
+@dataclass
+class Pretrained:
+    """A UNet in eval mode, float32, on the CPU; its scheduler; and what a record says about them.
+
+    `facts` has "name" (a Hub id or the folder's name), "revision" (the Hub's commit, or None), "weights"
+    ("published", or "raw" for weights that no average was taken of), "unet_sha256", "parameters", "train_step" and
+    "commit", None where the folder does not tell. `run` is the content of train_config.json, {} without one; `folder`
+    is where all was read from.
+    """
+
+    unet: UNet2DModel
+    scheduler: PaperDDPMScheduler
+    facts: dict
+    run: dict
+    folder: Path
+
+
+def load_pretrained(name: str, weights: str = "published") -> Pretrained:
+    """Load a pipeline folder, a `checkpoint-<step>` of a run, or a Hub id such as `me/ddpm-mnist`.
+
+    Args:
+        weights: "published", those that a pipeline holds (of a checkpoint: the EMA where it has one), or "raw", those
+            that were trained, before any averaging, of the checkpoint given or of a run's last one.
+
+    Raises:
+        UserError: for a name that is nothing of this, a pipeline that is no DDPM, or weights that cannot be had.
+    """
+    if weights not in WEIGHTS:
+        raise UserError(f"--weights is {weights!r}; choose {' or '.join(WEIGHTS)}.")
+    folder, revision = Path(name), None
+    if not folder.exists():
+        folder = _from_hub(name)
+        revision = folder.name
+    if (folder / "state.pt").is_file():
+        return _from_checkpoint(folder, weights)
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"{name} has no model_index.json: give the folder or the Hub id of a pipeline, or a checkpoint."
+        )
+    _check_is_ddpm(name, folder)
+    if weights == "raw":
+        found = checkpoints(folder)
+        if not found:
+            raise UserError(f"{name} has no checkpoint, where raw weights are kept: take --weights published.")
+        return _from_checkpoint(found[-1], weights)
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        pipeline = DDPMPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} cannot be loaded ({' '.join(str(error).split())}): is it whole?") from error
+    scheduler = PaperDDPMScheduler.from_config(pipeline.scheduler.config)
+    run = _read_json(folder / "train_config.json") if (folder / "train_config.json").is_file() else {}
+    step, metrics = None, folder / "metrics.jsonl"
+    if metrics.is_file():
+        step = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    return _pretrained(pipeline.unet, scheduler, name, revision, "published", run, folder, step)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=PIPELINE_FILES))
+    except HFValidationError:
+        raise UserError(
+            f"{name} is neither here nor the name of a Hub repository: give a folder or USER/NAME."
+        ) from None
+    except LocalEntryNotFoundError as error:
+        raise UserError(f"{name} is no folder here, and the Hub cannot be reached: check the name.") from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"{name} is no folder here, and the Hub does not give it ({reason}): check the name."
+        ) from error
+
+
+def _check_is_ddpm(name: str, folder: Path):
+    parts = _read_json(folder / "model_index.json")
+    found = {key: value[1] for key, value in parts.items() if isinstance(value, list) and len(value) == 2}
+    if found.get("unet") != "UNet2DModel" or found.get("scheduler") not in SCHEDULERS or len(found) != 2:
+        has = ", ".join(f"{key}: {value}" for key, value in found.items()) or "nothing"
+        raise UserError(f"{name} is no DDPM (it has {has}): give a pipeline of a UNet2DModel and a DDPMScheduler.")
+
+
+def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
+    saved = _read_json(checkpoint / "train_config.json")
+    averaged = weights == "published" and (checkpoint / "ema.safetensors").is_file()
+    flags = saved["flags"]
+    unet = UNet2DModel.from_config(saved["unet"])
+    unet.load_state_dict(
+        safetensors.torch.load_file(checkpoint / ("ema.safetensors" if averaged else "model.safetensors"))
+    )
+    scheduler = make_scheduler(
+        flags["ddpm_beta_schedule"],
+        flags["ddpm_num_steps"],
+        prediction_type=flags["prediction_type"],
+        variance_type=flags["variance_type"],
+    )
+    record = checkpoint.parent / "train_config.json"
+    run = _read_json(record) if record.is_file() else saved
+    kind = "raw" if weights == "raw" or not flags["use_ema"] else "published"
+    return _pretrained(unet, scheduler, str(checkpoint.parent), None, kind, run, checkpoint, step_of(checkpoint))
+
+
+def _pretrained(unet, scheduler, name, revision, weights, run, folder, step) -> Pretrained:
+    unet = unet.eval().requires_grad_(False)
+    facts = {
+        "name": name if revision else Path(name).resolve().name,
+        "revision": revision,
+        "weights": weights,
+        "unet_sha256": weights_hash(unet),
+        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
+        "train_step": step,
+        "commit": run.get("git_commit"),
+    }
+    return Pretrained(unet, scheduler, facts, run, folder)
+
+
+def weights_hash(module: torch.nn.Module) -> str:
+    """Return the SHA-256 of a module's tensors, by name, in float32: the same from whichever file they came."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): is the folder whole?") from error

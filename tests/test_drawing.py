@@ -1,0 +1,208 @@
+"""Samples at scale: image k is image k, on any number of processes, through kills; what cannot be is refused."""
+
+import json
+import multiprocessing
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_run
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image
+
+from ddpm_hf import UserError
+from ddpm_hf.__main__ import main
+from ddpm_hf.drawing import draw_samples, duration, resolve_sampler
+from ddpm_hf.pretrained import load_pretrained
+from ddpm_hf.samples import read_samples
+from ddpm_hf.sampling import image_generators, sample, to_uint8
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    return load_pretrained(str(tiny_run))
+
+
+@pytest.fixture(scope="module")
+def unbroken(model, tmp_path_factory):
+    """23 images drawn in one go."""
+    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=5, seed=3)
+    return draw_samples(model, sampler, 23, tmp_path_factory.mktemp("samples") / "a", batch_size=4, progress=False)
+
+
+def test_image_k_is_that_of_seed_plus_k(model, unbroken):
+    generators = image_generators(3, [7])
+    alone = sample(model.unet, model.scheduler, generators, method="ddim", num_inference_steps=5, spacing="trailing")
+    drawn = np.asarray(Image.open(unbroken / "000007.png")).astype(int)
+    assert np.abs(to_uint8(alone)[0, 0].numpy().astype(int) - drawn).max() <= 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 23])
+def test_batch_size_changes_nothing(model, unbroken, tmp_path, batch_size):
+    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=5, seed=3)
+    other = read_samples(draw_samples(model, sampler, 23, tmp_path / "b", batch_size, progress=False)).images
+    difference = (other.int() - read_samples(unbroken).images.int()).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
+
+
+def test_killed_three_times_it_ends_with_the_same_bytes(model, tmp_path):
+    sampler, _ = resolve_sampler(model)
+    draw_samples(model, sampler, 60, tmp_path / "whole", 4, progress=False)
+    moments, killed = random.Random(0), tmp_path / "killed"
+    for _ in range(3):
+        job = multiprocessing.get_context("fork").Process(
+            target=draw_samples, args=(model, sampler, 60, killed, 4, False)
+        )
+        job.start()
+        wanted = len(files(killed)) + moments.randint(1, 12)
+        while len(files(killed)) < wanted:
+            assert job.is_alive(), "it ended before it could be killed"
+            time.sleep(0.005)
+        job.kill()
+        job.join()
+        left = len(files(killed))
+        assert wanted <= left < 60
+        with pytest.raises(UserError, match=f"has {left} of 60 images"):
+            read_samples(killed)
+    draw_samples(model, sampler, 60, killed, 4, progress=False)
+    assert files(killed) == files(tmp_path / "whole")
+    assert not list(killed.glob(".*.tmp"))
+
+
+def test_npz_has_the_same_images_and_says_how_they_were_drawn(tiny_run, unbroken, tmp_path):
+    flags = f"sample {tiny_run} --sampler ddim --num_inference_steps 5 --seed 3 --num_images 23 --batch_size 4".split()
+    main([*flags, "--output", str(tmp_path / "a.npz")])
+    samples = read_samples(tmp_path / "a.npz")
+    assert torch.equal(samples.images, read_samples(unbroken).images)
+    assert samples.sampler["seed"] == 3 and samples.sampler["timesteps"] == "trailing"
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays["arr_0"].shape == (23, 28, 28, 1) and arrays["arr_0"].dtype == np.uint8
+    assert not (tmp_path / "a.npz.parts").exists()
+
+
+def test_a_larger_number_goes_on_and_another_sampler_is_refused(model, unbroken, tmp_path):
+    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=2)
+    draw_samples(model, sampler, 4, tmp_path / "c", 4, progress=False)
+    first = files(tmp_path / "c")
+    draw_samples(model, sampler, 8, tmp_path / "c", 4, progress=False)
+    assert len(files(tmp_path / "c")) == 8 and first.items() <= files(tmp_path / "c").items()
+    other, _ = resolve_sampler(model, method="ddim", num_inference_steps=3)
+    with pytest.raises(UserError, match="num_inference_steps: 2 there, 3 here"):
+        draw_samples(model, other, 8, tmp_path / "c", 4, progress=False)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(model, tmp_path):
+    (tmp_path / "holiday.txt").write_text("mine")
+    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=2)
+    with pytest.raises(UserError, match="no samples of ours"):
+        draw_samples(model, sampler, 2, tmp_path, 2, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
+
+
+def test_variance_unless_told_otherwise(tmp_path, digit_folder):
+    model = load_pretrained(str(make_run(tmp_path / "large", digit_folder, variance_type="fixed_large")))
+    assert resolve_sampler(model)[0]["variance_type"] == "fixed_large"
+    assert resolve_sampler(model, num_inference_steps=5)[0]["variance_type"] == "fixed_small"
+    told = resolve_sampler(model, num_inference_steps=5, variance_type="fixed_large")[0]
+    assert told["variance_type"] == "fixed_large"
+    assert resolve_sampler(model, method="ddim")[0]["variance_type"] is None
+
+
+def test_a_first_step_far_from_noise_is_told(model):
+    assert resolve_sampler(model, method="ddim", num_inference_steps=5)[1] == []
+    (warning,) = resolve_sampler(model, method="ddim", num_inference_steps=5, timesteps="leading")[1]
+    assert "t = 16" in warning and "trailing" in warning
+
+
+def test_timesteps_may_be_listed(model, tmp_path):
+    sampler, _ = resolve_sampler(model, method="ddim", timesteps="19,7,0")
+    assert sampler["timesteps"] == [19, 7, 0] and sampler["num_inference_steps"] == 3
+    drawn = read_samples(draw_samples(model, sampler, 2, tmp_path / "d", 2, progress=False)).images
+    steps = dict(method="ddim", spacing=[19, 7, 0])
+    assert torch.equal(drawn, to_uint8(sample(model.unet, model.scheduler, image_generators(0, [0, 1]), **steps)))
+
+
+@pytest.mark.parametrize("num_steps", [4, 20])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_dpmsolver_is_that_of_diffusers(tmp_path, digit_folder, prediction_type, num_steps):
+    model = load_pretrained(str(make_run(tmp_path / "run", digit_folder, prediction_type=prediction_type)))
+    ours = sample(
+        model.unet,
+        model.scheduler,
+        image_generators(0, [0, 1]),
+        method="dpmsolver++",
+        num_inference_steps=num_steps,
+        spacing="trailing",
+        clip=False,
+    )
+    solver = DPMSolverMultistepScheduler.from_config(
+        model.scheduler.stock().config, algorithm_type="dpmsolver++", timestep_spacing="trailing"
+    )
+    solver.set_timesteps(num_steps)
+    x = torch.cat([torch.randn(1, 1, 28, 28, generator=generator) for generator in image_generators(0, [0, 1])])
+    with torch.no_grad():
+        for t in solver.timesteps:
+            x = solver.step(model.unet(x, t).sample, t, x).prev_sample
+    assert (x.clamp(-1, 1) - ours).abs().max() < 2e-4
+    assert ours.abs().min() < 0.9  # not all clamped away
+
+
+def test_low_precision_is_inside_the_unet_only(model):
+    options = dict(method="ddim", num_inference_steps=4, spacing="trailing")
+    full = sample(model.unet, model.scheduler, image_generators(0, [0]), **options)
+    low = sample(model.unet, model.scheduler, image_generators(0, [0]), dtype=torch.bfloat16, **options)
+    assert low.dtype == torch.float32 and 0 < (low - full).abs().mean() < 0.05
+
+
+def test_images_that_are_not_finite_are_refused(tmp_path, tiny_run):
+    model = load_pretrained(str(tiny_run))
+    model.unet.conv_out.bias.data.fill_(float("nan"))
+    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=2)
+    with pytest.raises(UserError, match="image 0 is not finite"):
+        draw_samples(model, sampler, 2, tmp_path / "nan", 2, progress=False)
+    assert not files(tmp_path / "nan")
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        ("--num_images 0", "must be at least 1"),
+        ("--batch_size 0", "must be at least 1"),
+        ("--dtype int8", "choose float32, bfloat16, float16"),
+        ("--eta 0.5", "belongs to ddim"),
+        ("--sampler ddim --variance_type fixed_small", "belongs to ddpm"),
+        ("--num_inference_steps 21", "from 1 to the model's 20 timesteps"),
+        ("--timesteps 5,9,3", "strictly rising or falling"),
+        ("--timesteps sideways", "choose quad"),
+        ("--class_labels 1", "this model knows none"),
+        ("--weights raw", "has no checkpoint"),
+        ("--variance_type learned_range", "out_channels twice"),
+    ],
+)
+def test_bad_flags_are_one_sentence_and_leave_nothing(tiny_run, tmp_path, capsys, flags, wanted):
+    with pytest.raises(SystemExit) as exit:
+        main(["sample", str(tiny_run), "--output", str(tmp_path / "x"), "--num_images", "2", *flags.split()])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and wanted in error
+    assert not files(tmp_path / "x")
+
+
+def test_what_is_no_ddpm_is_refused(tmp_path, tiny_run):
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="is no DDPM .it has unet: UNet2DConditionModel"):
+        load_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match="no model_index.json"):
+        load_pretrained(str(tiny_run / "unet"))
+    with pytest.raises(UserError, match="Hub"):
+        load_pretrained("nobody/nothing")
+
+
+def test_durations():
+    assert [duration(s) for s in (8, 700, 12_600)] == ["8 s", "12 min", "3.5 h"]

@@ -1,0 +1,339 @@
+"""Scores as a user gets them: on one process and on three, from a model and from files, whole records, refusals."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, make_run
+from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
+
+from ddpm_hf import UserError
+from ddpm_hf.__main__ import main
+from ddpm_hf.config import TrainingConfig
+from ddpm_hf.data import load_images
+from ddpm_hf.digit_classifier import load_digit_classifier
+from ddpm_hf.features import extract
+from ddpm_hf.metrics import frechet_distance, mean_and_covariance
+from ddpm_hf.records import comparison, eval_results, read_record
+from ddpm_hf.reference import read_reference, reference_of
+
+
+SMALL = ["--suite=smoke", "--num_images=40", "--num_inference_steps=3", "--bound_images=12", "--bound_timesteps=5"]
+METRICS = "fid,fd_mnist,kid,precision_recall,bits_per_dim,memorization"
+
+
+def evaluate(*arguments):
+    main(["evaluate", *map(str, arguments)])
+
+
+def values(path):
+    return {entry["id"]: entry["value"] for entry in json.loads(path.read_text())["metrics"] if "value" in entry}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_HF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def record(tiny_run, tmp_path_factory):
+    """The record of a small evaluation of the tiny run, all that can be had offline."""
+    folder = tmp_path_factory.mktemp("records")
+    path = folder / "one.json"
+    evaluate(
+        tiny_run,
+        *SMALL,
+        "--batch_size",
+        32,
+        "--metrics",
+        METRICS,
+        "--output",
+        path,
+        "--samples_dir",
+        folder / "samples",
+    )
+    return path
+
+
+def test_a_record_says_what_was_measured(record, digit_folder, tiny_run):
+    content = read_record(record)
+    assert content["sampler"]["method"] == "ddim" and content["sampler"]["num_inference_steps"] == 3
+    assert content["data"]["train"]["n"] == 120 and content["data"]["held_out"]["n"] == 60
+    assert content["data"]["name"] == digit_folder.name and str(digit_folder.parent) not in record.read_text()
+    assert content["extractors"]["digits"]["sha256"] == load_digit_classifier().sha256
+    entries = {entry["id"]: entry for entry in content["metrics"]}
+    fd = entries["fd_mnist-9ea1c6a6_40_full"]
+    assert (fd["n_gen"], fd["n_ref"]) == (40, 120) and fd["se"] > 0 and fd["value"] > fd["floor"] > 0
+    assert {"class_total_variation", "coverage40_k3_digits", "bits_per_dim", "memorization_authpct"} <= entries.keys()
+    assert entries["bits_per_dim"]["extra"]["split"] == "held_out"
+    assert record.with_suffix(".pairs.png").is_file()
+
+
+def test_missing_weights_skip_a_metric_and_say_so(record, tiny_run, tmp_path, capsys):
+    (skipped,) = [entry for entry in read_record(record)["metrics"] if entry.get("status") == "skipped"]
+    assert skipped["id"] == "fid" and "--inception" in skipped["reason"]
+    with pytest.raises(SystemExit) as exit:
+        flags = ["--from_samples", record.parent / "samples", "--metrics", "fid,memorization", "--require", "fid"]
+        evaluate(tiny_run, *flags, "--output", tmp_path / "r.json")
+    assert exit.value.code == 1 and "fid is required" in capsys.readouterr().err
+    assert (tmp_path / "r.json").is_file()
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_come_to_the_same_numbers(record, tiny_run, tmp_path, processes):
+    """Forty images are two batches: of three processes one is idle."""
+    flags = [*SMALL, "--batch_size", 32, "--metrics", METRICS, "--cache_dir", tmp_path / "cache"]
+    places = ["--output", tmp_path / "one.json", "--samples_dir", tmp_path / "samples"]
+    command("evaluate", tiny_run, *flags, *places, processes=processes)
+    one, several = read_record(record), read_record(tmp_path / "one.json")
+    assert several["env"]["processes"] == processes and one["samples"] == several["samples"]
+    images = [Image.open(path).tobytes() for path in sorted((tmp_path / "samples").glob("*.png"))]
+    assert len(images) == len(set(images)) == 40
+    several = {entry["id"]: entry for entry in several["metrics"]}
+    for entry in one["metrics"]:
+        if entry["id"] == "bits_per_dim":  # its batches are shared out by image, and round differently
+            assert several["bits_per_dim"]["value"] == pytest.approx(entry["value"], rel=1e-6)
+        else:
+            assert several[entry["id"]] == entry
+
+
+def test_anyone_can_check_a_number_from_the_samples(record, tiny_run, digit_folder, tmp_path):
+    flags = ["--metrics", "fd_mnist,memorization", "--dataset_name", digit_folder, "--validation_split", "test"]
+    evaluate(record.parent / "samples", *flags, "--output", tmp_path / "again.json")
+    again, first = values(tmp_path / "again.json"), values(record)
+    assert again.items() <= first.items() and len(again) > 8
+    assert read_record(tmp_path / "again.json")["model"] == read_record(record)["model"]
+
+
+def test_the_distance_is_that_of_the_features(record, digit_folder):
+    classifier = load_digit_classifier()
+    train, _ = load_images(TrainingConfig(dataset_name=str(digit_folder), resolution=28, validation_split="test"))
+    samples = [np.asarray(Image.open(path)) for path in sorted((record.parent / "samples").glob("*.png"))]
+    features = [classifier(images)[0] for images in (torch.tensor(np.stack(samples))[:, None], train.pixels)]
+    distance, _ = frechet_distance(*mean_and_covariance(features[0]), *mean_and_covariance(features[1]))
+    assert values(record)["fd_mnist-9ea1c6a6_40_full"] == pytest.approx(distance, rel=1e-5)
+
+
+def test_calibration_is_the_floor(digit_folder, tmp_path):
+    flags = ["--dataset_name", digit_folder, "--validation_split", "test", "--resolution", 28]
+    evaluate("--calibrate", *flags, "--metrics", "fd_mnist", "--num_images", 60, "--output", tmp_path / "c.json")
+    entry = read_record(tmp_path / "c.json")["metrics"][0]
+    assert entry["value"] == pytest.approx(entry["floor"]) and entry["value"] > 0
+
+
+def test_seed_ranges_have_a_mean_and_a_spread(tiny_run, tmp_path):
+    flags = [*SMALL, "--seed_ranges", 2, "--num_images", 45, "--metrics", "fd_mnist"]
+    evaluate(tiny_run, *flags, "--output", tmp_path / "s.json", "--samples_dir", tmp_path / "s")
+    entry = read_record(tmp_path / "s.json")["metrics"][0]
+    runs = entry["extra"]["seed_ranges"]
+    assert len(runs) == 2 and runs[0] != runs[1] and entry["n_gen"] == 45
+    assert entry["value"] == pytest.approx(sum(runs) / 2) and entry["extra"]["min"] == min(runs)
+
+
+def test_bits_per_dim_in_full_is_what_few_timesteps_estimate(tiny_run, tmp_path):
+    def bits(name, timesteps):
+        flags = ["--metrics", "bits_per_dim", "--bound_images", 30, "--bound_timesteps", timesteps]
+        evaluate(tiny_run, *flags, "--output", tmp_path / name)
+        return read_record(tmp_path / name)["metrics"][0]
+
+    full, few = bits("full.json", 0), bits("few.json", 12)
+    assert full["extra"]["mode"] == "full" and full["extra"]["L0"] == pytest.approx(few["extra"]["L0"], rel=1e-12)
+    assert few["value"] == pytest.approx(full["value"], rel=0.1) and few["value"] != full["value"]
+
+
+def test_nothing_is_overwritten_without_a_flag(record, tiny_run, capsys):
+    before = record.read_bytes()
+    with pytest.raises(SystemExit) as exit:
+        evaluate(tiny_run, *SMALL, "--output", record)
+    assert exit.value.code == 2 and "--overwrite" in capsys.readouterr().err
+    assert record.read_bytes() == before
+
+
+def test_records_of_a_run_lie_in_its_folder_under_names_of_their_own(tiny_run):
+    for _ in range(2):
+        evaluate(tiny_run, *SMALL, "--metrics", "fd_mnist")
+    assert len(list((tiny_run / "evaluations").glob("ddim3-*-40*.json"))) == 2
+
+
+# References
+
+
+@pytest.fixture(scope="module")
+def digits(digit_folder):
+    return load_images(TrainingConfig(dataset_name=str(digit_folder), resolution=28, validation_split="test"))
+
+
+def test_a_reference_is_computed_once_and_read_by_pytorch_fid_and_edm(digits, tmp_path):
+    classifier = load_digit_classifier()
+    first = reference_of(classifier, digits[0], "train", cache_dir=tmp_path)
+    (path,) = (tmp_path / "references").glob("*.npz")
+    classifier.forward = None  # it is not asked again
+    again = reference_of(classifier, digits[0], "train", cache_dir=tmp_path)
+    assert torch.equal(first.covariance, again.covariance) and torch.equal(first.features, again.features)
+    with np.load(path) as file:  # what both of them do
+        assert file["mu"].shape == (64,) and file["sigma"].dtype == np.float64
+        assert np.allclose(file["sigma"], np.cov(first.features.double().numpy(), rowvar=False))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_the_batch_size_does_not_matter_to_features(digits, batch_size):
+    classifier = load_digit_classifier()
+    whole = extract(classifier, digits[0]).features
+    assert torch.allclose(extract(classifier, digits[0], batch_size=batch_size).features, whole, atol=1e-5)
+
+
+def statistics(path, d=64, **more):
+    np.savez(path, mu=np.zeros(d), sigma=np.eye(d), **more)
+    return path
+
+
+@pytest.mark.parametrize(
+    "make, wanted",
+    [
+        (lambda path: statistics(path, d=2048), "of 2048 features, but digits has 64"),
+        (lambda path: statistics(path), "does not say how its images were resized"),
+        (
+            lambda path: statistics(path, meta=json.dumps({"pipeline": "tf1"})),
+            "of the pipeline tf1, the samples of 28px",
+        ),
+        (lambda path: np.savez(path, feats=np.zeros(3)) or path, "no mu and sigma"),
+        (lambda path: path.write_bytes(b"PK no") and path, "cannot be read as .npz"),
+    ],
+)
+def test_statistics_of_something_else_are_refused(tmp_path, make, wanted):
+    with pytest.raises(UserError, match=wanted):
+        read_reference(make(tmp_path / "stats.npz"), load_digit_classifier())
+
+
+def test_foreign_statistics_are_read_with_a_pipeline(tmp_path):
+    found = read_reference(statistics(tmp_path / "stats.npz"), load_digit_classifier(), "28px")
+    assert found.mean.shape == (64,) and found.features is None
+
+
+# Comparisons
+
+
+def test_unlike_protocols_are_refused_naming_the_field(record):
+    one = read_record(record)
+    other = json.loads(json.dumps(one))
+    other["sampler"]["num_inference_steps"] = 50
+    with pytest.raises(UserError, match="sampler.num_inference_steps is 3 and 50"):
+        comparison({"a": one, "b": other})
+    table = comparison({"a": one, "b": other}, vary=["sampler"])
+    assert "sampler.num_inference_steps" in table and "fd_mnist-9ea1c6a6_40_full" in table
+    other["data"]["train"]["fingerprint"] = "another"
+    with pytest.raises(UserError, match="data.train.fingerprint"):
+        comparison({"a": one, "b": other}, vary=["sampler"])
+
+
+def test_other_weights_are_no_other_protocol(record, capsys):
+    one = read_record(record)
+    other = one | {"model": one["model"] | {"weights": "raw", "unet_sha256": "0"}}
+    assert "model.weights" in comparison({"a": one, "b": other})
+    main(["compare", str(record), str(record), "--markdown"])
+    assert capsys.readouterr().out.count("|") > 20
+
+
+def test_n_is_protocol(record):
+    one = read_record(record)
+    other = json.loads(json.dumps(one))
+    next(entry for entry in other["metrics"] if entry["id"] == "bits_per_dim")["n_ref"] = 7
+    with pytest.raises(UserError, match="bits_per_dim.n_"):
+        comparison({"a": one, "b": other})
+
+
+def test_numbers_survive_the_hub_s_card(record):
+    results = eval_results(read_record(record))
+    data = ModelCardData(model_name="tiny", eval_results=results)
+    back = ModelCard(f"---\n{data.to_yaml()}\n---\n").data.eval_results
+    found = {(result.metric_type, result.metric_name): result for result in back}
+    assert len(found) == len(results)
+    for result in results:
+        twin = found[result.metric_type, result.metric_name]
+        assert twin.metric_value == result.metric_value and twin.metric_args == result.metric_args
+
+
+# Refusals
+
+
+def folder_of(tmp_path, *images, suffix=".png"):
+    for k, image in enumerate(images):
+        image.save(tmp_path / f"{k}{suffix}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "make, wanted",
+    [
+        (lambda folder: folder_of(folder), "has no PNG files"),
+        (lambda folder: folder_of(folder, Image.new("L", (28, 28)), Image.new("L", (32, 28))), "mixes images"),
+        (lambda folder: folder_of(folder, Image.new("L", (28, 28)), Image.new("RGB", (28, 28))), "mixes images"),
+        (lambda folder: folder_of(folder, Image.new("L", (28, 28)), suffix=".jpg"), "lossy"),
+        (lambda folder: folder_of(folder, Image.new("RGBA", (28, 28))), "of mode RGBA"),
+        (lambda folder: folder_of(folder, Image.new("RGB", (28, 28))), "samples are 3x28x28"),
+        (lambda folder: folder_of(folder, Image.new("L", (28, 28))), "at least 40"),
+        (lambda folder: folder / "nothing", "Hub"),
+    ],
+)
+def test_bad_samples_are_one_sentence(tmp_path, digit_folder, capsys, make, wanted):
+    (tmp_path / "samples").mkdir()
+    flags = ["--dataset_name", digit_folder, "--metrics", "fd_mnist", "--output", tmp_path / "r.json"]
+    with pytest.raises(SystemExit) as exit:
+        evaluate(make(tmp_path / "samples"), *flags)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and wanted in error, error
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    "array, wanted",
+    [
+        (np.full((20, 28, 28, 1), np.nan, dtype=np.float32), "float32"),
+        (np.zeros((20, 28, 28), dtype=np.uint8), "shape"),
+        (np.zeros((0, 28, 28, 1), dtype=np.uint8), "shape"),
+    ],
+)
+def test_bad_arrays_are_one_sentence(tmp_path, digit_folder, capsys, array, wanted):
+    np.savez(tmp_path / "a.npz", arr_0=array)
+    with pytest.raises(SystemExit):
+        evaluate(tmp_path / "a.npz", "--dataset_name", digit_folder, "--output", tmp_path / "r.json")
+    assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        ("", "nothing to score"),
+        ("{run} --metrics beauty", "there is no metric 'beauty'"),
+        ("{run} --dataset_name nowhere/none", "cannot be loaded"),
+        ("{run} --num_images 0", "at least 1"),
+        ("--calibrate {run}", "real images only"),
+        ("--calibrate --dataset_name {data}/train", "--validation_split"),
+        ("{run} --from_samples {other}", "another model"),
+        ("{samples} --metrics bits_per_dim --dataset_name {data}", "give the model"),
+        ("{samples}", "--dataset_name"),
+        ("{samples} --from_samples {samples}", "both samples"),
+    ],
+)
+def test_bad_flags_are_one_sentence(tiny_run, digit_folder, record, tmp_path, capsys, flags, wanted):
+    other = make_run(tmp_path / "other", digit_folder, seed=1)
+    if "{other}" in flags:
+        draw = f"sample {other} --num_images 2 --sampler ddim --num_inference_steps 2 --output {tmp_path / 'drawn'}"
+        main(draw.split())
+    places = dict(run=tiny_run, data=digit_folder, samples=record.parent / "samples", other=tmp_path / "drawn")
+    with pytest.raises(SystemExit) as exit:
+        evaluate(*flags.format(**places).split(), "--output", tmp_path / "r.json", "--samples_dir", tmp_path / "s")
+    assert exit.value.code == 2 and wanted in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_it_needs_neither_scipy_nor_torchvision_nor_torch_fidelity():
+    blocked = "scipy", "torchvision", "torch_fidelity", "torchmetrics"
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import ddpm_hf.evaluation"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

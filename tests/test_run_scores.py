@@ -1,0 +1,95 @@
+"""Scores while a run trains: written, logged, the same again after a resume, and what best/ is chosen by."""
+
+import json
+
+import pytest
+from conftest import command, script
+from diffusers import DDPMPipeline
+
+from ddpm_hf import UserError
+from ddpm_hf.command_line import parse_config
+from ddpm_hf.config import TrainingConfig
+from ddpm_hf.records import read_record
+from ddpm_hf.run import open_run
+
+
+@pytest.fixture(scope="module")
+def flags(digit_folder):
+    return [
+        f"--dataset_name={digit_folder}", "--validation_split=test", "--resolution=28", "--base_channels=8",
+        "--channel_mults=1,1", "--layers_per_block=1", "--ddpm_num_steps=10", "--ddpm_num_inference_steps=2",
+        "--ddpm_beta_schedule=nichol_cosine", "--train_batch_size=20", "--eval_batch_size=2", "--logger=none",
+        "--learning_rate=1e-3", "--lr_warmup_steps=0", "--max_train_steps=12", "--checkpointing_steps=6",
+        "--eval_metrics=bits_per_dim,fd_mnist", "--eval_epochs=1", "--eval_num_images=40", "--save_best",
+        "--best_by=fd_mnist",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(flags, tmp_path_factory):
+    """A run of two epochs that was scored after each."""
+    folder = tmp_path_factory.mktemp("scored") / "run"
+    script(*flags, "--output_dir", folder, env={"DDPM_HF_CACHE": str(folder.parent / "cache")})
+    return folder
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_scores_are_logged_and_each_has_its_record(run):
+    scored = [line for line in lines(run) if "scores" in line]
+    assert [line["step"] for line in scored] == [6, 12]
+    for line in scored:
+        record = read_record(run / "evaluations" / f"step_{line['step']:07d}.json")
+        values = {entry["id"]: entry["value"] for entry in record["metrics"]}
+        assert values == line["scores"] and "fd_mnist-9ea1c6a6_40_full" in values and values["bits_per_dim"] > 0
+        assert record["model"]["train_step"] == line["step"] and record["sampler"]["seed"] == 1_000_000_000
+    assert scored[0]["scores"]["bits_per_dim"] != scored[1]["scores"]["bits_per_dim"]
+
+
+def test_best_is_the_pipeline_of_the_best_score(run):
+    scored = [line for line in lines(run) if "scores" in line]
+    best = min(scored, key=lambda line: line["scores"]["fd_mnist-9ea1c6a6_40_full"])
+    wanted = read_record(run / "evaluations" / f"step_{best['step']:07d}.json")["model"]["unet_sha256"]
+    out = command("evaluate", run / "best", "--metrics=memorization", "--num_images=2", "--num_inference_steps=2",
+                  f"--dataset_name={json.loads((run / 'train_config.json').read_text())['flags']['dataset_name']}",
+                  "--output", run / "b.json", "--samples_dir", run / "s")  # fmt: skip
+    assert "memorization_exact_copies" in out
+    assert read_record(run / "b.json")["model"]["unet_sha256"] == wanted
+    DDPMPipeline.from_pretrained(run / "best")
+
+
+def test_a_resumed_run_scores_the_same(run, flags, tmp_path):
+    env = {"DDPM_HF_CACHE": str(run.parent / "cache")}
+    script(*flags, "--output_dir", tmp_path / "r", "--resume_from_checkpoint", run / "checkpoint-6", env=env)
+    assert lines(tmp_path / "r")[-1]["scores"] == lines(run)[-1]["scores"]
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        (dict(eval_metrics=["beauty"]), "--eval_metrics beauty is not known"),
+        (dict(eval_metrics=["fid"], streaming=True), "--streaming"),
+        (dict(best_by="fid"), "--best_by fid is not measured"),
+        (dict(eval_epochs=0), "--eval_epochs is 0"),
+        (dict(eval_num_images=5), "--eval_num_images is 5"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(flags, wanted):
+    with pytest.raises(UserError, match=wanted):
+        TrainingConfig(dataset_name="digits", **flags)
+
+
+def test_missing_weights_are_told_before_training(flags, tmp_path, capsys):
+    def dry_run(*more):
+        open_run(parse_config([*flags, *more, "--dry_run", "--output_dir", str(tmp_path / "r")]))
+
+    dry_run("--eval_metrics=fid,fd_mnist")
+    assert "Warning: fid will be skipped" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--best_by fid cannot be had"):
+        dry_run("--eval_metrics=fid", "--best_by=fid")
+    (tmp_path / "broken.pth").write_bytes(b"not weights")
+    with pytest.raises(UserError, match="broken.pth"):
+        dry_run("--eval_metrics=fid", "--best_by=validation_loss", f"--eval_inception={tmp_path / 'broken.pth'}")
+    assert not (tmp_path / "r").exists()
