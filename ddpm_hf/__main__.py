@@ -71,8 +71,16 @@ COMMANDS = {presets: options.presets, figures: options.figures, sample: options.
 COMMANDS |= {evaluate: options.evaluate, compare: options.compare}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m ddpm_hf", description=__doc__)
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without the page of usage before it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}; see --help.\n")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Return the flags of a command line, with the function that runs it as `run_command`."""
+    parser = Parser(prog="python -m ddpm_hf", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run_command, add_flags in COMMANDS.items():
@@ -80,7 +88,11 @@ def main(argv=None):
         command = commands.add_parser(run_command.__name__, help=about, description=about, allow_abbrev=False)
         add_flags(command)
         command.set_defaults(run_command=run_command)
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    arguments = parse(argv)
     try:
         arguments.run_command(arguments)
     except UserError as error:

@@ -22,7 +22,7 @@ from huggingface_hub import HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
 from . import UserError
-from .config import GROUPS, HubOptions, OutputOptions
+from .config import GROUPS, EvaluationOptions, HubOptions, OutputOptions
 
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def write_card(output_dir: str | Path, config, facts: dict) -> bool:
     command = re.sub(r"\s'?--hub[_-]token(=|\s+)\S+", "", facts["command"])
     rows = {FACTS[key]: facts[key] for key in FACTS if facts.get(key) is not None}
     rows = {k: v if isinstance(v, str) else f"{v:,.4f}" if isinstance(v, float) else f"{v:,}" for k, v in rows.items()}
-    groups = [group for group in GROUPS if group not in (OutputOptions, HubOptions)]
+    groups = [group for group in GROUPS if group not in (OutputOptions, EvaluationOptions, HubOptions)]
     for flag in (field.name for group in groups for field in dataclasses.fields(group)):
         if flags.get(flag) is not None and flags[flag] is not False and flag != "local_rank":
             rows[f"`{flag}`"] = flags[flag]

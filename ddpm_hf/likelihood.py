@@ -20,7 +20,7 @@ from .scheduler import PaperDDPMScheduler
 
 
 FLOOR = 1e-12  # of a pixel's probability, in Ho's and Nichol's code
-PILOT_IMAGES = 16  # three digits of the terms' second moments; the estimate is unbiased whatever they are
+PILOT_EVALUATIONS = 16_000  # 16 images for T = 1000: the estimate is unbiased, however few make p_t
 
 
 def variational_term(
@@ -197,7 +197,7 @@ def bits_per_dim(
         num_timesteps: None for all T terms. K: L_0 and K - 1 draws of t > 0, one from each of K - 1 slices of equal
             probability, p_t proportional to sqrt(E[L_t^2]) (the importance sampling of Nichol & Dhariwal 2021, section
             3.3); a t that is drawn twice is evaluated once. Unbiased: its mean over the draws is the full bound.
-        pilot: the p_t, from `pilot_probabilities`; None: from the first 16 images here.
+        pilot: the p_t, from `pilot_probabilities`; None: from the first few images here.
         options: the other keywords of `bound_terms`.
 
     Raises:
@@ -211,10 +211,9 @@ def bits_per_dim(
             raise UserError(f"num_timesteps is {num_timesteps}; it must be from 2 to the model's {T} timesteps.")
         if pilot is None:
             labels = options.get("class_labels")
-            few = options | {"class_labels": None if labels is None else labels[:PILOT_IMAGES], "on_step": None}
-            pilot = pilot_probabilities(
-                unet, scheduler, images[:PILOT_IMAGES], indices[:PILOT_IMAGES], seed=seed, **few
-            )
+            n = num_pilot_images(T)
+            few = options | {"class_labels": None if labels is None else labels[:n], "on_step": None}
+            pilot = pilot_probabilities(unet, scheduler, images[:n], indices[:n], seed=seed, **few)
         evaluations = [
             (row, t, weight)
             for row, index in enumerate(indices)
@@ -248,6 +247,11 @@ def summarise(bounds: dict[str, Tensor]) -> dict[str, float]:
     means = {name: float(values.mean()) for name, values in bounds.items()}
     standard_error = float(total.std()) / math.sqrt(len(total)) if len(total) > 1 else math.nan
     return means | {"standard_error": standard_error, "num_images": len(total)}
+
+
+def num_pilot_images(num_train_timesteps: int) -> int:
+    """Return how many images `pilot_probabilities` is to see: from 1 to 64, all T timesteps of each."""
+    return max(1, min(64, PILOT_EVALUATIONS // num_train_timesteps))
 
 
 def pilot_probabilities(unet, scheduler, images, indices, **options) -> Tensor:

@@ -40,12 +40,12 @@ def sample(parser: argparse.ArgumentParser):
     sampler(parser)
 
 
-def sampler(parser: argparse.ArgumentParser):
-    """Add what decides how an image looks; None is "unless told otherwise", which a suite may be."""
+def sampler(parser: argparse.ArgumentParser, method="ddpm, ancestral sampling", steps="all T for ddpm, else 50"):
+    """Add what decides how an image looks; `method` and `steps` say what it is unless told otherwise."""
     group = parser.add_argument_group("sampler")
     add = group.add_argument
-    add("--sampler", choices=["ddpm", "ddim", "dpmsolver++"], help="default: ddpm, ancestral sampling")
-    add("--num_inference_steps", type=int, help="default: all T for ddpm, 50 for the others")
+    add("--sampler", choices=["ddpm", "ddim", "dpmsolver++"], help=f"default: {method}")
+    add("--num_inference_steps", type=int, help=f"default: {steps}")
     add(
         "--timesteps",
         default="trailing",
@@ -135,7 +135,7 @@ def evaluate(parser: argparse.ArgumentParser):
         help="where the images are drawn to; default: evaluation_samples/... in the run's folder, or here",
     )
     add("--cache_dir", help="where features of real images are kept; default: ddpm_hf in HuggingFace's cache")
-    sampler(parser)
+    sampler(parser, "the suite's", "the suite's; of another sampler all T for ddpm, else 50")
 
 
 def compare(parser: argparse.ArgumentParser):

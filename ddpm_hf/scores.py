@@ -161,7 +161,7 @@ def bits_per_dim(evaluation):
 
     pilot = None
     if mode != "full":
-        arguments, more = about(rows[:: -(-len(rows) // likelihood.PILOT_IMAGES)])
+        arguments, more = about(rows[:: -(-len(rows) // likelihood.num_pilot_images(len(model.scheduler)))])
         pilot = [likelihood.pilot_probabilities(*arguments, **more) if state.is_main_process else None]
         pilot = broadcast_object_list(pilot)[0]
     share = rows[state.process_index :: state.num_processes]

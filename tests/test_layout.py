@@ -3,10 +3,12 @@
 import ast
 import dataclasses
 import re
+import shlex
 
 import pytest
 from conftest import ROOT
 
+from ddpm_hf.__main__ import parse
 from ddpm_hf.command_line import parse_config
 from ddpm_hf.config import TrainingConfig
 
@@ -72,7 +74,7 @@ def test_every_flag_is_read(name):
     assert any(f"config.{name}" in text for text in sources) or f"self.{name}" in own
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/scores.md"])
 def test_pages_are_whole(page):
     text, folder = (ROOT / page).read_text(), (ROOT / page).parent
     assert not re.search(r"@[A-Z_]+@|TODO|TBD", text)
@@ -86,6 +88,15 @@ def test_commands_in_the_readme_are_parsed():
     assert len(commands) > 4
     for command in commands:
         parse_config(command.split("train_unconditional.py")[1].split())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/scores.md", "docs/results.md"])
+def test_commands_of_the_package_are_parsed(page):
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    commands = [line.split("#")[0] for line in text.splitlines() if line.startswith("python -m ddpm_hf ")]
+    assert commands or page != "README.md"
+    for command in commands:
+        parse(shlex.split(command)[3:])
 
 
 def test_nothing_pulls_torchvision():
