@@ -10,16 +10,18 @@ import torch
 from conftest import ROOT, command, make_run
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.data import load_images
 from ddpm_hf.digit_classifier import load_digit_classifier
-from ddpm_hf.features import extract
+from ddpm_hf.features import EXTRACTORS, extract
 from ddpm_hf.metrics import frechet_distance, mean_and_covariance
 from ddpm_hf.records import comparison, eval_results, read_record
 from ddpm_hf.reference import read_reference, reference_of
+from ddpm_hf.samples import read_samples
 
 
 SMALL = ["--suite=smoke", "--num_images=40", "--num_inference_steps=3", "--bound_images=12", "--bound_timesteps=5"]
@@ -59,6 +61,11 @@ def record(tiny_run, tmp_path_factory):
         folder / "samples",
     )
     return path
+
+
+@pytest.fixture(scope="module")
+def digits(digit_folder):
+    return load_images(TrainingConfig(dataset_name=str(digit_folder), resolution=28, validation_split="test"))
 
 
 def test_a_record_says_what_was_measured(record, digit_folder, tiny_run):
@@ -161,12 +168,77 @@ def test_records_of_a_run_lie_in_its_folder_under_names_of_their_own(tiny_run):
     assert len(list((tiny_run / "evaluations").glob("ddim3-*-40*.json"))) == 2
 
 
+# Through Inception's place, with a small network in it: the real one takes minutes for so many images
+
+
+class SmallNetwork(torch.nn.Module):
+    name, sha256, num_features = "inception", "0" * 64, 16
+
+    def __init__(self, weights=None, pipeline="tf1"):
+        super().__init__()
+        self.pipeline = pipeline
+        self.table = torch.randn(28 * 28, 16, generator=torch.Generator().manual_seed(0)) / 28
+
+    def forward(self, images):
+        features = torch.tanh((images.flatten(1) / 127.5 - 1) @ self.table)
+        return features, 5 * features[:, :10]
+
+    def features_of(self, images):
+        return self(images)[0]
+
+
+@pytest.fixture
+def small_inception(monkeypatch):
+    monkeypatch.setitem(EXTRACTORS, "inception", SmallNetwork)
+    return SmallNetwork()
+
+
+def entries_of(path):
+    return {entry["id"]: entry for entry in read_record(path)["metrics"]}
+
+
+def test_scores_through_inception_are_those_of_torchmetrics(record, tiny_run, digits, small_inception, tmp_path):
+    names = "fid,inception_score,kid,precision_recall"
+    flags = ["--from_samples", record.parent / "samples", "--features", "inception", "--cache_dir", tmp_path]
+    evaluate(tiny_run, *flags, "--metrics", names, "--output", tmp_path / "r.json")
+    found = entries_of(tmp_path / "r.json")
+    wanted = {"fid40_full", "fid40_test", "is40", "kid40_full", "precision40_k3_inception", "recall40_k3_inception"}
+    assert wanted <= found.keys() and found["fid40_full"]["se"] > 0 and found["fid40_test"]["n_ref"] == 60
+    generated = read_samples(record.parent / "samples").images
+    for id, real in [("fid40_full", digits[0]), ("fid40_test", digits[1])]:
+        oracle = FrechetInceptionDistance(feature=Wrapped(small_inception)).set_dtype(torch.float64)
+        oracle.update(real.pixels, real=True)
+        oracle.update(generated, real=False)
+        assert found[id]["value"] == pytest.approx(float(oracle.compute()), rel=1e-5)
+
+
+class Wrapped(torch.nn.Module):
+    """What torchmetrics takes: a module from images to features."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.num_features = network, 16
+
+    def forward(self, images):
+        return self.network(images.to(torch.uint8))[0].double()
+
+
+def test_foreign_statistics_stand_in_for_the_training_images(record, tiny_run, digits, small_inception, tmp_path):
+    features = small_inception.features_of(digits[0].pixels).double().numpy()
+    np.savez(tmp_path / "stats.npz", mu=features.mean(axis=0), sigma=np.cov(features, rowvar=False))
+    flags = ["--from_samples", record.parent / "samples", "--metrics", "fid", "--cache_dir", tmp_path]
+    evaluate(tiny_run, *flags, "--output", tmp_path / "own.json")
+    given = ["--reference", tmp_path / "stats.npz", "--reference_pipeline", "tf1"]
+    evaluate(tiny_run, *flags, *given, "--output", tmp_path / "given.json")
+    own, foreign = (entries_of(tmp_path / name)["fid40_full"] for name in ("own.json", "given.json"))
+    assert foreign["value"] == pytest.approx(own["value"], rel=1e-6)
+    with pytest.raises(SystemExit):
+        evaluate(tiny_run, *flags, *given, "--inception_pipeline", "pytorch", "--output", tmp_path / "no.json")
+    evaluate(tiny_run, *flags, "--inception_pipeline", "pytorch", "--output", tmp_path / "other.json")
+    assert "fid40_full_pytorch" in entries_of(tmp_path / "other.json")
+
+
 # References
-
-
-@pytest.fixture(scope="module")
-def digits(digit_folder):
-    return load_images(TrainingConfig(dataset_name=str(digit_folder), resolution=28, validation_split="test"))
 
 
 def test_a_reference_is_computed_once_and_read_by_pytorch_fid_and_edm(digits, tmp_path):
