@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def main(argv=None):
     try:
         arguments.run_command(arguments)
     except UserError as error:
-        print(f"python -m ddpm_hf: error: {error}", file=sys.stderr)
+        if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else one speaks for all
+            print(f"python -m ddpm_hf: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -36,14 +36,16 @@ class TrainState:
     """Where a run stands, in optimizer steps and images seen.
 
     `pending` holds one row per optimizer step that metrics.jsonl has not averaged yet; `stream` is the position of a
-    streamed dataset; `seconds` is the time spent training so far, over all interruptions. `loss_history` is that of
-    --timestep_sampling loss_second_moment, the same in every process.
+    streamed dataset; `seconds` is the time spent training so far, over all interruptions. `best_score` is that of
+    best/, in what `best_measure` names; `loss_history` is that of --timestep_sampling loss_second_moment, the same in
+    every process.
     """
 
     step: int = 0
     images_seen: int = 0
     seconds: float = 0.0
     best_score: float = float("inf")
+    best_measure: str = ""
     pending: list = field(default_factory=list)
     stream: dict | None = None
     loss_history: torch.Tensor | None = None

@@ -16,12 +16,14 @@ from tqdm.auto import tqdm
 
 from . import UserError
 from .checkpoints import writing
+from .figures import image_sheet
 from .pretrained import Pretrained, load_pretrained
-from .samples import check_same_samples, file_name, read_record, read_samples, write_beside
+from .samples import SCHEMA, check_same_samples, file_name, read_record, read_samples, write_beside
 from .sampling import check_method, default_variance, image_generators, sample, step_seconds, to_pil, to_uint8
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ON_SHEET = 64  # images that are shown of a set
 FAR_FROM_NOISE = 0.01  # abar of the first step: with more signal left than this, pure noise is no fair beginning
 
 
@@ -57,8 +59,9 @@ def resolve_sampler(
     steps = [(t, prev_t) for t, prev_t in scheduler.subsequence(num_inference_steps, spacing) if t != prev_t]
     if class_labels is None and config.num_class_embeds is not None:
         class_labels = list(range(config.num_class_embeds))
-    if class_labels is not None and (config.num_class_embeds is None or max(class_labels) >= config.num_class_embeds):
-        known = "none" if config.num_class_embeds is None else f"0 to {config.num_class_embeds - 1}"
+    classes = range(config.num_class_embeds or 0)
+    if class_labels is not None and not all(label in classes for label in class_labels):
+        known = f"0 to {len(classes) - 1}" if classes else "none"
         raise UserError(f"--class_labels are {class_labels}, but this model knows {known}: leave out what it has not.")
     clip = scheduler.config.clip_sample or scheduler.config.thresholding
     sampler = {
@@ -77,7 +80,7 @@ def resolve_sampler(
     }
     warnings = []
     signal = float(scheduler.alphas_cumprod_at(steps[0][0]))
-    if signal > FAR_FROM_NOISE:
+    if signal > FAR_FROM_NOISE and steps[0][0] < len(scheduler) - 1:
         warnings.append(
             f"Warning: the first step is t = {steps[0][0]}, where abar is {signal:.2g}: sampling begins in pure "
             f"noise, but the model expects some image there; --timesteps trailing begins at t = {len(scheduler) - 1}."
@@ -102,16 +105,22 @@ def draw_samples(model: Pretrained, sampler: dict, num_images: int, output, batc
         raise UserError(f"--num_images is {num_images} and --batch_size {batch_size}; both must be at least 1.")
     output, state = Path(output), PartialState()
     folder = output.with_name(output.name + ".parts") if output.suffix == ".npz" else output
-    record = {"schema": "ddpm_hf.samples/1", "model": model.facts, "sampler": sampler, "num_images": num_images}
-    if output.suffix == ".npz" and output.is_file():
-        check_same_samples(output, json.loads(str(np.load(output)["meta"])), record)
-        if read_samples(output).images.shape[0] >= num_images:
+    record = {"schema": SCHEMA, "model": model.facts, "sampler": sampler, "num_images": num_images}
+    whole = read_samples(output) if output.suffix == ".npz" and output.is_file() else None
+    if whole is not None:
+        found = {"model": whole.model, "sampler": whole.sampler} if whole.model else None
+        check_same_samples(output, found, record)
+        if len(whole.images) >= num_images:
             return output
     check_same_samples(folder, read_record(folder), record)
+    state.wait_for_everyone()  # nobody looks any more when the first file is written
     if state.is_main_process:
         with writing("samples", folder):
             folder.mkdir(parents=True, exist_ok=True)
+            for k, image in enumerate([] if whole is None else to_pil(whole.images)):
+                write_beside(folder / file_name(k), partial(image.save, format="PNG"))
             write_beside(folder / "samples.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    state.wait_for_everyone()
     blocks = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
     mine = [
         block
@@ -123,7 +132,8 @@ def draw_samples(model: Pretrained, sampler: dict, num_images: int, output, batc
         one_step = step_seconds(model.unet.to(state.device), len(mine[0]), DTYPES[sampler["dtype"]])
         cost = duration(one_step / len(mine[0]) * steps * left)
         print(f"{left:,} images of {sampler['method']} in {steps} steps: about {cost}.", flush=True)
-    _draw_blocks(model, sampler, mine, folder, progress and state.is_main_process)
+    if mine:
+        _draw_blocks(model, sampler, mine, folder, progress and state.is_main_process)
     state.wait_for_everyone()
     if output.suffix == ".npz" and state.is_main_process:
         images = read_samples(folder).images[:num_images].permute(0, 2, 3, 1).numpy()
@@ -194,10 +204,13 @@ def sample_command(arguments):
     label = f"{model.facts['name'].replace('/', '--')}-{sampler['method']}{sampler['num_inference_steps']}"
     output = arguments.output or Path("samples", f"{label}-seed{sampler['seed']}")
     if PartialState().is_main_process:
-        print(*warnings, sep="\n", end="", flush=True)
+        for warning in warnings:
+            print(warning, flush=True)
     draw_samples(model, sampler, arguments.num_images, output, arguments.batch_size)
     if PartialState().is_main_process:
-        print(f"{arguments.num_images:,} images are in {output}.")
+        sheet = Path(output).with_suffix(".sheet.png")
+        image_sheet(read_samples(output).images[:ON_SHEET], sheet)
+        print(f"{arguments.num_images:,} images are in {output}; {sheet} shows the first.")
 
 
 def start_processes():

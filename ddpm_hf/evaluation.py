@@ -11,14 +11,16 @@ import torch
 from accelerate import PartialState
 
 from . import UserError
+from .checkpoints import writing
 from .config import TrainingConfig
 from .data import load_images
 from .drawing import draw_samples, resolve_sampler, sampler_flags, start_processes
 from .features import images_at
 from .pretrained import Pretrained, load_pretrained
+from .randomness import keyed_generator
 from .records import data_name, make_record, print_record, write_record
 from .samples import SampleSet, read_samples
-from .scores import Evaluation, check_count, check_names, is_digits, open_extractors, score
+from .scores import FEWEST, Evaluation, check_count, check_names, has_floor, is_digits, open_extractors, score
 
 
 # Images to draw and how (steps None: all T), images and timesteps of the bound (0: all).
@@ -42,7 +44,7 @@ def evaluate_command(arguments):
     started = time.perf_counter()
     start_processes()
     state = PartialState()
-    check_names(arguments.metrics or [])
+    check_names([*(arguments.metrics or []), *arguments.require])
     model, samples = open_subject(arguments)
     train, held_out = open_data(arguments, model, samples)
     if samples is not None:
@@ -78,7 +80,8 @@ def evaluate_command(arguments):
 
     if samples is None and any(name != "bits_per_dim" for name in names):
         if arguments.calibrate:
-            samples = SampleSet(images_at(held_out, range(min(count, len(held_out)))), sampler, {})
+            rows = torch.randperm(len(held_out), generator=keyed_generator(0, "calibrate"))[:count]
+            samples = SampleSet(images_at(held_out, rows), sampler, {})
         else:
             place = arguments.samples_dir or home(model, "evaluation_samples") / label(model, sampler)
             draw_samples(model, sampler, count, place, arguments.batch_size)
@@ -99,8 +102,8 @@ def evaluate_command(arguments):
         data_name=data_name(arguments.dataset_name or flags.get("dataset_name") or flags.get("train_data_dir")),
         cost={"drawing_s": round(drawn - started, 1), "scoring_s": round(time.perf_counter() - drawn, 1)},
     )
-    write_record(record, path)
     print_record(record)
+    write_record(record, path)
     print(f"\nThe record is {path}.")
     skipped = [entry["id"] for entry in entries if entry.get("status") == "skipped"]
     if missing := [name for name in arguments.require if name in skipped or name not in names]:
@@ -116,6 +119,8 @@ def choose_suite(arguments) -> dict:
             suite[name] = getattr(arguments, name)
     if min(suite["num_images"], arguments.seed_ranges, arguments.batch_size) < 1:
         raise UserError("--num_images, --seed_ranges and --batch_size must be at least 1.")
+    if suite["bound_images"] < 0 or suite["bound_timesteps"] < 0 or suite["bound_timesteps"] == 1:
+        raise UserError("--bound_images is at least 1, --bound_timesteps at least 2; 0 means all: give such numbers.")
     return suite
 
 
@@ -124,10 +129,12 @@ def choose_sampler(arguments, model: Pretrained | None, suite: dict) -> dict:
     if model is None:
         return {"method": "real", "split": "held_out"}
     flags = sampler_flags(arguments) | {"method": arguments.sampler or suite["method"]}
-    if flags["num_inference_steps"] is None and flags["method"] == suite["method"] and suite["steps"]:
+    listed = arguments.timesteps[:1].isdigit()
+    if flags["num_inference_steps"] is None and flags["method"] == suite["method"] and suite["steps"] and not listed:
         flags["num_inference_steps"] = min(suite["steps"], len(model.scheduler))
     sampler, warnings = resolve_sampler(model, **flags)
-    PartialState().print(*warnings, sep="\n", end="", flush=True)
+    for warning in warnings:
+        PartialState().print(warning, flush=True)
     return sampler
 
 
@@ -150,6 +157,13 @@ def open_subject(arguments) -> tuple[Pretrained | None, SampleSet | None]:
         raise UserError(f"{subject} and --from_samples {given} are both samples: give one of them, or a model.")
     model = None if subject is None or is_samples else load_pretrained(subject, arguments.weights)
     samples = read_samples(path if is_samples else given) if is_samples or given else None
+    if samples is not None and arguments.num_images is not None:
+        wanted = arguments.num_images * arguments.seed_ranges
+        if wanted > len(samples.images):
+            raise UserError(
+                f"there are {len(samples.images)} samples, and --num_images asks for {wanted}: give fewer."
+            )
+        samples.images = samples.images[:wanted]
     if model is not None and samples is not None:
         drawn_by = samples.model.get("unet_sha256")
         if drawn_by not in (None, model.facts["unet_sha256"]):
@@ -172,6 +186,8 @@ def open_data(arguments, model: Pretrained | None, samples: SampleSet | None):
     channels = None  # those of the data
     if model is not None:
         size, channels = model.unet.config.sample_size, model.unet.config.in_channels
+        if not isinstance(size, int) and size[0] != size[1]:
+            raise UserError(f"{arguments.subject} has images of {size[0]}x{size[1]}: only square ones can be scored.")
         flags["resolution"] = size if isinstance(size, int) else size[0]
     elif samples is not None:
         flags["resolution"] = samples.images.shape[-1]
@@ -194,9 +210,9 @@ def default_metrics(train, model) -> list[str]:
 def warnings_about(names, evaluation, num_images: int) -> list[str]:
     """Return sentences about what the numbers to come will not be good for."""
     lines = []
-    if evaluation.held_out is None:
+    if not has_floor(evaluation):
         lines.append(
-            "Warning: no images are held out, so no score has a floor: give --validation_split if there is one."
+            f"Warning: fewer than {FEWEST} images are held out, so there are no floors: see --validation_split."
         )
     if "fid" in names and num_images < FEW_FOR_FID:
         lines.append(f"Warning: FID of {num_images} images is mostly its bias: compare it with its floor, at equal N.")
@@ -215,8 +231,11 @@ def record_path(arguments, model, sampler: dict, num_images: int) -> Path:
     """Return where the record goes: --output, unless it is there already, or a new name in `evaluations`."""
     if arguments.output is not None:
         path = Path(arguments.output)
-        if path.exists() and not arguments.overwrite:
-            raise UserError(f"--output {path} exists: add --overwrite to replace it, or give another name.")
+        for old in (path, path.with_suffix(".pairs.png")):
+            if old.exists() and not arguments.overwrite:
+                raise UserError(f"--output: {old} exists: add --overwrite to replace it, or give another name.")
+        with writing("the record", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         return path
     stem = f"{label(model, sampler)}-{num_images}"
     if model is None:

@@ -5,10 +5,12 @@ the training and of the held-out images (or None), and returns entries. The floo
 """
 
 import torch
+from accelerate import PartialState
 
 from . import metrics
 from .features import Features, extractor_id
 from .metrics import mean_and_covariance
+from .randomness import keyed_generator
 from .reference import Reference, read_reference
 
 
@@ -39,11 +41,10 @@ def fd_mnist(evaluation, name, generated, train, held_out) -> list[dict]:
     stem = f"fd_mnist-{evaluation.extractors[name].sha256[:8]}_{count(evaluation)}"
     entries = frechet(evaluation, name, stem, "", generated, train, held_out)
     coverage = precision_recall(evaluation, name, generated, train, held_out)[-1]
-    labels = evaluation.train.labels
-    wanted = torch.bincount(train.logits.argmax(1) if labels is None else labels[labels >= 0], minlength=10)
+    wanted = digit_counts(evaluation.train, train.logits)
     report = metrics.class_report(generated.logits, wanted)
-    real = {} if held_out is None else metrics.class_report(held_out.logits[: len(generated.logits)], wanted)
     n = len(generated.logits)
+    real = {} if held_out is None else metrics.class_report(some(held_out.logits, n), wanted)
     for key, label, lower in [
         ("total_variation", "class_total_variation", True),
         ("mean_confidence", "class_confidence", False),
@@ -52,6 +53,15 @@ def fd_mnist(evaluation, name, generated, train, held_out) -> list[dict]:
         entries.append(entry(label, report[key], lower, real.get(key), n, train.num_samples, evaluation, name))
     entries[-3]["extra"] = {"frequencies": report["frequencies"]}
     return [*entries, coverage]
+
+
+def digit_counts(image_set, logits) -> torch.Tensor:
+    """Return how many images of each digit a set has (10,), by its classes, or by the classifier where it has none."""
+    names = image_set.class_names or []
+    if not names or not set(names) <= set("0123456789"):
+        return torch.bincount(logits.argmax(dim=1), minlength=10)
+    digits = torch.tensor([int(name) for name in names])
+    return torch.bincount(digits[image_set.labels[image_set.labels >= 0]], minlength=10)
 
 
 def kid(evaluation, name, generated, train, held_out) -> list[dict]:
@@ -64,9 +74,9 @@ def kid(evaluation, name, generated, train, held_out) -> list[dict]:
             )
         return metrics.kernel_distance(features, train.features)
 
-    n = len(generated.features)
-    value, error = distance(generated.features)
-    floor = None if held_out is None else distance(held_out.features[:n])[0]
+    n = len(generated.features) // evaluation.seed_ranges  # of the first seed range
+    value, error = distance(generated.features[:n])
+    floor = None if held_out is None else distance(some(held_out.features, n))[0]
     id = f"kid{count(evaluation)}_full" + ("" if name == "inception" else f"_{name}")
     one = entry(id, value, True, floor, n, len(train.features), evaluation, name)
     return [one | {"se": error, "se_method": "disjoint blocks"}]
@@ -78,7 +88,7 @@ def precision_recall(evaluation, name, generated, train, held_out) -> list[dict]
     values = metrics.precision_recall(train.features, numbers, NEIGHBOURS)
     floors = {}
     if held_out is not None:
-        floors = metrics.precision_recall(train.features, held_out.features[: len(numbers)], NEIGHBOURS)
+        floors = metrics.precision_recall(train.features, some(held_out.features, len(numbers)), NEIGHBOURS)
     entries = []
     for key, value in values.items():
         id = f"{key}{short(len(numbers))}_k{NEIGHBOURS}_{name}"
@@ -89,25 +99,27 @@ def precision_recall(evaluation, name, generated, train, held_out) -> list[dict]
 
 def inception_score(evaluation, name, generated, train, held_out) -> list[dict]:
     """Return the Inception score over 10 splits in the order of the seeds; its error is that of the splits' mean."""
-    value, deviation = metrics.inception_score(generated.logits, SPLITS)
-    floor = metrics.inception_score(train.logits, SPLITS)[0]
-    one = entry(f"is{count(evaluation)}", value, False, floor, len(generated.logits), None, evaluation, name)
+    n = len(generated.logits) // evaluation.seed_ranges  # of the first seed range
+    value, deviation = metrics.inception_score(generated.logits[:n], SPLITS)
+    floor = None if held_out is None else metrics.inception_score(some(held_out.logits, n), SPLITS)[0]
+    one = entry(f"is{count(evaluation)}", value, False, floor, n, None, evaluation, name)
     one |= {"se": deviation / SPLITS**0.5, "se_method": "splits", "extra": {"std_over_splits": deviation}}
     return [one]
 
 
 def frechet(evaluation, name, stem, tail, generated, train, held_out) -> list[dict]:
     """Return the Frechet distance of the seed ranges to the training images ("full") and to the held-out ("test")."""
-    sets = generated.features.chunk(evaluation.seed_ranges)
+    device = PartialState().device  # roots of large matrices are quick on a GPU
+    sets = generated.features.to(device).chunk(evaluation.seed_ranges)
     references = {"full": train} | ({} if held_out is None else {"test": held_out})
     entries = []
     for kind, reference in references.items():
-        target = reference.mean, reference.covariance
+        target = reference.mean.to(device), reference.covariance.to(device)
         distances = [metrics.frechet_distance(*mean_and_covariance(features), *target) for features in sets]
         values, extra, floor = [value for value, _ in distances], {"mean_term": distances[0][1]}, None
         if kind == "full" and held_out is not None:
             # At the same N, where there are as many: the distance of few images is mostly its bias.
-            real = held_out.features[: len(sets[0])]
+            real = some(held_out.features, len(sets[0])).to(device)
             floor = metrics.frechet_distance(*mean_and_covariance(real), *target)[0]
             extra["floor_n"] = len(real)
         if len(sets[0]) >= ENOUGH_TO_EXTRAPOLATE:
@@ -123,6 +135,11 @@ def frechet(evaluation, name, stem, tail, generated, train, held_out) -> list[di
             one |= {"se": metrics.frechet_standard_error(sets[0], *target), "se_method": "jackknife, 20 blocks"}
         entries.append(one | {"extra": extra})
     return entries
+
+
+def some(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """Return n of the rows of real images, or all if there are fewer, shuffled: files often come class by class."""
+    return rows[torch.randperm(len(rows), generator=keyed_generator(0, "floor"))[:n]]
 
 
 def entry(id, value, lower_is_better, floor, n_gen, n_ref, evaluation=None, name=None) -> dict:

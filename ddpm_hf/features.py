@@ -19,6 +19,7 @@ from .inception import load_inception
 from .sampling import to_uint8
 
 
+CHUNK = 256  # images decoded at a time
 EXTRACTORS = {"inception": load_inception, "dinov2": load_dinov2, "digits": load_digit_classifier}
 
 
@@ -53,7 +54,11 @@ def images_at(source, indices) -> torch.Tensor:
         return source[indices]
     if source.pixels is not None and source.pixels.dtype == torch.uint8:
         return source.pixels[indices]
-    return to_uint8(source.get(list(indices)))
+    rows = list(indices)
+    images = torch.empty(len(rows), source.channels, source.resolution, source.resolution, dtype=torch.uint8)
+    for start in range(0, len(rows), CHUNK):  # of a set too large to be held as floats
+        images[start : start + CHUNK] = to_uint8(source.get(rows[start : start + CHUNK]))
+    return images
 
 
 @torch.no_grad()

@@ -93,6 +93,8 @@ def push(output_dir: str | Path, repo_id: str, token: str | None, message: str) 
             target = Path(frozen.name, source.relative_to(output_dir))
             if source.suffix in (".json", ".jsonl", ".md") and re.search(secrets, source.read_bytes()):
                 logger.warning("%s holds an access token and was not pushed: remove the token from it.", source)
+            elif source.match("evaluations/*.png"):
+                continue  # training images beside samples, which need not be anybody's to publish
             elif "/." not in f"/{source.relative_to(output_dir).as_posix()}":  # half-written files start with a dot
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)

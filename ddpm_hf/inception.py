@@ -246,8 +246,8 @@ def _download() -> Path:
         except (OSError, http.client.HTTPException, RuntimeError) as error:  # the last one: another hash
             reason = str(error)
     raise MissingWeights(
-        f"the Inception weights {path.name} are neither in {path.parent} nor to be had from {URL} ({reason}): download"
-        " them where there is a network and give --inception FILE."
+        f"the Inception weights {path.name} are neither in torch's hub cache nor to be had from {URL} ({reason}):"
+        " download them where there is a network and give --inception FILE."
     )
 
 

@@ -63,15 +63,18 @@ def frechet_standard_error(features: Tensor, mean: Tensor, covariance: Tensor, n
     _check_blocks("frechet_standard_error", len(features), num_blocks)
     _check_sizes(features, mean)
     own_mean, own_covariance = mean_and_covariance(features)
-    scatter, reference = own_covariance * (len(features) - 1), (_float64(mean), _root(covariance))
+    scatter, mean, root = own_covariance * (len(features) - 1), _float64(mean).to(own_mean.device), _root(covariance)
     distances = []
     for k in range(num_blocks):
         # What the block adds to the moments about the mean of all, of which the sum over all is 0.
         block = _float64(features[k::num_blocks]) - own_mean
         left, total = len(features) - len(block), block.sum(dim=0)
         rest = (scatter - block.T @ block - torch.outer(total, total) / left) / (left - 1)
-        distances.append(_frechet(own_mean - total / left, _root(rest), *reference)[0])
-    distances = torch.tensor(distances, dtype=torch.float64)
+        # The trace of the root by the eigenvalues of R rest R^T: 1e-3 off where the rank is low, which an error may
+        # be, and five times as fast as by `_frechet`.
+        trace = torch.linalg.eigvalsh(root @ rest @ root.T).clamp(min=0).sqrt().sum()
+        distances.append((own_mean - total / left - mean).square().sum() + rest.trace() - 2 * trace)
+    distances = torch.stack(distances)
     return ((num_blocks - 1) * distances.var(correction=0)).sqrt().item()
 
 
@@ -261,7 +264,7 @@ def _frechet(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) -> 
     mean_term = (mean_a - mean_b).square().sum().item()
     traces = root_a.square().sum() + root_b.square().sum()
     distance = mean_term + (traces - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()).item()
-    return max(0.0, distance), mean_term  # round-off can make it -1e-13
+    return max(distance, 0.0), mean_term  # round-off can make it -1e-13; nan stays nan
 
 
 def _squared_discrepancy(a: Tensor, b: Tensor) -> float:

@@ -94,6 +94,9 @@ def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> d
         with contextlib.suppress(Interrupted):
             line["scores"], by_score = score_run(run, yielding_to(signals, run))
             compared = compared if by_score is None else by_score
+    measure = config.best_by if config.best_by == "validation_loss" else f"{config.best_by} {config.eval_num_images}"
+    if state.best_measure != measure:  # a resumed run may go on by another
+        state.best_measure, state.best_score = measure, float("inf")
     if config.save_best and main and compared is not None and compared < state.best_score:
         state.best_score = compared
         with writing("the best pipeline", folder / "best"):

@@ -20,8 +20,9 @@ from .scheduler import PaperDDPMScheduler, make_scheduler
 # Schedulers whose config holds the same betas: a pipeline saved with one of them is a DDPM all the same.
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
 WEIGHTS = ("published", "raw")
-# What is fetched of a Hub repository: some old ones have the UNet's files beside the index.
-PIPELINE_FILES = ["model_index.json", "train_config.json", "*config.json", "*.safetensors", "unet/*.safetensors"]
+# What is fetched of a Hub repository: some old ones have the UNet's and the scheduler's files beside the index.
+PIPELINE_FILES = ["model_index.json", "train_config.json", "config.json", "scheduler_config.json"]
+PIPELINE_FILES += ["diffusion_pytorch_model*.safetensors*", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
 
 
 @dataclass
@@ -29,9 +30,9 @@ class Pretrained:
     """A UNet in eval mode, float32, on the CPU; its scheduler; and what a record says about them.
 
     `facts` has "name" (a Hub id or the folder's name), "revision" (the Hub's commit, or None), "weights"
-    ("published", or "raw" for weights that no average was taken of), "unet_sha256", "parameters", "train_step" and
-    "commit", None where the folder does not tell. `run` is the content of train_config.json, {} without one; `folder`
-    is where all was read from.
+    ("published", or "raw" for weights that no average was taken of), "unet_sha256", "parameters", "train_step" (of a
+    checkpoint) and "commit", None where the folder does not tell. `run` is the content of train_config.json, or {};
+    `folder` is where all was read from.
     """
 
     unet: UNet2DModel
@@ -75,16 +76,16 @@ def load_pretrained(name: str, weights: str = "published") -> Pretrained:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{name} cannot be loaded ({' '.join(str(error).split())}): is it whole?") from error
     scheduler = PaperDDPMScheduler.from_config(pipeline.scheduler.config)
-    run = _read_json(folder / "train_config.json") if (folder / "train_config.json").is_file() else {}
-    step, metrics = None, folder / "metrics.jsonl"
-    if metrics.is_file():
-        step = json.loads(metrics.read_text().splitlines()[-1])["step"]
-    return _pretrained(pipeline.unet, scheduler, name, revision, "published", run, folder, step)
+    of_run = folder.parent if folder.name == "best" else folder  # best/ of a run is a pipeline of its own
+    run = _read_json(of_run / "train_config.json") if (of_run / "train_config.json").is_file() else {}
+    if pipeline.unet.config.sample_size is None:
+        raise UserError(f"{name} does not say the size of its images (sample_size): add it to unet/config.json.")
+    return _pretrained(pipeline.unet, scheduler, name, revision, "published", run, folder, None)
 
 
 def _from_hub(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=PIPELINE_FILES))
+        return Path(snapshot_download(name, allow_patterns=PIPELINE_FILES, ignore_patterns="*.fp16.*"))
     except HFValidationError:
         raise UserError(
             f"{name} is neither here nor the name of a Hub repository: give a folder or USER/NAME."

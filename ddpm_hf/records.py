@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+import re
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,16 +19,17 @@ from .samples import write_beside
 SCHEMA = "ddpm_hf.eval/1"
 PACKAGES = ["ddpm_hf", "torch", "diffusers", "transformers", "numpy", "pillow"]
 # What may differ between two records that are compared: who was measured, and what the numbers came to.
-NOT_PROTOCOL = ["schema", "created", "model", "samples", "env", "cost", "metrics", "sampler.seed"]
-# Names of the Hub's leaderboards, by the beginning of our ids.
-METRIC_TYPES = dict(
-    fid="fid", kid="kid", is1="inception_score", precision="precision", recall="recall", bits_per_dim="bits_per_dim"
-)
+# (Networks are in the entries that they were used for.)
+NOT_PROTOCOL = ["schema", "created", "model", "samples", "env", "cost", "extractors", "metrics", "sampler.seed"]
+# What the Hub calls what our ids begin with.
+METRIC_TYPES = {r"fid\d": "fid", r"kid\d": "kid", r"is\d": "inception_score"}
+METRIC_TYPES |= {"precision": "precision", "recall": "recall"}
 
 
 def make_record(evaluation, entries: list[dict], *, model: dict, sampler: dict, data_name: str, cost: dict) -> dict:
     """Return the record of an Evaluation and its scores: whatever a number depends on, and nothing that is private."""
     train, held_out, images = evaluation.train, evaluation.held_out, evaluation.images
+    used = {name: module for name, module in evaluation.extractors.items() if not isinstance(module, str)}
     data = {
         "name": data_name,
         "class_names": train.class_names,
@@ -36,7 +38,7 @@ def make_record(evaluation, entries: list[dict], *, model: dict, sampler: dict, 
         "train": {"n": len(train), "fingerprint": train.fingerprint},
         "held_out": None if held_out is None else {"n": len(held_out), "fingerprint": held_out.fingerprint},
     }
-    if evaluation.reference_file is not None:
+    if evaluation.reference_file is not None and "inception" in used:
         data["reference_sha256"] = hashlib.sha256(Path(evaluation.reference_file).read_bytes()).hexdigest()
     return {
         "schema": SCHEMA,
@@ -47,8 +49,7 @@ def make_record(evaluation, entries: list[dict], *, model: dict, sampler: dict, 
         "data": data,
         "extractors": {
             name: {"pipeline": module.pipeline, "sha256": module.sha256, "dtype": "float32", "tf32": False}
-            for name, module in evaluation.extractors.items()
-            if not isinstance(module, str)
+            for name, module in used.items()
         },
         "metrics": entries,
         "env": {
@@ -121,13 +122,15 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     """
     flat = {name: flatten(record) for name, record in records.items()}
     protocols = {name: protocol(record) for name, record in records.items()}
+    ids = [entry["id"] for record in records.values() for entry in record["metrics"]]
+    is_metric = {field: is_below(field, ids) for fields in protocols.values() for field in fields}
     first = next(iter(records))
     varied = []
     for field in dict.fromkeys(field for fields in protocols.values() for field in fields):
         values = {name: fields.get(field) for name, fields in protocols.items()}
         other = next((name for name, value in values.items() if value != values[first]), None)
-        if other is None:
-            continue
+        if other is None or is_metric[field] and None in values.values():
+            continue  # a metric that one of them lacks is a gap in the table
         if not is_below(field, vary):
             raise UserError(
                 f"{first} and {other} are of two protocols: {field} is {values[first]} and {values[other]}; "
@@ -153,9 +156,9 @@ def protocol(record: dict) -> dict:
     """Return what two records must have in common, flat: sampler, data, networks, and N of each metric."""
     fields = {key: value for key, value in flatten(record).items() if not is_below(key, NOT_PROTOCOL)}
     for entry in record["metrics"]:
-        for key in ("n_gen", "n_ref", "extractor"):
-            if entry.get(key) is not None:
-                fields[f"{entry['id']}.{key}"] = entry[key]
+        how = {key: entry.get(key) for key in ("n_gen", "n_ref", "extractor", "se_method")}
+        how |= {key: entry.get("extra", {}).get(key) for key in ("mode", "split")}
+        fields |= {f"{entry['id']}.{key}": value for key, value in how.items() if value is not None}
     return fields
 
 
@@ -199,7 +202,7 @@ def eval_results(record: dict) -> list[EvalResult]:
     data, sampler = record["data"], record["sampler"]
     results = []
     for entry in record["metrics"]:
-        kind = next((kind for start, kind in METRIC_TYPES.items() if entry["id"].startswith(start)), entry["id"])
+        kind = next((kind for start, kind in METRIC_TYPES.items() if re.match(start, entry["id"])), entry["id"])
         if entry.get("status") == "skipped":
             continue
         results.append(

@@ -6,6 +6,7 @@ A file has `mu` and `sigma` (float64), which pytorch-fid, EDM, TTUR and clean-fi
 
 import json
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from huggingface_hub.constants import HF_HOME
 
 from . import UserError
 from .checkpoints import writing
-from .features import Features, extract, extractor_id
+from .features import extract, extractor_id
 from .metrics import mean_and_covariance
 from .samples import write_beside
 
@@ -37,10 +38,6 @@ class Reference:
     features: torch.Tensor | None
     logits: torch.Tensor | None
     meta: dict
-
-    @property
-    def kept(self) -> Features:
-        return Features(self.features, self.logits)
 
 
 def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_dir=None) -> Reference:
@@ -114,7 +111,7 @@ def read_reference(path, extractor=None, pipeline: str | None = None) -> Referen
                 for name in ("mu", "sigma", "num_samples", "features", "logits", "meta")
                 if name in file
             }
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as .npz ({error}): give statistics with mu and sigma.") from error
     if "mu" not in arrays or "sigma" not in arrays:
         raise UserError(f"{path} has no mu and sigma: give statistics as pytorch-fid or `evaluate` save them.")
@@ -147,6 +144,8 @@ def _check_reference(path, mean, covariance, meta, extractor):
         raise UserError(
             f"{path} is of {meta['extractor']}, the samples of {extractor_id(extractor)}: give another file."
         )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise UserError(f"{path} has numbers that are not finite: give another file.")
     eigenvalues = torch.linalg.eigvalsh((covariance + covariance.T) / 2)
     skew = (covariance - covariance.T).abs().max()
     if not skew <= 1e-6 * eigenvalues[-1] or not eigenvalues[0] >= -1e-6 * eigenvalues[-1]:

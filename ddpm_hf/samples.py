@@ -5,6 +5,7 @@ A folder has `000000.png`, `000001.png`, ... and `samples.json`, which says how 
 """
 
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from . import UserError
+
+
+SCHEMA = "ddpm_hf.samples/1"
 
 
 @dataclass
@@ -32,8 +36,8 @@ def check_same_samples(place: Path, found: dict | None, wanted: dict):
         UserError: naming the first thing that differs.
     """
     if found is None:
-        if place.is_dir() and any(place.iterdir()):
-            raise UserError(f"{place} is not empty and holds no samples of ours: give another --output.")
+        if place.is_file() or place.is_dir() and any(place.iterdir()):
+            raise UserError(f"{place} is there already and holds no samples of ours: give another --output.")
         return
     pairs = [("the weights", found["model"]["unet_sha256"], wanted["model"]["unet_sha256"])]
     pairs += [(f"{key}", found["sampler"].get(key), value) for key, value in wanted["sampler"].items()]
@@ -54,12 +58,9 @@ def read_samples(path) -> SampleSet:
     if path.suffix == ".npz":
         images, record = _read_npz(path)
     else:
-        images, record = _read_folder(path), read_record(path)
-    record = record or {"sampler": {}, "model": {}, "num_images": len(images)}
-    if len(images) < record["num_images"]:
-        raise UserError(
-            f"{path} has {len(images)} of {record['num_images']} images: run the same `sample` again to finish it."
-        )
+        record = read_record(path)
+        images = _read_folder(path, record)
+    record = record or {"sampler": {}, "model": {}}
     return SampleSet(images, record["sampler"], record["model"])
 
 
@@ -68,7 +69,7 @@ def _read_npz(path: Path):
         with np.load(path, allow_pickle=False) as arrays:
             name = "arr_0" if "arr_0" in arrays else arrays.files[0]
             array, meta = arrays[name], str(arrays["meta"]) if "meta" in arrays else None
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as .npz ({error}): give one with uint8 images as arr_0.") from error
     if array.dtype != np.uint8:
         raise UserError(
@@ -79,10 +80,17 @@ def _read_npz(path: Path):
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), json.loads(meta) if meta else None
 
 
-def _read_folder(folder: Path) -> torch.Tensor:
+def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: give a folder of PNG files, or an .npz.")
     files = sorted(folder.glob("*.png"))
+    if record is not None:  # there may be more, of a larger job that was given up
+        wanted = [folder / file_name(k) for k in range(record["num_images"])]
+        files = [path for path in wanted if path.is_file()]
+        if len(files) < len(wanted):
+            raise UserError(
+                f"{folder} has {len(files)} of {len(wanted)} images: run the same `sample` again to finish it."
+            )
     lossy = [path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".webp")]
     if lossy:
         raise UserError(
@@ -110,8 +118,13 @@ def _read_folder(folder: Path) -> torch.Tensor:
 
 
 def read_record(folder: Path) -> dict | None:
+    """Return the samples.json of a folder; None without one, or with somebody else's."""
     path = folder / "samples.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
 
 
 def file_name(k: int) -> str:

@@ -74,8 +74,15 @@ def check_names(names: list[str]):
             raise UserError(f"there is no metric {name!r}: choose from {', '.join(SCORES)}.")
 
 
+def has_floor(evaluation: Evaluation) -> bool:
+    """Return whether enough images are held out for a floor."""
+    return evaluation.held_out is not None and len(evaluation.held_out) >= FEWEST
+
+
 def check_count(names: list[str], evaluation: Evaluation, num_images: int):
     """Refuse, with a UserError, fewer images than a score of features can be estimated from."""
+    if len(evaluation.train) < FEWEST:
+        raise UserError(f"there are only {len(evaluation.train)} real images to compare with: give at least {FEWEST}.")
     for name in names:
         if extractor_of(name, evaluation) is not None and num_images < FEWEST * evaluation.seed_ranges:
             raise UserError(f"{name} of {num_images} images says nothing: give at least {FEWEST} per seed range.")
@@ -100,10 +107,22 @@ def open_extractors(names: list[str], evaluation: Evaluation):
         except MissingWeights as error:
             module = str(error)
         evaluation.extractors[extractor] = module
-    if "fid" in names and evaluation.reference_file is not None:
+    if evaluation.reference_file is not None and "fid" not in names:
+        raise UserError("--reference is for fid: add it to --metrics, or leave the file out.")
+    if "bits_per_dim" in names:
+        check_labels(evaluation)
+    if evaluation.reference_file is not None:
         inception = evaluation.extractors["inception"]
         if not isinstance(inception, str):
             read_reference(evaluation.reference_file, inception, evaluation.reference_pipeline)
+
+
+def check_labels(evaluation: Evaluation):
+    """Refuse, with a UserError, data that does not tell a conditional model which classes to condition on."""
+    classes = evaluation.model.unet.config.num_class_embeds
+    labels = (evaluation.held_out or evaluation.train).labels
+    if classes is not None and (labels is None or labels.min() < 0 or labels.max() >= classes):
+        raise UserError(f"bits_per_dim of this model needs a class from 0 to {classes - 1} for each real image.")
 
 
 def score(names: list[str], evaluation: Evaluation) -> list[dict]:
@@ -133,7 +152,7 @@ def _features(evaluation: Evaluation, name: str) -> tuple[Features, Reference, R
     extractor, size, cache = evaluation.extractors[name], evaluation.batch_size, evaluation.cache_dir
     train = reference_of(extractor, evaluation.train, "training images", size, cache)
     held_out = None
-    if evaluation.held_out is not None:
+    if has_floor(evaluation):
         held_out = reference_of(extractor, evaluation.held_out, "held-out images", size, cache)
     if name not in evaluation.generated:
         evaluation.generated[name] = extract(extractor, evaluation.images, None, size, "generated images")
@@ -187,7 +206,7 @@ def memorization(evaluation):
     images = evaluation.images
     train = images_at(evaluation.train, range(len(evaluation.train)))
     held_out = None
-    if evaluation.held_out is not None:
+    if has_floor(evaluation):
         held_out = images_at(evaluation.held_out, range(len(evaluation.held_out)))
     report, pairs = memorization_report(images, train, held_out)
     entries = []

@@ -84,6 +84,26 @@ def test_npz_has_the_same_images_and_says_how_they_were_drawn(tiny_run, unbroken
     with np.load(tmp_path / "a.npz") as arrays:
         assert arrays["arr_0"].shape == (23, 28, 28, 1) and arrays["arr_0"].dtype == np.uint8
     assert not (tmp_path / "a.npz.parts").exists()
+    assert Image.open(tmp_path / "a.sheet.png").size[0] > 4 * 28
+
+
+def test_an_npz_goes_on_too_and_one_of_somebody_else_stays(model, tiny_run, tmp_path):
+    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=2)
+    path = draw_samples(model, sampler, 4, tmp_path / "a.npz", 4, progress=False)
+    first = read_samples(path).images
+    draw_samples(model, sampler, 8, path, 4, progress=False)
+    assert torch.equal(read_samples(path).images[:4], first) and len(read_samples(path).images) == 8
+    np.savez(tmp_path / "b.npz", arr_0=np.zeros((3, 28, 28, 1), np.uint8))
+    with pytest.raises(UserError, match="no samples of ours"):
+        draw_samples(model, sampler, 4, tmp_path / "b.npz", 4, progress=False)
+
+
+def test_somebody_else_s_samples_json_is_no_record(model, tmp_path):
+    (tmp_path / "samples.json").write_text('{"author": "me"}')
+    Image.new("L", (28, 28)).save(tmp_path / "x.png")
+    assert read_samples(tmp_path).sampler == {}
+    with pytest.raises(UserError, match="no samples of ours"):
+        draw_samples(model, resolve_sampler(model)[0], 4, tmp_path, 4, progress=False)
 
 
 def test_a_larger_number_goes_on_and_another_sampler_is_refused(model, unbroken, tmp_path):
@@ -92,6 +112,8 @@ def test_a_larger_number_goes_on_and_another_sampler_is_refused(model, unbroken,
     first = files(tmp_path / "c")
     draw_samples(model, sampler, 8, tmp_path / "c", 4, progress=False)
     assert len(files(tmp_path / "c")) == 8 and first.items() <= files(tmp_path / "c").items()
+    draw_samples(model, sampler, 6, tmp_path / "c", 4, progress=False)
+    assert len(read_samples(tmp_path / "c").images) == 6
     other, _ = resolve_sampler(model, method="ddim", num_inference_steps=3)
     with pytest.raises(UserError, match="num_inference_steps: 2 there, 3 here"):
         draw_samples(model, other, 8, tmp_path / "c", 4, progress=False)
@@ -181,6 +203,7 @@ def test_images_that_are_not_finite_are_refused(tmp_path, tiny_run):
         ("--timesteps 5,9,3", "strictly rising or falling"),
         ("--timesteps sideways", "choose quad"),
         ("--class_labels 1", "this model knows none"),
+        ("--class_labels=-1", "this model knows none"),
         ("--weights raw", "has no checkpoint"),
         ("--variance_type learned_range", "out_channels twice"),
     ],

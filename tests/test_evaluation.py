@@ -1,6 +1,7 @@
 """Scores as a user gets them: on one process and on three, from a model and from files, whole records, refusals."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -17,7 +18,8 @@ from ddpm_hf.__main__ import main
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.data import load_images
 from ddpm_hf.digit_classifier import load_digit_classifier
-from ddpm_hf.features import EXTRACTORS, extract
+from ddpm_hf.feature_scores import digit_counts
+from ddpm_hf.features import EXTRACTORS, extract, images_at
 from ddpm_hf.metrics import frechet_distance, mean_and_covariance
 from ddpm_hf.records import comparison, eval_results, read_record
 from ddpm_hf.reference import read_reference, reference_of
@@ -238,6 +240,38 @@ def test_foreign_statistics_stand_in_for_the_training_images(record, tiny_run, d
     assert "fid40_full_pytorch" in entries_of(tmp_path / "other.json")
 
 
+def test_floors_do_not_depend_on_the_order_of_the_files(tiny_run, record, digits, tmp_path, monkeypatch):
+    """Folders come class by class: the first images of the held-out ones would be of few classes."""
+    flags = ["--from_samples", record.parent / "samples", "--metrics", "fd_mnist,kid"]
+    evaluate(tiny_run, *flags, "--output", tmp_path / "r.json")
+    found = entries_of(tmp_path / "r.json")
+    assert digits[1].labels.diff().min() >= 0  # class by class
+    features, _ = load_digit_classifier()(digits[1].pixels[:40])
+    train, _ = load_digit_classifier()(digits[0].pixels)
+    prefix, _ = frechet_distance(*mean_and_covariance(features), *mean_and_covariance(train))
+    assert found["fd_mnist-9ea1c6a6_40_full"]["floor"] < 0.7 * prefix
+    assert found["class_total_variation"]["floor"] < 0.25
+
+
+def test_digits_of_a_subset_are_counted_by_their_names(digit_folder):
+    config = TrainingConfig(dataset_name=str(digit_folder), resolution=28, class_names=["3", "7"])
+    train, _ = load_images(config)
+    counts = digit_counts(train, None)
+    assert counts[3] > 0 and counts[7] > 0 and counts.sum() == len(train) == counts[3] + counts[7]
+
+
+def test_an_undefined_distance_is_not_a_perfect_one():
+    nan, identity = torch.tensor([float("nan")]), torch.eye(1)
+    assert math.isnan(frechet_distance(nan, identity, torch.zeros(1), identity)[0])
+
+
+def test_images_that_do_not_fit_in_memory_are_decoded_in_chunks(digits, monkeypatch):
+    wanted = images_at(digits[0], range(120))
+    monkeypatch.setattr(digits[0], "pixels", None)
+    monkeypatch.setattr("ddpm_hf.features.CHUNK", 50)
+    assert torch.equal(images_at(digits[0], range(120)), wanted)
+
+
 # References
 
 
@@ -312,6 +346,16 @@ def test_other_weights_are_no_other_protocol(record, capsys):
     assert capsys.readouterr().out.count("|") > 20
 
 
+def test_a_metric_that_one_lacks_is_a_gap_and_how_the_bound_was_taken_is_protocol(record):
+    one = read_record(record)
+    fewer = one | {"metrics": [entry for entry in one["metrics"] if entry["id"] != "bits_per_dim"]}
+    assert " -" in comparison({"a": one, "b": fewer})
+    full = json.loads(json.dumps(one))
+    next(entry for entry in full["metrics"] if entry["id"] == "bits_per_dim")["extra"]["mode"] = "full"
+    with pytest.raises(UserError, match="bits_per_dim.mode"):
+        comparison({"a": one, "b": full})
+
+
 def test_n_is_protocol(record):
     one = read_record(record)
     other = json.loads(json.dumps(one))
@@ -378,10 +422,27 @@ def test_bad_arrays_are_one_sentence(tmp_path, digit_folder, capsys, array, want
     assert wanted in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"PK cut off", "npy"])
+def test_what_is_no_npz_is_one_sentence(tmp_path, digit_folder, capsys, content):
+    path = tmp_path / "a.npz"
+    if content == "npy":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros((20, 28, 28, 1), np.uint8))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        evaluate(path, "--dataset_name", digit_folder, "--output", tmp_path / "r.json")
+    assert "cannot be read as .npz" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, wanted",
     [
         ("", "nothing to score"),
+        ("{run} --bound_timesteps 1 --metrics bits_per_dim", "at least 2"),
+        ("{run} --bound_images -5 --metrics bits_per_dim", "at least 1"),
+        ("{run} --require beauty", "there is no metric 'beauty'"),
+        ("{run} --reference nosuch.npz --metrics fd_mnist", "--reference is for fid"),
         ("{run} --metrics beauty", "there is no metric 'beauty'"),
         ("{run} --dataset_name nowhere/none", "cannot be loaded"),
         ("{run} --num_images 0", "at least 1"),
@@ -391,6 +452,7 @@ def test_bad_arrays_are_one_sentence(tmp_path, digit_folder, capsys, array, want
         ("{samples} --metrics bits_per_dim --dataset_name {data}", "give the model"),
         ("{samples}", "--dataset_name"),
         ("{samples} --from_samples {samples}", "both samples"),
+        ("{samples} --dataset_name {data} --num_images 50", "there are 40 samples"),
     ],
 )
 def test_bad_flags_are_one_sentence(tiny_run, digit_folder, record, tmp_path, capsys, flags, wanted):

@@ -53,7 +53,6 @@ def test_best_is_the_pipeline_of_the_best_score(run):
     best = min(scored, key=lambda line: line["scores"]["fd_mnist-9ea1c6a6_40_full"])
     wanted = read_record(run / "evaluations" / f"step_{best['step']:07d}.json")["model"]["unet_sha256"]
     out = command("evaluate", run / "best", "--metrics=memorization", "--num_images=2", "--num_inference_steps=2",
-                  f"--dataset_name={json.loads((run / 'train_config.json').read_text())['flags']['dataset_name']}",
                   "--output", run / "b.json", "--samples_dir", run / "s")  # fmt: skip
     assert "memorization_exact_copies" in out
     assert read_record(run / "b.json")["model"]["unet_sha256"] == wanted
