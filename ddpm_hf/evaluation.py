@@ -20,7 +20,17 @@ from .pretrained import Pretrained, load_pretrained
 from .randomness import keyed_generator
 from .records import data_name, make_record, print_record, write_record
 from .samples import SampleSet, read_samples
-from .scores import FEWEST, Evaluation, check_count, check_names, has_floor, is_digits, open_extractors, score
+from .scores import (
+    FEWEST,
+    Evaluation,
+    check_count,
+    check_names,
+    has_floor,
+    is_digits,
+    open_extractors,
+    score,
+    skipped,
+)
 
 
 # Images to draw and how (steps None: all T), images and timesteps of the bound (0: all).
@@ -78,7 +88,7 @@ def evaluate_command(arguments):
     for line in warnings_about(names, evaluation, count // arguments.seed_ranges):
         state.print(line)
 
-    if samples is None and any(name != "bits_per_dim" for name in names):
+    if samples is None and any(name != "bits_per_dim" and not skipped(name, evaluation) for name in names):
         if arguments.calibrate:
             rows = torch.randperm(len(held_out), generator=keyed_generator(0, "calibrate"))[:count]
             samples = SampleSet(images_at(held_out, rows), sampler, {})
@@ -105,8 +115,7 @@ def evaluate_command(arguments):
     print_record(record)
     write_record(record, path)
     print(f"\nThe record is {path}.")
-    skipped = [entry["id"] for entry in entries if entry.get("status") == "skipped"]
-    if missing := [name for name in arguments.require if name in skipped or name not in names]:
+    if missing := [name for name in arguments.require if name not in names or skipped(name, evaluation)]:
         print(f"python -m ddpm_hf: {', '.join(missing)} is required, but was skipped.", file=sys.stderr)
         sys.exit(1)
 
@@ -209,7 +218,7 @@ def default_metrics(train, model) -> list[str]:
 
 def warnings_about(names, evaluation, num_images: int) -> list[str]:
     """Return sentences about what the numbers to come will not be good for."""
-    lines = []
+    lines = [f"Warning: {name} will be skipped: {why}" for name in names if (why := skipped(name, evaluation))]
     if not has_floor(evaluation):
         lines.append(
             f"Warning: fewer than {FEWEST} images are held out, so there are no floors: see --validation_split."

@@ -14,7 +14,7 @@ from . import UserError
 from .pretrained import Pretrained, weights_hash
 from .records import data_name, make_record, write_record
 from .sampling import sample_images
-from .scores import Evaluation, extractor_of, is_digits, open_extractors, score
+from .scores import Evaluation, is_digits, open_extractors, score, skipped
 
 
 SEED = 1_000_000_000
@@ -42,8 +42,7 @@ def open_evaluation(config, unet, scheduler, train_set, validation_set) -> tuple
         bound_timesteps=min(BOUND_TIMESTEPS, len(scheduler)),
     )
     open_extractors(config.eval_metrics, evaluation)
-    reasons = {name: evaluation.extractors.get(extractor_of(name, evaluation)) for name in config.eval_metrics}
-    reasons = {name: reason for name, reason in reasons.items() if isinstance(reason, str)}
+    reasons = {name: reason for name in config.eval_metrics if (reason := skipped(name, evaluation))}
     if config.best_by in reasons:
         raise UserError(f"--best_by {config.best_by} cannot be had: {reasons[config.best_by]}")
     return evaluation, [f"Warning: {name} will be skipped: {reason}" for name, reason in reasons.items()]

@@ -74,6 +74,12 @@ def check_names(names: list[str]):
             raise UserError(f"there is no metric {name!r}: choose from {', '.join(SCORES)}.")
 
 
+def skipped(name: str, evaluation: Evaluation) -> str | None:
+    """Return why a score cannot be had, once the extractors are open, or None."""
+    extractor = evaluation.extractors.get(extractor_of(name, evaluation))
+    return extractor if isinstance(extractor, str) else None
+
+
 def has_floor(evaluation: Evaluation) -> bool:
     """Return whether enough images are held out for a floor."""
     return evaluation.held_out is not None and len(evaluation.held_out) >= FEWEST
@@ -84,7 +90,8 @@ def check_count(names: list[str], evaluation: Evaluation, num_images: int):
     if len(evaluation.train) < FEWEST:
         raise UserError(f"there are only {len(evaluation.train)} real images to compare with: give at least {FEWEST}.")
     for name in names:
-        if extractor_of(name, evaluation) is not None and num_images < FEWEST * evaluation.seed_ranges:
+        looks = extractor_of(name, evaluation) is not None and not skipped(name, evaluation)
+        if looks and num_images < FEWEST * evaluation.seed_ranges:
             raise UserError(f"{name} of {num_images} images says nothing: give at least {FEWEST} per seed range.")
 
 
@@ -136,10 +143,10 @@ def score(names: list[str], evaluation: Evaluation) -> list[dict]:
     entries = []
     for name in names:
         extractor = extractor_of(name, evaluation)
-        if extractor is None:
+        if reason := skipped(name, evaluation):
+            entries.append({"id": name, "status": "skipped", "reason": reason})
+        elif extractor is None:
             entries += SCORES[name](evaluation)
-        elif isinstance(evaluation.extractors[extractor], str):
-            entries.append({"id": name, "status": "skipped", "reason": evaluation.extractors[extractor]})
         else:
             sets = _features(evaluation, extractor)  # all processes work on these
             if PartialState().is_main_process:

@@ -94,6 +94,12 @@ def test_missing_weights_skip_a_metric_and_say_so(record, tiny_run, tmp_path, ca
     assert (tmp_path / "r.json").is_file()
 
 
+def test_nothing_is_drawn_for_what_will_be_skipped(tiny_run, tmp_path, capsys):
+    evaluate(tiny_run, "--metrics", "fid", "--output", tmp_path / "r.json", "--samples_dir", tmp_path / "samples")
+    assert not (tmp_path / "samples").exists() and "fid will be skipped" in capsys.readouterr().out
+    assert read_record(tmp_path / "r.json")["metrics"][0]["status"] == "skipped"
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_come_to_the_same_numbers(record, tiny_run, tmp_path, processes):
     """Forty images are two batches: of three processes one is idle."""
