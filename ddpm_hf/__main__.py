@@ -100,6 +100,9 @@ def main(argv=None):
         if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else one speaks for all
             print(f"python -m ddpm_hf: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nStopped. What is drawn stays: the same command goes on with the missing images.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

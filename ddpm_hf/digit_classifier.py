@@ -58,9 +58,10 @@ class DigitClassifier(nn.Module):
         32x32 images are MNIST's 28x28 with a border of 2, which is cut off. Others are a UserError.
         """
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) not in [(1, 28, 28), (1, 32, 32)]:
-            given = f"{str(images.dtype).removeprefix('torch.')} images of shape {tuple(images.shape)}"
+            given = f"{str(images.dtype).removeprefix('torch.')} images of {'x'.join(map(str, images.shape[1:]))}"
             raise UserError(
-                f"the digit classifier was given {given}: give uint8 images of 1x28x28, or of 1x32x32 with a border."
+                f"the digit classifier (fd_mnist) was given {given}: it takes uint8 images of 1x28x28, or of 1x32x32 "
+                "with a border; leave it out for others."
             )
         border = (images.shape[-1] - 28) // 2
         with full_precision(images.device):

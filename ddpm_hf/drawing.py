@@ -190,7 +190,9 @@ def _draw_blocks(model: Pretrained, sampler: dict, blocks: list[range], folder: 
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in words of the size that matters: `8 s`, `12 min`, `3.5 h`."""
+    """Return seconds in words of the size that matters: `a second`, `8 s`, `12 min`, `3.5 h`."""
+    if seconds < 1.5:
+        return "a second"
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -208,7 +210,7 @@ def sample_command(arguments):
             print(warning, flush=True)
     draw_samples(model, sampler, arguments.num_images, output, arguments.batch_size)
     if PartialState().is_main_process:
-        sheet = Path(output).with_suffix(".sheet.png")
+        sheet = Path(f"{output}.sheet.png")
         image_sheet(read_samples(output).images[:ON_SHEET], sheet)
         print(f"{arguments.num_images:,} images are in {output}; {sheet} shows the first.")
 

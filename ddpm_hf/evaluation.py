@@ -90,7 +90,7 @@ def evaluate_command(arguments):
 
     if samples is None and any(name != "bits_per_dim" and not skipped(name, evaluation) for name in names):
         if arguments.calibrate:
-            rows = torch.randperm(len(held_out), generator=keyed_generator(0, "calibrate"))[:count]
+            rows = torch.randperm(len(held_out), generator=keyed_generator(0, "floor"))[:count]
             samples = SampleSet(images_at(held_out, rows), sampler, {})
         else:
             place = arguments.samples_dir or home(model, "evaluation_samples") / label(model, sampler)
@@ -223,7 +223,7 @@ def warnings_about(names, evaluation, num_images: int) -> list[str]:
         lines.append(
             f"Warning: fewer than {FEWEST} images are held out, so there are no floors: see --validation_split."
         )
-    if "fid" in names and num_images < FEW_FOR_FID:
+    if "fid" in names and not skipped("fid", evaluation) and num_images < FEW_FOR_FID:
         lines.append(f"Warning: FID of {num_images} images is mostly its bias: compare it with its floor, at equal N.")
     return lines
 
@@ -232,8 +232,8 @@ def check_shapes(images: torch.Tensor, train):
     """Refuse samples that are not of the data's size."""
     wanted = (train.channels, train.resolution, train.resolution)
     if tuple(images.shape[1:]) != wanted:
-        given = "x".join(map(str, images.shape[1:]))
-        raise UserError(f"the samples are {given}, the real images {'x'.join(map(str, wanted))}: give others.")
+        given, real = ("x".join(map(str, shape)) for shape in (images.shape[1:], wanted))
+        raise UserError(f"the samples are {given}, the real images {real}: give samples, or data, of one size.")
 
 
 def record_path(arguments, model, sampler: dict, num_images: int) -> Path:

@@ -94,6 +94,9 @@ def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> d
         with contextlib.suppress(Interrupted):
             line["scores"], by_score = score_run(run, yielding_to(signals, run))
             compared = compared if by_score is None else by_score
+            if main:
+                numbers = ", ".join(f"{id} {value:.4g}" for id, value in line["scores"].items())
+                tqdm.write(f"Step {state.step}: {numbers}")
     measure = config.best_by if config.best_by == "validation_loss" else f"{config.best_by} {config.eval_num_images}"
     if state.best_measure != measure:  # a resumed run may go on by another
         state.best_measure, state.best_score = measure, float("inf")

@@ -68,7 +68,9 @@ def sampler(parser: argparse.ArgumentParser, method="ddpm, ancestral sampling", 
 
 def evaluate(parser: argparse.ArgumentParser):
     parser.add_argument(
-        "subject", nargs="?", help="a model (folder, checkpoint, Hub id), or samples: a folder or an .npz"
+        "subject",
+        nargs="?",
+        help="a model (folder, checkpoint, Hub id), or samples: PNG files, or an .npz (arr_0: uint8 NHWC)",
     )
     parser.add_argument(
         "--from_samples", "--from-samples", metavar="FOLDER|NPZ", help="score these images of the model"

@@ -125,18 +125,24 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     ids = [entry["id"] for record in records.values() for entry in record["metrics"]]
     is_metric = {field: is_below(field, ids) for fields in protocols.values() for field in fields}
     first = next(iter(records))
-    varied = []
-    for field in dict.fromkeys(field for fields in protocols.values() for field in fields):
+    for name in vary:
+        if not any(is_below(field, [name]) for field in is_metric):
+            raise UserError(f"--vary {name} is no field of these records: give sampler, data or a part of them.")
+    varied, unlike = [], []
+    for field in is_metric:
         values = {name: fields.get(field) for name, fields in protocols.items()}
         other = next((name for name, value in values.items() if value != values[first]), None)
         if other is None or is_metric[field] and None in values.values():
             continue  # a metric that one of them lacks is a gap in the table
-        if not is_below(field, vary):
-            raise UserError(
-                f"{first} and {other} are of two protocols: {field} is {values[first]} and {values[other]}; "
-                f"evaluate them alike, or say --vary {field}."
-            )
-        varied.append(field)
+        if is_below(field, vary):
+            varied.append(field)
+        else:
+            unlike.append(f"{field} is {values[first]} and {values[other]}")
+    if unlike:
+        fields = ",".join(field.partition(" is ")[0] for field in unlike)
+        raise UserError(
+            f"the records are of several protocols ({'; '.join(unlike)}): evaluate alike, or say --vary {fields}."
+        )
     # What is told apart though it is no protocol: the models.
     for field in ("model.name", "model.weights", "model.train_step"):
         if len({str(fields.get(field)) for fields in flat.values()}) > 1:

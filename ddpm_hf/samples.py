@@ -70,7 +70,7 @@ def _read_npz(path: Path):
             name = "arr_0" if "arr_0" in arrays else arrays.files[0]
             array, meta = arrays[name], str(arrays["meta"]) if "meta" in arrays else None
     except (OSError, ValueError, IndexError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as .npz ({error}): give one with uint8 images as arr_0.") from error
+        raise UserError(f"{path} cannot be read as .npz: give one with uint8 images (N, H, W, C) as arr_0.") from error
     if array.dtype != np.uint8:
         raise UserError(
             f"{path} holds {array.dtype}, which could be of any range: give uint8 images, round((x + 1) 127.5)."

@@ -84,7 +84,7 @@ def test_full_precision_restores_what_it_found():
     ids=["float", "rgb", "size"],
 )
 def test_other_images_are_refused(classifier, images):
-    with pytest.raises(UserError, match=r"was given .* images of shape .*: give uint8 images of 1x28x28"):
+    with pytest.raises(UserError, match=r"was given .* images of .*: it takes uint8 images of 1x28x28"):
         classifier(images)
 
 

@@ -84,7 +84,7 @@ def test_npz_has_the_same_images_and_says_how_they_were_drawn(tiny_run, unbroken
     with np.load(tmp_path / "a.npz") as arrays:
         assert arrays["arr_0"].shape == (23, 28, 28, 1) and arrays["arr_0"].dtype == np.uint8
     assert not (tmp_path / "a.npz.parts").exists()
-    assert Image.open(tmp_path / "a.sheet.png").size[0] > 4 * 28
+    assert Image.open(tmp_path / "a.npz.sheet.png").size[0] > 4 * 28
 
 
 def test_an_npz_goes_on_too_and_one_of_somebody_else_stays(model, tiny_run, tmp_path):
@@ -228,4 +228,4 @@ def test_what_is_no_ddpm_is_refused(tmp_path, tiny_run):
 
 
 def test_durations():
-    assert [duration(s) for s in (8, 700, 12_600)] == ["8 s", "12 min", "3.5 h"]
+    assert [duration(s) for s in (0.2, 8, 700, 12_600)] == ["a second", "8 s", "12 min", "3.5 h"]

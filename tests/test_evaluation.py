@@ -344,6 +344,20 @@ def test_unlike_protocols_are_refused_naming_the_field(record):
         comparison({"a": one, "b": other}, vary=["sampler"])
 
 
+def test_vary_must_name_a_field(record):
+    one = read_record(record)
+    with pytest.raises(UserError, match="--vary smapler is no field"):
+        comparison({"a": one, "b": one}, vary=["smapler"])
+
+
+def test_all_that_differs_is_named_at_once(record):
+    one = read_record(record)
+    other = json.loads(json.dumps(one))
+    other["sampler"] |= {"num_inference_steps": 50, "timesteps": "quad"}
+    with pytest.raises(UserError, match="--vary sampler.num_inference_steps,sampler.timesteps"):
+        comparison({"a": one, "b": other})
+
+
 def test_other_weights_are_no_other_protocol(record, capsys):
     one = read_record(record)
     other = one | {"model": one["model"] | {"weights": "raw", "unet_sha256": "0"}}
