@@ -18,7 +18,7 @@ from .drawing import draw_samples, resolve_sampler, sampler_flags, start_process
 from .features import images_at
 from .pretrained import Pretrained, load_pretrained
 from .randomness import keyed_generator
-from .records import data_name, make_record, print_record, write_record
+from .records import by_reason, data_name, make_record, print_record, write_record
 from .samples import SampleSet, read_samples
 from .scores import (
     FEWEST,
@@ -218,7 +218,8 @@ def default_metrics(train, model) -> list[str]:
 
 def warnings_about(names, evaluation, num_images: int) -> list[str]:
     """Return sentences about what the numbers to come will not be good for."""
-    lines = [f"Warning: {name} will be skipped: {why}" for name in names if (why := skipped(name, evaluation))]
+    reasons = by_reason({name: skipped(name, evaluation) for name in names})
+    lines = [f"Warning: {ids} will be skipped: {reason}" for ids, reason in reasons]
     if not has_floor(evaluation):
         lines.append(
             f"Warning: fewer than {FEWEST} images are held out, so there are no floors: see --validation_split."

@@ -96,9 +96,14 @@ def print_record(record: dict):
         if entry.get("status") != "skipped":
             rows.append([entry["id"], *(number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))])
     print(table(rows))
-    for entry in record["metrics"]:
-        if entry.get("status") == "skipped":
-            print(f"skipped: {entry['id']} ({entry['reason']})")
+    for ids, reason in by_reason({entry["id"]: entry.get("reason") for entry in record["metrics"]}):
+        print(f"skipped: {ids} ({reason})")
+
+
+def by_reason(reasons: dict[str, str | None]) -> list[tuple[str, str]]:
+    """Return (metrics joined by commas, why they are skipped) for each reason that there is."""
+    found = dict.fromkeys(reason for reason in reasons.values() if reason is not None)
+    return [(", ".join(id for id, why in reasons.items() if why == reason), reason) for reason in found]
 
 
 def compare_command(arguments):

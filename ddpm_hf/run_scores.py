@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 
 from . import UserError
 from .pretrained import Pretrained, weights_hash
-from .records import data_name, make_record, write_record
+from .records import by_reason, data_name, make_record, write_record
 from .sampling import sample_images
 from .scores import Evaluation, is_digits, open_extractors, score, skipped
 
@@ -42,10 +42,10 @@ def open_evaluation(config, unet, scheduler, train_set, validation_set) -> tuple
         bound_timesteps=min(BOUND_TIMESTEPS, len(scheduler)),
     )
     open_extractors(config.eval_metrics, evaluation)
-    reasons = {name: reason for name in config.eval_metrics if (reason := skipped(name, evaluation))}
-    if config.best_by in reasons:
+    reasons = {name: skipped(name, evaluation) for name in config.eval_metrics}
+    if reasons.get(config.best_by):
         raise UserError(f"--best_by {config.best_by} cannot be had: {reasons[config.best_by]}")
-    return evaluation, [f"Warning: {name} will be skipped: {reason}" for name, reason in reasons.items()]
+    return evaluation, [f"Warning: {ids} will be skipped: {reason}" for ids, reason in by_reason(reasons)]
 
 
 def score_run(run, on_step) -> tuple[dict[str, float], float | None]:
