@@ -227,5 +227,19 @@ def test_what_is_no_ddpm_is_refused(tmp_path, tiny_run):
         load_pretrained("nobody/nothing")
 
 
+def test_ctrl_c_is_one_sentence_and_what_is_drawn_stays(tiny_run, tmp_path, capsys, monkeypatch):
+    def interrupted_at_the_third_batch(*arguments, **options):
+        if len(files(tmp_path / "x")) >= 4:
+            raise KeyboardInterrupt
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr("ddpm_hf.drawing.sample", interrupted_at_the_third_batch)
+    flags = f"sample {tiny_run} --num_images 8 --batch_size 2 --num_inference_steps 2 --output {tmp_path / 'x'}"
+    with pytest.raises(SystemExit) as exit:
+        main(flags.split())
+    assert exit.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert len(files(tmp_path / "x")) == 4
+
+
 def test_durations():
     assert [duration(s) for s in (0.2, 8, 700, 12_600)] == ["a second", "8 s", "12 min", "3.5 h"]
