@@ -27,23 +27,20 @@ def figures(arguments):
     run = Path(arguments.run)
     if not (run / "train_config.json").is_file() or not (run / "model_index.json").is_file():
         raise UserError(f"{run} is not a finished run: give the --output_dir of train_unconditional.py.")
-    from diffusers import UNet2DModel
-
     from .config import TrainingConfig
     from .data import load_images
     from .figures import run_figures
-    from .scheduler import PaperDDPMScheduler
+    from .pretrained import load_pretrained
 
+    model = load_pretrained(str(run))
     try:
-        config = TrainingConfig(**json.loads((run / "train_config.json").read_text())["flags"])
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
+        config = TrainingConfig(**model.run["flags"])
+    except (TypeError, KeyError) as error:
         raise UserError(f"{run}/train_config.json is not of this version ({error}): train the run anew.") from error
-    unet = UNet2DModel.from_pretrained(run, subfolder="unet")
-    scheduler = PaperDDPMScheduler.from_pretrained(run, subfolder="scheduler")
-    train_set, _ = load_images(config, unet.config.in_channels)
+    train_set, _ = load_images(config, model.unet.config.in_channels)
     images = train_set.get(list(range(min(8, train_set.num_images or 8))))
     count, steps = min(16, config.eval_batch_size), config.ddpm_num_inference_steps
-    run_figures(run, unet, scheduler, images, config.seed, count, steps)
+    run_figures(run, model.unet, model.scheduler, images, config.seed, count, steps)
     print(f"The figures are in {run / 'figures'}.")
 
 

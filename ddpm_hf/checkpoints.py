@@ -67,6 +67,13 @@ def writing(what: str, path):
         raise UserError(f"{what} could not be written to {path} (disk full?): free some space.") from error
 
 
+def write_beside(path: Path, write):
+    """Call `write` on a name beside `path`, then rename: a kill leaves a whole file or none."""
+    partial = path.with_name(f".{path.name}.tmp")
+    write(partial)
+    partial.replace(path)
+
+
 def checkpoints(output_dir) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     found = [path.parent for path in Path(output_dir).glob("checkpoint-*/state.pt")]

@@ -15,10 +15,10 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from . import UserError
-from .checkpoints import writing
+from .checkpoints import write_beside, writing
 from .figures import image_sheet
 from .pretrained import Pretrained, load_pretrained
-from .samples import SCHEMA, check_same_samples, file_name, read_record, read_samples, write_beside
+from .samples import SCHEMA, check_same_samples, file_name, read_record, read_samples
 from .sampling import check_method, default_variance, image_generators, sample, step_seconds, to_pil, to_uint8
 
 
@@ -69,9 +69,7 @@ def resolve_sampler(
         "num_inference_steps": num_inference_steps or len(steps),
         "timesteps": spacing,
         "eta": eta if method == "ddim" else None,
-        "variance_type": (variance_type or default_variance(scheduler, len(steps)))
-        if method == "ddpm"
-        else variance_type,
+        "variance_type": (variance_type or default_variance(scheduler, len(steps))) if method == "ddpm" else None,
         "clip_sample": bool(clip),
         "dtype": dtype,
         "seed": seed,
@@ -205,9 +203,8 @@ def sample_command(arguments):
     sampler, warnings = resolve_sampler(model, **sampler_flags(arguments))
     label = f"{model.facts['name'].replace('/', '--')}-{sampler['method']}{sampler['num_inference_steps']}"
     output = arguments.output or Path("samples", f"{label}-seed{sampler['seed']}")
-    if PartialState().is_main_process:
-        for warning in warnings:
-            print(warning, flush=True)
+    for warning in warnings:
+        PartialState().print(warning, flush=True)
     draw_samples(model, sampler, arguments.num_images, output, arguments.batch_size)
     if PartialState().is_main_process:
         sheet = Path(f"{output}.sheet.png")

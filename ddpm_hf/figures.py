@@ -6,7 +6,7 @@ enlarged by whole factors without smoothing, so that a pixel stays a square. Plo
 
 import json
 import math
-import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from .checkpoints import write_beside
 from .randomness import keyed_generator
 from .sampling import affordable, image_generators, sample, to_uint8
 from .scheduler import PaperDDPMScheduler
@@ -31,9 +32,8 @@ def saved(write, path, **options) -> Path:
     """Call `write` with another name, then rename: a kill leaves no half picture. Return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    write(partial, **options)
-    os.replace(partial, path)
+    # The name that is written to tells no format.
+    write_beside(path, partial(write, format=path.suffix[1:], **options))
     return path
 
 

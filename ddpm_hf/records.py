@@ -12,8 +12,7 @@ from accelerate import PartialState
 from huggingface_hub import EvalResult
 
 from . import UserError
-from .checkpoints import writing
-from .samples import write_beside
+from .checkpoints import write_beside, writing
 
 
 SCHEMA = "ddpm_hf.eval/1"

@@ -16,10 +16,9 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 
 from . import UserError
-from .checkpoints import writing
+from .checkpoints import write_beside, writing
 from .features import extract, extractor_id
 from .metrics import mean_and_covariance
-from .samples import write_beside
 
 
 MAX_FEATURES = 10_000  # images of a set whose features are kept, for scores that compare image by image

@@ -129,10 +129,3 @@ def read_record(folder: Path) -> dict | None:
 
 def file_name(k: int) -> str:
     return f"{k:06d}.png"
-
-
-def write_beside(path: Path, write):
-    """Call `write` on a name beside `path`, then rename: a kill leaves a whole file or none."""
-    partial = path.with_name(f".{path.name}.tmp")
-    write(partial)
-    partial.replace(path)

@@ -53,6 +53,7 @@ class Evaluation:
     pairs_path: Any = None
     extractors: dict = field(default_factory=dict)  # by name: the module, or why it cannot be had
     generated: dict = field(default_factory=dict)  # by name: the features of `images`, once computed
+    real: dict = field(default_factory=dict)  # by name: the References of train and held_out, once computed
 
 
 def extractor_of(name: str, evaluation: Evaluation) -> str | None:
@@ -157,13 +158,15 @@ def score(names: list[str], evaluation: Evaluation) -> list[dict]:
 def _features(evaluation: Evaluation, name: str) -> tuple[Features, Reference, Reference | None]:
     """Return the features of the generated images, and the References of the train and of the held-out images."""
     extractor, size, cache = evaluation.extractors[name], evaluation.batch_size, evaluation.cache_dir
-    train = reference_of(extractor, evaluation.train, "training images", size, cache)
-    held_out = None
-    if has_floor(evaluation):
-        held_out = reference_of(extractor, evaluation.held_out, "held-out images", size, cache)
+    if name not in evaluation.real:
+        train = reference_of(extractor, evaluation.train, "training images", size, cache)
+        held_out = None
+        if has_floor(evaluation):
+            held_out = reference_of(extractor, evaluation.held_out, "held-out images", size, cache)
+        evaluation.real[name] = train, held_out
     if name not in evaluation.generated:
         evaluation.generated[name] = extract(extractor, evaluation.images, None, size, "generated images")
-    return evaluation.generated[name], train, held_out
+    return evaluation.generated[name], *evaluation.real[name]
 
 
 def bits_per_dim(evaluation):

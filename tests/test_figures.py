@@ -66,7 +66,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path):
     path = tmp_path / "sheet.png"
     path.write_text("old")
 
-    def fail(partial):
+    def fail(partial, format):
         partial.write_text("half")
         raise OSError("disk full")
 
