@@ -40,7 +40,8 @@ def figures(arguments):
     train_set, _ = load_images(config, model.unet.config.in_channels)
     images = train_set.get(list(range(min(8, train_set.num_images or 8))))
     count, steps = min(16, config.eval_batch_size), config.ddpm_num_inference_steps
-    run_figures(run, model.unet, model.scheduler, images, config.seed, count, steps)
+    labels = [k % model.num_classes for k in range(count)] if model.num_classes else None
+    run_figures(run, model.unet, model.scheduler, images, config.seed, count, steps, class_labels=labels)
     print(f"The figures are in {run / 'figures'}.")
 
 
@@ -58,6 +59,20 @@ def evaluate(arguments):
     evaluate_command(arguments)
 
 
+def export(arguments):
+    """Write a model and the pipeline files it can use into one folder that needs diffusers alone."""
+    from .export import export_command
+
+    export_command(arguments)
+
+
+def restore(arguments):
+    """Denoise, inpaint, enlarge, colour or deblur images with a model that was trained on clean ones."""
+    from .restore import restore_command
+
+    restore_command(arguments)
+
+
 def compare(arguments):
     """Print records side by side; refuse those whose protocols differ, naming the field."""
     from .records import compare_command
@@ -66,7 +81,7 @@ def compare(arguments):
 
 
 COMMANDS = {presets: options.presets, figures: options.figures, sample: options.sample}
-COMMANDS |= {evaluate: options.evaluate, compare: options.compare}
+COMMANDS |= {evaluate: options.evaluate, compare: options.compare, restore: options.restore, export: options.export}
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,13 +20,31 @@ from . import UserError
 
 
 # What a run writes beside checkpoints, the tracker's folder and the card.
-RUN_FILES = ["model_index.json", "unet", "scheduler", "best", "evaluations", "metrics.jsonl", "samples/epoch_*.png"]
+RUN_FILES = [
+    "model_index.json",
+    "unet",
+    "scheduler",
+    "classifier",
+    "best",
+    "evaluations",
+    "metrics.jsonl",
+    "samples/epoch_*.png",
+]
 RUN_FILES += ["figures/" + name for name in ("loss.png", "schedule.png", "forward.png", "reverse.*", "ddim_*.png")]
 # What a kill can leave of them.
 HALF_WRITTEN = [".writable.tmp", "checkpoint-*.tmp", "metrics.tmp", "train_config.tmp", ".push-*"]
 # Flags that a checkpoint fixes, for the weights mean nothing under others; a change of the next ones is told.
 FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
-TOLD = ["seed", "dataset_name", "class_names", "random_flip", "objective", "timestep_sampling", "loss_type"]
+TOLD = [
+    "seed",
+    "dataset_name",
+    "class_names",
+    "label_dropout",
+    "random_flip",
+    "objective",
+    "timestep_sampling",
+    "loss_type",
+]
 TOLD += ["snr_gamma", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "use_ema"]
 TOLD += ["ema_max_decay", "mixed_precision"]
 
@@ -205,7 +223,7 @@ def check_same_run(checkpoint: Path, config, unet_config: dict, total_steps: int
         # Names with an underscore are diffusers' own notes, in an order that differs from process to process.
         if not name.startswith("_") and saved["unet"].get(name) != value:
             raise UserError(
-                f"{checkpoint} is of another model: its UNet has {name} {saved['unet'].get(name)}, this run's has "
+                f"{checkpoint} is of another model: its network has {name} {saved['unet'].get(name)}, this run's has "
                 f"{value}: give the flags it was trained with, or another --output_dir."
             )
     was, now = saved["flags"], config.to_dict()

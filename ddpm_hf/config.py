@@ -65,6 +65,8 @@ class ModelOptions:
     layers_per_block: int | None = flag(None, "Residual blocks per level [ours]")
     attention_resolutions: list[str] | None = flag(None, "Levels with attention, in pixels: 16,8; empty: none [ours]")
     dropout: float | None = flag(None, "Dropout in the residual blocks [ours]")
+    class_conditional: bool = flag(False, "Tell the UNet the class of each image [ours]")
+    label_dropout: float = flag(0.1, "Share of images taught without their class, for classifier-free guidance [ours]")
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use xformers' attention")
     torch_compile: bool = flag(False, "Compile the UNet; costs a minute or two before the first step [ours]")
 
@@ -82,8 +84,10 @@ class DiffusionOptions:
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = flag(
         "fixed_small", "Variance of the reverse process; learned_range trains it too [ours]"
     )
-    objective: Literal["simple", "hybrid", "vlb"] | None = flag(
-        None, "Ho's L_simple, Nichol's L_hybrid (default with learned_range) or the variational bound [ours]"
+    objective: Literal["simple", "hybrid", "vlb", "classify"] | None = flag(
+        None,
+        "Ho's L_simple, Nichol's L_hybrid (default with learned_range), the variational bound, or classify: train the "
+        "classifier of noisy images that guidance needs instead of a UNet [ours]",
     )
     timestep_sampling: Literal["uniform", "loss_second_moment"] = flag(
         "uniform", "How timesteps are drawn; loss_second_moment: costly ones more often, weighted less [ours]"
@@ -179,7 +183,7 @@ MINIMUM = dict(
 # A flag of these must be at most this much.
 MAXIMUM = dict(seed=2**32 - 1, ddpm_num_steps=100_000, resolution=8192)
 # A flag of these lies in [0, 1).
-FRACTIONS = ["dropout", "adam_beta1", "adam_beta2", "ema_max_decay"]
+FRACTIONS = ["dropout", "label_dropout", "adam_beta1", "adam_beta2", "ema_max_decay"]
 
 
 @dataclass(kw_only=True)
@@ -227,6 +231,10 @@ class TrainingConfig(*reversed(GROUPS)):
             raise UserError(
                 "--objective vlb is a likelihood, which --snr_gamma and --loss_type cannot change: leave them out."
             )
+        if self.objective == "classify":
+            unused = ["class_conditional", "eval_metrics", "model_config_name_or_path", "snr_gamma"]
+            if given := [name for name in unused if getattr(self, name)]:
+                raise UserError(f"--objective classify trains a classifier, which has no --{given[0]}: leave it out.")
         if self.adam_epsilon <= 0:
             raise UserError(f"--adam_epsilon is {self.adam_epsilon}, but must be positive, e.g. 1e-8.")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:

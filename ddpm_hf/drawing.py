@@ -1,5 +1,6 @@
 """The drawing of many samples: by any number of processes, gone on with after a kill, each image always the same."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from tqdm.auto import tqdm
 from . import UserError
 from .checkpoints import write_beside, writing
 from .figures import image_sheet
-from .pretrained import Pretrained, load_pretrained
+from .guidance import guide
+from .pretrained import Pretrained, load_classifier, load_pretrained, weights_hash
 from .samples import SCHEMA, check_same_samples, file_name, read_record, read_samples
 from .sampling import check_method, default_variance, image_generators, sample, step_seconds, to_pil, to_uint8
 
@@ -38,17 +40,20 @@ def resolve_sampler(
     dtype: str = "float32",
     seed: int = 0,
     class_labels: list[int] | None = None,
+    guidance_scale: float = 1.0,
+    classifier: str | None = None,
 ) -> tuple[dict, list[str]]:
     """Return all that decides how image k of `model` looks, nothing left to a default, and warnings to print.
 
     Args:
         timesteps: a spacing of `PaperDDPMScheduler.subsequence`, or timesteps joined by commas.
         class_labels: image k has label `class_labels[k % len]`; None: of a conditional model all classes in turn.
+        guidance_scale: see `guidance.guide`; `classifier` is the SHA-256 of the classifier that guides, if one does.
 
     Raises:
         UserError: for what `sample` or the scheduler refuse.
     """
-    scheduler, config = model.scheduler, model.unet.config
+    scheduler = model.scheduler
     if dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; choose {', '.join(DTYPES)}.")
     check_method(method, eta, variance_type, model.unet)
@@ -57,9 +62,9 @@ def resolve_sampler(
     if num_inference_steps is None and not listed:
         num_inference_steps = len(scheduler) if method == "ddpm" else min(50, len(scheduler))
     steps = [(t, prev_t) for t, prev_t in scheduler.subsequence(num_inference_steps, spacing) if t != prev_t]
-    if class_labels is None and config.num_class_embeds is not None:
-        class_labels = list(range(config.num_class_embeds))
-    classes = range(config.num_class_embeds or 0)
+    classes = range(model.num_classes)
+    if class_labels is None and classes:
+        class_labels = list(classes)
     if class_labels is not None and not all(label in classes for label in class_labels):
         known = f"0 to {len(classes) - 1}" if classes else "none"
         raise UserError(f"--class_labels are {class_labels}, but this model knows {known}: leave out what it has not.")
@@ -76,6 +81,8 @@ def resolve_sampler(
         "class_labels": class_labels,
         "quantize": "round-uint8",
     }
+    if classifier is not None or guidance_scale != 1:
+        sampler |= {"guidance_scale": guidance_scale, "classifier": classifier}
     warnings = []
     signal = float(scheduler.alphas_cumprod_at(steps[0][0]))
     if signal > FAR_FROM_NOISE and steps[0][0] < len(scheduler) - 1:
@@ -199,9 +206,10 @@ def duration(seconds: float) -> str:
 def sample_command(arguments):
     """Run `python -m ddpm_hf sample` with its parsed flags."""
     start_processes()
-    model = load_pretrained(arguments.model, arguments.weights)
-    sampler, warnings = resolve_sampler(model, **sampler_flags(arguments))
+    model, guidance = guided(load_pretrained(arguments.model, arguments.weights), arguments)
+    sampler, warnings = resolve_sampler(model, **sampler_flags(arguments), **guidance)
     label = f"{model.facts['name'].replace('/', '--')}-{sampler['method']}{sampler['num_inference_steps']}"
+    label += f"-guided{sampler['guidance_scale']:g}" if "guidance_scale" in sampler else ""
     output = arguments.output or Path("samples", f"{label}-seed{sampler['seed']}")
     for warning in warnings:
         PartialState().print(warning, flush=True)
@@ -210,6 +218,17 @@ def sample_command(arguments):
         sheet = Path(f"{output}.sheet.png")
         image_sheet(read_samples(output).images[:ON_SHEET], sheet)
         print(f"{arguments.num_images:,} images are in {output}; {sheet} shows the first.")
+
+
+def guided(model: Pretrained, arguments) -> tuple[Pretrained, dict]:
+    """Return the model under the guidance of --guidance_scale and --classifier, and what a record says of it."""
+    scale, classifier, class_names = arguments.guidance_scale, None, model.class_names
+    if arguments.classifier is not None:
+        classifier = load_classifier(arguments.classifier)
+        class_names = list(classifier.config.id2label.values())
+    unet = guide(model.unet, model.scheduler, class_names, scale, classifier)
+    facts = {"guidance_scale": scale, "classifier": None if classifier is None else weights_hash(classifier)}
+    return dataclasses.replace(model, unet=unet, class_names=class_names), facts
 
 
 def start_processes():

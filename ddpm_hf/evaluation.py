@@ -14,7 +14,7 @@ from . import UserError
 from .checkpoints import writing
 from .config import TrainingConfig
 from .data import load_images
-from .drawing import draw_samples, resolve_sampler, sampler_flags, start_processes
+from .drawing import draw_samples, guided, resolve_sampler, sampler_flags, start_processes
 from .features import images_at
 from .pretrained import Pretrained, load_pretrained
 from .randomness import keyed_generator
@@ -61,7 +61,8 @@ def evaluate_command(arguments):
         check_shapes(samples.images, train)
     names = arguments.metrics or default_metrics(train, model)
     suite = choose_suite(arguments)
-    sampler = samples.sampler if samples is not None else choose_sampler(arguments, model, suite)
+    drawer, guidance = (None, {}) if model is None else guided(model, arguments)
+    sampler = samples.sampler if samples is not None else choose_sampler(arguments, drawer, suite, guidance)
     path = record_path(arguments, model, sampler, suite["num_images"])
     evaluation = Evaluation(
         images=torch.empty(0),
@@ -81,6 +82,7 @@ def evaluate_command(arguments):
         reference_pipeline=arguments.reference_pipeline,
         cache_dir=arguments.cache_dir,
         pairs_path=path.with_suffix(".pairs.png"),
+        class_labels=(sampler or {}).get("class_labels"),
     )
     open_extractors(names, evaluation)
     count = suite["num_images"] * arguments.seed_ranges if samples is None else len(samples.images)
@@ -94,7 +96,7 @@ def evaluate_command(arguments):
             samples = SampleSet(images_at(held_out, rows), sampler, {})
         else:
             place = arguments.samples_dir or home(model, "evaluation_samples") / label(model, sampler)
-            draw_samples(model, sampler, count, place, arguments.batch_size)
+            draw_samples(drawer, sampler, count, place, arguments.batch_size)
             samples = read_samples(place)
             samples.images = samples.images[:count]
     drawn = time.perf_counter()
@@ -133,7 +135,7 @@ def choose_suite(arguments) -> dict:
     return suite
 
 
-def choose_sampler(arguments, model: Pretrained | None, suite: dict) -> dict:
+def choose_sampler(arguments, model: Pretrained | None, suite: dict, guidance: dict) -> dict:
     """Return what decides how the images look: the suite's sampler, unless the command line names another."""
     if model is None:
         return {"method": "real", "split": "held_out"}
@@ -141,7 +143,7 @@ def choose_sampler(arguments, model: Pretrained | None, suite: dict) -> dict:
     listed = arguments.timesteps[:1].isdigit()
     if flags["num_inference_steps"] is None and flags["method"] == suite["method"] and suite["steps"] and not listed:
         flags["num_inference_steps"] = min(suite["steps"], len(model.scheduler))
-    sampler, warnings = resolve_sampler(model, **flags)
+    sampler, warnings = resolve_sampler(model, **flags, **guidance)
     for warning in warnings:
         PartialState().print(warning, flush=True)
     return sampler

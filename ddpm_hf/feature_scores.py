@@ -52,7 +52,23 @@ def fd_mnist(evaluation, name, generated, train, held_out) -> list[dict]:
     ]:
         entries.append(entry(label, report[key], lower, real.get(key), n, train.num_samples, evaluation, name))
     entries[-3]["extra"] = {"frequencies": report["frequencies"]}
+    if evaluation.class_labels is not None:
+        entries.append(class_accuracy(evaluation, name, generated, held_out))
     return [*entries, coverage]
+
+
+def class_accuracy(evaluation, name, generated, held_out) -> dict:
+    """Return the share of images that the classifier takes for the class that was asked for."""
+
+    def share(logits, labels):
+        names = torch.tensor([int(name) for name in evaluation.train.class_names])
+        return (logits.argmax(dim=1) == names[labels]).double().mean().item()
+
+    n, asked = len(generated.logits), torch.tensor(evaluation.class_labels)
+    value = share(generated.logits, asked[torch.arange(n) % len(asked)])
+    floor = None if held_out is None else share(held_out.logits, evaluation.held_out.labels)
+    one = entry("class_accuracy", value, False, floor, n, None, evaluation, name)
+    return one | {"se": (value * (1 - value) / n) ** 0.5, "se_method": "binomial"}
 
 
 def digit_counts(image_set, logits) -> torch.Tensor:

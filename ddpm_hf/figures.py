@@ -122,14 +122,18 @@ def reverse_gif(frames: list[torch.Tensor], path) -> Path:
     return saved(pictures[0].save, path, save_all=True, append_images=pictures[1:], **options)
 
 
-def ddim_sheets(unet, scheduler, folder, seed, num_images=16, steps=DDIM_STEPS, on_step=None) -> list[Path]:
+def ddim_sheets(
+    unet, scheduler, folder, seed, num_images=16, steps=DDIM_STEPS, on_step=None, class_labels=None
+) -> list[Path]:
     """Draw the same images by DDIM in few steps, a sheet `ddim_<steps>.png` each; more steps than T are left out.
 
     Trailing spacing, because it starts from the noisiest timestep, as the noise that it is given.
     """
     paths = []
     for count in [count for count in steps if count <= len(scheduler)]:
-        options = dict(method="ddim", num_inference_steps=count, spacing="trailing", on_step=on_step)
+        options = dict(
+            method="ddim", num_inference_steps=count, spacing="trailing", on_step=on_step, class_labels=class_labels
+        )
         images = sample(unet, scheduler, image_generators(seed, range(num_images)), **options)
         paths.append(image_sheet(to_uint8(images), Path(folder, f"ddim_{count}.png")))
     return paths
@@ -218,7 +222,17 @@ def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
     return saved(figure.savefig, path)
 
 
-def run_figures(output_dir, unet, scheduler, images, seed, num_images=16, num_inference_steps=None, on_step=None):
+def run_figures(
+    output_dir,
+    unet,
+    scheduler,
+    images,
+    seed,
+    num_images=16,
+    num_inference_steps=None,
+    on_step=None,
+    class_labels=None,
+):
     """Draw every figure of a run into `output_dir`/figures; without a metrics.jsonl there is no loss.png.
 
     Args:
@@ -227,12 +241,14 @@ def run_figures(output_dir, unet, scheduler, images, seed, num_images=16, num_in
             a CPU there are fewer if they would take longer than PATIENCE.
         num_inference_steps: DDPM steps of the reverse process; None: all T.
         on_step: called after every step of sampling, with what `sample` passes.
+        class_labels: of the `num_images`, for a conditional UNet.
     """
     metrics, folder = Path(output_dir, "metrics.jsonl"), Path(output_dir, "figures")
     steps = scheduler.subsequence(num_inference_steps, "trailing")
     kept = evenly(range(len(steps)), FRAMES)
     total = len(steps) + sum(n for n in DDIM_STEPS if n <= len(scheduler))
     num_images = affordable(unet, num_images, total, PATIENCE)
+    labels = None if class_labels is None else class_labels[:num_images]
     frames = []
     with tqdm(total=total, desc="Figures", unit="step") as bar:
 
@@ -252,8 +268,8 @@ def run_figures(output_dir, unet, scheduler, images, seed, num_images=16, num_in
         schedule_figure(scheduler, folder / "schedule.png")
         forward_strip(scheduler, images[:4], folder / "forward.png", seed)
         options = dict(num_inference_steps=num_inference_steps, spacing="trailing", on_step=keep_frame)
-        sample(unet, scheduler, image_generators(seed, range(num_images)), **options)
-        labels, pairs = zip(*evenly(frames, 9))
-        reverse_strip([[part[:3] for part in pair] for pair in pairs], labels, folder / "reverse.png")
+        sample(unet, scheduler, image_generators(seed, range(num_images)), class_labels=labels, **options)
+        captions, pairs = zip(*evenly(frames, 9))
+        reverse_strip([[part[:3] for part in pair] for pair in pairs], captions, folder / "reverse.png")
         reverse_gif([samples for _, (samples, _) in frames], folder / "reverse.gif")
-        ddim_sheets(unet, scheduler, folder, seed, num_images, on_step=count)
+        ddim_sheets(unet, scheduler, folder, seed, num_images, on_step=count, class_labels=labels)

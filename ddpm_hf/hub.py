@@ -3,6 +3,7 @@
 What is published names diffusers' own classes only, so that whoever loads it needs nothing of ours.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -30,12 +31,13 @@ logger = logging.getLogger(__name__)
 API = HfApi()
 # Nothing else leaves a run folder: no checkpoint, no tracker's logs, nothing that a user put there.
 PUBLISHED = ["model_index.json", "unet", "scheduler", "README.md", "train_config.json", "metrics.jsonl", "samples"]
-PUBLISHED += ["figures", "evaluations", "best"]
+PUBLISHED += ["figures", "evaluations", "best", "classifier"]
 TOKEN = r"\bhf_[A-Za-z0-9]{30,}"
 FACTS = dict(
     parameters="Parameters", num_images="Training images", step="Optimizer steps", images_seen="Images seen",
     seconds="Training time in seconds", loss="Last training loss", validation_loss="Last validation loss",
-    validation_loss_ema="Last validation loss, EMA weights", git_commit="Commit of ddpm_hf",
+    validation_loss_ema="Last validation loss, EMA weights",
+    validation_accuracy="Last validation accuracy, over all noise levels", git_commit="Commit of ddpm_hf",
 )  # fmt: skip
 MARKER = "<!-- ddpm_hf -->"
 AFHQ_LICENCE = """
@@ -123,18 +125,42 @@ def finish_push(future: "Future[bool]") -> bool:
     return future.result()
 
 
-def save_pipeline(folder: str | Path, unet, scheduler):
+def save_pipeline(folder: str | Path, unet, scheduler, class_names: list[str] | None = None):
     """Save the UNet (float32 safetensors) and the scheduler as stock diffusers' `DDPMPipeline`, over an older one.
 
-    Written beside, then moved file by file, weights first and model_index.json last: a kill at any time leaves a
-    folder that loads, or one with no index yet. Other files in the folder, and the model, stay as they are.
+    The names of a conditional UNet's classes go into model_index.json as `id2label`, as DiTPipeline has them. Other
+    files in the folder, and the model, stay as they are.
+    """
+    with saving(folder) as new:
+        DDPMPipeline(in_float32(unet), scheduler.stock()).save_pretrained(new)
+        if class_names is not None:
+            index = json.loads((new / "model_index.json").read_text())
+            index["id2label"] = dict(enumerate(class_names))
+            (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_classifier(folder: str | Path, classifier):
+    """Save a classifier of noisy images (float32 safetensors) and its code in `folder`/classifier."""
+    with saving(folder) as new:
+        in_float32(classifier).save_pretrained(new / "classifier")
+
+
+def in_float32(network):
+    return network if network.dtype == torch.float32 else copy.deepcopy(network).float()
+
+
+@contextlib.contextmanager
+def saving(folder: str | Path):
+    """Lend a folder to write to, then move its files to `folder` one by one, weights first and model_index.json last.
+
+    A kill at any time leaves a folder that loads, or one with no index yet.
     """
     new = Path(folder, ".saving")
     shutil.rmtree(new, ignore_errors=True)  # left by a kill
-    unet = unet if unet.dtype == torch.float32 else copy.deepcopy(unet).float()
-    DDPMPipeline(unet, scheduler.stock()).save_pretrained(new)
-    order = ["unet/*.safetensors*", "unet/*", "scheduler/*", "model_index.json"]
-    for part in dict.fromkeys(path for pattern in order for path in sorted(new.glob(pattern))):
+    yield new
+    order = ["*/*.safetensors*", "*/*", "model_index.json"]
+    files = (path for pattern in order for path in sorted(new.glob(pattern)))
+    for part in dict.fromkeys(files):
         target = folder / part.relative_to(new)
         target.parent.mkdir(exist_ok=True)
         os.replace(part, target)
@@ -155,9 +181,9 @@ def write_card(output_dir: str | Path, config, facts: dict) -> bool:
         return False
     flags = json.loads((output_dir / "train_config.json").read_text(encoding="utf-8"))["flags"]
     name = facts.get("repo_id") or config.hub_model_id or output_dir.resolve().name
-    steps, dataset = flags["ddpm_num_steps"], flags["dataset_name"] or flags["train_data_dir"]
+    dataset = flags["dataset_name"] or flags["train_data_dir"]
 
-    task = "unconditional-image-generation"
+    task = "image-classification" if flags["objective"] == "classify" else "unconditional-image-generation"
     tags = ["diffusers", "ddpm", task, "pytorch", "ddpm_hf"]
     # Cats that nobody may sell make a model that nobody may sell.
     licence = "cc-by-nc-4.0" if "afhq" in dataset.lower() else "apache-2.0"
@@ -170,9 +196,7 @@ def write_card(output_dir: str | Path, config, facts: dict) -> bool:
     pictures = [f"![{sheet.stem}](samples/{sheet.name})" for sheet in sheets[-1:]]
     pictures += ["![Loss](figures/loss.png)"] if (output_dir / "figures" / "loss.png").exists() else []
     pictures = "\n\n".join(pictures)
-    ddim = f'In fewer steps: `DDIMPipeline.from_pretrained("{name}")(num_inference_steps={min(50, steps)}).images[0]`.'
-    if flags["variance_type"] == "learned_range":
-        ddim = "`DDIMPipeline` cannot use it: its UNet predicts a variance beside the noise (`learned_range`)."
+    kind, usage = how_to_use(name, flags)
     command = re.sub(r"\s'?--hub[_-]token(=|\s+)\S+", "", facts["command"])
     rows = {FACTS[key]: facts[key] for key in FACTS if facts.get(key) is not None}
     rows = {k: v if isinstance(v, str) else f"{v:,.4f}" if isinstance(v, float) else f"{v:,}" for k, v in rows.items()}
@@ -189,17 +213,7 @@ def write_card(output_dir: str | Path, config, facts: dict) -> bool:
 {MARKER}
 # {name.rpartition("/")[2]}
 
-A denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239)) of {flags["resolution"]}x{flags["resolution"]}
-images, trained on {source} with `ddpm_hf`. It loads in stock diffusers:
-
-```python
-from diffusers import DDPMPipeline
-
-pipeline = DDPMPipeline.from_pretrained("{name}")
-image = pipeline(num_inference_steps={steps}).images[0]
-```
-
-{ddim}
+{kind} of {flags["resolution"]}x{flags["resolution"]} images, trained on {source} with `ddpm_hf`. {usage}
 
 {pictures}
 
@@ -218,3 +232,53 @@ Every flag is in [train_config.json](train_config.json), every logged step in [m
     partial.write_text(card, encoding="utf-8")
     os.replace(partial, readme)
     return True
+
+
+def how_to_use(name: str, flags: dict) -> tuple[str, str]:
+    """Return what a model is, and a paragraph that loads it; both in Markdown."""
+    ddpm, steps = "denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239))", flags["ddpm_num_steps"]
+    if flags["objective"] == "classify":
+        return (
+            "A classifier of noisy images",
+            f"""It guides a DDPM of the same data and schedule:
+
+```python
+from diffusers import AutoModel, DiffusionPipeline
+
+classifier = AutoModel.from_pretrained("{name}", subfolder="classifier", trust_remote_code=True)
+pipeline = DiffusionPipeline.from_pretrained(
+    "MODEL", custom_pipeline="pipelines/classifier_guided.py", classifier=classifier, trust_remote_code=True
+)
+image = pipeline(class_labels=[0], guidance_scale=2.0).images[0]
+```""",
+        )
+    if flags["class_conditional"]:
+        return (
+            f"A class-conditional {ddpm}",
+            f"""With `ddpm_hf`'s pipeline file:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(
+    "{name}", custom_pipeline="pipelines/class_conditional.py", trust_remote_code=True
+)
+image = pipeline(class_labels=[0], guidance_scale=2.0).images[0]
+```""",
+        )
+    ddim = f'In fewer steps: `DDIMPipeline.from_pretrained("{name}")(num_inference_steps={min(50, steps)}).images[0]`.'
+    if flags["variance_type"] == "learned_range":
+        ddim = "`DDIMPipeline` cannot use it: its UNet predicts a variance beside the noise (`learned_range`)."
+    return (
+        f"A {ddpm}",
+        f"""It loads in stock diffusers:
+
+```python
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("{name}")
+image = pipeline(num_inference_steps={steps}).images[0]
+```
+
+{ddim}""",
+    )

@@ -1,8 +1,9 @@
 """What a batch costs: a loss is a callable `(model, batch) -> float32 (B,)`, one number per image.
 
-A batch is a dict: "images" (B, C, H, W) in [-1, 1], "noise" like it, "timesteps" (B,) int64 in [0, T), all on the
-model's device. Everything outside the UNet is float32 whatever the autocast: in bfloat16, 1 - abar rounds to 0 for
-the first ten timesteps.
+A batch is a dict: "images" (B, C, H, W) in [-1, 1], "noise" like it, "timesteps" (B,) int64 in [0, T), where the
+data has classes "labels" (B,) int64, -1 for none, and "class_labels", those that a conditional UNet is told, all on
+the model's device. Everything outside the network is float32 whatever the autocast: in bfloat16, 1 - abar rounds to 0
+for the first ten timesteps.
 """
 
 import torch
@@ -37,7 +38,7 @@ def denoising_loss(
     def loss(model, batch):
         images, noise, timesteps = batch["images"], batch["noise"], batch["timesteps"]
         noisy = scheduler.q_sample(images, noise, timesteps)
-        output = model(noisy, timesteps).sample.float()
+        output = model(noisy, timesteps, batch.get("class_labels")).sample.float()
         prediction, variance = output.chunk(2, dim=1) if variance_type == "learned_range" else (output, None)
         if objective == "vlb":
             return T * variational_term(
@@ -57,6 +58,40 @@ def denoising_loss(
         return losses
 
     return loss
+
+
+def classification_loss(scheduler: PaperDDPMScheduler):
+    """Return the loss of a classifier p(y | x_t, t): its cross-entropy in nats, 0 for images without a class.
+
+    Taught at all noise levels, for it will be asked at all of them (Dhariwal & Nichol 2021, section 4).
+    """
+
+    def loss(model, batch):
+        noisy = scheduler.q_sample(batch["images"], batch["noise"], batch["timesteps"])
+        logits = model(noisy, batch["timesteps"]).float()
+        return F.cross_entropy(logits, batch["labels"], ignore_index=-1, reduction="none")
+
+    return loss
+
+
+def accuracy(scheduler: PaperDDPMScheduler):
+    """Return what says of each image whether a classifier is right (1.0 or 0.0), called as a loss is."""
+
+    def right(model, batch):
+        noisy = scheduler.q_sample(batch["images"], batch["noise"], batch["timesteps"])
+        return (model(noisy, batch["timesteps"]).argmax(dim=1) == batch["labels"]).float()
+
+    return right
+
+
+def told_labels(labels, ordinals, num_classes: int, dropout: float, seed: int) -> torch.Tensor:
+    """Return the labels (B,) that a conditional UNet is told: `num_classes` is "no class".
+
+    That is what images have that have none, and the share `dropout` of all, each by its (seed, ordinal): so one UNet
+    learns the conditional and the unconditional noise (Ho & Salimans 2022, Algorithm 1).
+    """
+    draws = [torch.rand((), generator=keyed_generator(seed, "label", n)) for n in ordinals.tolist()]
+    return labels.masked_fill((torch.stack(draws) < dropout) | (labels < 0), num_classes)
 
 
 def min_snr_weights(scheduler: PaperDDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -95,11 +130,13 @@ def by_band(losses: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: 
 
 
 @torch.no_grad()
-def validation_loss(model, loss, image_set, num_train_timesteps: int, batch_size: int, accelerator) -> torch.Tensor:
+def validation_loss(
+    model, loss, image_set, num_train_timesteps: int, batch_size: int, accelerator, class_conditional: bool = False
+) -> torch.Tensor:
     """Return (2, 4), as `by_band`: the loss on at most 1,024 held-out images, each with its own fixed t and noise.
 
     The timesteps are spread evenly, so that two runs, or two epochs of one, differ only by their weights. Every
-    process takes its share.
+    process takes its share. A conditional UNet is told every class.
     """
     count = min(len(image_set), VALIDATION_IMAGES)
     rows = torch.linspace(0, len(image_set) - 1, count).round().long()
@@ -113,6 +150,10 @@ def validation_loss(model, loss, image_set, num_train_timesteps: int, batch_size
         noise, _ = draw_noise(ordinals, images.shape[1:], num_train_timesteps, seed=-1)
         timesteps = (spread[ordinals] * num_train_timesteps).long()
         batch = {"images": images, "noise": noise, "timesteps": timesteps}
+        if image_set.labels is not None:
+            batch["labels"] = image_set.labels[rows[ordinals]]
+        if class_conditional:
+            batch["class_labels"] = told_labels(batch["labels"], ordinals, len(image_set.class_names), 0.0, 0)
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with accelerator.autocast():
             losses = loss(model, batch)

@@ -11,9 +11,9 @@ from tqdm.auto import tqdm
 
 from . import UserError, checkpoints
 from .checkpoints import writing
-from .figures import PATIENCE, image_sheet, run_figures
-from .hub import push, save_pipeline, write_card
-from .losses import NUM_BANDS, validation_loss
+from .figures import PATIENCE, image_sheet, loss_figure, run_figures
+from .hub import push, save_classifier, save_pipeline, write_card
+from .losses import NUM_BANDS, accuracy, validation_loss
 from .model import ema_decay
 from .run import Run
 from .run_scores import score_run
@@ -36,6 +36,8 @@ def what_is_due(run: Run) -> set[str]:
         due.discard("validation")
     if run.evaluation is None:
         due.discard("scores")
+    if config.objective == "classify":
+        due.discard("sheet")
     if due & {"validation", "scores", "end"} or step % config.logging_steps == 0:
         due.add("log")
     # A pipeline never lies there without a checkpoint to go on from.
@@ -103,7 +105,7 @@ def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> d
     if config.save_best and main and compared is not None and compared < state.best_score:
         state.best_score = compared
         with writing("the best pipeline", folder / "best"):
-            save_pipeline(folder / "best", run.published, run.scheduler)
+            save_network(run, folder / "best")
     if "log" in due and main:
         with writing("metrics.jsonl", folder), open(folder / "metrics.jsonl", "a") as metrics:
             metrics.write(json.dumps(line) + "\n")
@@ -116,17 +118,22 @@ def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> d
             run.unfinished = "end" in due
     if "checkpoint" in due:
         state.stream = run.train_set.state_dict() if config.streaming else None
-        checkpoints.save_checkpoint(run.accelerator, config, dict(run.unet.config), run.ema, state, rows)
+        checkpoints.save_checkpoint(run.accelerator, config, dict(run.network.config), run.ema, state, rows)
     if "pipeline" in due and main:
         with writing("the pipeline", folder):
-            save_pipeline(folder, run.published, run.scheduler)
-            if "end" in due:
+            save_network(run, folder)
+            if "end" in due and config.objective == "classify":
+                loss_figure(folder / "metrics.jsonl", folder / "figures" / "loss.png")
+            elif "end" in due:
                 images = run.train_set.get(list(range(min(8, run.num_images))))
                 count = min(16, config.eval_batch_size)
                 steps = config.ddpm_num_inference_steps
                 try:
                     give_way = yielding_to(signals, run)
-                    run_figures(folder, run.published, run.scheduler, images, config.seed, count, steps, give_way)
+                    labels = run.class_labels(range(count))
+                    run_figures(
+                        folder, run.published, run.scheduler, images, config.seed, count, steps, give_way, labels
+                    )
                 except Interrupted:
                     run.unfinished = True
             facts = run.facts | line | {"seconds": state.seconds}
@@ -135,6 +142,15 @@ def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> d
             message = "End of training" if "end" in due else f"Step {state.step}"
             run.pushing = push(folder, run.repo_id, config.hub_token, message)
     return line
+
+
+def save_network(run: Run, folder: Path):
+    """Save what is published: the pipeline, or the classifier in a folder `classifier`."""
+    if run.config.objective == "classify":
+        save_classifier(folder, run.published)
+    else:
+        class_names = run.train_set.class_names if run.config.class_conditional else None
+        save_pipeline(folder, run.published, run.scheduler, class_names)
 
 
 def pending_rows(run: Run) -> list[torch.Tensor]:
@@ -183,17 +199,23 @@ def per_band(sums, counts) -> list[float | None]:
 
 
 def validate(run: Run) -> dict:
-    """Return the validation loss of the raw weights and, where there is one, of their moving average."""
-    line = {}
-    weights = {"validation_loss": run.unet} | ({} if run.ema is None else {"validation_loss_ema": run.ema.module})
-    for name, unet in weights.items():
+    """Return the validation loss of the raw weights and of their moving average, where there is one; of a classifier
+    also its accuracy on the noisy images, by published weights."""
+    config, line = run.config, {}
+    measures = {"validation_loss": (run.network, run.loss)}
+    if run.ema is not None:
+        measures["validation_loss_ema"] = run.ema.module, run.loss
+    if config.objective == "classify":
+        measures["validation_accuracy"] = run.published, accuracy(run.scheduler)
+    for name, (network, measure) in measures.items():
         sums, counts = validation_loss(
-            unet,
-            run.loss,
+            network,
+            measure,
             run.validation_set,
-            run.config.ddpm_num_steps,
-            run.config.train_batch_size,
+            config.ddpm_num_steps,
+            config.train_batch_size,
             run.accelerator,
+            config.class_conditional,
         )
         line[name] = float(sums.sum() / counts.sum())
         line[f"{name}_by_band"] = per_band(sums, counts)
@@ -225,6 +247,7 @@ def draw_sheet(run: Run, signals: list):
         batch_size=config.eval_batch_size,
         num_inference_steps=config.ddpm_num_inference_steps,
         spacing="trailing",  # begins at T - 1, in pure noise; "leading" would begin where cosine betas leave signal
+        class_labels=run.class_labels(share),
         on_step=yielding_to(signals, run),
         progress=accelerator.is_main_process,
     )
@@ -235,7 +258,9 @@ def draw_sheet(run: Run, signals: list):
         path = Path(config.output_dir) / "samples" / f"epoch_{epoch:04d}.png"
         with writing("a sample sheet", path):
             path.parent.mkdir(exist_ok=True)
-            image_sheet(torch.from_numpy(images), path)
+            # A class a column, if there is room.
+            columns = len(run.train_set.class_names) if config.class_conditional else None
+            image_sheet(torch.from_numpy(images), path, columns if columns is None or columns <= 16 else None)
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({"samples": images.transpose(0, 2, 3, 1)}, step=run.state.step, dataformats="NHWC")

@@ -1,5 +1,6 @@
-"""The UNet of a run and the moving average of its weights: diffusers' UNet2DModel, torch's AveragedModel."""
+"""The network of a run and the moving average of its weights: diffusers' UNet2DModel, torch's AveragedModel."""
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -8,32 +9,35 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from . import UserError
+from .classifier import NoisyClassifier
 from .presets import unet_kwargs
 
 
-def build_unet(config, channels: int) -> UNet2DModel:
+def build_unet(config, channels: int, class_names: list[str] | None = None) -> UNet2DModel:
     """Build the UNet that `config` asks for, with weights drawn from `config.seed`.
 
     Args:
         channels: of the images; the UNet must take as many.
+        class_names: of the data. A conditional UNet has an embedding for each, and with --label_dropout one more, the
+            last, for images of no class.
 
     Raises:
         UserError: if no UNet2DModel can be built so, saying which flag to change.
     """
+    embeddings = len(class_names) + (config.label_dropout > 0) if config.class_conditional else None
     if config.model_config_name_or_path:
         kwargs = read_unet_config(config)
         outputs = channels * (2 if config.variance_type == "learned_range" else 1)
-        for key, wanted in dict(sample_size=config.resolution, in_channels=channels, out_channels=outputs).items():
+        fixed = dict(sample_size=config.resolution, in_channels=channels, out_channels=outputs)
+        for key, wanted in (fixed | {"num_class_embeds": embeddings}).items():
             if kwargs.get(key) not in (wanted, [wanted, wanted]):
                 raise UserError(
                     f"--model_config_name_or_path {config.model_config_name_or_path!r} has {key} {kwargs.get(key)}, "
-                    f"but this run needs {wanted}: change --resolution, --variance_type or the config."
+                    f"but this run needs {wanted}: change --resolution, --variance_type, --class_conditional or it."
                 )
     else:
-        kwargs = unet_kwargs(config, channels)
-    # UNet2DModel draws from the global generator: it gets a seeded one for a while and the caller's is left alone.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        kwargs = unet_kwargs(config, channels) | {"num_class_embeds": embeddings}
+    with seeded(config.seed):
         try:
             unet = UNet2DModel(**kwargs)
         except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
@@ -48,6 +52,31 @@ def build_unet(config, channels: int) -> UNet2DModel:
                 "install xformers on a machine with a GPU, or leave the flag out; torch's own attention is as fast."
             ) from error
     return unet
+
+
+def build_classifier(config, channels: int, class_names: list[str]) -> NoisyClassifier:
+    """Build the classifier of noisy images: the downsampling half of the UNet that `config` asks for, seeded alike.
+
+    Raises:
+        UserError: if no such UNet can be, saying which flag to change.
+    """
+    kwargs = unet_kwargs(config, channels)
+    shared = ["sample_size", "in_channels", "layers_per_block", "block_out_channels", "down_block_types"]
+    with seeded(config.seed):
+        return NoisyClassifier(
+            num_classes=len(class_names),
+            id2label=dict(enumerate(class_names)),
+            num_train_timesteps=config.ddpm_num_steps,
+            **{name: kwargs[name] for name in [*shared, "dropout", "norm_num_groups"]},
+        )
+
+
+@contextlib.contextmanager
+def seeded(seed: int):
+    """Seed the global generator, which networks draw their weights from, for a while: the caller's is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def unet_channels(config) -> int | None:
@@ -85,8 +114,11 @@ def read_unet_config(config) -> dict:
     kind = kwargs.get("_class_name", "UNet2DModel") if isinstance(kwargs, dict) else "JSON of another shape"
     if kind != "UNet2DModel":
         raise UserError(f"--model_config_name_or_path {name!r} is a {kind}: give the config of a UNet2DModel.")
-    if kwargs.get("num_class_embeds") or kwargs.get("class_embed_type"):
-        raise UserError(f"--model_config_name_or_path {name!r} is class-conditional: give one without classes.")
+    if kwargs.get("class_embed_type"):
+        raise UserError(
+            f"--model_config_name_or_path {name!r} has class_embed_type {kwargs['class_embed_type']}: give one with "
+            "num_class_embeds alone."
+        )
     return {key: value for key, value in kwargs.items() if not key.startswith("_")}
 
 

@@ -15,6 +15,7 @@ METRICS = [
 ]
 SUITES = ["smoke", "fast", "standard", "paper"]
 PIPELINES = ["tf1", "antialias", "pytorch"]
+TASKS = ["denoise", "inpaint", "super_resolution", "colorize", "deblur"]
 
 
 def numbers(text: str) -> list[int]:
@@ -62,6 +63,13 @@ def sampler(parser: argparse.ArgumentParser, method="ddpm, ancestral sampling", 
     add("--dtype", default="float32", help="precision inside the UNet: float32 (default), bfloat16 or float16")
     add("--seed", type=int, default=0, help="image k is drawn from the generator seeded with seed + k; default: 0")
     add("--class_labels", type=numbers, help="of a conditional model: 3 or 0,1,2 in turn; default: all in turn")
+    add(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="how strongly the class is asked for; default: 1, the conditional model itself",
+    )
+    add("--classifier", help="guide an unconditional model by this classifier: run of --objective classify, or Hub id")
     add("--weights", default="published", choices=["published", "raw"], help="raw: before averaging, of a checkpoint")
     add("--batch_size", type=int, default=64, help="images per process at a time; changes nothing else; default: 64")
 
@@ -150,3 +158,45 @@ def compare(parser: argparse.ArgumentParser):
         "sampler.num_inference_steps,model.weights; all the rest must be equal",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+
+
+def export(parser: argparse.ArgumentParser):
+    parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
+    parser.add_argument("output", help="folder to write; must not exist")
+    parser.add_argument("--classifier", help="take this classifier along: run of --objective classify, or Hub id")
+    parser.add_argument("--weights", default="published", choices=["published", "raw"], help="raw: before averaging")
+
+
+def restore(parser: argparse.ArgumentParser):
+    parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
+    parser.add_argument("input", help="an image, or a folder of images, of any sizes that the model's UNet can halve")
+    parser.add_argument("output", help="a .png file, or a folder: each result has its input's name, and ends in .png")
+    add = parser.add_argument
+    add("--task", required=True, choices=TASKS, help="what has happened to the images, or what is to be done")
+    add(
+        "--noise_level",
+        type=float,
+        help="standard deviation of the noise in the input, on pixels in [0, 1]; default: denoise estimates it, other "
+        "tasks take that of rounding to 8 bits",
+    )
+    add(
+        "--mask",
+        metavar="FILE|FOLDER",
+        help="of inpaint: white where to paint; one for all images, or one of each name",
+    )
+    add("--scale_factor", type=int, help="of super_resolution: times as wide and as high; default: 2")
+    add("--blur_sigma", type=float, help="of deblur: standard deviation of the Gaussian blur in pixels; default: 1")
+    add("--num_inference_steps", type=int, help="of the reverse process; default: the pipeline's for the task")
+    add(
+        "--num_samples",
+        type=int,
+        help="restorations that are averaged: many for fidelity, 1 for sharpness; default: the pipeline's",
+    )
+    add("--batch_size", type=int, default=16, help="images at a time; changes nothing else; default: 16")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="image k, by name, is drawn from the generator seeded with seed + k; default: 0",
+    )
+    add("--overwrite", action="store_true", help="replace results that are in OUTPUT")

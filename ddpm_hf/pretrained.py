@@ -1,5 +1,6 @@
 """A trained DDPM, ours or anyone's, from a folder, a checkpoint or the Hub: what is sampled from and scored."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -14,15 +15,18 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 
 from . import UserError
 from .checkpoints import checkpoints, step_of
+from .classifier import NoisyClassifier
 from .scheduler import PaperDDPMScheduler, make_scheduler
 
 
 # Schedulers whose config holds the same betas: a pipeline saved with one of them is a DDPM all the same.
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
+PARTS = ("unet", "scheduler", "classifier")
 WEIGHTS = ("published", "raw")
 # What is fetched of a Hub repository: some old ones have the UNet's and the scheduler's files beside the index.
 PIPELINE_FILES = ["model_index.json", "train_config.json", "config.json", "scheduler_config.json"]
 PIPELINE_FILES += ["diffusion_pytorch_model*.safetensors*", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
+PIPELINE_FILES += ["classifier/*.json", "classifier/*.safetensors"]
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Pretrained:
     `facts` has "name" (a Hub id or the folder's name), "revision" (the Hub's commit, or None), "weights"
     ("published", or "raw" for weights that no average was taken of), "unet_sha256", "parameters", "train_step" (of a
     checkpoint) and "commit", None where the folder does not tell. `run` is the content of train_config.json, or {};
-    `folder` is where all was read from.
+    `folder` is where all was read from. `class_names` are those of a conditional UNet, None where none are known.
     """
 
     unet: UNet2DModel
@@ -40,6 +44,12 @@ class Pretrained:
     facts: dict
     run: dict
     folder: Path
+    class_names: list[str] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be asked for: an embedding for "no class" is none of them."""
+        return len(self.class_names or []) or self.unet.config.num_class_embeds or 0
 
 
 def load_pretrained(name: str, weights: str = "published") -> Pretrained:
@@ -72,7 +82,8 @@ def load_pretrained(name: str, weights: str = "published") -> Pretrained:
         return _from_checkpoint(found[-1], weights)
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipeline = DDPMPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        with errors_only():  # a stock pipeline has no use for id2label and would say so
+            pipeline = DDPMPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{name} cannot be loaded ({' '.join(str(error).split())}): is it whole?") from error
     scheduler = PaperDDPMScheduler.from_config(pipeline.scheduler.config)
@@ -80,7 +91,20 @@ def load_pretrained(name: str, weights: str = "published") -> Pretrained:
     run = _read_json(of_run / "train_config.json") if (of_run / "train_config.json").is_file() else {}
     if pipeline.unet.config.sample_size is None:
         raise UserError(f"{name} does not say the size of its images (sample_size): add it to unet/config.json.")
-    return _pretrained(pipeline.unet, scheduler, name, revision, "published", run, folder, None)
+    names = _read_json(folder / "model_index.json").get("id2label") if pipeline.unet.config.num_class_embeds else None
+    class_names = None if names is None else [names[str(label)] for label in range(len(names))]
+    return _pretrained(pipeline.unet, scheduler, name, revision, "published", run, folder, None, class_names)
+
+
+@contextlib.contextmanager
+def errors_only():
+    """Keep diffusers from warning for a while."""
+    level = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(level)
 
 
 def _from_hub(name: str) -> Path:
@@ -102,7 +126,7 @@ def _from_hub(name: str) -> Path:
 def _check_is_ddpm(name: str, folder: Path):
     parts = _read_json(folder / "model_index.json")
     found = {key: value[1] for key, value in parts.items() if isinstance(value, list) and len(value) == 2}
-    if found.get("unet") != "UNet2DModel" or found.get("scheduler") not in SCHEDULERS or len(found) != 2:
+    if found.get("unet") != "UNet2DModel" or found.get("scheduler") not in SCHEDULERS or set(found) - set(PARTS):
         has = ", ".join(f"{key}: {value}" for key, value in found.items()) or "nothing"
         raise UserError(f"{name} is no DDPM (it has {has}): give a pipeline of a UNet2DModel and a DDPMScheduler.")
 
@@ -111,6 +135,8 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
     saved = _read_json(checkpoint / "train_config.json")
     averaged = weights == "published" and (checkpoint / "ema.safetensors").is_file()
     flags = saved["flags"]
+    if flags.get("objective") == "classify":
+        raise UserError(f"{checkpoint} is of a classifier: give a pipeline, or a checkpoint of one.")
     unet = UNet2DModel.from_config(saved["unet"])
     unet.load_state_dict(
         safetensors.torch.load_file(checkpoint / ("ema.safetensors" if averaged else "model.safetensors"))
@@ -124,10 +150,12 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
     record = checkpoint.parent / "train_config.json"
     run = _read_json(record) if record.is_file() else saved
     kind = "raw" if weights == "raw" or not flags["use_ema"] else "published"
-    return _pretrained(unet, scheduler, str(checkpoint.parent), None, kind, run, checkpoint, step_of(checkpoint))
+    class_names = run.get("class_names") if flags.get("class_conditional") else None
+    of_run = str(checkpoint.parent)
+    return _pretrained(unet, scheduler, of_run, None, kind, run, checkpoint, step_of(checkpoint), class_names)
 
 
-def _pretrained(unet, scheduler, name, revision, weights, run, folder, step) -> Pretrained:
+def _pretrained(unet, scheduler, name, revision, weights, run, folder, step, class_names) -> Pretrained:
     unet = unet.eval().requires_grad_(False)
     facts = {
         "name": name if revision else Path(name).resolve().name,
@@ -138,7 +166,27 @@ def _pretrained(unet, scheduler, name, revision, weights, run, folder, step) -> 
         "train_step": step,
         "commit": run.get("git_commit"),
     }
-    return Pretrained(unet, scheduler, facts, run, folder)
+    return Pretrained(unet, scheduler, facts, run, folder, class_names)
+
+
+def load_classifier(name: str) -> NoisyClassifier:
+    """Load a classifier: the folder of a run with --objective classify, its `classifier` folder, or a Hub id.
+
+    Raises:
+        UserError: if there is none.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        folder = _from_hub(name)
+    folder = folder / "classifier" if (folder / "classifier").is_dir() else folder
+    try:
+        with errors_only():  # nor has the class of the installed package for the auto_map of the one saved
+            classifier = NoisyClassifier.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{name} has no classifier ({' '.join(str(error).split())[:200]}): train one with --objective classify."
+        ) from error
+    return classifier.eval().requires_grad_(False)
 
 
 def weights_hash(module: torch.nn.Module) -> str:

@@ -17,7 +17,7 @@ PACKAGES = ["ddpm_hf", "torch", "diffusers", "accelerate", "datasets", "transfor
 def describe(run) -> dict:
     """Return the facts of a Run before its first step, with a "summary" for people."""
     config, accelerator, data = run.config, run.accelerator, run.train_set
-    parameters = sum(parameter.numel() for parameter in run.unet.parameters())
+    parameters = sum(parameter.numel() for parameter in run.network.parameters())
     held_out = 0 if run.validation_set is None else run.validation_set.num_images
     images = "a stream of" if data.num_images is None else f"{data.num_images:,}"
     summary = (

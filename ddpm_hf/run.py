@@ -18,11 +18,12 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import UserError, checkpoints
 from .checkpoints import TrainState
+from .classifier import NoisyClassifier
 from .config import TrainingConfig
 from .data import load_images
 from .hub import create_repository
-from .losses import denoising_loss
-from .model import build_unet, ema_decay, make_ema, unet_channels
+from .losses import classification_loss, denoising_loss
+from .model import build_classifier, build_unet, ema_decay, make_ema, unet_channels
 from .record import describe, write_record
 from .run_scores import open_evaluation
 from .scheduler import PaperDDPMScheduler, make_scheduler
@@ -31,13 +32,17 @@ from .timestep_sampling import new_history
 
 @dataclass
 class Run:
-    """All that the loop works with. `unet` holds the raw weights; `model` is it as accelerate prepared it."""
+    """All that the loop works with.
+
+    `network` holds the raw weights of the UNet, or of the classifier with --objective classify; `model` is it as
+    accelerate prepared it.
+    """
 
     config: TrainingConfig
     accelerator: Accelerator
     train_set: Any
     validation_set: Any
-    unet: UNet2DModel
+    network: UNet2DModel | NoisyClassifier
     scheduler: PaperDDPMScheduler
     optimizer: torch.optim.Optimizer
     learning_rate: Any  # optimizer step -> learning rate
@@ -56,9 +61,13 @@ class Run:
     pushing: Any = None  # the last push, under way in the background
 
     @property
-    def published(self) -> UNet2DModel:
+    def published(self) -> UNet2DModel | NoisyClassifier:
         """The weights that are sampled from and saved: the EMA's where there is one."""
-        return self.unet if self.ema is None else self.ema.module
+        return self.network if self.ema is None else self.ema.module
+
+    def class_labels(self, indices) -> list[int] | None:
+        """Return the labels of sampled images: all classes in turn; None of an unconditional UNet."""
+        return [k % len(self.train_set.class_names) for k in indices] if self.config.class_conditional else None
 
     def epochs(self, step: int) -> int:
         """Return how many epochs are over after `step` steps, by images seen."""
@@ -75,7 +84,9 @@ def open_run(config: TrainingConfig) -> Run | None:
     accelerator = make_accelerator(config)
     with accelerator.local_main_process_first():
         train_set, validation_set = load_images(config, unet_channels(config))
-    unet = build_unet(config, train_set.channels)
+    check_classes(config, train_set)
+    classify = config.objective == "classify"
+    network = (build_classifier if classify else build_unet)(config, train_set.channels, train_set.class_names)
     scheduler = make_scheduler(
         config.ddpm_beta_schedule,
         config.ddpm_num_steps,
@@ -83,7 +94,7 @@ def open_run(config: TrainingConfig) -> Run | None:
         variance_type=config.variance_type,
     )
     optimizer = torch.optim.AdamW(
-        unet.parameters(),
+        network.parameters(),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
@@ -96,11 +107,13 @@ def open_run(config: TrainingConfig) -> Run | None:
         accelerator=accelerator,
         train_set=train_set,
         validation_set=validation_set,
-        unet=unet,
+        network=network,
         scheduler=scheduler,
         optimizer=optimizer,
         learning_rate=learning_rate_schedule(config, optimizer, total_steps),
-        loss=denoising_loss(scheduler, config.loss_type, config.snr_gamma, config.objective),
+        loss=classification_loss(scheduler)
+        if classify
+        else denoising_loss(scheduler, config.loss_type, config.snr_gamma, config.objective),
         num_images=num_images,
         global_batch=global_batch,
         total_steps=total_steps,
@@ -108,15 +121,15 @@ def open_run(config: TrainingConfig) -> Run | None:
         facts={},
     )
     run.facts = describe(run)
-    run.evaluation, skipped = open_evaluation(config, unet, scheduler, train_set, validation_set)
+    run.evaluation, skipped = open_evaluation(config, network, scheduler, train_set, validation_set)
     said = [run.facts["summary"], *ema_warning(config, total_steps), *skipped]
     if checkpoint is not None:
-        said += checkpoints.check_same_run(checkpoint, config, dict(unet.config), total_steps)
+        said += checkpoints.check_same_run(checkpoint, config, dict(network.config), total_steps)
     if accelerator.is_main_process:
         print(*said, sep="\n", flush=True)
     if config.dry_run:
         if accelerator.is_main_process:
-            print(json.dumps(config.to_dict() | {"unet": dict(unet.config)}, indent=2))
+            print(json.dumps(config.to_dict() | {"network": dict(network.config)}, indent=2))
         return None
     if config.push_to_hub and accelerator.is_main_process:
         run.repo_id = create_repository(config)
@@ -128,8 +141,8 @@ def open_run(config: TrainingConfig) -> Run | None:
         start_tracker(config, accelerator)
         write_record(run)
     accelerator.wait_for_everyone()
-    run.model, run.optimizer = accelerator.prepare(unet, optimizer)
-    run.ema = make_ema(config, unet)
+    run.model, run.optimizer = accelerator.prepare(network, optimizer)
+    run.ema = make_ema(config, network)
     if checkpoint is not None:
         run.state = checkpoints.load_checkpoint(accelerator, checkpoint, run.ema)
         if accelerator.is_main_process:
@@ -141,6 +154,23 @@ def open_run(config: TrainingConfig) -> Run | None:
     elif run.state.loss_history is None:
         run.state.loss_history = new_history(config.ddpm_num_steps)
     return run
+
+
+def check_classes(config, train_set):
+    """Refuse, with a UserError, images without the classes that a conditional UNet or a classifier is taught."""
+    wanted = "--class_conditional" if config.class_conditional else "--objective classify"
+    if not config.class_conditional and config.objective != "classify":
+        return
+    if train_set.class_names is None:
+        raise UserError(f"{wanted} needs images with classes, and these have none: name their --label_column.")
+    if (
+        config.class_conditional
+        and not config.label_dropout
+        and (train_set.labels is None or train_set.labels.min() < 0)
+    ):
+        raise UserError(
+            "--label_dropout 0 leaves no place for images without a class, which these may have: give 0.1."
+        )
 
 
 def make_accelerator(config) -> Accelerator:

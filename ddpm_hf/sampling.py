@@ -75,7 +75,7 @@ def sample(
             pred_original_sample = scheduler.predict_original_sample(output, x, t)
             epsilon = scheduler.predict_epsilon(output, x, t)
             if clip:
-                pred_original_sample = _clip(pred_original_sample, scheduler)
+                pred_original_sample = clipped(pred_original_sample, scheduler)
 
             # Step from x_t to x_t', noise included except into the clean image.
             if method == "ddim":
@@ -220,7 +220,8 @@ def _class_labels(unet: nn.Module, class_labels, num_images: int) -> dict[str, t
     return {"class_labels": labels.to(unet.device)}
 
 
-def _clip(pred_original_sample: torch.Tensor, scheduler: PaperDDPMScheduler) -> torch.Tensor:
+def clipped(pred_original_sample: torch.Tensor, scheduler: PaperDDPMScheduler) -> torch.Tensor:
+    """Return a predicted x_0 clipped, or thresholded, as the scheduler's config says."""
     if scheduler.config.thresholding:
         return scheduler._threshold_sample(pred_original_sample)
     if scheduler.config.clip_sample:

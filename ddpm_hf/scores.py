@@ -33,6 +33,7 @@ class Evaluation:
         options: of each extractor's loader, by its name.
         bound_images, bound_timesteps: of bits_per_dim; None for all of them.
         reference_file, reference_pipeline: statistics to take for FID instead of those of `train`.
+        class_labels: that were asked for, in turn: image k is to be of class `class_labels[k % len]` of `train`.
         pairs_path: where memorization draws the closest pairs; None: nowhere.
     """
 
@@ -50,6 +51,7 @@ class Evaluation:
     reference_file: str | None = None
     reference_pipeline: str | None = None
     cache_dir: str | None = None
+    class_labels: list[int] | None = None
     pairs_path: Any = None
     extractors: dict = field(default_factory=dict)  # by name: the module, or why it cannot be had
     generated: dict = field(default_factory=dict)  # by name: the features of `images`, once computed

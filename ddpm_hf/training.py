@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from . import UserError
 from .data import training_batches
 from .hub import finish_push
-from .losses import NUM_BANDS, by_band, draw_noise
+from .losses import NUM_BANDS, by_band, draw_noise, told_labels
 from .milestones import reach, what_is_due
 from .run import Run, open_run
 from .timestep_sampling import draw_timesteps, remember
@@ -82,6 +82,10 @@ def step(run: Run, batches):
             batch["noise"], batch["timesteps"] = draw_noise(ordinals, shape, config.ddpm_num_steps, config.seed)
             if state.loss_history is not None:
                 batch["timesteps"], batch["weights"] = draw_timesteps(state.loss_history, ordinals, config.seed)
+            if config.class_conditional:
+                batch["class_labels"] = told_labels(
+                    batch["labels"], ordinals, len(run.train_set.class_names), config.label_dropout, config.seed
+                )
             batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
             # Dropout knows only the global generator: it is keyed by the first image of the batch.
             torch.manual_seed(config.seed + int(ordinals[0]))
@@ -101,7 +105,7 @@ def step(run: Run, batches):
         remember(state.loss_history, *accelerator.gather([torch.cat(column) for column in zip(*seen)]))
     # Update the moving average.
     if run.ema is not None:
-        run.ema.update_parameters(run.unet)
+        run.ema.update_parameters(run.network)
     # Keep the losses where they are: to read them now would make a GPU wait. The gradient's norm is the same
     # everywhere, so one process reports it.
     norm = grad_norm.detach().float().reshape(1) * accelerator.is_main_process
@@ -156,23 +160,26 @@ def close(run: Run, signals: list):
     """Say where everything lies, or how to go on."""
     folder = Path(run.config.output_dir)
     finished = run.state.step == run.total_steps and not run.unfinished
-    if run.accelerator.is_main_process:
-        if finished:
-            sheet = max((folder / "samples").glob("epoch_*.png"), key=lambda path: (len(path.name), path.name))
-            print(
-                f"\nTrained {run.state.step:,} steps in {run.state.seconds / 60:.1f} minutes.\n"
-                f"  pipeline      {folder}  (DDPMPipeline.from_pretrained({str(folder)!r}))\n"
-                f"  sample sheet  {sheet}\n"
-                f"  loss curve    {folder / 'figures' / 'loss.png'}\n"
-                f"  reverse GIF   {folder / 'figures' / 'reverse.gif'}\n"
-                f"  all figures   {folder / 'figures'}",
-                flush=True,
-            )
+    if run.accelerator.is_main_process and finished:
+        found = {"pipeline": f"{folder}  (DDPMPipeline.from_pretrained({str(folder)!r}))"}
+        if run.config.objective == "classify":
+            found = {"classifier": f"{folder / 'classifier'}  (for --classifier {folder} of `sample` and `evaluate`)"}
         else:
-            print(
-                f"\nStopped after step {run.state.step:,} of {run.total_steps:,}: checkpoint and pipeline so far are "
-                f"in {folder}; add --resume_from_checkpoint latest to go on.",
-                flush=True,
-            )
+            sheets = (folder / "samples").glob("epoch_*.png")
+            found["sample sheet"] = max(sheets, key=lambda path: (len(path.name), path.name))
+            found["reverse GIF"] = folder / "figures" / "reverse.gif"
+        found |= {"loss curve": folder / "figures" / "loss.png", "all figures": folder / "figures"}
+        print(
+            f"\nTrained {run.state.step:,} steps in {run.state.seconds / 60:.1f} minutes.",
+            *(f"  {what:12}  {where}" for what, where in found.items()),
+            sep="\n",
+            flush=True,
+        )
+    elif run.accelerator.is_main_process:
+        print(
+            f"\nStopped after step {run.state.step:,} of {run.total_steps:,}: checkpoint and pipeline so far are "
+            f"in {folder}; add --resume_from_checkpoint latest to go on.",
+            flush=True,
+        )
     if not finished:
         raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))

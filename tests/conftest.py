@@ -1,9 +1,12 @@
 """Offline, quiet, two threads at most, and nothing written outside the test's own folder."""
 
 import os
+import shutil
+import tempfile
 
 
 os.environ.update(
+    HF_HOME=tempfile.mkdtemp(prefix="ddpm_hf-"),  # diffusers and datasets read it when they are imported
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
@@ -17,7 +20,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -30,8 +32,8 @@ from ddpm_hf.data import training_batches
 from ddpm_hf.hub import save_pipeline
 from ddpm_hf.losses import NUM_BANDS
 from ddpm_hf.run import open_run
-from ddpm_hf.scheduler import PaperDDPMScheduler
-from ddpm_hf.training import step
+from ddpm_hf.scheduler import PaperDDPMScheduler, make_scheduler
+from ddpm_hf.training import step, train
 
 
 ROOT = Path(__file__).parent.parent
@@ -44,10 +46,10 @@ TINY = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def caches(tmp_path_factory):
-    """HuggingFace's caches in a folder of this session."""
-    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
-    datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_HOME"]) / "datasets"
+def caches():
+    """Take HuggingFace's caches of this session away after it."""
+    yield
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +87,10 @@ def script(*arguments, code=0, **kwargs):
 def fresh_accelerate():
     """accelerate keeps precision and accumulation for the life of a process; each test begins anew."""
     yield
+    reset_accelerate()
+
+
+def reset_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -97,8 +103,7 @@ def steps(count, *flags):
     for _ in range(count):
         step(run, batches)
     losses = [row[:NUM_BANDS].sum() for row in run.state.pending]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     return run, losses
 
 
@@ -158,3 +163,17 @@ def command(*arguments, processes=1, code=0, **kwargs):
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def guidance_models(tmp_path_factory):
+    """A conditional model, a classifier and a plain model, trained on the digits for a moment."""
+    root = tmp_path_factory.mktemp("guided")
+    flags = [*TINY, "--max_train_steps=6", "--validation_split=0.1", "--eval_batch_size=10"]
+    for name, more in {"conditional": ["--class_conditional"], "classifier": ["--objective=classify"]}.items():
+        train(parse_config([*flags, *more, f"--output_dir={root}/{name}"]))
+        reset_accelerate()
+    unet = UNet2DModel.from_pretrained(root / "conditional" / "unet")
+    unet = UNet2DModel.from_config(unet.config, num_class_embeds=None)
+    save_pipeline(root / "plain", unet, make_scheduler("linear", 10))
+    return root

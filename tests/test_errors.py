@@ -27,12 +27,16 @@ def broken(tmp_path_factory):
         pixels.save(root / "damaged" / "a" / f"{k}.png")
     data = (root / "damaged" / "a" / "7.png").read_bytes()
     (root / "damaged" / "a" / "7.png").write_bytes(data[: len(data) // 2])
+    (root / "flat").mkdir()
+    for k in range(10):
+        pixels.save(root / "flat" / f"{k}.png")
     (root / "numbers").mkdir()
     datasets.Dataset.from_dict({"x": [1.0, 2.0]}).to_parquet(root / "numbers" / "train-00000-of-00001.parquet")
     (root / "file").write_text("a file")
     (root / "config.json").write_text('{"_class_name": "DDPMScheduler"}')
     (root / "list.json").write_text("[]")
-    (root / "classes.json").write_text('{"sample_size": 8, "in_channels": 1, "num_class_embeds": 10}')
+    sizes = '"sample_size": 8, "in_channels": 1, "out_channels": 1'
+    (root / "classes.json").write_text("{" + sizes + ', "num_class_embeds": 10}')
     (root / "checkpoint-3").mkdir()
     (root / "checkpoint-4").mkdir()
     for name in ("state.pt", "train_config.json"):
@@ -45,6 +49,7 @@ def broken(tmp_path_factory):
     return root
 
 
+CLASSLESS = [*TINY[1:], "--train_data_dir={root}/flat"]
 BAD = {
     # flags
     "nothing to train on": ([], "nothing to train on"),
@@ -85,7 +90,14 @@ BAD = {
     "no such config": ([*TINY, "--model_config_name_or_path=nowhere/x"], "'nowhere/x' has no UNet2DModel config"),
     "config of another class": ([*TINY, "--model_config_name_or_path={root}/config.json"], "is a DDPMScheduler"),
     "config of no class": ([*TINY, "--model_config_name_or_path={root}/list.json"], "is a JSON of another shape"),
-    "config with classes": ([*TINY, "--model_config_name_or_path={root}/classes.json"], "is class-conditional"),
+    "config with classes": (
+        [*TINY, "--model_config_name_or_path={root}/classes.json"],
+        "has num_class_embeds 10, but",
+    ),
+    "classes of none": ([*CLASSLESS, "--class_conditional"], "--class_conditional needs images with classes"),
+    "a classifier of none": ([*CLASSLESS, "--objective=classify"], "--objective classify needs images with classes"),
+    "a conditional classifier": ([*TINY, "--objective=classify", "--class_conditional"], "has no --class_conditional"),
+    "all labels dropped": ([*TINY, "--label_dropout=1"], "--label_dropout is 1.0, but must lie between 0 and 1"),
     # the data
     "no such folder": (["--dataset_name=./nowhere"], "nowhere"),
     "no such hub dataset": (["--dataset_name=nobody/nothing"], "nobody/nothing"),
@@ -136,7 +148,7 @@ BAD = {
     "half a checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-3"], "is not a complete checkpoint"),
     "checkpoint of another model": (
         [*TINY, "--output_dir={root}/run", "--resume_from_checkpoint=latest", "--base_channels=16"],
-        "is of another model: its UNet has block_out_channels [8, 16], this run's has [16, 32]",
+        "is of another model: its network has block_out_channels [8, 16], this run's has [16, 32]",
     ),
     "checkpoint without ema": (
         [*TINY, "--output_dir={root}/run", "--resume_from_checkpoint=latest", "--use_ema"],

@@ -30,12 +30,12 @@ TRAJECTORY = [
     "--num_epochs=1", "--max_train_steps=7", "--learning_rate=1e-2", "--lr_scheduler=constant", "--lr_warmup_steps=0",
     "--adam_beta1=0.5", "--adam_beta2=0.5", "--adam_weight_decay=0.5", "--adam_epsilon=0.1", "--max_grad_norm=0.01",
     "--mixed_precision=bf16", "--random_flip", "--class_names=3,7", "--validation_split=0.5", "--objective=vlb",
-    "--timestep_sampling=loss_second_moment",
+    "--timestep_sampling=loss_second_moment", "--class_conditional", "--objective=classify",
 ]  # fmt: skip
 
 
 def weights(run):
-    return torch.cat([parameter.detach().flatten() for parameter in run.unet.parameters()])
+    return torch.cat([parameter.detach().flatten() for parameter in run.network.parameters()])
 
 
 @pytest.fixture(scope="module")
@@ -62,16 +62,25 @@ def test_a_learned_variance_is_taught_by_the_objective_asked_for(tmp_path):
     assert torch.equal(default, hybrid) and not torch.equal(default, bound)
 
 
+def test_label_dropout_decides_how_often_the_class_is_told(tmp_path):
+    often, always = (
+        steps(4, "--output_dir", tmp_path, "--class_conditional", f"--label_dropout={share}")[0].network
+        for share in (0.5, 0.0)
+    )
+    assert len(often.class_embedding.weight) == 11 and len(always.class_embedding.weight) == 10
+    assert not torch.equal(often.conv_in.weight, always.conv_in.weight)
+
+
 @pytest.mark.parametrize("flag", ["--ema_inv_gamma=9", "--ema_power=0.2", "--ema_max_decay=0.1"])
 def test_ema_flags_change_what_is_published(flag, plain, tmp_path):
     raw, _ = steps(4, "--output_dir", tmp_path / "raw")
     averaged, _ = steps(4, "--output_dir", tmp_path / "ema", "--use_ema")
     changed, _ = steps(4, "--output_dir", tmp_path / "changed", "--use_ema", flag)
-    assert raw.published is raw.unet and averaged.published is not averaged.unet
+    assert raw.published is raw.network and averaged.published is not averaged.network
     assert torch.equal(weights(averaged), plain)  # the average is beside the training, never in it
     one, other = averaged.published.state_dict(), changed.published.state_dict()
     assert any(not torch.equal(one[name], other[name]) for name in one)
-    assert any(not torch.equal(one[name], raw.unet.state_dict()[name]) for name in one)
+    assert any(not torch.equal(one[name], raw.network.state_dict()[name]) for name in one)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import re
 import shlex
+import sys
 
 import pytest
 from conftest import ROOT
@@ -16,15 +17,15 @@ from ddpm_hf.config import TrainingConfig
 # Each module imports only from layers before its own.
 LAYERS = [
     ["__init__"],
-    ["presets", "randomness", "scheduler", "pixels", "options"],
+    ["presets", "randomness", "scheduler", "pixels", "options", "classifier"],
     ["likelihood", "metrics"],
     ["timestep_sampling"],
     ["config", "data", "losses", "sampling", "model"],
     ["command_line"],
-    ["checkpoints"],
+    ["checkpoints", "guidance"],
     ["figures", "hub", "digit_classifier"],
     ["record", "pretrained", "samples", "inception", "memorization"],
-    ["drawing", "dinov2", "records"],
+    ["drawing", "dinov2", "records", "export"],
     ["features"],
     ["reference"],
     ["feature_scores"],
@@ -32,10 +33,11 @@ LAYERS = [
     ["run_scores"],
     ["run"],
     ["milestones"],
-    ["training", "evaluation"],
+    ["training", "evaluation", "restore"],
     ["__main__"],
 ]
 MODULES = sorted((ROOT / "ddpm_hf").glob("*.py"))
+PIPELINES = sorted((ROOT / "pipelines").glob("*.py"))
 
 
 def imports_of_ours(path):
@@ -56,9 +58,20 @@ def test_imports_point_one_way(path):
         assert layer[imported] < layer[path.stem], f"{path.stem} imports {imported}"
 
 
-@pytest.mark.parametrize("path", [*MODULES, ROOT / "train_unconditional.py"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*MODULES, *PIPELINES, ROOT / "train_unconditional.py"], ids=lambda path: path.stem)
 def test_no_file_is_longer_than_300_lines(path):
     assert len(path.read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("path", [*PIPELINES, ROOT / "ddpm_hf" / "classifier.py"], ids=lambda path: path.stem)
+def test_what_travels_with_a_model_needs_nothing_of_ours(path):
+    tree = ast.parse(path.read_text())
+    found = {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    strangers = {name.split(".")[0] for name in found} - sys.stdlib_module_names
+    assert strangers <= {"torch", "numpy", "PIL", "diffusers"}
+    bases = [base.id for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases]
+    assert bases.count("DiffusionPipeline") == (path.parent.name == "pipelines")  # diffusers looks for the only one
 
 
 def test_config_and_presets_import_no_torch():
@@ -75,7 +88,7 @@ def test_every_flag_is_read(name):
     assert any(f"config.{name}" in text for text in sources) or f"self.{name}" in own
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/scores.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/scores.md", "pipelines/README.md"])
 def test_pages_are_whole(page):
     text, folder = (ROOT / page).read_text(), (ROOT / page).parent
     assert not re.search(r"@[A-Z_]+@|TODO|TBD", text)

@@ -7,10 +7,13 @@ import torch
 from conftest import steps
 
 from ddpm_hf.losses import (
+    accuracy,
     by_band,
+    classification_loss,
     denoising_loss,
     draw_noise,
     min_snr_weights,
+    told_labels,
 )
 from ddpm_hf.scheduler import PaperDDPMScheduler, make_scheduler
 from ddpm_hf.timestep_sampling import draw_timesteps, new_history, remember, timestep_probabilities
@@ -23,7 +26,7 @@ class Answer(torch.nn.Module):
         super().__init__()
         self.answer = answer
 
-    def forward(self, sample, timesteps):
+    def forward(self, sample, timesteps, class_labels=None):
         return type("Output", (), {"sample": self.answer})
 
 
@@ -152,7 +155,7 @@ def test_an_image_of_no_weight_teaches_nothing_and_counts_for_nothing(monkeypatc
     monkeypatch.setattr("ddpm_hf.training.draw_timesteps", weightless)
     flags = ["--timestep_sampling=loss_second_moment", "--adam_weight_decay=0", "--output_dir", tmp_path]
     before, after = steps(0, *flags)[0], steps(2, *flags)
-    for one, other in zip(before.unet.parameters(), after[0].unet.parameters(), strict=True):
+    for one, other in zip(before.network.parameters(), after[0].network.parameters(), strict=True):
         assert torch.equal(one, other)
     assert all(loss == 0 for loss in after[1])
     assert after[0].state.loss_history.isfinite().sum(dim=1).tolist() == [2] * 8 + [0] * 2
@@ -183,3 +186,30 @@ def test_logged_losses_of_importance_sampling_compare_with_uniform_ones():
 def test_bands_are_quarters_of_the_timesteps():
     sums = by_band(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]), torch.tensor([0, 24, 25, 99, 75]), 100)
     assert sums.tolist() == [[3.0, 3.0, 0.0, 9.0], [2.0, 1.0, 0.0, 2.0]]
+
+
+def test_a_classifier_pays_its_cross_entropy_and_is_right_or_wrong():
+    scheduler = make_scheduler("ho_linear", 100)
+    logits = torch.tensor([[0.0, math.log(3)]]).expand(6, -1)  # probabilities 1/4 and 3/4
+    batch = a_batch() | {"labels": torch.tensor([0, 1, -1, 1, 0, -1])}
+
+    def classifier(noisy, timesteps):
+        torch.testing.assert_close(noisy, scheduler.q_sample(batch["images"], batch["noise"], batch["timesteps"]))
+        return logits
+
+    losses = classification_loss(scheduler)(classifier, batch)
+    expected = [math.log(4), math.log(4 / 3), 0, math.log(4 / 3), math.log(4), 0]
+    torch.testing.assert_close(losses, torch.tensor(expected))
+    assert accuracy(scheduler)(classifier, batch).tolist() == [0, 1, 0, 1, 0, 0]
+
+
+def test_a_share_of_the_labels_is_dropped_each_by_its_ordinal():
+    labels, ordinals = torch.arange(2000) % 10, torch.arange(2000)
+    told = told_labels(labels, ordinals, 10, 0.2, seed=3)
+    dropped = told == 10
+    assert torch.equal(told[~dropped], labels[~dropped])
+    assert 0.2 * 2000 - 3 * 18 < int(dropped.sum()) < 0.2 * 2000 + 3 * 18  # deviation sqrt(2000 * 0.2 * 0.8) = 18
+    assert torch.equal(told_labels(labels[500:600], ordinals[500:600], 10, 0.2, seed=3), told[500:600])
+    assert not torch.equal(told_labels(labels, ordinals, 10, 0.2, seed=4), told)
+    assert torch.equal(told_labels(labels, ordinals, 10, 0.0, seed=3), labels)
+    assert told_labels(torch.tensor([-1]), torch.tensor([0]), 10, 0.0, seed=3).item() == 10  # an image of no class

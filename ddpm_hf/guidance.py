@@ -1,0 +1,105 @@
+"""Guidance: a network that predicts as a UNet does, only more towards a class; whatever samples can sample from it."""
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import nn
+
+from . import UserError
+from .classifier import NoisyClassifier
+from .sampling import clipped
+from .scheduler import PaperDDPMScheduler
+
+
+class ClassifierFree(nn.Module):
+    """A conditional UNet under classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is `scale` - 1).
+
+    out = out(no class) + scale * (out(class) - out(no class)): 1 is the UNet itself, 0 draws from all classes. "No
+    class" is the UNet's last embedding. Each evaluation costs two of the UNet.
+    """
+
+    def __init__(self, unet: UNet2DModel, scale: float):
+        super().__init__()
+        self.unet, self.scale = unet, scale
+        self.config, self.no_class = unet.config, unet.config.num_class_embeds - 1
+
+    device = property(lambda self: self.unet.device)
+    dtype = property(lambda self: self.unet.dtype)
+
+    def forward(self, sample, timesteps, class_labels) -> UNet2DOutput:
+        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,); a variance is not guided."""
+        labels = torch.cat([class_labels, torch.full_like(class_labels, self.no_class)])
+        output = self.unet(sample.repeat(2, 1, 1, 1), timesteps.repeat(2), labels).sample.float()
+        conditional, unconditional = output.chunk(2)
+        guided = unconditional + self.scale * (conditional - unconditional)
+        guided[:, sample.shape[1] :] = conditional[:, sample.shape[1] :]
+        return UNet2DOutput(guided)
+
+
+class ClassifierGuided(nn.Module):
+    """An unconditional UNet under classifier guidance (Dhariwal & Nichol 2021, Algorithm 2), conditional by that.
+
+    eps = eps(x_t) - scale sqrt(1 - abar_t) grad log p(y | x_t): the score of x_t is -eps / sqrt(1 - abar_t), so a
+    gradient of log p enters eps with that factor.
+    """
+
+    def __init__(self, unet: UNet2DModel, scheduler: PaperDDPMScheduler, classifier: NoisyClassifier, scale: float):
+        super().__init__()
+        self.unet, self.scheduler, self.classifier, self.scale = unet, scheduler, classifier, scale
+        self.config = FrozenDict(unet.config | {"num_class_embeds": classifier.config.num_classes})
+
+    device = property(lambda self: self.unet.device)
+    dtype = property(lambda self: self.unet.dtype)
+
+    def forward(self, sample, timesteps, class_labels) -> UNet2DOutput:
+        """Return the guided prediction for `sample` (B, C, H, W), of the kind that the UNet predicts."""
+        output = self.unet(sample, timesteps).sample.float()
+        with torch.enable_grad():
+            noisy = sample.detach().float().requires_grad_()
+            log_probabilities = self.classifier(noisy, timesteps).float().log_softmax(dim=1)
+            chosen = log_probabilities.gather(1, class_labels[:, None]).sum()
+            gradient = torch.autograd.grad(chosen, noisy)[0]
+        alpha_bar = self.scheduler.alphas_cumprod_at(timesteps).reshape(-1, 1, 1, 1)
+        signal, sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+        prediction = output[:, : sample.shape[1]]
+        # eps + change is x_0 - sigma / signal * change. It is clipped before it becomes a prediction again, for eps of
+        # an x_0 far out of range would take a DDIM step out there: at scale 4 most digits break so.
+        change = -self.scale * sigma * gradient
+        original = self.scheduler.predict_original_sample(prediction, sample.float(), timesteps)
+        original = clipped(original - sigma / signal * change, self.scheduler)
+        epsilon = (sample.float() - signal * original) / sigma
+        prediction.copy_(self.scheduler.training_target(original, epsilon, timesteps))
+        return UNet2DOutput(output)
+
+
+def guide(unet: UNet2DModel, scheduler, class_names: list[str] | None, scale: float, classifier=None):
+    """Return the network to sample from under guidance; without a classifier and at scale 1 the UNet itself.
+
+    Args:
+        class_names: of a conditional UNet; None if they are not known, or if it is unconditional.
+        classifier: a NoisyClassifier for an unconditional UNet, or None for classifier-free guidance.
+
+    Raises:
+        UserError: for a UNet that cannot be guided so.
+    """
+    embeddings = unet.config.num_class_embeds
+    if classifier is not None:
+        if embeddings is not None:
+            raise UserError("--classifier guides an unconditional model, and this one is conditional: leave it out.")
+        if classifier.config.in_channels != unet.config.in_channels:
+            raise UserError(
+                f"the classifier takes images of {classifier.config.in_channels} channels, the model draws "
+                f"{unet.config.in_channels}: give one that was trained on the same data."
+            )
+        return ClassifierGuided(unet, scheduler, classifier, scale)
+    if scale == 1:
+        return unet
+    if embeddings is None:
+        raise UserError(
+            f"--guidance_scale is {scale:g}, but this model knows no classes: give --classifier, or a model trained "
+            "with --class_conditional."
+        )
+    if class_names is None or embeddings == len(class_names):
+        raise UserError("this model was trained without --label_dropout and cannot be guided: take scale 1.")
+    return ClassifierFree(unet, scale)

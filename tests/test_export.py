@@ -1,0 +1,68 @@
+"""An exported folder: stock diffusers loads the model, and its pipelines, where ddpm_hf is not."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_guidance import run
+
+
+ALONE = """
+import sys
+
+sys.modules["ddpm_hf"] = None  # importing it fails
+import torch
+from diffusers import DDPMPipeline, DiffusionPipeline
+
+folder = sys.argv[1]
+assert DDPMPipeline.from_pretrained(folder).scheduler.config.num_train_timesteps == 10
+image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+for name in sys.argv[2].split(","):
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=name, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    if name in ("class_conditional", "classifier_guided"):
+        images = pipeline(class_labels=["3"], guidance_scale=2.0, num_inference_steps=2).images
+    elif name == "restoration":
+        images = pipeline(image, task="inpaint", mask=image[0, 0] > 0.5, num_inference_steps=2).images
+    else:
+        images = pipeline(image, num_inference_steps=2).images
+    assert images[0].size == (8, 8) and images[0].mode == "L"
+    print(name, type(pipeline).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        (["conditional"], "class_conditional,restoration,reconstruction"),
+        (["plain", "--classifier=classifier"], "classifier_guided,restoration,reconstruction"),
+    ],
+)
+def test_an_exported_folder_needs_nothing_of_ours(guidance_models, arguments, names, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(guidance_models)
+    folder = tmp_path / "exported"
+    assert run("export", arguments[0], folder, *arguments[1:]) == 0
+    assert names.replace(",", ", ") in capsys.readouterr().out
+    assert {path.stem for path in folder.glob("*.py")} == set(names.split(","))
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", ALONE, str(folder), names], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == names.count(",") + 1
+    assert all(f'custom_pipeline="{name}"' in (folder / "README.md").read_text() for name in names.split(","))
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["plain", "conditional"], "conditional is there already"),
+        (["conditional", "new", "--classifier=classifier"], "cannot guide this model"),
+        (["plain", "new", "--classifier=plain"], "has no classifier"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(guidance_models, arguments, sentence, monkeypatch, capsys):
+    monkeypatch.chdir(guidance_models)
+    assert run("export", *arguments) == 2
+    assert sentence in capsys.readouterr().err and not (guidance_models / "new").exists()

@@ -1,0 +1,188 @@
+"""Guidance against formulas by hand: classifier-free, and by a classifier for each kind of prediction."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoModel, UNet2DModel
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from test_sampling import tiny_unet
+
+from ddpm_hf import UserError
+from ddpm_hf.__main__ import main
+from ddpm_hf.classifier import NoisyClassifier
+from ddpm_hf.guidance import ClassifierFree, ClassifierGuided, guide
+from ddpm_hf.pretrained import load_pretrained
+from ddpm_hf.samples import read_samples
+from ddpm_hf.sampling import image_generators, sample
+from ddpm_hf.scheduler import make_scheduler
+
+
+class Constant(torch.nn.Module):
+    """A UNet whose prediction is the number of its label, or a fixed number."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, outputs, num_class_embeds=None, channels=1):
+        super().__init__()
+        self.outputs = torch.tensor(outputs)
+        self.config = SimpleNamespace(in_channels=1, sample_size=4, num_class_embeds=num_class_embeds)
+        self.config.out_channels = channels
+
+    def forward(self, sample, timesteps, class_labels=None):
+        values = self.outputs[class_labels] if class_labels is not None else self.outputs[0].expand(len(sample))
+        return UNet2DOutput(values.reshape(-1, 1, 1, 1).expand(-1, self.config.out_channels, 4, 4).contiguous())
+
+
+class Linear(torch.nn.Module):
+    """A classifier of two classes with log-odds w * (sum of the pixels)."""
+
+    config = SimpleNamespace(num_classes=2, in_channels=1)
+
+    def forward(self, sample, timesteps):
+        logit = 0.5 * sample.sum(dim=(1, 2, 3))
+        return torch.stack([torch.zeros_like(logit), logit], dim=1)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_classifier_free_guidance_goes_from_no_class_through_the_class(scale):
+    guided = ClassifierFree(Constant([2.0, 5.0, 1.0], num_class_embeds=3), scale)
+    output = guided(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.long), torch.tensor([0, 1])).sample
+    assert torch.equal(output[:, 0, 0, 0], torch.tensor([1 + scale * (2 - 1.0), 1 + scale * (5 - 1.0)]))
+
+
+def test_a_learned_variance_is_not_guided():
+    guided = ClassifierFree(Constant([2.0, 1.0], num_class_embeds=2, channels=2), 3.0)
+    output = guided(torch.zeros(1, 1, 4, 4), torch.zeros(1, dtype=torch.long), torch.tensor([0])).sample
+    assert output[0, :, 0, 0].tolist() == [4.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("t", [1, 60, 99])
+def test_a_classifier_moves_epsilon_by_the_gradient_times_sigma(t, kind):
+    scheduler = make_scheduler("nichol_cosine", 100, prediction_type=kind, clip_sample=False)
+    x, timesteps = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.full((2,), t)
+    guided = ClassifierGuided(_with_config(Constant([0.3])), scheduler, Linear(), 2.0)
+    pushed, plain = guided(x, timesteps, torch.tensor([1, 0])).sample, torch.full_like(x, 0.3)
+    change = scheduler.predict_epsilon(pushed, x, t) - scheduler.predict_epsilon(plain, x, t)
+    # log p(1|x) = log sigmoid(s/2) with s the sum: its gradient is (1 - p)/2 in every pixel, that of log p(0|x) -p/2.
+    p = torch.sigmoid(0.5 * x.sum(dim=(1, 2, 3)))
+    gradient = torch.stack([0.5 * (1 - p[0]), -0.5 * p[1]])
+    sigma = (1 - scheduler.alphas_cumprod64[t]).sqrt().float()
+    torch.testing.assert_close(change[:, 0, 0, 0], -2.0 * sigma * gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_a_guided_x0_stays_in_range_and_epsilon_goes_with_it():
+    scheduler = make_scheduler("nichol_cosine", 100)
+    x, timesteps = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.full((2,), 60)
+    guided = ClassifierGuided(_with_config(Constant([0.3])), scheduler, Linear(), 100.0)
+    epsilon = guided(x, timesteps, torch.tensor([1, 0])).sample
+    original = scheduler.predict_original_sample(epsilon, x, 60)
+    assert original.abs().max() < 1 + 1e-4 and original[0].mean() > 0.9 and original[1].mean() < -0.9
+
+
+def _with_config(unet):
+    unet.config = FrozenDict(vars(unet.config))
+    return unet
+
+
+def test_scale_0_of_a_classifier_draws_what_the_model_draws():
+    unet, scheduler = tiny_unet(), make_scheduler("nichol_cosine", 5)
+    guided = ClassifierGuided(unet, scheduler, tiny_classifier(unet), 0.0)
+    plain = sample(unet, scheduler, image_generators(0, range(2)))
+    drawn = sample(guided, scheduler, image_generators(0, range(2)), class_labels=[0, 1])
+    torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-4)
+    pushed = ClassifierGuided(unet, scheduler, tiny_classifier(unet), 50.0)
+    assert not torch.allclose(sample(pushed, scheduler, image_generators(0, range(2)), class_labels=[0, 1]), plain)
+
+
+def tiny_classifier(unet):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return NoisyClassifier(
+            in_channels=unet.config.in_channels,
+            num_classes=2,
+            id2label={0: "a", 1: "b"},
+            block_out_channels=(8,),
+            down_block_types=("DownBlock2D",),
+            layers_per_block=1,
+            norm_num_groups=4,
+        ).requires_grad_(False)
+
+
+def test_what_cannot_be_guided_is_refused():
+    plain, classes, scheduler = tiny_unet(), tiny_unet(num_class_embeds=3), make_scheduler("nichol_cosine", 5)
+    with pytest.raises(UserError, match="this model knows no classes"):
+        guide(plain, scheduler, None, 2.0)
+    with pytest.raises(UserError, match="without --label_dropout"):
+        guide(classes, scheduler, ["a", "b", "c"], 2.0)
+    with pytest.raises(UserError, match="this one is conditional"):
+        guide(classes, scheduler, ["a", "b"], 2.0, tiny_classifier(plain))
+    assert guide(classes, scheduler, ["a", "b", "c"], 1.0) is classes
+
+
+def test_a_conditional_run_says_its_classes_and_how_to_ask_for_them(guidance_models):
+    index = json.loads((guidance_models / "conditional" / "model_index.json").read_text())
+    assert index["id2label"] == {str(digit): str(digit) for digit in range(10)}
+    assert load_pretrained(str(guidance_models / "conditional")).class_names == list("0123456789")
+    assert load_pretrained(str(guidance_models / "conditional" / "checkpoint-6")).class_names == list("0123456789")
+    unet = UNet2DModel.from_pretrained(guidance_models / "conditional" / "unet")
+    assert unet.config.num_class_embeds == 11
+    assert unet.class_embedding.weight.shape == (11, 32)
+    assert "class_conditional.py" in (guidance_models / "conditional" / "README.md").read_text()
+
+
+def test_a_classifier_run_leaves_a_classifier_that_loads_without_ddpm_hf(guidance_models):
+    lines = [json.loads(line) for line in (guidance_models / "classifier" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 <= lines[-1]["validation_accuracy"] <= 1 and len(lines[-1]["validation_accuracy_by_band"]) == 4
+    folder = str(guidance_models / "classifier")
+    classifier = AutoModel.from_pretrained(folder, subfolder="classifier", trust_remote_code=True)
+    assert classifier.config.num_train_timesteps == 10 and not (guidance_models / "classifier" / "samples").exists()
+    assert "classifier_guided.py" in (guidance_models / "classifier" / "README.md").read_text()
+
+
+def run(*arguments):
+    """Run `python -m ddpm_hf` in this process; return its exit code."""
+    try:
+        main(list(map(str, arguments)))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_sample_is_guided_as_asked(guidance_models, tmp_path, capsys):
+    few = ["--num_images=4", "--sampler=ddim", "--num_inference_steps=3", "--class_labels=3,7"]
+    drawn = {}
+    for scale in (1, 4):
+        output = tmp_path / str(scale)
+        asked = [*few, f"--guidance_scale={scale}", "--output", output]
+        assert run("sample", guidance_models / "conditional", *asked) == 0
+        drawn[scale] = read_samples(output)
+    assert drawn[4].sampler["guidance_scale"] == 4 and "guidance_scale" not in drawn[1].sampler
+    assert not torch.equal(drawn[1].images, drawn[4].images)
+    by = ["--classifier", guidance_models / "classifier", "--guidance_scale=400"]
+    assert run("sample", guidance_models / "plain", *few, *by, "--output", tmp_path / "by") == 0
+    assert "4 images are in" in capsys.readouterr().out
+    record = json.loads((tmp_path / "by" / "samples.json").read_text())["sampler"]
+    assert len(record["classifier"]) == 64 and record["class_labels"] == [3, 7]
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["plain", "--guidance_scale=2"], "this model knows no classes"),
+        (["plain", "--class_labels=1"], "this model knows none"),
+        (["conditional", "--class_labels=10"], "this model knows 0 to 9"),
+        (["conditional", "--classifier=classifier"], "this one is conditional"),
+        (["plain", "--classifier=plain"], "plain has no classifier"),
+        (["classifier"], "classifier has no model_index.json"),
+        (["classifier/checkpoint-6"], "is of a classifier"),
+    ],
+)
+def test_sample_refuses_guidance_that_cannot_be(guidance_models, arguments, sentence, capsys, monkeypatch):
+    monkeypatch.chdir(guidance_models)
+    assert run("sample", *arguments, "--num_images=1", "--output=drawn") == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1 and not (guidance_models / "drawn").exists()

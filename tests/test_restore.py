@@ -1,0 +1,241 @@
+"""`python -m ddpm_hf restore`: what it writes, what it refuses before it writes, and how it goes on."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import command
+from diffusers import UNet2DModel
+from PIL import Image
+
+from ddpm_hf.__main__ import main
+from ddpm_hf.hub import save_pipeline
+from ddpm_hf.restore import pipeline_file
+from ddpm_hf.scheduler import PaperDDPMScheduler
+
+
+FEW = ["--num_inference_steps=2", "--num_samples=1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def modules(tmp_path_factory):
+    """diffusers copies a pipeline's file before it runs it: into this folder, also within this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", cache)
+        yield
+
+
+def save_grey(path, height=28, width=28, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(20, 236, (height, width), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels.astype(int)
+
+
+def save_colour(path, side=28):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of four images of two sizes, and what is no image."""
+    for k, size in enumerate([(28, 28), (20, 32), (28, 28), (20, 32)]):
+        save_grey(tmp_path / "in" / f"{'bdac'[k]}.png", *size, seed=k)
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    (tmp_path / "in" / ".hidden.png").write_text("no image")
+    return tmp_path / "in"
+
+
+@pytest.fixture(scope="module")
+def colour_model(tmp_path_factory):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+        sizes = dict(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, add_attention=False)
+        unet = UNet2DModel(sample_size=28, in_channels=3, out_channels=3, **blocks, **sizes)
+    save_pipeline(tmp_path_factory.mktemp("colour"), unet, PaperDDPMScheduler.nichol_cosine(20))
+    return tmp_path_factory.getbasetemp() / "colour0"
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def refused(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        main(["restore", *map(str, arguments)])
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*.png")}
+
+
+def test_a_folder_of_several_sizes(tiny_run, images, tmp_path):
+    said = command("restore", tiny_run, images, tmp_path / "out", "--task", "denoise")
+    assert "4 restored images" in said and "sigma" in said and "from 0." in said
+    assert sorted(files(tmp_path / "out")) == ["a.png", "b.png", "c.png", "d.png"]
+    for name in files(tmp_path / "out"):
+        given, result = Image.open(images / name), Image.open(tmp_path / "out" / name)
+        assert result.size == given.size and result.mode == "L"
+        assert (np.asarray(result) != np.asarray(given)).mean() > 0.5
+    sheet = Image.open(tmp_path / "out.sheet.png")
+    assert sheet.width == 4 * 128 + 3 * 4 and sheet.height == 2 * 128 + 4
+    shown = np.asarray(sheet)[:, :, 0]
+    # 28x28 is enlarged four times, in the middle of 128x128; the results are below the inputs.
+    assert np.array_equal(shown[8:120:4, 8:120:4], pixels(images / "a.png"))
+    assert np.array_equal(shown[132 + 8 : 132 + 120 : 4, 8:120:4], pixels(tmp_path / "out" / "a.png"))
+
+
+def test_one_file_is_the_first_of_a_folder(tiny_run, images, tmp_path):
+    flags = ["--task=super_resolution", "--scale_factor=2", *FEW]
+    main(["restore", str(tiny_run), str(images), str(tmp_path / "all"), *flags, "--seed=7"])
+    main(["restore", str(tiny_run), str(images / "a.png"), str(tmp_path / "new" / "one.png"), *flags, "--seed=7"])
+    alone = pixels(tmp_path / "new" / "one.png")
+    assert alone.shape == (56, 56)
+    assert np.abs(alone - pixels(tmp_path / "all" / "a.png")).max() <= 1
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"one.png", "one.png.sheet.png"}
+    main(["restore", str(tiny_run), str(images / "a.png"), str(tmp_path / "other.png"), *flags, "--seed=8"])
+    assert np.abs(alone - pixels(tmp_path / "other.png")).max() > 1
+
+
+@pytest.mark.parametrize("task", ["denoise", "deblur"])
+def test_batch_size_changes_nothing(tiny_run, images, tmp_path, task):
+    for batch_size in (1, 16):
+        flags = [f"--task={task}", "--num_inference_steps=3", "--num_samples=2", f"--batch_size={batch_size}"]
+        main(["restore", str(tiny_run), str(images), str(tmp_path / f"{batch_size}"), *flags])
+    for name in files(images):
+        assert np.abs(pixels(tmp_path / "1" / name) - pixels(tmp_path / "16" / name)).max() <= 1
+
+
+def test_inpainting_keeps_what_is_black_in_the_mask(tiny_run, images, tmp_path):
+    (tmp_path / "masks").mkdir()
+    for path in images.glob("[abcd].png"):
+        mask = np.zeros_like(pixels(path), dtype=np.uint8)
+        mask[:, : 2 + "abcd".index(path.stem) * 4] = 255
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{path.stem}.bmp")
+    flags = ["--task=inpaint", f"--mask={tmp_path / 'masks'}", *FEW]
+    main(["restore", str(tiny_run), str(images), str(tmp_path / "out"), *flags])
+    for path in images.glob("[abcd].png"):
+        hidden = 2 + "abcd".index(path.stem) * 4
+        changed = np.abs(pixels(tmp_path / "out" / path.name) - pixels(path))
+        assert changed[:, hidden:].max() <= 2 < changed[:, :hidden].mean()
+    flags = ["--task=inpaint", f"--mask={tmp_path / 'masks' / 'b.bmp'}", *FEW]
+    main(["restore", str(tiny_run), str(images / "a.png"), str(tmp_path / "one.png"), *flags])
+    changed = np.abs(pixels(tmp_path / "one.png") - pixels(images / "a.png"))
+    assert changed[:, 6:].max() <= 2 < changed[:, :6].mean()
+
+
+def test_an_interrupted_folder_goes_on(tiny_run, images, tmp_path, capsys):
+    arguments = ["restore", str(tiny_run), str(images), str(tmp_path / "out"), "--task=denoise"]
+    main(arguments)
+    whole = files(tmp_path / "out")
+    (tmp_path / "out" / "b.png").unlink()
+    Image.new("L", (20, 32)).save(tmp_path / "out" / "c.png")  # so one sees that it is not drawn again
+    kept = (tmp_path / "out" / "c.png").read_bytes()
+    main(arguments)
+    assert files(tmp_path / "out") == whole | {"c.png": kept}
+    capsys.readouterr()
+    assert "something else" in refused(capsys, *arguments[1:], "--seed=1")
+    assert files(tmp_path / "out") == whole | {"c.png": kept}
+    save_grey(images / "a.png", seed=9)
+    assert "something else" in refused(capsys, *arguments[1:])
+    main([*arguments, "--overwrite"])
+    again = files(tmp_path / "out")
+    assert again["c.png"] == whole["c.png"] and again["a.png"] != whole["a.png"]
+
+
+def test_one_file_is_replaced_only_with_overwrite(tiny_run, images, tmp_path, capsys):
+    arguments = [str(tiny_run), str(images / "a.png"), str(tmp_path / "a.png"), "--task=denoise"]
+    (tmp_path / "a.png").write_bytes(b"mine")
+    assert "--overwrite" in refused(capsys, *arguments)
+    assert (tmp_path / "a.png").read_bytes() == b"mine"
+    main(["restore", *arguments, "--overwrite"])
+    assert Image.open(tmp_path / "a.png").size == (28, 28)
+
+
+def test_colour(colour_model, tmp_path, capsys):
+    save_grey(tmp_path / "in" / "grey.png")
+    main(["restore", str(colour_model), str(tmp_path / "in"), str(tmp_path / "coloured"), "--task=colorize", *FEW])
+    assert Image.open(tmp_path / "coloured" / "grey.png").mode == "RGB"
+    save_colour(tmp_path / "in" / "colour.jpg")
+    said = refused(capsys, colour_model, tmp_path / "in", tmp_path / "out", "--task=colorize")
+    assert "colour.jpg has colours, but colorize takes grey" in said and not (tmp_path / "out").exists()
+    main(["restore", str(colour_model), str(tmp_path / "in"), str(tmp_path / "out"), "--task=denoise"])
+    assert {Image.open(tmp_path / "out" / f"{name}.png").mode for name in ("grey", "colour")} == {"RGB"}
+
+
+@pytest.mark.parametrize(
+    "flags, wanted",
+    [
+        ("--task denoise --mask {masks}", "--mask belongs to --task inpaint"),
+        ("--task denoise --scale_factor 2", "belongs to --task super_resolution"),
+        ("--task inpaint", "needs --mask"),
+        ("--task inpaint --mask {masks}", "has no mask for b.png"),
+        ("--task inpaint --mask {small}", "is 4x4, but a.png is 28x28"),
+        ("--task inpaint --mask nowhere.png", "has no mask for a.png"),
+        ("--task denoise --noise_level -0.1", "at least 0"),
+        ("--task denoise --noise_level nan", "at least 0"),
+        ("--task denoise --batch_size 0", "at least 1"),
+        ("--task denoise --num_inference_steps 21", "num_inference_steps"),
+        ("--task super_resolution --scale_factor 0", "scale_factor"),
+        ("--task deblur --blur_sigma -1", "blur_sigma"),
+        ("--task colorize", "cannot be restored so"),
+        ("--task sharpen", "invalid choice"),
+    ],
+)
+def test_bad_flags_are_one_sentence_and_leave_nothing(tiny_run, images, tmp_path, capsys, flags, wanted):
+    save_grey(tmp_path / "masks" / "a.png")
+    save_grey(tmp_path / "small.png", 4, 4)
+    flags = flags.format(masks=tmp_path / "masks", small=tmp_path / "small.png").split()
+    error = refused(capsys, tiny_run, images, tmp_path / "out", *flags)
+    assert wanted in error and len(error.splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "masks", "small.png"}
+
+
+def test_bad_images_are_refused_before_any_is_written(tiny_run, images, tmp_path, capsys):
+    def refuse(*flags):
+        error = refused(capsys, tiny_run, images, tmp_path / "out", "--task=denoise", *flags)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.sheet.png").exists()
+        return error
+
+    save_grey(images / "odd.png", 28, 27)
+    assert "odd.png cannot be restored so" in (error := refuse()) and "27" in error
+    save_colour(images / "odd.png")
+    assert "odd.png has colours, but the model" in refuse()
+    whole = (images / "a.png").read_bytes()
+    (images / "odd.png").write_bytes(whole[: len(whole) // 2])
+    assert "odd.png cannot be read" in refuse()
+    (images / "odd.png").write_text("no image")
+    assert "odd.png cannot be read" in refuse()
+    shutil.copy(images / "a.png", images / "a.tiff")
+    assert "several images named a" in refuse()
+
+
+def test_bad_places(tiny_run, images, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "out"
+    for given, output, wanted in [
+        (tmp_path / "nowhere", out, "neither a file nor a folder"),
+        (tmp_path / "empty", out, "holds no image"),
+        (images / "a.png", out, "ending in .png"),
+        (images / "a.png", tmp_path / "out.jpg", "ending in .png"),
+        (images / "a.png", images / "a.png", "give another name"),
+        (images / "notes.txt", tmp_path / "out.png", "cannot be read"),
+        (images, tmp_path / "file", "is a file or INPUT itself"),
+        (images, images, "is a file or INPUT itself"),
+        (images, tmp_path / "file" / "deeper", "could not be written"),
+    ]:
+        assert wanted in refused(capsys, tiny_run, given, output, "--task=denoise")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "empty", "file"}
+    assert "Hub" in refused(capsys, "nobody/nothing", images, out, "--task=denoise")
+
+
+def test_the_pipeline_s_file_is_found():
+    assert "class RestorationPipeline" in pipeline_file("restoration").read_text()
