@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from . import UserError
 from .checkpoints import write_beside, writing
 from .drawing import start_processes
+from .export import pipeline_file
 from .figures import image_sheet
 from .pixels import to_array
 from .pretrained import Pretrained, errors_only, load_pretrained
@@ -45,13 +46,6 @@ class Item:
     output: Path
     mask: Path | None
     size: tuple[int, int] = (0, 0)
-
-
-def pipeline_file(name: str) -> Path:
-    """Return the file of our community pipeline `name`, e.g. "restoration", in a wheel or in the source tree."""
-    here = Path(__file__).parent
-    folder = here / "pipelines" if (here / "pipelines").is_dir() else here.parent / "pipelines"
-    return folder / f"{name}.py"
 
 
 def open_pipeline(model: Pretrained, name: str) -> DiffusionPipeline:

@@ -44,7 +44,8 @@ def folder(tmp_path_factory):
     """A stock pipeline, its UNet tiny and untrained."""
     unet = UNet2DModel(
         sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), add_attention=False,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("models") / "tiny"
     scheduler = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")

@@ -10,8 +10,8 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf.__main__ import main
+from ddpm_hf.export import pipeline_file
 from ddpm_hf.hub import save_pipeline
-from ddpm_hf.restore import pipeline_file
 from ddpm_hf.scheduler import PaperDDPMScheduler
 
 
