@@ -46,17 +46,31 @@ class Linear(torch.nn.Module):
         return torch.stack([torch.zeros_like(logit), logit], dim=1)
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_classifier_free_guidance_goes_from_no_class_through_the_class(scale):
-    guided = ClassifierFree(Constant([2.0, 5.0, 1.0], num_class_embeds=3), scale)
-    output = guided(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.long), torch.tensor([0, 1])).sample
-    assert torch.equal(output[:, 0, 0, 0], torch.tensor([1 + scale * (2 - 1.0), 1 + scale * (5 - 1.0)]))
+def test_classifier_free_guidance_goes_from_no_class_through_the_class(scale, kind):
+    scheduler = make_scheduler("nichol_cosine", 100, prediction_type=kind, clip_sample=False)
+    guided = ClassifierFree(Constant([2.0, 5.0, 1.0], num_class_embeds=3), scheduler, scale)
+    output = guided(torch.zeros(2, 1, 4, 4), torch.full((2,), 60), torch.tensor([0, 1])).sample
+    expected = torch.tensor([1 + scale * (2 - 1.0), 1 + scale * (5 - 1.0)])
+    torch.testing.assert_close(output[:, 0, 0, 0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_learned_variance_is_not_guided():
-    guided = ClassifierFree(Constant([2.0, 1.0], num_class_embeds=2, channels=2), 3.0)
-    output = guided(torch.zeros(1, 1, 4, 4), torch.zeros(1, dtype=torch.long), torch.tensor([0])).sample
-    assert output[0, :, 0, 0].tolist() == [4.0, 2.0]
+    scheduler = make_scheduler("nichol_cosine", 100, clip_sample=False)
+    guided = ClassifierFree(Constant([2.0, 1.0], num_class_embeds=2, channels=2), scheduler, 3.0)
+    output = guided(torch.zeros(1, 1, 4, 4), torch.full((1,), 60), torch.tensor([0])).sample
+    torch.testing.assert_close(output[0, :, 0, 0], torch.tensor([4.0, 2.0]), rtol=1e-4, atol=1e-4)
+
+
+def test_epsilon_goes_with_a_guided_x0_that_was_clipped():
+    scheduler = make_scheduler("nichol_cosine", 100, prediction_type="sample")
+    guided = ClassifierFree(Constant([0.5, 0.0], num_class_embeds=2), scheduler, 8.0)  # x_0 = 4 without clipping
+    x, timesteps = torch.full((1, 1, 4, 4), 0.3), torch.tensor([60])
+    output = guided(x, timesteps, torch.tensor([0])).sample
+    torch.testing.assert_close(output, torch.ones(1, 1, 4, 4))
+    epsilon = (0.3 - scheduler.alphas_cumprod64[60].sqrt()) / (1 - scheduler.alphas_cumprod64[60]).sqrt()
+    torch.testing.assert_close(scheduler.predict_epsilon(output, x, 60)[0, 0, 0, 0], epsilon.float())
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

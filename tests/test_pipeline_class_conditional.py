@@ -17,6 +17,7 @@ from conftest import ROOT
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, HeunDiscreteScheduler, UNet2DModel
 from diffusers.utils import dynamic_modules_utils
 
+from ddpm_hf.guidance import ClassifierFree
 from ddpm_hf.sampling import image_generators, sample
 from ddpm_hf.scheduler import PaperDDPMScheduler
 
@@ -130,6 +131,19 @@ def test_at_scale_1_it_is_our_sampler(tiny, config):
         )
         torch.testing.assert_close(images * 2 - 1, ours, rtol=0, atol=1e-4)
         assert images.std() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
+def test_guided_it_is_our_sampler_under_guidance(tiny, kind):
+    """Clipping acts here: x_0 of an untrained UNet at scale 5 is far out of range."""
+    pipeline, scheduler = make(tiny, untrained(), ten_steps(prediction_type=kind)), ten_steps(PaperDDPMScheduler)
+    scheduler.register_to_config(prediction_type=kind)
+    arguments = dict(guidance_scale=5.0, sampler="ddim", num_inference_steps=5, output_type="pt")
+    images = pipeline([2, "cat"], generator=image_generators(5, range(2)), **arguments).images
+    guided = ClassifierFree(pipeline.unet, scheduler, 5.0)
+    options = dict(method="ddim", num_inference_steps=5, spacing="trailing", class_labels=[2, 0])
+    ours = sample(guided, scheduler, image_generators(5, range(2)), **options)
+    torch.testing.assert_close(images * 2 - 1, ours, rtol=0, atol=1e-3)
 
 
 def test_another_scheduler_class_keeps_its_betas(tiny):
