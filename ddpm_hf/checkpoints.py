@@ -177,10 +177,11 @@ def remove(path: Path):
         path.unlink(missing_ok=True)
 
 
-def save_checkpoint(accelerator, config, unet_config: dict, ema, state: TrainState, pending: list):
+def save_checkpoint(accelerator, config, network: dict, ema, state: TrainState, pending: list):
     """Write `checkpoint-<step>`, then forget the oldest beyond --checkpoints_total_limit. Every process calls this.
 
     Args:
+        network: "unet", the config of the network, and "class_names", those of a conditional one or None.
         pending: the rows of `state.pending`, each summed over the processes.
 
     Raises:
@@ -194,7 +195,7 @@ def save_checkpoint(accelerator, config, unet_config: dict, ema, state: TrainSta
             if accelerator.is_main_process:
                 if ema is not None:
                     safetensors.torch.save_file(ema.module.state_dict(), partial / "ema.safetensors")
-                record = {"flags": config.to_dict(), "unet": unet_config}
+                record = {"flags": config.to_dict()} | network
                 (partial / "train_config.json").write_text(json.dumps(record))
                 torch.save({**vars(state), "pending": pending}, partial / "state.pt")
             accelerator.wait_for_everyone()

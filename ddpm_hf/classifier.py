@@ -3,7 +3,7 @@
 The downsampling half of the UNet with pooling (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233,
 section 4). `save_pretrained` writes this file beside config.json, so that the folder loads where only diffusers is:
 
-    classifier = AutoModel.from_pretrained("runs/classifier", trust_remote_code=True)
+    classifier = AutoModel.from_pretrained("runs/mnist-classifier", subfolder="classifier", trust_remote_code=True)
 """
 
 from pathlib import Path
@@ -37,11 +37,12 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         layers_per_block: int = 2,
         down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         norm_num_groups: int = 32,
-        attention_head_dim: int = 8,
+        attention_head_dim: int | None = 8,  # None: one head
         add_attention: bool = True,  # in the middle block
         resnet_time_scale_shift: str = "default",
         dropout: float = 0.0,
         num_train_timesteps: int = 1000,
+        beta_schedule: str | None = None,  # of the noise it knows, in diffusers' words; for the record
     ):
         super().__init__()
         if len(down_block_types) != len(block_out_channels):
@@ -53,13 +54,18 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"id2label names the classes {', '.join(map(str, id2label))}; name each from 0 to {num_classes - 1}."
             )
+        heads_of = [attention_head_dim or channels for channels in block_out_channels]
+        if any(head_dim > channels for head_dim, channels in zip(heads_of, block_out_channels)):
+            raise ValueError(
+                f"attention_head_dim is {attention_head_dim}, more than the channels {list(block_out_channels)} have; "
+                "give more channels, or None for one head."
+            )
         width, last_width = block_out_channels[0], block_out_channels[-1]
         shared = {
             "temb_channels": 4 * width,
             "resnet_eps": 1e-5,
             "resnet_act_fn": "silu",
             "resnet_groups": norm_num_groups,
-            "attention_head_dim": attention_head_dim,
             "resnet_time_scale_shift": resnet_time_scale_shift,
             "dropout": dropout,
         }
@@ -74,11 +80,14 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
                 out_channels=block_out_channels[i],
                 add_downsample=i < len(block_out_channels) - 1,
                 downsample_padding=1,
+                attention_head_dim=heads_of[i],
                 **shared,
             )
             for i, block_type in enumerate(down_block_types)
         )
-        self.mid_block = UNetMidBlock2D(in_channels=last_width, add_attention=add_attention, **shared)
+        self.mid_block = UNetMidBlock2D(
+            in_channels=last_width, add_attention=add_attention, attention_head_dim=heads_of[-1], **shared
+        )
         self.norm_out = nn.GroupNorm(norm_num_groups, last_width, eps=1e-5)
         self.head = nn.Linear(last_width, num_classes)
 

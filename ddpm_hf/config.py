@@ -66,7 +66,7 @@ class ModelOptions:
     attention_resolutions: list[str] | None = flag(None, "Levels with attention, in pixels: 16,8; empty: none [ours]")
     dropout: float | None = flag(None, "Dropout in the residual blocks [ours]")
     class_conditional: bool = flag(False, "Tell the UNet the class of each image [ours]")
-    label_dropout: float = flag(0.1, "Share of images taught without their class, for classifier-free guidance [ours]")
+    label_dropout: float = flag(0.1, "Share of --class_conditional images taught without class, for guidance [ours]")
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use xformers' attention")
     torch_compile: bool = flag(False, "Compile the UNet; costs a minute or two before the first step [ours]")
 
@@ -233,6 +233,7 @@ class TrainingConfig(*reversed(GROUPS)):
             )
         if self.objective == "classify":
             unused = ["class_conditional", "eval_metrics", "model_config_name_or_path", "snr_gamma"]
+            unused += ["enable_xformers_memory_efficient_attention"] + ["loss_type"] * (self.loss_type != "l2")
             if given := [name for name in unused if getattr(self, name)]:
                 raise UserError(f"--objective classify trains a classifier, which has no --{given[0]}: leave it out.")
         if self.adam_epsilon <= 0:

@@ -19,7 +19,7 @@ from . import UserError
 from .checkpoints import write_beside, writing
 from .figures import image_sheet
 from .guidance import guide
-from .pretrained import Pretrained, load_classifier, load_pretrained, weights_hash
+from .pretrained import Pretrained, load_classifier, load_pretrained, names_of, weights_hash
 from .samples import SCHEMA, check_same_samples, file_name, read_record, read_samples
 from .sampling import check_method, default_variance, image_generators, sample, step_seconds, to_pil, to_uint8
 
@@ -81,6 +81,8 @@ def resolve_sampler(
         "class_labels": class_labels,
         "quantize": "round-uint8",
     }
+    if class_labels is not None:
+        sampler["class_names"] = model.class_names  # what the labels mean
     if classifier is not None or guidance_scale != 1:
         sampler |= {"guidance_scale": guidance_scale, "classifier": classifier}
     warnings = []
@@ -225,7 +227,7 @@ def guided(model: Pretrained, arguments) -> tuple[Pretrained, dict]:
     scale, classifier, class_names = arguments.guidance_scale, None, model.class_names
     if arguments.classifier is not None:
         classifier = load_classifier(arguments.classifier)
-        class_names = list(classifier.config.id2label.values())
+        class_names = names_of(classifier.config.id2label)
     unet = guide(model.unet, model.scheduler, class_names, scale, classifier)
     facts = {"guidance_scale": scale, "classifier": None if classifier is None else weights_hash(classifier)}
     return dataclasses.replace(model, unet=unet, class_names=class_names), facts

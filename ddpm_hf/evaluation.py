@@ -82,7 +82,7 @@ def evaluate_command(arguments):
         reference_pipeline=arguments.reference_pipeline,
         cache_dir=arguments.cache_dir,
         pairs_path=path.with_suffix(".pairs.png"),
-        class_labels=(sampler or {}).get("class_labels"),
+        asked=asked_classes(sampler),
     )
     open_extractors(names, evaluation)
     count = suite["num_images"] * arguments.seed_ranges if samples is None else len(samples.images)
@@ -120,6 +120,12 @@ def evaluate_command(arguments):
     if missing := [name for name in arguments.require if name not in names or skipped(name, evaluation)]:
         print(f"python -m ddpm_hf: {', '.join(missing)} is required, but was skipped.", file=sys.stderr)
         sys.exit(1)
+
+
+def asked_classes(sampler: dict) -> list[str] | None:
+    """Return the names of the classes that a sampler asks for, in turn; None where there are none."""
+    names = sampler.get("class_names")
+    return None if names is None else [names[label] for label in sampler["class_labels"]]
 
 
 def choose_suite(arguments) -> dict:
@@ -162,7 +168,7 @@ def open_subject(arguments) -> tuple[Pretrained | None, SampleSet | None]:
     is_samples = subject is not None and (
         path.suffix == ".npz"
         or path.is_dir()
-        and not any((path / name).exists() for name in ("model_index.json", "state.pt"))
+        and not any((path / name).exists() for name in ("model_index.json", "state.pt", "classifier"))
     )
     if is_samples and given is not None:
         raise UserError(f"{subject} and --from_samples {given} are both samples: give one of them, or a model.")

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 from . import UserError
 from .checkpoints import writing
+from .guidance import check_classifier
 from .hub import save_classifier, save_pipeline
 from .pretrained import Pretrained, load_classifier, load_pretrained
 
@@ -54,11 +55,15 @@ def export(model: Pretrained, output: str | Path, classifier=None) -> list[str]:
     conditional = config.num_class_embeds is not None
     if output.exists():
         raise UserError(f"{output} is there already: give another folder, or remove it.")
-    if classifier is not None and (conditional or classifier.config.in_channels != config.in_channels):
-        raise UserError("this classifier cannot guide this model: give an unconditional one of the same images.")
-    unsuitable = {"classifier_guided"} if classifier is None else set()
-    unsuitable |= set() if conditional else {"class_conditional"}
-    names = [name for name in PIPELINES if name not in unsuitable]
+    if classifier is not None:
+        check_classifier(classifier, model.unet, model.scheduler)
+    suits = {
+        "class_conditional": conditional,
+        "classifier_guided": classifier is not None,
+        "restoration": not conditional or config.num_class_embeds > model.num_classes,  # it needs "no class"
+        "reconstruction": True,
+    }
+    names = [name for name in PIPELINES if suits[name]]
     new = output.with_name(f".{output.name}.tmp")
     with writing("the export", output):
         shutil.rmtree(new, ignore_errors=True)  # left by a kill
@@ -85,8 +90,11 @@ def card(name: str, model: Pretrained, names: list[str]) -> str:
         f"---\n{about}\n---\n\n# {name}\n\nA {kind} of {size}x{size} images, trained with `ddpm_hf`; "
         f"{model.facts['parameters']:,} parameters, UNet `{model.facts['unet_sha256'][:12]}`."
     ]
+    has_no_class = (model.unet.config.num_class_embeds or 0) > model.num_classes
     for pipeline in names:
         what, arguments = PIPELINES[pipeline]
+        if classes and not has_no_class:
+            arguments = {"class_conditional": "class_labels=[0]", "reconstruction": "image, class_labels=0"}[pipeline]
         parts.append(
             f"{what}:\n\n```python\nfrom diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline."
             f'from_pretrained(\n    "{name}", custom_pipeline="{pipeline}", trust_remote_code=True\n)\n'

@@ -52,31 +52,35 @@ def fd_mnist(evaluation, name, generated, train, held_out) -> list[dict]:
     ]:
         entries.append(entry(label, report[key], lower, real.get(key), n, train.num_samples, evaluation, name))
     entries[-3]["extra"] = {"frequencies": report["frequencies"]}
-    if evaluation.class_labels is not None:
+    if evaluation.asked is not None and are_digits(evaluation.asked):
         entries.append(class_accuracy(evaluation, name, generated, held_out))
     return [*entries, coverage]
 
 
 def class_accuracy(evaluation, name, generated, held_out) -> dict:
     """Return the share of images that the classifier takes for the class that was asked for."""
-
-    def share(logits, labels):
-        names = torch.tensor([int(name) for name in evaluation.train.class_names])
-        return (logits.argmax(dim=1) == names[labels]).double().mean().item()
-
-    n, asked = len(generated.logits), torch.tensor(evaluation.class_labels)
-    value = share(generated.logits, asked[torch.arange(n) % len(asked)])
-    floor = None if held_out is None else share(held_out.logits, evaluation.held_out.labels)
+    n, asked = len(generated.logits), torch.tensor([int(digit) for digit in evaluation.asked])
+    value = (generated.logits.argmax(dim=1) == asked[torch.arange(n) % len(asked)]).double().mean().item()
+    floor, real = None, evaluation.held_out
+    if held_out is not None and are_digits(real.class_names):
+        # Of real images of the classes asked for.
+        digits = torch.tensor([int(digit) for digit in real.class_names])[real.labels]
+        of_these = torch.isin(digits, asked) & (real.labels >= 0)
+        floor = (held_out.logits.argmax(dim=1) == digits)[of_these].double().mean().item()
     one = entry("class_accuracy", value, False, floor, n, None, evaluation, name)
     return one | {"se": (value * (1 - value) / n) ** 0.5, "se_method": "binomial"}
 
 
+def are_digits(names: list[str] | None) -> bool:
+    """Return whether all of these classes, if any, are digits by name."""
+    return bool(names) and set(names) <= set("0123456789")
+
+
 def digit_counts(image_set, logits) -> torch.Tensor:
     """Return how many images of each digit a set has (10,), by its classes, or by the classifier where it has none."""
-    names = image_set.class_names or []
-    if not names or not set(names) <= set("0123456789"):
+    if not are_digits(image_set.class_names):
         return torch.bincount(logits.argmax(dim=1), minlength=10)
-    digits = torch.tensor([int(name) for name in names])
+    digits = torch.tensor([int(name) for name in image_set.class_names])
     return torch.bincount(digits[image_set.labels[image_set.labels >= 0]], minlength=10)
 
 

@@ -1,5 +1,7 @@
 """Guidance: a network that predicts as a UNet does, only more towards a class; whatever samples can sample from it."""
 
+import math
+
 import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import FrozenDict
@@ -94,14 +96,10 @@ def guide(unet: UNet2DModel, scheduler, class_names: list[str] | None, scale: fl
         UserError: for a UNet that cannot be guided so.
     """
     embeddings = unet.config.num_class_embeds
+    if not math.isfinite(scale):
+        raise UserError(f"--guidance_scale is {scale}, but must be a finite number.")
     if classifier is not None:
-        if embeddings is not None:
-            raise UserError("--classifier guides an unconditional model, and this one is conditional: leave it out.")
-        if classifier.config.in_channels != unet.config.in_channels:
-            raise UserError(
-                f"the classifier takes images of {classifier.config.in_channels} channels, the model draws "
-                f"{unet.config.in_channels}: give one that was trained on the same data."
-            )
+        check_classifier(classifier, unet, scheduler)
         return ClassifierGuided(unet, scheduler, classifier, scale)
     if scale == 1:
         return unet
@@ -113,3 +111,19 @@ def guide(unet: UNet2DModel, scheduler, class_names: list[str] | None, scale: fl
     if class_names is None or embeddings == len(class_names):
         raise UserError("this model was trained without --label_dropout and cannot be guided: take scale 1.")
     return ClassifierFree(unet, scheduler, scale)
+
+
+def check_classifier(classifier: NoisyClassifier, unet: UNet2DModel, scheduler: PaperDDPMScheduler):
+    """Refuse, with a UserError, a classifier that cannot guide this model."""
+    if unet.config.num_class_embeds is not None:
+        raise UserError("--classifier guides an unconditional model, and this one is conditional: leave it out.")
+    for what, of_classifier, of_model in [
+        ("image channels", classifier.config.in_channels, unet.config.in_channels),
+        ("timesteps", classifier.config.num_train_timesteps, len(scheduler)),
+        ("betas", classifier.config.beta_schedule or scheduler.config.beta_schedule, scheduler.config.beta_schedule),
+    ]:
+        if of_classifier != of_model:
+            raise UserError(
+                f"the classifier's {what} are {of_classifier}, the model's {of_model}: give one that was trained on "
+                "the same data and schedule."
+            )

@@ -253,6 +253,7 @@ image = pipeline(class_labels=[0], guidance_scale=2.0).images[0]
 ```""",
         )
     if flags["class_conditional"]:
+        guidance = ", guidance_scale=2.0" if flags["label_dropout"] else ""
         return (
             f"A class-conditional {ddpm}",
             f"""With `ddpm_hf`'s pipeline file:
@@ -263,7 +264,7 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(
     "{name}", custom_pipeline="pipelines/class_conditional.py", trust_remote_code=True
 )
-image = pipeline(class_labels=[0], guidance_scale=2.0).images[0]
+image = pipeline(class_labels=[0]{guidance}).images[0]
 ```""",
         )
     ddim = f'In fewer steps: `DDIMPipeline.from_pretrained("{name}")(num_inference_steps={min(50, steps)}).images[0]`.'

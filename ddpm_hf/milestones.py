@@ -118,7 +118,8 @@ def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> d
             run.unfinished = "end" in due
     if "checkpoint" in due:
         state.stream = run.train_set.state_dict() if config.streaming else None
-        checkpoints.save_checkpoint(run.accelerator, config, dict(run.network.config), run.ema, state, rows)
+        network = {"unet": dict(run.network.config), "class_names": run.told_names}
+        checkpoints.save_checkpoint(run.accelerator, config, network, run.ema, state, rows)
     if "pipeline" in due and main:
         with writing("the pipeline", folder):
             save_network(run, folder)
@@ -149,8 +150,7 @@ def save_network(run: Run, folder: Path):
     if run.config.objective == "classify":
         save_classifier(folder, run.published)
     else:
-        class_names = run.train_set.class_names if run.config.class_conditional else None
-        save_pipeline(folder, run.published, run.scheduler, class_names)
+        save_pipeline(folder, run.published, run.scheduler, run.told_names)
 
 
 def pending_rows(run: Run) -> list[torch.Tensor]:

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from . import UserError
 from .classifier import NoisyClassifier
 from .presets import unet_kwargs
+from .scheduler import make_scheduler
 
 
 def build_unet(config, channels: int, class_names: list[str] | None = None) -> UNet2DModel:
@@ -60,15 +61,20 @@ def build_classifier(config, channels: int, class_names: list[str]) -> NoisyClas
     Raises:
         UserError: if no such UNet can be, saying which flag to change.
     """
-    kwargs = unet_kwargs(config, channels)
-    shared = ["sample_size", "in_channels", "layers_per_block", "block_out_channels", "down_block_types"]
+    kwargs, scheduler = unet_kwargs(config, channels), make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps)
+    names = ["sample_size", "in_channels", "layers_per_block", "block_out_channels", "down_block_types", "dropout"]
+    names += ["norm_num_groups", "attention_head_dim", "resnet_time_scale_shift", "add_attention"]
     with seeded(config.seed):
-        return NoisyClassifier(
-            num_classes=len(class_names),
-            id2label=dict(enumerate(class_names)),
-            num_train_timesteps=config.ddpm_num_steps,
-            **{name: kwargs[name] for name in [*shared, "dropout", "norm_num_groups"]},
-        )
+        try:
+            return NoisyClassifier(
+                num_classes=len(class_names),
+                id2label=dict(enumerate(class_names)),
+                num_train_timesteps=config.ddpm_num_steps,
+                beta_schedule=scheduler.config.beta_schedule,
+                **{name: kwargs[name] for name in names if name in kwargs},
+            )
+        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            raise UserError(f"this classifier cannot be ({error}): change the architecture flags.") from error
 
 
 @contextlib.contextmanager

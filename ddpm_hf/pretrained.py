@@ -70,6 +70,8 @@ def load_pretrained(name: str, weights: str = "published") -> Pretrained:
         revision = folder.name
     if (folder / "state.pt").is_file():
         return _from_checkpoint(folder, weights)
+    if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():
+        raise UserError(f"{name} is the run of a classifier: give a model, and --classifier {name} to guide it.")
     if not (folder / "model_index.json").is_file():
         raise UserError(
             f"{name} has no model_index.json: give the folder or the Hub id of a pipeline, or a checkpoint."
@@ -91,8 +93,8 @@ def load_pretrained(name: str, weights: str = "published") -> Pretrained:
     run = _read_json(of_run / "train_config.json") if (of_run / "train_config.json").is_file() else {}
     if pipeline.unet.config.sample_size is None:
         raise UserError(f"{name} does not say the size of its images (sample_size): add it to unet/config.json.")
-    names = _read_json(folder / "model_index.json").get("id2label") if pipeline.unet.config.num_class_embeds else None
-    class_names = None if names is None else [names[str(label)] for label in range(len(names))]
+    class_names = names_of(_read_json(folder / "model_index.json").get("id2label"))
+    class_names = class_names if pipeline.unet.config.num_class_embeds else None
     return _pretrained(pipeline.unet, scheduler, name, revision, "published", run, folder, None, class_names)
 
 
@@ -105,6 +107,11 @@ def errors_only():
         yield
     finally:
         diffusers.utils.logging.set_verbosity(level)
+
+
+def names_of(id2label: dict | None) -> list[str] | None:
+    """Return the names of an `id2label` by their numbers, which may be text in any order; None for none."""
+    return [id2label[number] for number in sorted(id2label, key=int)] if id2label else None
 
 
 def _from_hub(name: str) -> Path:
@@ -150,8 +157,7 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
     record = checkpoint.parent / "train_config.json"
     run = _read_json(record) if record.is_file() else saved
     kind = "raw" if weights == "raw" or not flags["use_ema"] else "published"
-    class_names = run.get("class_names") if flags.get("class_conditional") else None
-    of_run = str(checkpoint.parent)
+    class_names, of_run = saved.get("class_names"), str(checkpoint.parent)
     return _pretrained(unet, scheduler, of_run, None, kind, run, checkpoint, step_of(checkpoint), class_names)
 
 

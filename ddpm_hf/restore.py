@@ -67,7 +67,7 @@ def restore_command(arguments):
             an output that is there already, and whatever the pipeline refuses.
     """
     start_processes()
-    output, seed = Path(arguments.output), arguments.seed
+    output, seed = Path(arguments.output).resolve(), arguments.seed
     if (processes := PartialState().num_processes) > 1:
         raise UserError(f"restore was launched in {processes} processes, but runs in one: leave the launcher out.")
     options, items = pipeline_options(arguments), find_items(arguments)
@@ -87,7 +87,7 @@ def restore_command(arguments):
     with writing("the sheet", output):
         sheet = draw_sheet(items[:ON_SHEET], output.with_name(f"{output.name}.sheet.png"))
     what = "The restored image is" if Path(arguments.input).is_file() else f"{len(items):,} restored images are in"
-    print(f"{what} {output}; {sheet} shows inputs above results.")
+    print(f"{what} {arguments.output}; {sheet.name} beside it shows inputs above results.")
     if noise_levels and options["task"] == "denoise" and "noise_level" not in options:
         low, middle, high = min(noise_levels), statistics.median(noise_levels), max(noise_levels)
         print(f"Noise as estimated, on pixels in [0, 1]: sigma {middle:.3f} (median, from {low:.3f} to {high:.3f}).")

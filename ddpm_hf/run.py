@@ -65,9 +65,14 @@ class Run:
         """The weights that are sampled from and saved: the EMA's where there is one."""
         return self.network if self.ema is None else self.ema.module
 
+    @property
+    def told_names(self) -> list[str] | None:
+        """The names of the classes that a conditional UNet is told; None of others."""
+        return self.train_set.class_names if self.config.class_conditional else None
+
     def class_labels(self, indices) -> list[int] | None:
         """Return the labels of sampled images: all classes in turn; None of an unconditional UNet."""
-        return [k % len(self.train_set.class_names) for k in indices] if self.config.class_conditional else None
+        return [k % len(self.told_names) for k in indices] if self.told_names else None
 
     def epochs(self, step: int) -> int:
         """Return how many epochs are over after `step` steps, by images seen."""

@@ -38,7 +38,7 @@ def open_evaluation(config, unet, scheduler, train_set, validation_set) -> tuple
         features="digits" if is_digits(train_set) else "inception",
         options={"inception": {"weights": config.eval_inception}},
         batch_size=config.train_batch_size,
-        class_labels=list(range(len(train_set.class_names))) if config.class_conditional else None,
+        asked=train_set.class_names if config.class_conditional else None,
         bound_images=BOUND_IMAGES,
         bound_timesteps=min(BOUND_TIMESTEPS, len(scheduler)),
     )
@@ -99,7 +99,7 @@ def score_run(run, on_step) -> tuple[dict[str, float], float | None]:
         },
         sampler=sampler
         | {"timesteps": "trailing", "eta": 0.0, "dtype": "float32", "seed": SEED}
-        | {"class_labels": evaluation.class_labels},
+        | ({"class_names": evaluation.asked} if evaluation.asked else {}),
         data_name=data_name(config.dataset_name or config.train_data_dir),
         cost={"drawing_s": round(drawing, 1), "scoring_s": round(time.perf_counter() - started - drawing, 1)},
     )

@@ -40,7 +40,8 @@ def check_same_samples(place: Path, found: dict | None, wanted: dict):
             raise UserError(f"{place} is there already and holds no samples of ours: give another --output.")
         return
     pairs = [("the weights", found["model"]["unet_sha256"], wanted["model"]["unet_sha256"])]
-    pairs += [(f"{key}", found["sampler"].get(key), value) for key, value in wanted["sampler"].items()]
+    keys = found["sampler"] | wanted["sampler"]  # guidance is told only where there is some
+    pairs += [(key, found["sampler"].get(key), wanted["sampler"].get(key)) for key in keys]
     for what, there, here in pairs:
         if there != here:
             raise UserError(

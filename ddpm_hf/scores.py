@@ -33,7 +33,7 @@ class Evaluation:
         options: of each extractor's loader, by its name.
         bound_images, bound_timesteps: of bits_per_dim; None for all of them.
         reference_file, reference_pipeline: statistics to take for FID instead of those of `train`.
-        class_labels: that were asked for, in turn: image k is to be of class `class_labels[k % len]` of `train`.
+        asked: the names of the classes that were asked for, in turn: image k is to be of class `asked[k % len]`.
         pairs_path: where memorization draws the closest pairs; None: nowhere.
     """
 
@@ -51,7 +51,7 @@ class Evaluation:
     reference_file: str | None = None
     reference_pipeline: str | None = None
     cache_dir: str | None = None
-    class_labels: list[int] | None = None
+    asked: list[str] | None = None
     pairs_path: Any = None
     extractors: dict = field(default_factory=dict)  # by name: the module, or why it cannot be had
     generated: dict = field(default_factory=dict)  # by name: the features of `images`, once computed
@@ -133,6 +133,12 @@ def check_labels(evaluation: Evaluation):
     labels = (evaluation.held_out or evaluation.train).labels
     if classes is not None and (labels is None or labels.min() < 0 or labels.max() >= classes):
         raise UserError(f"bits_per_dim of this model needs a class from 0 to {classes - 1} for each real image.")
+    known = evaluation.model.class_names
+    if known is not None and known != evaluation.train.class_names:
+        raise UserError(
+            f"bits_per_dim: the model's classes are {', '.join(known)}, the data's "
+            f"{', '.join(evaluation.train.class_names)}: give data of the same classes, see --class_names."
+        )
 
 
 def score(names: list[str], evaluation: Evaluation) -> list[dict]:

@@ -21,6 +21,7 @@ embeddings keeps the last for "no class" and can be guided; one of K cannot.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -74,11 +75,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def class_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
         """The numbers, from 0 to K-1, of labels given by number or by name; an unknown one is a ValueError."""
-        if isinstance(class_labels, torch.Tensor):
+        if isinstance(class_labels, (torch.Tensor, np.ndarray)):
             class_labels = class_labels.tolist()
-        given = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+        given = list(class_labels) if isinstance(class_labels, (list, tuple, range)) else [class_labels]
         numbers = {name: k for k, name in enumerate(self.labels)} | {k: k for k in range(len(self.labels))}
-        unknown = [label for label in given if isinstance(label, bool) or label not in numbers]
+        is_label = [isinstance(label, (str, Integral)) and not isinstance(label, bool) for label in given]
+        unknown = [label for label, fits in zip(given, is_label) if not fits or label not in numbers]
         if unknown or not given:
             known = ", ".join(f"{k} ({name})" for k, name in enumerate(self.labels))
             raise ValueError(f"class_labels are {given}; give one or more of {known}, by number or by name.")
@@ -89,7 +91,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         T = self.scheduler.config.num_train_timesteps
         scales = [guidance_scale((t + 1) / T) if callable(guidance_scale) else guidance_scale for t in timesteps]
         for scale in scales:
-            if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            if not isinstance(scale, Real) or not math.isfinite(scale):
                 raise ValueError(f"guidance_scale is {scale!r}; give a finite number, or a function u -> number.")
         if self.null_class is None and any(scale != 1 for scale in scales):
             raise ValueError(
@@ -106,10 +108,13 @@ class ClassConditionalPipeline(DiffusionPipeline):
         T = self.scheduler.config.num_train_timesteps
         if sampler not in ("ddim", "ddpm"):
             raise ValueError(f"sampler is {sampler!r}; choose 'ddim' or 'ddpm'.")
-        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= T:
+        if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= T:
             raise ValueError(f"num_inference_steps is {num_inference_steps!r}; give a whole number from 1 to {T}.")
-        if not 0 <= eta <= 1 or (sampler == "ddpm" and eta != 0):
+        if not isinstance(eta, Real) or not 0 <= eta <= 1 or (sampler == "ddpm" and eta != 0):
             raise ValueError(f"eta is {eta} with sampler {sampler!r}; it belongs to 'ddim' and is from 0 to 1.")
+        generators = generator if isinstance(generator, list) else [generator] * (generator is not None)
+        if not all(isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(f"generator is {generator!r}; give a torch.Generator, or a list of one per label.")
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(f"{len(generator)} generators were given for {num_images} images; give one per label.")
         if output_type not in ("pil", "np", "pt"):

@@ -11,7 +11,7 @@ components; with a stock DDPMPipeline's folder, pass the classifier:
     import torch
     from diffusers import AutoModel, DiffusionPipeline
 
-    classifier = AutoModel.from_pretrained("runs/classifier", trust_remote_code=True)
+    classifier = AutoModel.from_pretrained("runs/mnist-classifier", subfolder="classifier", trust_remote_code=True)
     pipeline = DiffusionPipeline.from_pretrained(
         "runs/mnist", classifier=classifier, custom_pipeline="pipelines/classifier_guided.py", trust_remote_code=True
     )
@@ -22,7 +22,7 @@ components; with a stock DDPMPipeline's folder, pass the classifier:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -101,16 +101,19 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         scheduler = self._ddpm_scheduler()
         labels = self._label_numbers(class_labels)
         self.check_inputs(
-            len(labels), guidance_scale, sampler, num_inference_steps, eta, generator, output_type,
+            len(labels), sampler, num_inference_steps, eta, generator, output_type,
             callback_on_step_end_tensor_inputs, scheduler,
         )  # fmt: skip
         T, device = len(scheduler), self._execution_device
+        timesteps = [int(t) for t in np.round(np.arange(T, 0, -T / num_inference_steps)[:num_inference_steps]) - 1]
+        scales = [guidance_scale((t + 1) / T) if callable(guidance_scale) else guidance_scale for t in timesteps]
+        if not all(isinstance(scale, Real) and math.isfinite(scale) for scale in scales):
+            raise ValueError(f"guidance_scale is {guidance_scale!r}; give a finite number, or a function u -> number.")
         size = self.unet.config.sample_size
         shape = len(labels), self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         intermediates = [] if return_intermediates else None
 
-        timesteps = [int(t) for t in np.round(np.arange(T, 0, -T / num_inference_steps)[:num_inference_steps]) - 1]
         steps = list(zip(timesteps, [*timesteps[1:], -1]))
         for i, (t, prev_t) in enumerate(self.progress_bar(steps)):
             # As 0-dim float32 tensors, in the order of stock DDPMScheduler's arithmetic: scale 0 is its image.
@@ -124,7 +127,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             # eps' in terms of x_0, (x - sigma eps')/signal. For DDIM and DDPM alike: Algorithm 1, which moves DDPM's
             # mean by scale * variance * gradient, is its limit for small steps (here it is beta/sqrt(alpha) for the
             # variance).
-            scale = guidance_scale((t + 1) / T) if callable(guidance_scale) else guidance_scale
+            scale = scales[i]
             if scale != 0 and signal > 0:  # at abar = 0 (zero terminal SNR) x_t says nothing of the class
                 x0 = x0 + scale * (sigma**2 / signal) * self._log_probability_gradient(x, t, labels)
             if scheduler.config.thresholding:
@@ -154,7 +157,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 tensors = {"sample": x, "pred_original_sample": x0}
                 asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                x = callback_on_step_end(self, i, t, asked).get("sample", x)
+                x = (callback_on_step_end(self, i, t, asked) or {}).get("sample", x)
 
         images = self._to_output(x, output_type)
         self.maybe_free_model_hooks()
@@ -163,12 +166,10 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         return ClassifierGuidedOutput(images=images, intermediates=intermediates)
 
     def check_inputs(
-        self, num_images, guidance_scale, sampler, num_inference_steps, eta, generator, output_type,
+        self, num_images, sampler, num_inference_steps, eta, generator, output_type,
         callback_on_step_end_tensor_inputs, scheduler,
     ):  # fmt: skip
         """Refuse what `__call__` cannot do, with a ValueError, before anything is drawn."""
-        if not callable(guidance_scale) and not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale is {guidance_scale}; give a finite number or a function of t/T.")
         if sampler not in ("ddim", "ddpm"):
             raise ValueError(f"sampler is {sampler!r}; choose ddim or ddpm.")
         if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= len(scheduler):
@@ -176,8 +177,11 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 f"num_inference_steps is {num_inference_steps}; give a whole number from 1 to the model's "
                 f"{len(scheduler)} timesteps."
             )
-        if not 0 <= eta <= 1 or (sampler != "ddim" and eta != 0):
+        if not isinstance(eta, Real) or not 0 <= eta <= 1 or (sampler != "ddim" and eta != 0):
             raise ValueError(f"eta is {eta} with sampler {sampler}; it belongs to ddim and is from 0 to 1.")
+        generators = generator if isinstance(generator, list) else [generator] * (generator is not None)
+        if not all(isinstance(one, torch.Generator) for one in generators):
+            raise ValueError(f"generator is {generator!r}; give a torch.Generator, or a list of one per label.")
         if isinstance(generator, list) and len(generator) != num_images:
             raise ValueError(f"There are {len(generator)} generators for {num_images} labels; give one per label.")
         if output_type not in ("pil", "np", "pt"):
@@ -193,7 +197,7 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
                 f"The scheduler's prediction_type is {scheduler.config.prediction_type!r}; "
                 "use a model that predicts epsilon, sample or v_prediction."
             )
-        kind = scheduler.config.variance_type.removesuffix("_log")
+        kind = (scheduler.config.variance_type or "fixed_small").removesuffix("_log")
         if sampler == "ddpm" and kind not in ("fixed_small", "fixed_large", "learned_range"):
             raise ValueError(f"The scheduler's variance_type is {kind!r}, which ddpm cannot use; take sampler='ddim'.")
         if (
@@ -212,12 +216,12 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
         """The labels as numbers, one per image."""
         num_classes = self.classifier.config.num_classes
         names = {name: int(number) for number, name in (self.classifier.config.id2label or {}).items()}
-        if isinstance(class_labels, torch.Tensor):
+        if isinstance(class_labels, torch.Tensor | np.ndarray):
             class_labels = class_labels.tolist()
-        given = [class_labels] if isinstance(class_labels, Integral | str) else list(class_labels)
+        given = list(class_labels) if isinstance(class_labels, list | tuple | range) else [class_labels]
         numbers = [names.get(label) if isinstance(label, str) else label for label in given]
         for label, number in zip(given, numbers):
-            if not isinstance(number, Integral) or not 0 <= number < num_classes:
+            if not isinstance(number, Integral) or isinstance(number, bool) or not 0 <= number < num_classes:
                 known = f" or a name: {', '.join(sorted(names, key=names.get))}" if names else ""
                 raise ValueError(f"The class label {label!r} is not known; give 0 to {num_classes - 1}{known}.")
         if not numbers:
@@ -247,7 +251,7 @@ def _predict_original_sample(output, x, signal, sigma, prediction_type):
 
 def _variance(scheduler, num_steps, beta, beta_tilde, predicted_variance=None):
     """sigma^2 of the ancestral step (Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, eq. 15)."""
-    kind = scheduler.config.variance_type.removesuffix("_log")
+    kind = (scheduler.config.variance_type or "fixed_small").removesuffix("_log")
     if kind == "learned_range":
         fraction = (predicted_variance + 1) / 2
         return (fraction * beta.log() + (1 - fraction) * beta_tilde.log()).exp()

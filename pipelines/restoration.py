@@ -93,15 +93,15 @@ class RestorationPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs=("sample",), return_intermediates: bool = False,
     ) -> RestorationOutput | tuple:  # fmt: skip
         """Restore N images of any size that the UNet can halve. What cannot be done is a ValueError.
-
         - `image`: PIL, array (N,)H,W[,C], tensor (N,)C,H,W, uint8 or float on [0, 1] (beyond it by noise), or a list.
         - `task`: denoise; inpaint; super_resolution, of the means of `scale_factor`^2 pixels; colorize, of the mean of
           the channels; deblur, of gaussian_operator with `blur_sigma` in pixels.
         - `noise_level`: standard deviation of white noise on [0, 1], one or one per image. None: denoise estimates it,
           others take rounding to 8 bits. 0: A x = y holds exactly.
         - `mask` of inpaint, one or one per image: white, True or 1 is painted anew.
-        - `num_samples` restorations, averaged: 4 for PSNR (1.2 to 2.5 dB), 1 for sharpness, of 25 steps each. denoise
-          takes 1 step, the mean of all clean images; 10 steps of DDPM draw one of them, 2.3 dB lower.
+        - `num_samples` restorations, averaged: 4 for PSNR (1 to 2 dB), 1 for sharpness, in 25 steps, closer near t = 0
+          (for less noise left: SSIM of deblurred digits 0.997, evenly 0.988). denoise takes 1 step, the mean of all
+          clean images; 10 steps of DDPM draw one of them, 2.3 dB lower.
         - `eta`: 1 renews the noise at each step; 0.5 costs 1 to 5 dB. `generator`: one, or one per image.
         """
         y, sigma = self._read(image, task, noise_level, scale_factor, blur_sigma)
@@ -207,12 +207,12 @@ class RestorationPipeline(DiffusionPipeline):
         return output.clamp(-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else output
 
     def _schedule(self, steps: int, B: int, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Trailing timesteps (steps, B), alphas_cumprod (steps + 1, B, 1, 1, 1); from `sigma` on, between whole t."""
+        """Timesteps (steps, B), alphas_cumprod (steps + 1, B, 1, 1, 1); from `sigma` down, or all T, closer near 0."""
         config = {k: v for k, v in self.scheduler.config.items() if k != "_use_default_values"}  # drops what it lists
         table = DDPMScheduler.from_config(config).alphas_cumprod.double()
         # Linear in log-SNR between timesteps; t = -1, the clean image, is given a very high one.
         whole, log_snr, k = np.arange(-1, len(table)), np.append(18, table.logit()), np.arange(steps, 0, -1) / steps
-        timesteps = np.round(k * len(table))[:, None].repeat(B, axis=1) - 1
+        timesteps = np.round(k**1.5 * len(table)).clip(1)[:, None].repeat(B, axis=1) - 1
         if sigma is not None:
             timesteps = np.outer(k, np.interp(2 * sigma.double().flatten().log().cpu(), -log_snr, whole) + 1) - 1
         alphas_cumprod = torch.from_numpy(np.interp(timesteps, whole, log_snr)).sigmoid()

@@ -1,6 +1,7 @@
 """Guidance against formulas by hand: classifier-free, and by a classifier for each kind of prediction."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +11,11 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from test_sampling import tiny_unet
 
-from ddpm_hf import UserError
+from ddpm_hf import UserError, feature_scores
 from ddpm_hf.__main__ import main
 from ddpm_hf.classifier import NoisyClassifier
 from ddpm_hf.guidance import ClassifierFree, ClassifierGuided, guide
-from ddpm_hf.pretrained import load_pretrained
+from ddpm_hf.pretrained import load_pretrained, names_of
 from ddpm_hf.samples import read_samples
 from ddpm_hf.sampling import image_generators, sample
 from ddpm_hf.scheduler import make_scheduler
@@ -123,11 +124,19 @@ def tiny_classifier(unet):
             down_block_types=("DownBlock2D",),
             layers_per_block=1,
             norm_num_groups=4,
+            num_train_timesteps=5,
+            beta_schedule="squaredcos_cap_v2",
         ).requires_grad_(False)
 
 
 def test_what_cannot_be_guided_is_refused():
     plain, classes, scheduler = tiny_unet(), tiny_unet(num_class_embeds=3), make_scheduler("nichol_cosine", 5)
+    with pytest.raises(UserError, match="timesteps are 5, the model's 9"):
+        guide(plain, make_scheduler("nichol_cosine", 9), None, 2.0, tiny_classifier(plain))
+    with pytest.raises(UserError, match="betas are squaredcos_cap_v2, the model's linear"):
+        guide(plain, make_scheduler("linear", 5), None, 2.0, tiny_classifier(plain))
+    with pytest.raises(UserError, match="--guidance_scale is nan"):
+        guide(classes, scheduler, ["a", "b"], float("nan"))
     with pytest.raises(UserError, match="this model knows no classes"):
         guide(plain, scheduler, None, 2.0)
     with pytest.raises(UserError, match="without --label_dropout"):
@@ -176,11 +185,41 @@ def test_sample_is_guided_as_asked(guidance_models, tmp_path, capsys):
         drawn[scale] = read_samples(output)
     assert drawn[4].sampler["guidance_scale"] == 4 and "guidance_scale" not in drawn[1].sampler
     assert not torch.equal(drawn[1].images, drawn[4].images)
+    # What is there is never taken for what was asked for, with guidance or without.
+    unguided = [*few, "--output", tmp_path / "4"]
+    assert run("sample", guidance_models / "conditional", *unguided) == 2
+    assert "guidance_scale: 4.0 there, None here" in capsys.readouterr().err
     by = ["--classifier", guidance_models / "classifier", "--guidance_scale=400"]
     assert run("sample", guidance_models / "plain", *few, *by, "--output", tmp_path / "by") == 0
     assert "4 images are in" in capsys.readouterr().out
     record = json.loads((tmp_path / "by" / "samples.json").read_text())["sampler"]
     assert len(record["classifier"]) == 64 and record["class_labels"] == [3, 7]
+
+
+def test_a_checkpoint_knows_its_classes_wherever_it_lies(guidance_models, tmp_path):
+    shutil.copytree(guidance_models / "conditional" / "checkpoint-6", tmp_path / "checkpoint-6")
+    model = load_pretrained(str(tmp_path / "checkpoint-6"))
+    assert model.class_names == list("0123456789") and model.num_classes == 10
+
+
+def test_names_of_classes_come_in_the_order_of_their_numbers():
+    assert names_of({"0": "a", "10": "k", "2": "c"}) == ["a", "c", "k"] and names_of(None) is None
+
+
+@pytest.mark.parametrize("of_train", [list("0123456789"), ["cat", "dog"]])
+def test_class_accuracy_is_of_the_names_that_were_asked_for(of_train):
+    """Labels 0 and 1 of a model of threes and sevens mean 3 and 7; the floor is of real threes and sevens."""
+    seen = torch.nn.functional.one_hot(torch.tensor([3, 7, 3, 1, 3, 9]), 10).float()  # asked: 3 7 3 7 3 7
+    real = SimpleNamespace(class_names=of_train, labels=torch.tensor([1, 0, -1, 1]))
+    if of_train[0] == "0":
+        real.labels = torch.tensor([3, 7, -1, 5])
+    evaluation = SimpleNamespace(asked=["3", "7"], held_out=real, extractors={"digits": None})
+    held_out = SimpleNamespace(logits=torch.nn.functional.one_hot(torch.tensor([3, 1, 9, 0]), 10).float())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_scores, "extractor_id", lambda extractor: "it")
+        one = feature_scores.class_accuracy(evaluation, "digits", SimpleNamespace(logits=seen), held_out)
+    assert one["value"] == pytest.approx(4 / 6) and one["se"] == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
+    assert one["floor"] == (0.5 if of_train[0] == "0" else None)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +230,8 @@ def test_sample_is_guided_as_asked(guidance_models, tmp_path, capsys):
         (["conditional", "--class_labels=10"], "this model knows 0 to 9"),
         (["conditional", "--classifier=classifier"], "this one is conditional"),
         (["plain", "--classifier=plain"], "plain has no classifier"),
-        (["classifier"], "classifier has no model_index.json"),
+        (["plain", "--classifier=classifier", "--guidance_scale=inf"], "must be a finite number"),
+        (["classifier"], "classifier is the run of a classifier: give a model"),
         (["classifier/checkpoint-6"], "is of a classifier"),
     ],
 )

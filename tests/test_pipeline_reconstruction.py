@@ -232,7 +232,7 @@ def test_class_labels(tiny):
     mixed = pipeline.invert(images, class_labels=[0, 1], **arguments)
     torch.testing.assert_close(mixed[1:], pipeline.invert(images[1], class_labels=1, **arguments), atol=1e-4, rtol=0)
     assert (mixed - pipeline.invert(images, **arguments)).abs().amax(dim=(1, 2, 3)).min() > 1e-3
-    for labels, words in (([0], "give one number, or 2"), (3, "from 0 to 2"), (0.5, "from 0 to 2")):
+    for labels, words in (([0], "give one, or 2"), (3, "from 0 to 2"), (0.5, "from 0 to 2")):
         with pytest.raises(ValueError, match=words):
             pipeline.invert(images, class_labels=labels, **arguments)
     with pytest.raises(ValueError, match="takes class_labels from 0 to 2"):
@@ -248,7 +248,7 @@ def test_refusals(tiny):
     for image, words in (
         (coloured, "mode RGB; give image.convert.'L'."),
         (Image.new("RGBA", (8, 8)), "mode RGBA"),
-        ([], "at least one"),
+        ([], "all of one size"),
         ([Image.new("L", (8, 8)), Image.new("L", (8, 6))], "all of one size"),
         (good.expand(1, 3, 8, 8), r"takes \(B, 1, H, W\)"),
         (good[..., :7], "multiples of 2"),

@@ -258,7 +258,7 @@ def test_prediction_types_and_learned_variance(folder, prediction_type):
     forward = pipe.unet.forward
 
     def reworded(x, t):
-        a = wanted._schedule(T, 1, None)[1][T - 1 - t.long(), 0]
+        a = wanted.unet.scheduler.alphas_cumprod[t.long()][:, None, None, None]
         v = forward(x, t).sample[:, :1]
         words = {"epsilon": (1 - a).sqrt() * x + a.sqrt() * v, "sample": a.sqrt() * x - (1 - a).sqrt() * v}
         return UNet2DOutput(sample=torch.cat([words[prediction_type], v], dim=1))
