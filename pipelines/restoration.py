@@ -6,8 +6,7 @@ Given y = A x + noise with a known linear A, every step of the reverse process c
 
 the posterior mean if x_0 | x_t is Gaussian with the variance 1 - alphas_cumprod[t] (that of PiGDM, Song et al. 2023,
 https://openreview.net/forum?id=9_gsMA8MRKQ): DDNM (Wang et al. 2023, https://huggingface.co/papers/2212.00490) where
-lam = 0, close to DiffPIR (Zhu et al. 2023, https://huggingface.co/papers/2305.08995) where not. PiGDM's gradient is no
-better for its time: 14.7 dB on halves of digits in 20 steps, which cost as much as 40 of these with 14.5 dB.
+lam = 0, close to DiffPIR (Zhu et al. 2023, https://huggingface.co/papers/2305.08995) where not.
 
     pipe = DiffusionPipeline.from_pretrained(MODEL, custom_pipeline="pipelines/restoration.py", trust_remote_code=True)
     small = pipe.degrade(digit, "super_resolution", scale_factor=4)
@@ -93,6 +92,7 @@ class RestorationPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs=("sample",), return_intermediates: bool = False,
     ) -> RestorationOutput | tuple:  # fmt: skip
         """Restore N images of any size that the UNet can halve. What cannot be done is a ValueError.
+
         - `image`: PIL, array (N,)H,W[,C], tensor (N,)C,H,W, uint8 or float on [0, 1] (beyond it by noise), or a list.
         - `task`: denoise; inpaint; super_resolution, of the means of `scale_factor`^2 pixels; colorize, of the mean of
           the channels; deblur, of gaussian_operator with `blur_sigma` in pixels.
@@ -100,8 +100,7 @@ class RestorationPipeline(DiffusionPipeline):
           others take rounding to 8 bits. 0: A x = y holds exactly.
         - `mask` of inpaint, one or one per image: white, True or 1 is painted anew.
         - `num_samples` restorations, averaged: 4 for PSNR (1 to 2 dB), 1 for sharpness, in 25 steps, closer near t = 0
-          (for less noise left: SSIM of deblurred digits 0.997, evenly 0.988). denoise takes 1 step, the mean of all
-          clean images; 10 steps of DDPM draw one of them, 2.3 dB lower.
+          (SSIM of deblurred digits .997, evenly .988). denoise takes 1, the mean of all clean images; 10 draw one.
         - `eta`: 1 renews the noise at each step; 0.5 costs 1 to 5 dB. `generator`: one, or one per image.
         """
         y, sigma = self._read(image, task, noise_level, scale_factor, blur_sigma)
@@ -131,7 +130,7 @@ class RestorationPipeline(DiffusionPipeline):
             if callback_on_step_end is not None:
                 tensors = {"sample": x, "pred_original_sample": x0}
                 tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                x = callback_on_step_end(self, i, t, tensors).get("sample", x)
+                x = (callback_on_step_end(self, i, t, tensors) or {}).get("sample", x)
             intermediates += [x0] if return_intermediates else []
         self.maybe_free_model_hooks()
         means = (v.unflatten(0, (-1, samples)).mean(dim=1) for v in (x, *intermediates))
@@ -146,8 +145,7 @@ class RestorationPipeline(DiffusionPipeline):
         """y = A x + noise, what `__call__` undoes, with its arguments; not clipped; where `mask` hides, A x is 0.5."""
         x, sigma = self._read(image, task, noise_level, scale_factor, blur_sigma, degraded=False)
         self.check_inputs(len(x), 1, 1, 0, generator, output_type)
-        apply = self._operator(task, x.shape, mask, 1, scale_factor, blur_sigma)[0]
-        y = apply(x)
+        y = self._operator(task, x.shape, mask, 1, scale_factor, blur_sigma)[0](x)
         y = (y + sigma[:, None, None, None] * randn_tensor(y.shape, generator, y.device) + 1) / 2
         y = y.clamp(0, 1) if output_type == "pil" else y
         return VaeImageProcessor().postprocess(y, output_type, do_denormalize=[False] * len(y))
@@ -155,6 +153,7 @@ class RestorationPipeline(DiffusionPipeline):
     @torch.no_grad()
     def estimate_noise(self, image) -> Tensor:
         """Return the standard deviation (N,) of the white noise in `image`, on [0, 1], as denoise finds it."""
+        self.check_inputs(0, 1, 1, 0, None, "pt")
         return self._unclip(*self._read(image, "denoise", None))[0] / 2
 
     def _unclip(self, y: Tensor, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -204,7 +203,8 @@ class RestorationPipeline(DiffusionPipeline):
             output = (x - (1 - alphas_cumprod).sqrt() * output) / alphas_cumprod.sqrt()
         elif config.prediction_type == "v_prediction":
             output = alphas_cumprod.sqrt() * x - (1 - alphas_cumprod).sqrt() * output
-        return output.clamp(-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else output
+        reach = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else math.inf
+        return output.clamp(-reach, reach)
 
     def _schedule(self, steps: int, B: int, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
         """Timesteps (steps, B), alphas_cumprod (steps + 1, B, 1, 1, 1); from `sigma` down, or all T, closer near 0."""
@@ -229,10 +229,11 @@ class RestorationPipeline(DiffusionPipeline):
             return mean_operator(lambda x: F.avg_pool2d(x, k), lambda y: F.interpolate(y, scale_factor=k), k**2)
         if task == "colorize":
             return mean_operator(lambda x: x.mean(dim=1, keepdim=True), lambda y: y.expand(-1, C, -1, -1), C)
+        _check(task == "denoise" or mask is not None, "inpaint needs a mask, white where to paint anew; give one.")
         masks = _pixels(torch.zeros(H, W) if task == "denoise" else mask, 1).to(self._execution_device)
-        fits = len(masks) in (1, N) and masks.shape[2:] == (H, W)
-        _check(fits, f"The mask is {[*masks.shape]}; give (1 or {N}, 1, {H}, {W}), or as many arrays or images.")
-        keep = (masks <= masks.max() / 2).float().expand(N, -1, -1, -1).repeat_interleave(samples, dim=0)
+        fits = len(masks) in (1, N) and masks.shape[2:] == (H, W) and (masks >= 0).all()
+        _check(fits, f"The mask is {[*masks.shape]}; give (1 or {N}, 1, {H}, {W}), of 0 (kept) and 1 (painted anew).")
+        keep = (masks <= masks.amax((1, 2, 3), True) / 2).float().expand(N, -1, -1, -1).repeat_interleave(samples, 0)
         return mean_operator(keep.mul, keep.mul)
 
     def _read(self, image, task, noise_level, scale_factor=1, blur_sigma=1.0, degraded=True):
@@ -251,9 +252,9 @@ class RestorationPipeline(DiffusionPipeline):
         fits = len(sigma) in (1, N) and (sigma >= 0).all() and sigma.isfinite().all()
         _check(fits, f"noise_level is {noise_level}; give a number from 0 on, or one for each of {N} images.")
         beyond = 3 if unknown else 1e-3 + 6 * sigma.max() * degraded
-        of = f"Values from {image.min():.4g} to {image.max():.4g} are out of range"
-        fits = ((image >= -beyond) & (image <= 1 + beyond)).all()
-        _check(fits, f"{of}; give them in [0, 1], or beyond by noise of a noise_level: divide by 255?")
+        low, high = image.min(), image.max()  # nan where there is one
+        what = f"Values from {low:.4g} to {high:.4g} are out of range: divide by 255, or give the noise_level?"
+        _check(low >= -beyond and high <= 1 + beyond, what)
         return 2 * image - 1, None if unknown else 2 * sigma.expand(N)
 
     def check_inputs(self, N, steps, samples, eta, generator, output_type, tensor_inputs=()):
@@ -267,9 +268,8 @@ class RestorationPipeline(DiffusionPipeline):
         _check(output_type in ("pil", "np", "pt"), f"output_type is {output_type!r}; choose pil, np or pt.")
         fits = {"sample", "pred_original_sample"}.issuperset(tensor_inputs)
         _check(fits, f"No callback gets all of {tensor_inputs}; choose sample, pred_original_sample.")
-        _check(
-            classes in (None, len(names) + 1), f"The UNet has {classes} classes but no null class; take one that has."
-        )
+        fits = classes in (None, len(names) + 1)
+        _check(fits, f"The UNet has {classes} classes but no null class; take one that has.")
 
 
 def _check(is_right: bool, message: str) -> None:

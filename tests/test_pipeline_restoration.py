@@ -276,6 +276,8 @@ def test_null_class(folder):
     pipe(torch.rand(2, 1, 8, 8), "denoise", noise_level=0.1)
     assert pipe.unet.labels.tolist() == [10, 10]
     with pytest.raises(ValueError, match="null class"):
+        gaussian(folder, num_class_embeds=10, id2label=names).estimate_noise(torch.rand(1, 1, 8, 8))
+    with pytest.raises(ValueError, match="null class"):
         gaussian(folder, num_class_embeds=10, id2label=names)(torch.rand(2, 1, 8, 8), "denoise", noise_level=0.1)
 
 
@@ -296,7 +298,7 @@ REFUSALS = [
     ([GOOD, GOOD[..., :6]], "denoise", {}, "one size"),
     (GOOD[..., :7], "denoise", {}, "multiples of 2"),
     (GOOD[..., :7], "super_resolution", {"scale_factor": 3}, "24x21; crop it to multiples of 2"),
-    (GOOD, "inpaint", {}, "NoneType"),
+    (GOOD, "inpaint", {}, "inpaint needs a mask"),
     (GOOD, "inpaint", {"mask": np.ones((8, 7))}, "mask"),
     (GOOD, "inpaint", {"mask": np.ones((2, 8, 8))}, "mask"),
     (GOOD, "denoise", {"noise_level": -0.1}, "noise_level is -0.1"),
@@ -327,3 +329,17 @@ def test_it_needs_nothing_of_ours(folder, tmp_path):
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("mask", [None, torch.full((8, 8), math.nan), -torch.ones(8, 8)])
+def test_masks_that_mean_nothing_are_refused(folder, mask):
+    with pytest.raises(ValueError, match="mask"):
+        gaussian(folder)(torch.rand(1, 1, 8, 8), "inpaint", mask=mask)
+
+
+def test_each_mask_has_its_own_white(folder):
+    """A mask of 0 and 0.4 hides the same alone and beside one of 0 and 1."""
+    pipe, dark = gaussian(folder), torch.zeros(1, 1, 8, 8)
+    dark[..., :4] = 0.4
+    both = pipe.degrade(torch.zeros(2, 1, 8, 8), "inpaint", mask=torch.cat([dark, (dark > 0).float()]))
+    assert torch.equal(both[0], both[1]) and both[0, 0, 0].tolist() == [0.5] * 4 + [0.0] * 4
