@@ -238,7 +238,7 @@ class TrainingConfig(*reversed(GROUPS)):
                 raise UserError(f"--objective classify trains a classifier, which has no --{given[0]}: leave it out.")
         if self.adam_epsilon <= 0:
             raise UserError(f"--adam_epsilon is {self.adam_epsilon}, but must be positive, e.g. 1e-8.")
-        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
+        if self.ddpm_num_inference_steps > self.ddpm_num_steps and self.objective != "classify":
             raise UserError(
                 f"--ddpm_num_inference_steps is {self.ddpm_num_inference_steps}, but a model of "
                 f"--ddpm_num_steps {self.ddpm_num_steps} can take at most {self.ddpm_num_steps}: lower the first."

@@ -39,7 +39,7 @@ def resolve_sampler(
     variance_type: str | None = None,
     dtype: str = "float32",
     seed: int = 0,
-    class_labels: list[int] | None = None,
+    class_labels: list[int | str] | None = None,
     guidance_scale: float = 1.0,
     classifier: str | None = None,
 ) -> tuple[dict, list[str]]:
@@ -47,7 +47,7 @@ def resolve_sampler(
 
     Args:
         timesteps: a spacing of `PaperDDPMScheduler.subsequence`, or timesteps joined by commas.
-        class_labels: image k has label `class_labels[k % len]`; None: of a conditional model all classes in turn.
+        class_labels: image k has label `class_labels[k % len]`, a name or a number; None: all classes in turn, if any.
         guidance_scale: see `guidance.guide`; `classifier` is the SHA-256 of the classifier that guides, if one does.
 
     Raises:
@@ -62,12 +62,9 @@ def resolve_sampler(
     if num_inference_steps is None and not listed:
         num_inference_steps = len(scheduler) if method == "ddpm" else min(50, len(scheduler))
     steps = [(t, prev_t) for t, prev_t in scheduler.subsequence(num_inference_steps, spacing) if t != prev_t]
-    classes = range(model.num_classes)
-    if class_labels is None and classes:
-        class_labels = list(classes)
-    if class_labels is not None and not all(label in classes for label in class_labels):
-        known = f"0 to {len(classes) - 1}" if classes else "none"
-        raise UserError(f"--class_labels are {class_labels}, but this model knows {known}: leave out what it has not.")
+    if class_labels is None and model.num_classes:
+        class_labels = range(model.num_classes)
+    class_labels = None if class_labels is None else [label_number(label, model) for label in class_labels]
     clip = scheduler.config.clip_sample or scheduler.config.thresholding
     sampler = {
         "method": method,
@@ -93,6 +90,18 @@ def resolve_sampler(
             f"noise, but the model expects some image there; --timesteps trailing begins at t = {len(scheduler) - 1}."
         )
     return sampler, warnings
+
+
+def label_number(label: int | str, model: Pretrained) -> int:
+    """Return the number of a class given by its name, or by its number; an unknown one is a UserError."""
+    known = model.class_names or list(map(str, range(model.num_classes)))
+    if str(label) in known and isinstance(label, str):
+        return known.index(label)
+    if str(label).isdigit() and int(label) < model.num_classes:
+        return int(label)
+    if not known:
+        raise UserError("this model knows no classes: leave --class_labels out, or give a --classifier to guide it.")
+    raise UserError(f"--class_labels has {label!r}, but this model knows {', '.join(known)}: give names or numbers.")
 
 
 def draw_samples(model: Pretrained, sampler: dict, num_images: int, output, batch_size: int, progress=True) -> Path:

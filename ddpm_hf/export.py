@@ -17,8 +17,8 @@ from .pretrained import Pretrained, load_classifier, load_pretrained
 PIPELINES = {
     "class_conditional": ("Images of a class, with classifier-free guidance", "class_labels=[0], guidance_scale=2.0"),
     "classifier_guided": ("Images of a class, by a classifier's guidance", "class_labels=[0], guidance_scale=2.0"),
-    "restoration": ("Mends noisy, masked, small, grey or blurred images", 'image, task="denoise"'),
-    "reconstruction": ("Images to noise and back, and between two images", "image"),
+    "restoration": ("Mends noisy, masked, small, grey or blurred images", 'Image.open("noisy.png"), task="denoise"'),
+    "reconstruction": ("Images to noise and back, and between two images", 'Image.open("image.png")'),
 }
 
 
@@ -94,10 +94,18 @@ def card(name: str, model: Pretrained, names: list[str]) -> str:
     for pipeline in names:
         what, arguments = PIPELINES[pipeline]
         if classes and not has_no_class:
-            arguments = {"class_conditional": "class_labels=[0]", "reconstruction": "image, class_labels=0"}[pipeline]
-        parts.append(
-            f"{what}:\n\n```python\nfrom diffusers import DiffusionPipeline\n\npipeline = DiffusionPipeline."
-            f'from_pretrained(\n    "{name}", custom_pipeline="{pipeline}", trust_remote_code=True\n)\n'
-            f"pipeline({arguments}).images[0]\n```"
-        )
+            arguments = {
+                "class_conditional": "class_labels=[0]",
+                "reconstruction": 'Image.open("image.png"), class_labels=0',
+            }[pipeline]
+        parts.append(f"{what}:\n\n```python\n{snippet(name, pipeline, arguments)}\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def snippet(name: str, pipeline: str, arguments: str) -> str:
+    """Return the Python that loads an exported model's pipeline and calls it."""
+    return f"""from diffusers import DiffusionPipeline
+from PIL import Image
+
+pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{pipeline}", trust_remote_code=True)
+pipeline({arguments}).images[0].save("result.png")"""

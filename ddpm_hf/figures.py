@@ -73,6 +73,16 @@ def image_sheet(images: torch.Tensor, path, columns: int | None = None) -> Path:
     return saved(tiled(big, columns or near_square(len(big))).save, path, optimize=True)
 
 
+def framed(image: Image.Image | None, side: int) -> torch.Tensor:
+    """Return an RGB image, enlarged by a whole factor, in the middle of a white square: uint8 (3, side, side)."""
+    square = Image.new("RGB", (side, side), "white")
+    if image is not None:
+        factor = side // max(image.size)
+        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
 def strip(rows: list[torch.Tensor], column_labels: list[str], row_labels: list[str], path) -> Path:
     """Draw rows of uint8 images (K, C, H, W), with K labels above them and one to the left of each row."""
     rows = [resized(row, 128) for row in rows]

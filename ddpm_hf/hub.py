@@ -239,7 +239,7 @@ def how_to_use(name: str, flags: dict) -> tuple[str, str]:
     ddpm, steps = "denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239))", flags["ddpm_num_steps"]
     if flags["objective"] == "classify":
         return (
-            "A classifier of noisy images",
+            "A noise-aware classifier",
             f"""It guides a DDPM of the same data and schedule:
 
 ```python

@@ -18,10 +18,6 @@ PIPELINES = ["tf1", "antialias", "pytorch"]
 TASKS = ["denoise", "inpaint", "super_resolution", "colorize", "deblur"]
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
 def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
@@ -62,7 +58,11 @@ def sampler(parser: argparse.ArgumentParser, method="ddpm, ancestral sampling", 
     )
     add("--dtype", default="float32", help="precision inside the UNet: float32 (default), bfloat16 or float16")
     add("--seed", type=int, default=0, help="image k is drawn from the generator seeded with seed + k; default: 0")
-    add("--class_labels", type=numbers, help="of a conditional model: 3 or 0,1,2 in turn; default: all in turn")
+    add(
+        "--class_labels",
+        type=names,
+        help="of a conditional or guided model, by name or number: cat or 0,1,2 in turn; default: all in turn",
+    )
     add(
         "--guidance_scale",
         type=float,

@@ -24,7 +24,7 @@ from . import UserError
 from .checkpoints import write_beside, writing
 from .drawing import start_processes
 from .export import pipeline_file
-from .figures import image_sheet
+from .figures import framed, image_sheet
 from .pixels import to_array
 from .pretrained import Pretrained, errors_only, load_pretrained
 from .sampling import image_generators, to_uint8
@@ -111,8 +111,10 @@ def find_items(arguments) -> list[Item]:
     """Return what is to be restored, by name: the images right inside a folder, or one file."""
     place, output = Path(arguments.input), Path(arguments.output)
     if place.is_file():
-        if output.suffix != ".png" or output.is_dir() or output.resolve() == place.resolve():
-            raise UserError(f"OUTPUT is {output}, but an image is written as PNG: give another name, ending in .png.")
+        if output.resolve() == place.resolve():
+            raise UserError(f"OUTPUT {output} is INPUT itself: give another name.")
+        if output.suffix != ".png" or output.is_dir():
+            raise UserError(f"OUTPUT is {output}, but an image is written as PNG: give a name ending in .png.")
         return [Item(0, place, output, find_mask(place, arguments.mask))]
     if not place.is_dir():
         raise UserError(f"INPUT {place} is neither a file nor a folder: give an image or a folder of images.")
@@ -156,8 +158,15 @@ def read(path: Path) -> torch.Tensor:
 
 
 def read_mask(path: Path) -> torch.Tensor:
-    """Return a mask as bool (H, W), True where it is white: there the image is painted anew."""
-    return read(path).mean(dim=0) > 0.5
+    """Return a mask as bool (H, W), True where it is white, or brighter than half of its brightest: there to paint.
+
+    Raises:
+        UserError: if it is black everywhere.
+    """
+    grey = read(path).mean(dim=0)
+    if not grey.any():
+        raise UserError(f"--mask {path} is white nowhere: give one that is white where the image is to be painted.")
+    return grey > grey.max() / 2
 
 
 def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -192,17 +201,18 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
     def accept(*step):
         raise Accepted
 
-    digest, tried = hashlib.sha256(), set()
+    digest, first = hashlib.sha256(), {}
     for item in tqdm(items, desc="Reading", unit="image", disable=len(items) < 200):
         image, mask = read_for(pipeline, item, options["task"])
         item.size = tuple(image.shape[1:])
         digest.update(f"{item.path.stem} {tuple(image.shape)} ".encode() + image.numpy().tobytes())
         digest.update(b"" if mask is None else mask.numpy().tobytes())
-        if item.size not in tried:
-            with contextlib.suppress(Accepted), told(item):
-                generators = image_generators(seed, [item.index])
-                pipeline(image[None], **masks([mask]), **options, generator=generators, callback_on_step_end=accept)
-            tried.add(item.size)
+        first.setdefault(item.size, item)
+    for item in first.values():
+        image, mask = read_for(pipeline, item, options["task"])
+        with contextlib.suppress(Accepted), told(item):
+            generators = image_generators(seed, [item.index])
+            pipeline(image[None], **masks([mask]), **options, generator=generators, callback_on_step_end=accept)
     return digest.hexdigest()
 
 
@@ -216,7 +226,7 @@ def told(item: Item):
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{item.path} cannot be restored so: {error}") from error
+        raise UserError(f"{item.path.name} cannot be restored with these flags: {error}") from error
 
 
 def begin(items: list[Item], arguments, record: dict) -> list[Item]:
@@ -282,13 +292,3 @@ def draw_sheet(items: list[Item], path: Path) -> Path:
         row = pairs[start : start + columns] + [(None, None)] * (start + columns - len(pairs))
         cells += [framed(image, side) for kind in zip(*row) for image in kind]
     return image_sheet(torch.stack(cells), path, columns)
-
-
-def framed(image: Image.Image | None, side: int) -> torch.Tensor:
-    """Return an RGB image, enlarged by a whole factor, in the middle of a white square: uint8 (3, side, side)."""
-    square = Image.new("RGB", (side, side), "white")
-    if image is not None:
-        factor = side // max(image.size)
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)

@@ -167,7 +167,10 @@ def check_classes(config, train_set):
     if not config.class_conditional and config.objective != "classify":
         return
     if train_set.class_names is None:
-        raise UserError(f"{wanted} needs images with classes, and these have none: name their --label_column.")
+        raise UserError(
+            f"{wanted} needs images with classes, and these have none: name their --label_column, or give a folder "
+            "with a subfolder for each class."
+        )
     if (
         config.class_conditional
         and not config.label_dropout

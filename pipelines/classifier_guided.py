@@ -88,8 +88,8 @@ class ClassifierGuidedPipeline(DiffusionPipeline):
 
         - `class_labels`: numbers from 0 to K-1, or names of the classifier's `id2label`; one or a list.
         - `guidance_scale`: 0 is the unconditional model, 1 the distribution given the class by Bayes' rule, more is
-          surer of the class and less diverse. A function is called with t/T, from 1 (noise) down to 0, at each step:
-          `lambda t: 3 * t` falls off linearly, `lambda t: 2.0 * (t < 0.6)` guides the later part only.
+          surer of the class and less diverse. A function is called with u = (t + 1) / T, from 1 (noise) down, at each
+          step: `lambda u: 3 * u` falls off linearly, `lambda u: 2.0 * (u < 0.6)` guides the later part only.
         - `sampler`: "ddim" with its `eta` from 0 to 1 (Song et al. 2021, eq. 12 and 16), or "ddpm", ancestral, with
           the config's variance on all T steps, and fixed_small on fewer unless the variance is learned.
         - `num_inference_steps`: from 1 to T, spaced as "trailing" (https://huggingface.co/papers/2305.08891).

@@ -232,7 +232,7 @@ class RestorationPipeline(DiffusionPipeline):
         _check(task == "denoise" or mask is not None, "inpaint needs a mask, white where to paint anew; give one.")
         masks = _pixels(torch.zeros(H, W) if task == "denoise" else mask, 1).to(self._execution_device)
         fits = len(masks) in (1, N) and masks.shape[2:] == (H, W) and (masks >= 0).all()
-        _check(fits, f"The mask is {[*masks.shape]}; give (1 or {N}, 1, {H}, {W}), of 0 (kept) and 1 (painted anew).")
+        _check(fits, f"The mask is {[*masks.shape]}; give {H}x{W}, one or {N}, of 0 (kept) and 1 (painted).")
         keep = (masks <= masks.amax((1, 2, 3), True) / 2).float().expand(N, -1, -1, -1).repeat_interleave(samples, 0)
         return mean_operator(keep.mul, keep.mul)
 
@@ -246,11 +246,11 @@ class RestorationPipeline(DiffusionPipeline):
         image = _pixels(image, channels).to(self._execution_device)
         N, (H, W), halved = len(image), image.shape[2:], 2 ** (len(self.unet.config.down_block_types) - 1)
         H, W, wanted = (H * k, W * k, halved) if degraded else (H, W, math.lcm(halved, k))
-        _check(H % wanted == W % wanted == 0, f"The clean image is {H}x{W}; crop it to multiples of {wanted}.")
+        _check(H % wanted == W % wanted == 0, f"The restored image is {H}x{W}; give one of multiples of {wanted}.")
         unknown = task == "denoise" and noise_level is None
         sigma = torch.as_tensor(ROUNDING if noise_level is None else noise_level).float().flatten().to(image.device)
-        fits = len(sigma) in (1, N) and (sigma >= 0).all() and sigma.isfinite().all()
-        _check(fits, f"noise_level is {noise_level}; give a number from 0 on, or one for each of {N} images.")
+        fits = len(sigma) in (1, N) and ((sigma >= 0) & (sigma <= 4)).all()
+        _check(fits, f"noise_level is {noise_level}; give 0 to 4, on pixels in [0, 1], or one for each of {N} images.")
         beyond = 3 if unknown else 1e-3 + 6 * sigma.max() * degraded
         low, high = image.min(), image.max()  # nan where there is one
         what = f"Values from {low:.4g} to {high:.4g} are out of range: divide by 255, or give the noise_level?"

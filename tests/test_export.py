@@ -58,7 +58,7 @@ def test_an_exported_folder_needs_nothing_of_ours(guidance_models, arguments, na
     "arguments, sentence",
     [
         (["plain", "conditional"], "conditional is there already"),
-        (["conditional", "new", "--classifier=classifier"], "cannot guide this model"),
+        (["conditional", "new", "--classifier=classifier"], "this one is conditional"),
         (["plain", "new", "--classifier=plain"], "has no classifier"),
     ],
 )

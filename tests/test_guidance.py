@@ -14,6 +14,7 @@ from test_sampling import tiny_unet
 from ddpm_hf import UserError, feature_scores
 from ddpm_hf.__main__ import main
 from ddpm_hf.classifier import NoisyClassifier
+from ddpm_hf.drawing import label_number
 from ddpm_hf.guidance import ClassifierFree, ClassifierGuided, guide
 from ddpm_hf.pretrained import load_pretrained, names_of
 from ddpm_hf.samples import read_samples
@@ -202,6 +203,13 @@ def test_a_checkpoint_knows_its_classes_wherever_it_lies(guidance_models, tmp_pa
     assert model.class_names == list("0123456789") and model.num_classes == 10
 
 
+def test_a_class_goes_by_its_name_before_its_number():
+    model = SimpleNamespace(class_names=["7", "3", "cat"], num_classes=3)
+    assert [label_number(label, model) for label in ("7", "3", "cat", "0", 1)] == [0, 1, 2, 0, 1]
+    with pytest.raises(UserError, match="has 'dog', but this model knows 7, 3, cat"):
+        label_number("dog", model)
+
+
 def test_names_of_classes_come_in_the_order_of_their_numbers():
     assert names_of({"0": "a", "10": "k", "2": "c"}) == ["a", "c", "k"] and names_of(None) is None
 
@@ -226,8 +234,8 @@ def test_class_accuracy_is_of_the_names_that_were_asked_for(of_train):
     "arguments, sentence",
     [
         (["plain", "--guidance_scale=2"], "this model knows no classes"),
-        (["plain", "--class_labels=1"], "this model knows none"),
-        (["conditional", "--class_labels=10"], "this model knows 0 to 9"),
+        (["plain", "--class_labels=1"], "this model knows no classes: leave --class_labels out"),
+        (["conditional", "--class_labels=10"], "has '10', but this model knows 0, 1, 2"),
         (["conditional", "--classifier=classifier"], "this one is conditional"),
         (["plain", "--classifier=plain"], "plain has no classifier"),
         (["plain", "--classifier=classifier", "--guidance_scale=inf"], "must be a finite number"),

@@ -297,7 +297,7 @@ REFUSALS = [
     ("image.png", "denoise", {}, "no PIL image"),
     ([GOOD, GOOD[..., :6]], "denoise", {}, "one size"),
     (GOOD[..., :7], "denoise", {}, "multiples of 2"),
-    (GOOD[..., :7], "super_resolution", {"scale_factor": 3}, "24x21; crop it to multiples of 2"),
+    (GOOD[..., :7], "super_resolution", {"scale_factor": 3}, "24x21; give one of multiples of 2"),
     (GOOD, "inpaint", {}, "inpaint needs a mask"),
     (GOOD, "inpaint", {"mask": np.ones((8, 7))}, "mask"),
     (GOOD, "inpaint", {"mask": np.ones((2, 8, 8))}, "mask"),

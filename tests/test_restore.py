@@ -116,7 +116,7 @@ def test_inpainting_keeps_what_is_black_in_the_mask(tiny_run, images, tmp_path):
     (tmp_path / "masks").mkdir()
     for path in images.glob("[abcd].png"):
         mask = np.zeros_like(pixels(path), dtype=np.uint8)
-        mask[:, : 2 + "abcd".index(path.stem) * 4] = 255
+        mask[:, : 2 + "abcd".index(path.stem) * 4] = 1 if path.stem == "a" else 255  # segmentation tools write 1
         Image.fromarray(mask).save(tmp_path / "masks" / f"{path.stem}.bmp")
     flags = ["--task=inpaint", f"--mask={tmp_path / 'masks'}", *FEW]
     main(["restore", str(tiny_run), str(images), str(tmp_path / "out"), *flags])
@@ -128,6 +128,15 @@ def test_inpainting_keeps_what_is_black_in_the_mask(tiny_run, images, tmp_path):
     main(["restore", str(tiny_run), str(images / "a.png"), str(tmp_path / "one.png"), *flags])
     changed = np.abs(pixels(tmp_path / "one.png") - pixels(images / "a.png"))
     assert changed[:, 6:].max() <= 2 < changed[:, :6].mean()
+
+
+def test_a_mask_without_white_is_refused(tiny_run, images, tmp_path, capsys):
+    Image.new("L", Image.open(images / "a.png").size).save(tmp_path / "black.png")
+    flags = ["--task=inpaint", f"--mask={tmp_path / 'black.png'}"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["restore", str(tiny_run), str(images / "a.png"), str(tmp_path / "one.png"), *flags])
+    assert stopped.value.code == 2 and "is white nowhere" in capsys.readouterr().err
+    assert not (tmp_path / "one.png").exists()
 
 
 def test_an_interrupted_folder_goes_on(tiny_run, images, tmp_path, capsys):
@@ -184,7 +193,7 @@ def test_colour(colour_model, tmp_path, capsys):
         ("--task denoise --num_inference_steps 21", "num_inference_steps"),
         ("--task super_resolution --scale_factor 0", "scale_factor"),
         ("--task deblur --blur_sigma -1", "blur_sigma"),
-        ("--task colorize", "cannot be restored so"),
+        ("--task colorize", "cannot be restored with"),
         ("--task sharpen", "invalid choice"),
     ],
 )
@@ -204,7 +213,7 @@ def test_bad_images_are_refused_before_any_is_written(tiny_run, images, tmp_path
         return error
 
     save_grey(images / "odd.png", 28, 27)
-    assert "odd.png cannot be restored so" in (error := refuse()) and "27" in error
+    assert "odd.png cannot be restored with" in (error := refuse()) and "27" in error
     save_colour(images / "odd.png")
     assert "odd.png has colours, but the model" in refuse()
     whole = (images / "a.png").read_bytes()
