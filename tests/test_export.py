@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 from test_guidance import run
 
 
@@ -18,8 +19,10 @@ from diffusers import DDPMPipeline, DiffusionPipeline
 folder = sys.argv[1]
 assert DDPMPipeline.from_pretrained(folder).scheduler.config.num_train_timesteps == 10
 image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-for name in sys.argv[2].split(","):
-    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=name, trust_remote_code=True)
+names = sys.argv[2].split(",")
+files = [f"{sys.argv[3]}/{name}.py" for name in names]
+for name, custom_pipeline in [*zip(names, files), *zip(names, names)]:
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=custom_pipeline, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     if name in ("class_conditional", "classifier_guided"):
         images = pipeline(class_labels=["3"], guidance_scale=2.0, num_inference_steps=2).images
@@ -46,10 +49,13 @@ def test_an_exported_folder_needs_nothing_of_ours(guidance_models, arguments, na
     assert names.replace(",", ", ") in capsys.readouterr().out
     assert {path.stem for path in folder.glob("*.py")} == set(names.split(","))
     done = subprocess.run(
-        [sys.executable, "-P", "-c", ALONE, str(folder), names], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-P", "-c", ALONE, str(folder), names, str(ROOT / "pipelines")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == names.count(",") + 1
+    assert done.stdout.count("\n") == 2 * (names.count(",") + 1)  # each from our file and from the folder's
     assert all(f'custom_pipeline="{name}"' in (folder / "README.md").read_text() for name in names.split(","))
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
 

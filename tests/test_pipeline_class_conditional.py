@@ -5,9 +5,6 @@ sigma^2) is linear in m_k, so guidance of scale w is exactly the model of N(w m_
 """
 
 import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -311,25 +308,3 @@ def test_refusals(tiny):
         make(tiny, tiny.unet, tiny.scheduler, {0: "cat", 2: "dog"})
     with pytest.raises(ValueError, match="at least 1"):
         tiny.class_sheet(num_per_class=0)
-
-
-def test_without_ddpm_hf(tiny, tmp_path):
-    """The file and a folder are all that is needed."""
-    tiny.save_pretrained(tmp_path / "model")
-    expected = tiny("dog", 2.0, num_inference_steps=3, generator=image_generators(0, [0]), output_type="np").images
-    program = """if True:
-        import sys
-        sys.modules["ddpm_hf"] = None
-        import numpy, torch
-        from diffusers import DiffusionPipeline
-        folder, code, output = sys.argv[1:]
-        pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=code, trust_remote_code=True)
-        generator = torch.Generator().manual_seed(0)
-        images = pipeline("dog", 2.0, num_inference_steps=3, generator=generator, output_type="np").images
-        numpy.save(output, images)
-    """
-    subprocess.run(
-        [sys.executable, "-P", "-c", program, str(tmp_path / "model"), CODE, str(tmp_path / "images.npy")],
-        cwd=tmp_path, env=os.environ | {"HF_HOME": str(tmp_path / "hf")}, check=True,
-    )  # fmt: skip
-    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), expected, atol=1e-5)

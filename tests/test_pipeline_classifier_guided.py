@@ -5,9 +5,6 @@ v = signal^2 s^2 + sigma^2, so p(k | x_t) is a softmax, eps is sigma times a mea
 guided with scale 1 the model is that of the class alone: eps = sigma (x_t - signal m_k)/v, by Bayes' rule.
 """
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -340,26 +337,3 @@ def test_refused_schedulers(stock):
         scheduler = make_scheduler(num_train_timesteps=10, **config)
         with pytest.raises(ValueError, match=message):
             load(stock, classifier=tiny_classifier(), scheduler=scheduler)(0, sampler="ddpm", num_inference_steps=3)
-
-
-def test_a_saved_folder_needs_nothing_of_ours(tiny, tmp_path):
-    """Saved with its classifier, it loads and draws the same where ddpm_hf cannot be imported."""
-    tiny.save_pretrained(tmp_path / "guided")
-    expected = tiny("dog", guidance_scale=5.0, num_inference_steps=3, generator=generator(), output_type="np").images
-    program = """if True:
-        import sys
-        sys.modules["ddpm_hf"] = None
-        import numpy, torch
-        from diffusers import AutoModel, DiffusionPipeline
-        folder, code, output = sys.argv[1:]
-        pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=code, trust_remote_code=True)
-        numpy.save(output, pipeline("dog", 5.0, num_inference_steps=3, generator=torch.Generator().manual_seed(0),
-                                    output_type="np").images)
-        alone = AutoModel.from_pretrained(folder + "/classifier", trust_remote_code=True)
-        assert type(pipeline.classifier).__module__ == type(alone).__module__ == "diffusers_modules.local.classifier"
-    """
-    subprocess.run(
-        [sys.executable, "-P", "-c", program, str(tmp_path / "guided"), CODE, str(tmp_path / "images.npy")],
-        cwd=tmp_path, env=os.environ | {"HF_HOME": str(tmp_path / "hf")}, check=True,
-    )  # fmt: skip
-    np.testing.assert_allclose(np.load(tmp_path / "images.npy"), expected, atol=1e-5)

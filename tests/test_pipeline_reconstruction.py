@@ -4,9 +4,6 @@ Where each pixel is N(0, s^2), x_t is N(0, a^2 s^2 + sigma^2) and the ODE keeps 
 an image x is x sqrt(a_T^2 s^2 + sigma_T^2) / s.
 """
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -272,24 +269,3 @@ def test_refusals(tiny):
     ):
         with pytest.raises(ValueError, match=words):
             call()
-
-
-def test_without_ddpm_hf(tiny, tmp_path):
-    """The file and a stock folder are all that is needed."""
-    DDPMPipeline(tiny.unet, tiny.scheduler).save_pretrained(tmp_path / "model")
-    program = """if True:
-        import sys
-        sys.modules["ddpm_hf"] = None
-        import numpy, torch
-        from diffusers import DiffusionPipeline
-        folder, code, output = sys.argv[1:]
-        pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=code, trust_remote_code=True)
-        image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-        numpy.save(output, pipeline(image, num_inference_steps=10).latents)
-    """
-    subprocess.run(
-        [sys.executable, "-P", "-c", program, str(tmp_path / "model"), CODE, str(tmp_path / "latents.npy")],
-        cwd=tmp_path, env=os.environ | {"HF_HOME": str(tmp_path / "hf")}, check=True,
-    )  # fmt: skip
-    expected = tiny.invert(pictures(1), num_inference_steps=10)
-    np.testing.assert_allclose(np.load(tmp_path / "latents.npy"), expected, atol=1e-4)

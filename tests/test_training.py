@@ -167,7 +167,7 @@ def test_noise_level_under_autocast(tmp_path):
     seen = {}
 
     class Spy(torch.nn.Module):
-        def forward(self, noisy, timesteps):
+        def forward(self, noisy, timesteps, class_labels=None):
             seen["noisy"] = noisy
             return type("Output", (), {"sample": noisy})
 
