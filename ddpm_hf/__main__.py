@@ -25,7 +25,7 @@ def presets(arguments):
 def figures(arguments):
     """Draw the figures of a finished run anew, from its pipeline, its metrics and its data."""
     run = Path(arguments.run)
-    if (run / "classifier").is_dir():
+    if (run / "classifier").is_dir() and not (run / "model_index.json").is_file():  # an export has both
         raise UserError(f"{run} is the run of a classifier, whose only figure is {run / 'figures' / 'loss.png'}.")
     if not (run / "train_config.json").is_file() or not (run / "model_index.json").is_file():
         raise UserError(f"{run} is not a finished run: give the --output_dir of train_unconditional.py.")

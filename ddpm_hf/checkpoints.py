@@ -20,31 +20,15 @@ from . import UserError
 
 
 # What a run writes beside checkpoints, the tracker's folder and the card.
-RUN_FILES = [
-    "model_index.json",
-    "unet",
-    "scheduler",
-    "classifier",
-    "best",
-    "evaluations",
-    "metrics.jsonl",
-    "samples/epoch_*.png",
-]
+RUN_FILES = ["model_index.json", "unet", "scheduler", "classifier", "best", "evaluations", "metrics.jsonl"]
+RUN_FILES += ["samples/epoch_*.png"]
 RUN_FILES += ["figures/" + name for name in ("loss.png", "schedule.png", "forward.png", "reverse.*", "ddim_*.png")]
 # What a kill can leave of them.
 HALF_WRITTEN = [".writable.tmp", "checkpoint-*.tmp", "metrics.tmp", "train_config.tmp", ".push-*"]
 # Flags that a checkpoint fixes, for the weights mean nothing under others; a change of the next ones is told.
 FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
-TOLD = [
-    "seed",
-    "dataset_name",
-    "class_names",
-    "label_dropout",
-    "random_flip",
-    "objective",
-    "timestep_sampling",
-    "loss_type",
-]
+TOLD = ["seed", "dataset_name", "class_names", "label_dropout", "random_flip", "objective", "timestep_sampling"]
+TOLD += ["loss_type"]
 TOLD += ["snr_gamma", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "use_ema"]
 TOLD += ["ema_max_decay", "mixed_precision"]
 
