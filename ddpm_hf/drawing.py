@@ -95,7 +95,7 @@ def resolve_sampler(
 def label_number(label: int | str, model: Pretrained) -> int:
     """Return the number of a class given by its name, or by its number; an unknown one is a UserError."""
     known = model.class_names or list(map(str, range(model.num_classes)))
-    if str(label) in known and isinstance(label, str):
+    if label in known:
         return known.index(label)
     if str(label).isdigit() and int(label) < model.num_classes:
         return int(label)

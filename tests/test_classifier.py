@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from diffusers import AutoModel
-from diffusers.utils import dynamic_modules_utils
 
 from ddpm_hf.classifier import NoisyClassifier
 
@@ -20,12 +19,6 @@ TINY = {
     "norm_num_groups": 4,
 }
 NAMES = {0: "cat", 1: "dog", 2: "wild"}
-
-
-@pytest.fixture(autouse=True)
-def module_cache(tmp_path, monkeypatch):
-    """diffusers reads HF_HOME at its import, so its copies of code need a folder of their own."""
-    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 def classifier(**config):

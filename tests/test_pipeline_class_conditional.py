@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, HeunDiscreteScheduler, UNet2DModel
-from diffusers.utils import dynamic_modules_utils
 
 from ddpm_hf.guidance import ClassifierFree
 from ddpm_hf.sampling import image_generators, sample
@@ -41,14 +40,6 @@ class GaussianClasses(torch.nn.Module):
         centred = x - alpha_bar.sqrt() * self.means[class_labels].reshape(-1, 1, 1, 1)
         epsilon = (1 - alpha_bar).sqrt() * centred / (alpha_bar * self.std**2 + 1 - alpha_bar)
         return SimpleNamespace(sample=epsilon.float())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def module_cache(tmp_path_factory):
-    """diffusers reads HF_HOME at its import, so its copies of code need a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
 
 
 def untrained(num_class_embeds=4, out_channels=1):

@@ -21,7 +21,6 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import dynamic_modules_utils
 
 from ddpm_hf import sampling
 from ddpm_hf.classifier import NoisyClassifier
@@ -62,14 +61,6 @@ class Mixture(ModelMixin, ConfigMixin):
 
 def make_scheduler(**config):
     return DDPMScheduler(beta_schedule="squaredcos_cap_v2", **{"clip_sample": False} | config)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def module_cache(tmp_path_factory):
-    """diffusers reads HF_HOME at its import, so its copies of code need a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
 
 
 def tiny_unet(out_channels=1, **config):

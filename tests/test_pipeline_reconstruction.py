@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import ROOT
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
-from diffusers.utils import dynamic_modules_utils
 from PIL import Image
 
 from ddpm_hf.sampling import image_generators, sample
@@ -41,14 +40,6 @@ class Gaussian(torch.nn.Module):
         epsilon, x_0 = sigma * x / variance, signal * STD**2 * x / variance
         output = {"epsilon": epsilon, "sample": x_0, "v_prediction": signal * epsilon - sigma * x_0}[self.kind]
         return SimpleNamespace(sample=output.float())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def module_cache(tmp_path_factory):
-    """diffusers reads HF_HOME at its import, so its copies of code need a folder of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
 
 
 def untrained(channels=1, num_class_embeds=None):

@@ -18,15 +18,6 @@ from ddpm_hf.scheduler import PaperDDPMScheduler
 FEW = ["--num_inference_steps=2", "--num_samples=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def modules(tmp_path_factory):
-    """diffusers copies a pipeline's file before it runs it: into this folder, also within this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", cache)
-        yield
-
-
 def save_grey(path, height=28, width=28, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(20, 236, (height, width), dtype=np.uint8)
