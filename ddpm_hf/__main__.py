@@ -68,6 +68,27 @@ def export(arguments):
     export_command(arguments)
 
 
+def card(arguments):
+    """Write the model card of a run or an export anew, from its records."""
+    from .card import card_command
+
+    card_command(arguments)
+
+
+def push(arguments):
+    """Publish a run or an export on the Hub: card, model, samples, figures and records; only what changed is sent."""
+    from .publish import push_command
+
+    push_command(arguments)
+
+
+def push_space(arguments):
+    """Publish the demo of a model that is on the Hub as a Gradio Space."""
+    from .publish import push_space_command
+
+    push_space_command(arguments)
+
+
 def restore(arguments):
     """Denoise, inpaint, enlarge, colour or deblur images with a model that was trained on clean ones."""
     from .restore import restore_command
@@ -84,6 +105,7 @@ def compare(arguments):
 
 COMMANDS = {presets: options.presets, figures: options.figures, sample: options.sample}
 COMMANDS |= {evaluate: options.evaluate, compare: options.compare, restore: options.restore, export: options.export}
+COMMANDS |= {card: options.card, push: options.push, push_space: options.push_space}
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,7 +122,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for run_command, add_flags in COMMANDS.items():
         about = run_command.__doc__
-        command = commands.add_parser(run_command.__name__, help=about, description=about, allow_abbrev=False)
+        command = commands.add_parser(
+            run_command.__name__.replace("_", "-"), help=about, description=about, allow_abbrev=False
+        )
         add_flags(command)
         command.set_defaults(run_command=run_command)
     return parser.parse_args(argv)

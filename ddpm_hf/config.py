@@ -116,7 +116,9 @@ class OptimisationOptions:
     ema_inv_gamma: float = flag(1.0, "Decay after s steps is 1 - (1 + s/inv_gamma)^-power; 0: no warm-up")
     ema_power: float = flag(0.75, "See --ema_inv_gamma")
     ema_max_decay: float = flag(0.9999, "Highest decay of the average")
-    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "Precision inside the UNet; all else stays float32")
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] = flag(
+        "no", "Precision inside the UNet; all else stays float32. auto: bf16 where the processor has it [auto is ours]"
+    )
     local_rank: int = flag(-1, "Rank on this machine, as older launchers pass it")
 
 

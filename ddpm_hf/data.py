@@ -106,9 +106,10 @@ class TrainingStream(Dataset):
         self.images, self.seed, self.random_flip = images, seed, random_flip
 
     def __getitems__(self, ordinals):
-        """Return a batch, as `training_batches` describes it, for a sequence of ordinals."""
-        size = self.images.num_images
-        rows = torch.stack([_epoch_order(self.seed, n // size, size)[n % size] for n in ordinals])
+        """Return a batch, as `training_batches` describes it, for a range of ordinals."""
+        size, first, end = self.images.num_images, ordinals[0], ordinals[-1] + 1
+        epochs = range(first // size, -(-end // size))
+        rows = torch.cat([_epoch_order(self.seed, e, size)[max(first - e * size, 0) : end - e * size] for e in epochs])
         generators = _generators(self.seed, ordinals) if self.random_flip or self.images.random_crop else None
         batch = {"ordinals": torch.tensor(ordinals), "images": self.images.get(rows, generators, self.random_flip)}
         return batch if self.images.labels is None else batch | {"labels": self.images.labels[rows]}

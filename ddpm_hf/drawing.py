@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from tqdm.auto import tqdm
 
 from . import UserError
@@ -246,11 +246,24 @@ def start_processes():
     """Join the processes of this launch, if there are several; PartialState knows of them from here on.
 
     Raises:
-        UserError: if there are, but each would take itself for the only one and do all the work.
+        UserError: as `check_processes`.
     """
     # Accelerator, not PartialState alone, reads ACCELERATE_USE_CPU. Who waits for scores waits up to two hours.
     Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
+    check_processes()
+
+
+def check_processes():
+    """Refuse a launch that would go wrong without a word.
+
+    Raises:
+        UserError: if each process would take itself for the only one and do all the work, or if the model is to be
+            split among them: a network is saved, averaged and drawn from whole here.
+    """
     launched = int(os.environ.get("WORLD_SIZE", 1))
+    kind = PartialState().distributed_type
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(f"{kind.value} splits the model, which this cannot: launch with --multi_gpu, a GPU holds it.")
     if launched > 1 and PartialState().num_processes == 1:
         raise UserError(
             f"{launched} processes were launched without a GPU each: set ACCELERATE_USE_CPU=true for CPUs."

@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 
 from . import UserError
+from .card import write_card
 from .checkpoints import writing
 from .config import TrainingConfig
 from .data import load_images
@@ -117,6 +118,8 @@ def evaluate_command(arguments):
     print_record(record)
     write_record(record, path)
     print(f"\nThe record is {path}.")
+    if path.parent.name == "evaluations" and (path.parent.parent / "README.md").is_file():
+        write_card(path.parent.parent)
     if missing := [name for name in arguments.require if name not in names or skipped(name, evaluation)]:
         print(f"python -m ddpm_hf: {', '.join(missing)} is required, but was skipped.", file=sys.stderr)
         sys.exit(1)

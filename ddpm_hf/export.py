@@ -4,52 +4,44 @@ import json
 import shutil
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
-
 from . import UserError
+from .card import PIPELINES, write_card
 from .checkpoints import writing
 from .guidance import check_classifier
-from .hub import save_classifier, save_pipeline
 from .pretrained import Pretrained, load_classifier, load_pretrained
+from .record import hide_paths
+from .saving import pipeline_file, save_classifier, save_pipeline
 
 
-# What each pipeline file does, and a line that shows it.
-PIPELINES = {
-    "class_conditional": ("Images of a class, with classifier-free guidance", "class_labels=[0], guidance_scale=2.0"),
-    "classifier_guided": ("Images of a class, by a classifier's guidance", "class_labels=[0], guidance_scale=2.0"),
-    "restoration": ("Mends noisy, masked, small, grey or blurred images", 'Image.open("noisy.png"), task="denoise"'),
-    "reconstruction": ("Images to noise and back, and between two images", 'Image.open("image.png")'),
-}
-
-
-def pipeline_file(name: str) -> Path:
-    """Return the file of our community pipeline `name`, e.g. "restoration", in a wheel or in the source tree."""
-    here = Path(__file__).parent
-    folder = here / "pipelines" if (here / "pipelines").is_dir() else here.parent / "pipelines"
-    return folder / f"{name}.py"
+# What a run has that says how its model came about and how good it is; `best/` and checkpoints stay behind.
+RECORDS = ["train_config.json", "metrics.jsonl", "samples", "figures", "evaluations"]
 
 
 def export_command(arguments):
     """Run `python -m ddpm_hf export` with its parsed flags."""
     model = load_pretrained(arguments.model, arguments.weights)
     classifier = None if arguments.classifier is None else load_classifier(arguments.classifier)
-    names = export(model, arguments.output, classifier)
+    names = export(model, arguments.output, classifier, arguments.pipeline)
     print(
         f"{arguments.output} has the model and its pipelines: {', '.join(names)}. Its README.md says how to load them."
     )
 
 
-def export(model: Pretrained, output: str | Path, classifier=None) -> list[str]:
+def export(model: Pretrained, output: str | Path, classifier=None, pipeline: str | None = None) -> list[str]:
     """Write a folder that stock diffusers loads, with the pipeline files that suit the model; return their names.
 
-    `DDPMPipeline.from_pretrained(output)` is the model as ever; `DiffusionPipeline.from_pretrained(output,
-    custom_pipeline=NAME, trust_remote_code=True)` is one of the pipelines; from the folder, or a Hub repository of it.
+    `DiffusionPipeline.from_pretrained(output, trust_remote_code=True)` is `pipeline`, from the folder or a Hub
+    repository of it, and with `custom_pipeline=NAME` it is another of them. The records and pictures of a run come
+    along, and its card shows them.
 
     Args:
         classifier: a NoisyClassifier that travels with an unconditional model, for guidance, or None.
+        pipeline: that the index names; by default class_conditional for a conditional model, classifier_guided with a
+            classifier, else stock `DDPMPipeline`, which then needs no trust in code.
 
     Raises:
-        UserError: if the folder is there already or cannot be written, or for a classifier of other images.
+        UserError: if the folder is there already or cannot be written, for a classifier of other images, or a
+            pipeline that does not suit the model.
     """
     output, config = Path(output), model.unet.config
     conditional = config.num_class_embeds is not None
@@ -64,11 +56,15 @@ def export(model: Pretrained, output: str | Path, classifier=None) -> list[str]:
         "reconstruction": True,
     }
     names = [name for name in PIPELINES if suits[name]]
+    if pipeline is not None and pipeline not in names:
+        raise UserError(f"--pipeline {pipeline} does not suit this model: choose from {', '.join(names)}.")
+    if pipeline is None and (conditional or classifier is not None):
+        pipeline = names[0]
     new = output.with_name(f".{output.name}.tmp")
     with writing("the export", output):
         shutil.rmtree(new, ignore_errors=True)  # left by a kill
         new.mkdir(parents=True)
-        save_pipeline(new, model.unet, model.scheduler, model.class_names)
+        save_pipeline(new, model.unet, model.scheduler, model.class_names, pipeline)
         if classifier is not None:
             save_classifier(new, classifier)
             index = json.loads((new / "model_index.json").read_text())
@@ -76,36 +72,12 @@ def export(model: Pretrained, output: str | Path, classifier=None) -> list[str]:
             (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         for name in names:
             shutil.copyfile(pipeline_file(name), new / f"{name}.py")
-        (new / "README.md").write_text(card(output.resolve().name, model, names), encoding="utf-8")
+        for path in (model.folder / name for name in RECORDS):
+            if path.is_dir():
+                shutil.copytree(path, new / path.name)
+            elif path.is_file():
+                shutil.copyfile(path, new / path.name)
+        hide_paths(new)
+        write_card(new, output.resolve().name)
         new.rename(output)
     return names
-
-
-def card(name: str, model: Pretrained, names: list[str]) -> str:
-    """Return the page of an exported model: what it is, and how each of its pipelines is loaded."""
-    about = ModelCardData(library_name="diffusers", tags=["diffusers", "ddpm", "ddpm_hf"]).to_yaml()
-    size, classes = model.unet.config.sample_size, ", ".join(model.class_names or [])
-    kind = f"class-conditional DDPM (classes: {classes})" if classes else "DDPM"
-    parts = [
-        f"---\n{about}\n---\n\n# {name}\n\nA {kind} of {size}x{size} images, trained with `ddpm_hf`; "
-        f"{model.facts['parameters']:,} parameters, UNet `{model.facts['unet_sha256'][:12]}`."
-    ]
-    has_no_class = (model.unet.config.num_class_embeds or 0) > model.num_classes
-    for pipeline in names:
-        what, arguments = PIPELINES[pipeline]
-        if classes and not has_no_class:
-            arguments = {
-                "class_conditional": "class_labels=[0]",
-                "reconstruction": 'Image.open("image.png"), class_labels=0',
-            }[pipeline]
-        parts.append(f"{what}:\n\n```python\n{snippet(name, pipeline, arguments)}\n```")
-    return "\n\n".join(parts) + "\n"
-
-
-def snippet(name: str, pipeline: str, arguments: str) -> str:
-    """Return the Python that loads an exported model's pipeline and calls it."""
-    return f"""from diffusers import DiffusionPipeline
-from PIL import Image
-
-pipeline = DiffusionPipeline.from_pretrained("{name}", custom_pipeline="{pipeline}", trust_remote_code=True)
-pipeline({arguments}).images[0].save("result.png")"""

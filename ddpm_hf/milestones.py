@@ -10,14 +10,16 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
 from . import UserError, checkpoints
+from .card import write_card
 from .checkpoints import writing
 from .figures import PATIENCE, image_sheet, loss_figure, run_figures
-from .hub import push, save_classifier, save_pipeline, write_card
+from .hub import push
 from .losses import NUM_BANDS, accuracy, validation_loss
 from .model import ema_decay
 from .run import Run
 from .run_scores import score_run
 from .sampling import affordable, sample_images
+from .saving import save_classifier, save_pipeline
 
 
 def what_is_due(run: Run) -> set[str]:
@@ -84,6 +86,7 @@ def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> d
             "lr": run.learning_rate(state.step - 1),
             "ema_decay": ema_decay(config, state.step - 1) if run.ema is not None else None,
             "images_per_second": round(images_per_second, 2),
+            "seconds": round(state.seconds, 1),
         }
         state.pending.clear()
         rows = []
@@ -137,8 +140,7 @@ def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> d
                     )
                 except Interrupted:
                     run.unfinished = True
-            facts = run.facts | line | {"seconds": state.seconds}
-            write_card(folder, config, facts | ({"repo_id": run.repo_id} if run.repo_id else {}))
+            write_card(folder, run.repo_id)
         if run.repo_id is not None:
             message = "End of training" if "end" in due else f"Step {state.step}"
             run.pushing = push(folder, run.repo_id, config.hub_token, message)

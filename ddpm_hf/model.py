@@ -145,6 +145,14 @@ def initialise(unet: UNet2DModel):
             nn.init.zeros_(module.weight)
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 matrices in hardware; where it does not, autocast only costs."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # The public torch.cpu.get_capabilities() is younger than the oldest torch that this is for.
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def ema_decay(config, updates: int) -> float:
     """Return the decay of the update after `updates` earlier ones: 1 - (1 + updates/inv_gamma)^-power, at most max.
 

@@ -165,6 +165,35 @@ def export(parser: argparse.ArgumentParser):
     parser.add_argument("output", help="folder to write; must not exist")
     parser.add_argument("--classifier", help="take this classifier along: run of --objective classify, or Hub id")
     parser.add_argument("--weights", default="published", choices=["published", "raw"], help="raw: before averaging")
+    parser.add_argument(
+        "--pipeline",
+        help="that `DiffusionPipeline.from_pretrained(output, trust_remote_code=True)` gives, e.g. restoration; "
+        "default: class_conditional or classifier_guided where there are classes, else stock DDPMPipeline",
+    )
+
+
+def card(parser: argparse.ArgumentParser):
+    parser.add_argument("run", help="--output_dir of a run, or an export")
+    parser.add_argument(
+        "--hub_model_id", help="repository that the card is for; default: the run's, or the folder's name"
+    )
+
+
+def push(parser: argparse.ArgumentParser):
+    parser.add_argument("run", help="--output_dir of a run, or an export")
+    repository(parser, "the name of the folder")
+
+
+def push_space(parser: argparse.ArgumentParser):
+    parser.add_argument("model", help="that the Space shows: a Hub id, e.g. me/ddpm-mnist")
+    repository(parser, "the model's name and -demo")
+
+
+def repository(parser: argparse.ArgumentParser, name: str):
+    add = parser.add_argument
+    add("--hub_model_id", metavar="[USER/]NAME", help=f"repository, created if need be; default: {name}")
+    add("--hub_private_repo", action="store_true", help="create it private; one that exists must be private")
+    add("--hub_token", help="token to push with; default: that of `hf auth login`")
 
 
 def restore(parser: argparse.ArgumentParser):

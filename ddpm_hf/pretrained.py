@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import safetensors.torch
 import torch
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMScheduler, UNet2DModel
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -82,20 +82,23 @@ def load_pretrained(name: str, weights: str = "published") -> Pretrained:
         if not found:
             raise UserError(f"{name} has no checkpoint, where raw weights are kept: take --weights published.")
         return _from_checkpoint(found[-1], weights)
-    diffusers.utils.logging.disable_progress_bar()
     try:
-        with errors_only():  # a stock pipeline has no use for id2label and would say so
-            pipeline = DDPMPipeline.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        unet = UNet2DModel.from_pretrained(part(folder, "unet"), local_files_only=True, use_safetensors=True)
+        scheduler = PaperDDPMScheduler.from_config(DDPMScheduler.load_config(part(folder, "scheduler")))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{name} cannot be loaded ({' '.join(str(error).split())}): is it whole?") from error
-    scheduler = PaperDDPMScheduler.from_config(pipeline.scheduler.config)
     of_run = folder.parent if folder.name == "best" else folder  # best/ of a run is a pipeline of its own
     run = _read_json(of_run / "train_config.json") if (of_run / "train_config.json").is_file() else {}
-    if pipeline.unet.config.sample_size is None:
+    if unet.config.sample_size is None:
         raise UserError(f"{name} does not say the size of its images (sample_size): add it to unet/config.json.")
     class_names = names_of(_read_json(folder / "model_index.json").get("id2label"))
-    class_names = class_names if pipeline.unet.config.num_class_embeds else None
-    return _pretrained(pipeline.unet, scheduler, name, revision, "published", run, folder, None, class_names)
+    class_names = class_names if unet.config.num_class_embeds else None
+    return _pretrained(unet, scheduler, name, revision, "published", run, folder, None, class_names)
+
+
+def part(folder: Path, name: str) -> Path:
+    """Return where a part of a pipeline is: some old ones have the files of all parts beside the index."""
+    return folder / name if (folder / name).is_dir() else folder
 
 
 @contextlib.contextmanager
@@ -131,7 +134,8 @@ def _from_hub(name: str) -> Path:
 
 
 def _check_is_ddpm(name: str, folder: Path):
-    parts = _read_json(folder / "model_index.json")
+    index = _read_json(folder / "model_index.json")
+    parts = {key: value for key, value in index.items() if not key.startswith("_")}
     found = {key: value[1] for key, value in parts.items() if isinstance(value, list) and len(value) == 2}
     if found.get("unet") != "UNet2DModel" or found.get("scheduler") not in SCHEDULERS or set(found) - set(PARTS):
         has = ", ".join(f"{key}: {value}" for key, value in found.items()) or "nothing"

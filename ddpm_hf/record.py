@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from .checkpoints import writing
 
@@ -28,7 +28,7 @@ def describe(run) -> dict:
     )
     return {
         "summary": summary,
-        "command": shlex.join([Path(sys.argv[0]).name, *without_token(sys.argv[1:])]),
+        "command": command(),
         "parameters": parameters,
         "num_images": data.num_images,
         "num_validation_images": held_out,
@@ -53,6 +53,33 @@ def write_record(run):
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps({"flags": run.config.to_dict(), **run.facts}, indent=2) + "\n")
         partial.replace(path)
+
+
+def command() -> str:
+    """Return the command line of this process as one may show it to anybody: no token, no path of this machine."""
+    program = Path(sys.argv[0])
+    name = "-m ddpm_hf" if program.name == "__main__.py" else program.name
+    return " ".join(["python", name, shlex.join(without_paths(without_token(sys.argv[1:])))]).strip()
+
+
+def without_paths(value):
+    """Return JSON, or arguments, with absolute paths, and those that begin with `..` or `~`, cut to the last part."""
+    if isinstance(value, dict):
+        return {key: without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_paths(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    flag, equals, path = value.partition("=") if value.startswith("--") else ("", "", value)
+    away = path.startswith(("~", "..")) or PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    return flag + equals + PureWindowsPath(path).name if away else value
+
+
+def hide_paths(folder: Path):
+    """Rewrite a folder's train_config.json, if it has one, as one may show it to anybody."""
+    path = folder / "train_config.json"
+    if path.exists():
+        path.write_text(json.dumps(without_paths(json.loads(path.read_text())), indent=2) + "\n")
 
 
 def without_token(arguments: list[str]) -> list[str]:

@@ -13,13 +13,25 @@ from huggingface_hub import EvalResult
 
 from . import UserError
 from .checkpoints import write_beside, writing
+from .record import command
 
 
 SCHEMA = "ddpm_hf.eval/1"
 PACKAGES = ["ddpm_hf", "torch", "diffusers", "transformers", "numpy", "pillow"]
 # What may differ between two records that are compared: who was measured, and what the numbers came to.
 # (Networks are in the entries that they were used for.)
-NOT_PROTOCOL = ["schema", "created", "model", "samples", "env", "cost", "extractors", "metrics", "sampler.seed"]
+NOT_PROTOCOL = [
+    "schema",
+    "created",
+    "command",
+    "model",
+    "samples",
+    "env",
+    "cost",
+    "extractors",
+    "metrics",
+    "sampler.seed",
+]
 # What the Hub calls what our ids begin with.
 METRIC_TYPES = {r"fid\d": "fid", r"kid\d": "kid", r"is\d": "inception_score"}
 METRIC_TYPES |= {"precision": "precision", "recall": "recall"}
@@ -41,6 +53,7 @@ def make_record(evaluation, entries: list[dict], *, model: dict, sampler: dict, 
         data["reference_sha256"] = hashlib.sha256(Path(evaluation.reference_file).read_bytes()).hexdigest()
     return {
         "schema": SCHEMA,
+        "command": command(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "model": model,
         "sampler": sampler,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin
 from diffusers import UNet2DModel
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -21,9 +21,10 @@ from .checkpoints import TrainState
 from .classifier import NoisyClassifier
 from .config import TrainingConfig
 from .data import load_images
+from .drawing import check_processes
 from .hub import create_repository
 from .losses import classification_loss, denoising_loss
-from .model import build_classifier, build_unet, ema_decay, make_ema, unet_channels
+from .model import build_classifier, build_unet, ema_decay, has_bfloat16, make_ema, unet_channels
 from .record import describe, write_record
 from .run_scores import open_evaluation
 from .scheduler import PaperDDPMScheduler, make_scheduler
@@ -137,7 +138,9 @@ def open_run(config: TrainingConfig) -> Run | None:
             print(json.dumps(config.to_dict() | {"network": dict(network.config)}, indent=2))
         return None
     if config.push_to_hub and accelerator.is_main_process:
-        run.repo_id = create_repository(config)
+        run.repo_id = create_repository(
+            config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_private_repo, config.hub_token
+        )
 
     # From here on the folder is ours.
     accelerator.wait_for_everyone()
@@ -194,6 +197,10 @@ def make_accelerator(config) -> Accelerator:
     if config.local_rank != -1 and "WORLD_SIZE" in os.environ:
         # Launchers before torchrun pass this rank as a flag and the others as variables; accelerate reads variables.
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
+    # Whoever waits while the figures are drawn must not give up: two hours, as upstream.
+    patience = timedelta(hours=2)
+    if config.mixed_precision == "auto":
+        config.mixed_precision = "bf16" if has_bfloat16(PartialState(timeout=patience).device) else "no"
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -202,14 +209,14 @@ def make_accelerator(config) -> Accelerator:
             project_config=ProjectConfiguration(
                 project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
             ),
-            # Whoever waits while the figures are drawn must not give up: two hours, as upstream.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
             dynamo_plugin=TorchDynamoPlugin(backend="inductor") if config.torch_compile else None,
         )
     except ValueError as error:
         if config.mixed_precision == "no":
             raise UserError(f"accelerate cannot start ({error}): check the launcher's settings.") from error
         raise UserError(f"--mixed_precision {config.mixed_precision} cannot act here ({error}): take no.") from error
+    check_processes()
     # A variable in the environment would win over the flag.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":

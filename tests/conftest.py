@@ -29,9 +29,9 @@ from PIL import Image
 
 from ddpm_hf.command_line import parse_config
 from ddpm_hf.data import training_batches
-from ddpm_hf.hub import save_pipeline
 from ddpm_hf.losses import NUM_BANDS
 from ddpm_hf.run import open_run
+from ddpm_hf.saving import save_pipeline
 from ddpm_hf.scheduler import PaperDDPMScheduler, make_scheduler
 from ddpm_hf.training import step, train
 
@@ -45,10 +45,8 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="session", autouse=True)
-def caches():
-    """Take HuggingFace's caches of this session away after it."""
-    yield
+def pytest_unconfigure():
+    """Take HuggingFace's caches of this session away after it; each of pytest-xdist's processes has its own."""
     shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
@@ -62,25 +60,6 @@ def image_folder(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
     return folder / "train"
-
-
-def start_script(*arguments, processes=1, **kwargs):
-    """Start train_unconditional.py as a user does, in a session of its own."""
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launcher, str(ROOT / "train_unconditional.py"), *map(str, arguments)]
-    kwargs = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) | kwargs
-    return subprocess.Popen(command, env=environment, **kwargs)
-
-
-def script(*arguments, code=0, **kwargs):
-    """Run train_unconditional.py to its end, which must have this exit code; return what it printed."""
-    process = start_script(*arguments, **kwargs)
-    out, error = process.communicate()
-    assert process.returncode == code, out + error
-    return out + error
 
 
 @pytest.fixture(autouse=True)
@@ -152,15 +131,11 @@ def make_run(folder, data, seed=0, **scheduler):
     return folder
 
 
-def command(*arguments, processes=1, code=0, **kwargs):
+def command(*arguments, code=0, **kwargs):
     """Run `python -m ddpm_hf` to its end, which must have this exit code; return what it printed."""
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*launcher, "-m", "ddpm_hf", *map(str, arguments)], env=environment, capture_output=True, text=True, **kwargs
-    )
+    words = [sys.executable, "-m", "ddpm_hf", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, **kwargs)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 

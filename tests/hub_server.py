@@ -39,6 +39,7 @@ class Repo:
     private: bool = False
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[dict] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)  # of a Space
 
     @property
     def sha(self) -> str:
@@ -58,13 +59,14 @@ class HubServer:
     Attributes:
         repos: id -> Repo; a dataset's id starts with `datasets/`, a Space's with `spaces/`.
         requests: (method, path, status) of everything asked so far.
-        fail: part of a path -> status; a request whose path has it is refused with that status.
+        fail: part of a path -> status; a request whose path has it is refused with that status, or, for "drop", its
+            connection is cut. A list of such fails as many requests and lets the rest in.
     """
 
     def __init__(self):
         self.repos: dict[str, Repo] = {}
         self.requests: list[tuple[str, str, int]] = []
-        self.fail: dict[str, int] = {}
+        self.fail: dict[str, int | str | list] = {}
         repo = "/api/{kind}s/{owner}/{name}"
         routes = [
             Route("/api/whoami-v2", self.whoami),
@@ -76,6 +78,7 @@ class HubServer:
             Route(repo + "/auth-check/write", self.auth_check),
             Route(repo + "/tree/{revision}", self.tree),
             Route(repo + "/tree/{revision}/{path:path}", self.tree),
+            Route(repo + "/variables", self.variables, methods=["POST"]),
             Route(repo + "/paths-info/{revision}", self.paths_info, methods=["POST"]),
             Route(repo + "/preupload/{revision}", self.preupload, methods=["POST"]),
             Route(repo + "/commit/{revision}", self.commit, methods=["POST"]),
@@ -121,7 +124,11 @@ class HubServer:
         planned = next((status for part, status in self.fail.items() if part in path), None)
         hidden = any(repo.private and f"/{repo_id}/" in path + "/" for repo_id, repo in self.repos.items())
         if planned:
-            response = refusal(planned, "planned by the test")
+            planned = planned.pop(0) if isinstance(planned, list) else planned
+            if planned == "drop":
+                for connection in self.server.server_state.connections:
+                    connection.transport.abort()
+            response = refusal(500 if planned == "drop" else planned, "planned by the test")
         elif token and token not in TOKENS:
             response = refusal(401, "Invalid credentials in Authorization header")
         elif hidden and not token:
@@ -154,6 +161,12 @@ class HubServer:
             repo_id, Repo(private=asked.get("visibility") == "private" or bool(asked.get("private")))
         )
         return JSONResponse({"url": f"{self.url}/{repo_id}", "name": repo_id}, 409 if known else 200)
+
+    async def variables(self, request):
+        _, repo = self.find(request)
+        asked = await request.json()
+        repo.variables[asked["key"]] = asked["value"]
+        return JSONResponse({})
 
     async def validate_yaml(self, request):
         return JSONResponse({"errors": [], "warnings": []})

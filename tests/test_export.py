@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from diffusers import DDPMPipeline, DiffusionPipeline
 from test_guidance import run
 
 
@@ -14,14 +15,14 @@ import sys
 
 sys.modules["ddpm_hf"] = None  # importing it fails
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 
 folder = sys.argv[1]
-assert DDPMPipeline.from_pretrained(folder).scheduler.config.num_train_timesteps == 10
+assert DDPMScheduler.from_pretrained(folder, subfolder="scheduler").config.num_train_timesteps == 10
 image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 names = sys.argv[2].split(",")
 files = [f"{sys.argv[3]}/{name}.py" for name in names]
-for name, custom_pipeline in [*zip(names, files), *zip(names, names)]:
+for name, custom_pipeline in [(names[0], None), *zip(names, names), *zip(names[:1], files)]:
     pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=custom_pipeline, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     if name in ("class_conditional", "classifier_guided"):
@@ -55,15 +56,30 @@ def test_an_exported_folder_needs_nothing_of_ours(guidance_models, arguments, na
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 2 * (names.count(",") + 1)  # each from our file and from the folder's
-    assert all(f'custom_pipeline="{name}"' in (folder / "README.md").read_text() for name in names.split(","))
-    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+    first, *others = names.split(",")
+    assert done.stdout.count("\n") == 3 + len(others)
+    card = (folder / "README.md").read_text()
+    assert all(f'custom_pipeline="{name}"' in card for name in others) and f'custom_pipeline="{first}"' not in card
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"][0] == first
+
+
+def test_a_plain_export_is_stock_unless_asked_and_brings_its_records(guidance_models, tmp_path, monkeypatch):
+    monkeypatch.chdir(guidance_models)
+    assert run("export", "plain", tmp_path / "stock") == 0
+    assert type(DDPMPipeline.from_pretrained(tmp_path / "stock")) is DDPMPipeline
+    assert run("export", "conditional", tmp_path / "mender", "--pipeline=restoration") == 0
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "mender", trust_remote_code=True)
+    assert type(pipeline).__name__ == "RestorationPipeline"
+    flags = json.loads((tmp_path / "mender" / "train_config.json").read_text())["flags"]
+    assert flags["output_dir"] == "conditional" and (tmp_path / "mender" / "figures" / "reverse.gif").is_file()
+    assert "| Optimizer steps | 6 |" in (tmp_path / "mender" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
         (["plain", "conditional"], "conditional is there already"),
+        (["plain", "new", "--pipeline=class_conditional"], "does not suit this model: choose from restoration,"),
         (["conditional", "new", "--classifier=classifier"], "this one is conditional"),
         (["plain", "new", "--classifier=plain"], "has no classifier"),
     ],

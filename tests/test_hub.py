@@ -1,22 +1,24 @@
 """The Hub: a real client in a process of its own, talking HTTP to tests/hub_server.py; cards and pipelines on disk."""
 
 import json
+import shutil
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
-import torch
-from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
+import yaml
+from conftest import ROOT, TINY, command
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, Repo
-from huggingface_hub import ModelCard
+from test_saving import tiny_unet
 
 from ddpm_hf import hub as ddpm_hub
+from ddpm_hf.__main__ import main
+from ddpm_hf.card import write_card
 from ddpm_hf.command_line import parse_config
+from ddpm_hf.saving import save_pipeline
 from ddpm_hf.scheduler import PaperDDPMScheduler
 
 
@@ -29,26 +31,18 @@ def hub():
         yield server
 
 
-@pytest.fixture(scope="module")
-def unet():
-    torch.manual_seed(0)
-    blocks = dict(down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], block_out_channels=[8])
-    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, **blocks)
-
-
 @pytest.fixture
-def run(tmp_path, unet):
+def run(tmp_path):
     """A run folder with all that a run may leave, and some that must not leave it."""
     folder = tmp_path / "digits-run"
-    ddpm_hub.save_pipeline(folder, unet, PaperDDPMScheduler.nichol_cosine(10))
-    ddpm_hub.save_pipeline(folder / "best", unet, PaperDDPMScheduler.nichol_cosine(10))
+    save_pipeline(folder, tiny_unet(), PaperDDPMScheduler.nichol_cosine(10))
+    save_pipeline(folder / "best", tiny_unet(), PaperDDPMScheduler.nichol_cosine(10))
     contents = {
-        "metrics.jsonl": "old",
+        "metrics.jsonl": '{"step": 3}',
         "samples/epoch_0001.png": "png",
         "samples/.epoch_0002.png": "half",
         "figures/loss.png": "png",
-        "evaluations/fid.json": "{}",
-        "evaluations/leak.json": json.dumps({"argv": WRITE_TOKEN}),
+        "evaluations/pairs.png": "training images",
         "checkpoint-3/optimizer.bin": "state",
         "checkpoint-6.tmp/model.safetensors": "state",
         "logs/ddpm_hf/events.out.tfevents.1": "log",
@@ -57,18 +51,11 @@ def run(tmp_path, unet):
     for name, text in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    write_flags(folder)
-    ddpm_hub.write_card(folder, config_of(folder), {"command": "train_unconditional.py"})
+    flags = parse_config([f"--output_dir={folder}", "--dataset_name=digits", "--resolution=8"]).to_dict()
+    (folder / "train_config.json").write_text(json.dumps({"flags": flags}))
+    write_card(folder)
+    (folder / "evaluations/leak.json").write_text(json.dumps({"argv": WRITE_TOKEN}))
     return folder
-
-
-def config_of(folder, *flags):
-    return parse_config([f"--output_dir={folder}", "--dataset_name=digits", "--resolution=8", *flags])
-
-
-def write_flags(folder, *flags):
-    record = {"flags": config_of(folder, *flags).to_dict()}
-    (folder / "train_config.json").write_text(json.dumps(record))
 
 
 def client(hub, tmp_path, script, token=None):
@@ -88,14 +75,12 @@ def test_a_private_run_is_pushed_and_loads_from_the_hub(hub, tmp_path, run):
         f"""
 from pathlib import Path
 from diffusers import DDPMPipeline
-from ddpm_hf.command_line import parse_config
 from ddpm_hf.hub import create_repository, finish_push, push
 
-config = parse_config(["--output_dir={run}", "--dataset_name=digits", "--push_to_hub", "--hub_private_repo"])
-repo_id = create_repository(config)
-print(repo_id, create_repository(config) == repo_id)
-pushing = push(config.output_dir, repo_id, config.hub_token, "Step 3")
-Path("{run}/metrics.jsonl").write_text("new")  # training goes on
+repo_id = create_repository("digits-run", private=True)
+print(repo_id, create_repository("digits-run", private=True) == repo_id)
+pushing = push("{run}", repo_id, None, "Step 3")
+Path("{run}/metrics.jsonl").write_text('{{"step": 6}}')  # training goes on
 print(finish_push(pushing))
 pipeline = DDPMPipeline.from_pretrained(repo_id)
 print(pipeline(num_inference_steps=2, output_type="np").images.shape, pipeline.unet.training)
@@ -112,11 +97,13 @@ print(pipeline(num_inference_steps=2, output_type="np").images.shape, pipeline.u
     pipeline = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
     pipeline += ["unet/diffusion_pytorch_model.safetensors"]
     records = ["README.md", "train_config.json", "metrics.jsonl"]
-    pictures = ["samples/epoch_0001.png", "figures/loss.png", "evaluations/fid.json"]
+    pictures = ["samples/epoch_0001.png", "figures/loss.png"]
     assert set(repo.files) == {*pipeline, *(f"best/{name}" for name in pipeline), *records, *pictures}
-    assert repo.files["metrics.jsonl"] == b"old"  # what was there when push was called
+    assert repo.files["metrics.jsonl"] == b'{"step": 3}'  # what was there when push was called
     assert [commit["message"] for commit in repo.commits] == ["Step 3"]
     assert not list(run.glob(".push-*"))
+    flags = json.loads(repo.files["train_config.json"])["flags"]
+    assert flags["output_dir"] == "digits-run" and str(tmp_path).encode() not in b"".join(repo.files.values())
 
 
 def test_what_cannot_be_pushed_is_said_in_one_sentence(hub, tmp_path, run):
@@ -124,12 +111,12 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(hub, tmp_path, run):
     hub.fail["/me/down/auth-check"] = 500
     hub.fail["/me/broken/commit"] = 500
     cases = {
-        "unknown token": ["--hub_model_id=me/a", f"--hub_token={OTHER_TOKEN}"],
-        "reader": ["--hub_model_id=me/public", f"--hub_token={READ_TOKEN}"],
-        "no token": ["--hub_model_id=me/a"],
-        "public": ["--hub_model_id=me/public", "--hub_private_repo", f"--hub_token={WRITE_TOKEN}"],
-        "bad name": ["--hub_model_id=a/b/c", f"--hub_token={WRITE_TOKEN}"],
-        "down": ["--hub_model_id=me/down", f"--hub_token={WRITE_TOKEN}"],
+        "unknown token": ("me/a", False, OTHER_TOKEN),
+        "reader": ("me/public", False, READ_TOKEN),
+        "no token": ("me/a", False, None),
+        "public": ("me/public", True, WRITE_TOKEN),
+        "bad name": ("a/b/c", False, WRITE_TOKEN),
+        "down": ("me/down", False, WRITE_TOKEN),
     }
     (tmp_path / "cases.json").write_text(json.dumps(cases))  # not in the script, whose text an error would show
     (tmp_path / "token").write_text(WRITE_TOKEN)
@@ -140,21 +127,20 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(hub, tmp_path, run):
 import json
 from pathlib import Path
 from ddpm_hf import UserError, hub
-from ddpm_hf.command_line import parse_config
 
-def attempt(name, flags):
+def attempt(case, *arguments):
     try:
-        hub.create_repository(parse_config(["--output_dir={run}", "--dataset_name=digits", *flags]))
+        hub.create_repository(*arguments)
     except UserError as error:
-        print(name, error, sep=": ")
+        print(case, error, sep=": ")
 
-for name, flags in json.loads(Path("{tmp_path}/cases.json").read_text()).items():
-    attempt(name, flags)
+for case, arguments in json.loads(Path("{tmp_path}/cases.json").read_text()).items():
+    attempt(case, *arguments)
 token = Path("{tmp_path}/token").read_text()
-config = parse_config(["--hub_model_id=me/broken", "--dataset_name=digits", f"--hub_token={{token}}"])
-print(hub.finish_push(hub.push("{run}", hub.create_repository(config), token, "Step 3")))
+hub.WAITS = (0.1, 0.2)
+print(hub.finish_push(hub.push("{run}", hub.create_repository("me/broken", False, token), token, "Step 3")))
 hub.API.endpoint = "http://127.0.0.1:9"
-attempt("unreachable", [])
+attempt("unreachable", "digits-run")
 """,
     )
     log_in = "log in with `hf auth login`, or give --hub_token a token that may write there."
@@ -169,7 +155,13 @@ attempt("unreachable", [])
         "False",
         f"unreachable: cannot push to 'digits-run' on http://127.0.0.1:9 ([Errno 111] Connection refused): {later}",
     ]
-    assert "The push to me/broken failed (500 Internal Server Error): the run is whole here, push again." in warned
+    failed = "The push to me/broken failed (500 Internal Server Error): "
+    again = f"the run is whole here, `python -m ddpm_hf push {run} --hub_model_id me/broken` tries again."
+    assert [line.partition(failed)[2] for line in warned.splitlines() if failed in line] == [
+        "trying again in 0.1 s.",
+        "trying again in 0.2 s.",
+        again,
+    ]
     assert not list(run.glob(".push-*"))
 
 
@@ -191,111 +183,142 @@ def test_the_server_serves_datasets(hub, tmp_path):
     assert client(hub, tmp_path, script)[0] == ["[3, 1, 4]"]
 
 
-def test_a_pipeline_is_stock_and_loads_as_ddpm_and_ddim(tmp_path, unet):
-    scheduler = PaperDDPMScheduler.ho_linear(100)
-    (tmp_path / "README.md").write_text("mine")
-    unet.train()
-    ddpm_hub.save_pipeline(tmp_path, unet, scheduler)
-    ddpm_hub.save_pipeline(tmp_path, unet.to(torch.float64), scheduler)  # over the first one
-    assert unet.training and unet.dtype == torch.float64
-    unet.to(torch.float32)
+def test_training_goes_on_when_pushes_fail(hub, tmp_path):
+    """The first push meets a failure; a 500 or a lost connection is tried again, a 401 says to log in."""
+    failures = {"lost": "drop", "down": 500, "shut": 401}
+    for name, failure in failures.items():
+        hub.fail[f"/me/{name}/commit"] = [failure]
+    script = f"""
+from accelerate.state import AcceleratorState, GradientState
+from ddpm_hf import hub
+from ddpm_hf.command_line import parse_config
+from ddpm_hf.training import train
 
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    assert index.pop("_class_name") == "DDPMPipeline" and index.pop("_diffusers_version")
-    assert index == {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
-    for pipeline in (DDPMPipeline.from_pretrained(tmp_path), DDIMPipeline.from_pretrained(tmp_path)):
-        assert torch.equal(pipeline.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
-        assert pipeline.unet.dtype == torch.float32 and not pipeline.unet.training
-        for name, tensor in pipeline.unet.state_dict().items():
-            assert torch.equal(tensor, unet.state_dict()[name])
-    assert (tmp_path / "README.md").read_text() == "mine"
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["README.md", "model_index.json", "scheduler", "unet"]
-
-
-@pytest.mark.parametrize("kill_at", range(1, 5))
-def test_a_kill_while_saving_leaves_a_pipeline_that_loads(tmp_path, unet, monkeypatch, kill_at):
-    scheduler = PaperDDPMScheduler.nichol_cosine(10)
-    ddpm_hub.save_pipeline(tmp_path, unet, scheduler)
-    calls = []
-
-    def replace(source, target):
-        calls.append(target)
-        if len(calls) == kill_at:
-            raise KeyboardInterrupt
-        Path(source).replace(target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ddpm_hub, "os", SimpleNamespace(replace=replace))
-        with pytest.raises(KeyboardInterrupt):
-            ddpm_hub.save_pipeline(tmp_path, unet, scheduler)
-    DDPMPipeline.from_pretrained(tmp_path)
-    ddpm_hub.save_pipeline(tmp_path, unet, scheduler)
-    assert not (tmp_path / ".saving").exists()
-
-
-def card_of(folder, facts, *flags):
-    folder.mkdir(exist_ok=True)
-    write_flags(folder, *flags)
-    assert ddpm_hub.write_card(folder, config_of(folder, *flags), facts)
-    return ModelCard.load(folder / "README.md")
-
-
-def test_the_card_says_what_the_run_recorded_and_no_more(tmp_path):
-    for name in ("samples/epoch_0999.png", "samples/epoch_10000.png", "figures/loss.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    facts = {
-        "command": f"train.py --push_to_hub --hub_token {OTHER_TOKEN} '--hub-token=***' --n={WRITE_TOKEN}",
-        "parameters": 35746307,
-        "images_seen": 128000,
-        "seconds": 1234.5,
-        "loss": 0.03125,
-        "validation_loss": None,
-        "host": "not for publication",
+hub.WAITS = (0.1, 0.1, 0.1)
+flags = {TINY} + ["--num_epochs=3", "--max_train_steps=6", "--validation_split=1773", "--push_to_hub"]
+for name in {list(failures)}:
+    where = [f"--hub_model_id=me/{{name}}", f"--output_dir={tmp_path}/{{name}}"]
+    train(parse_config([*flags, "--save_model_epochs=1", *where]))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+"""
+    printed, warned = client(hub, tmp_path, script, token=WRITE_TOKEN)
+    assert sum(line.startswith("Trained 6 steps") for line in printed) == 3
+    told = {
+        name: [line for line in warned.splitlines() if f"The push to me/{name} failed" in line] for name in failures
     }
-    card = card_of(tmp_path, facts, "--hub_model_id=me/ddpm-cifar10", "--dataset_name=uoft-cs/cifar10", "--seed=1")
-    assert card.data.to_dict() == {
-        "license": "apache-2.0",
-        "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": ["diffusers", "ddpm", "unconditional-image-generation", "pytorch", "ddpm_hf"],
-        "datasets": ["uoft-cs/cifar10"],
-    }
-    assert "train.py --push_to_hub --n=***\n" in card.text
-    for part in (
-        "# ddpm-cifar10\n",
-        'DDPMPipeline.from_pretrained("me/ddpm-cifar10")\nimage = pipeline(num_inference_steps=1000).images[0]',
-        'DDIMPipeline.from_pretrained("me/ddpm-cifar10")(num_inference_steps=50)',
-        "[uoft-cs/cifar10](https://huggingface.co/datasets/uoft-cs/cifar10)",
-        "(samples/epoch_10000.png)",
-        "(figures/loss.png)",
-        "| Parameters | 35,746,307 |",
-        "| Images seen | 128,000 |",
-        "| Training time in seconds | 1,234.5000 |",
-        "| Last training loss | 0.0312 |",
-        "| `seed` | 1 |",
-        "| `ddpm_beta_schedule` | linear |",
-    ):
-        assert part in card.text, part
-    for word in ("alidation loss", "not for publication", "epoch_0999", "NAVER", "hub_", "use_ema", "None"):
-        assert word not in card.text, word
+    assert all(len(lines) == 1 for lines in told.values()), told
+    assert "trying again in 0.1 s." in told["lost"][0] and "trying again in 0.1 s." in told["down"][0]
+    assert "(401 Unauthorized): log in with `hf auth login`, or give --hub_token" in told["shut"][0]
+    for name in failures:
+        repo = hub.repos[f"me/{name}"]
+        assert repo.commits[-1]["message"] == "End of training"
+        assert len(repo.commits) == (1 if name == "shut" else 2)
+        assert b"| Optimizer steps | 6 |" in repo.files["README.md"] and "unet/config.json" in repo.files
 
 
-def test_the_card_of_a_local_folder_names_no_dataset_and_of_afhq_its_licence(tmp_path):
-    card = card_of(tmp_path / "local-run", {"command": "x"}, f"--dataset_name={tmp_path}/afhq-cat-64")
-    assert "datasets" not in card.data.to_dict()
-    assert "trained on `afhq-cat-64`" in card.text and "CC BY-NC 4.0" in card.text and "Choi et al." in card.text
-    assert 'from_pretrained("local-run")' in card.text and "samples/" not in card.text and "loss.png" not in card.text
+def test_push_sends_what_changed_and_the_card_anew(hub, tmp_path, run):
+    script = f"""
+import sys
+from ddpm_hf.__main__ import main
+
+main(["push", "{run}", "--hub_model_id", "me/pushed", "--hub_private_repo"])
+main(["push", "{run}", "--hub_model_id", "me/pushed"])
+open("{run}/samples/epoch_0002.png", "w").write("new")
+main(["push", "{run}", "--hub_model_id", "me/pushed"])
+try:
+    main(["push", "{run}", "--hub_model_id", "me/shut"])
+except SystemExit as stopped:
+    print(stopped.code)
+"""
+    hub.fail["/me/shut/commit"] = 401
+    printed, told = client(hub, tmp_path, script, token=WRITE_TOKEN)
+    assert printed == [f"The model is on {hub.url}/me/pushed."] * 3 + ["2"]
+    assert "error: nothing new is on me/shut: see the warning above, then push again.\n" in told
+    repo = hub.repos["me/pushed"]
+    assert repo.private and b'DDPMPipeline.from_pretrained("me/pushed")' in repo.files["README.md"]
+    changed = [commit["paths"] for commit in repo.commits]
+    assert len(changed[0]) > 10 and changed[1:] == [["README.md", "samples/epoch_0002.png"]]
 
 
-def test_the_card_of_a_learned_variance_does_not_promise_ddim(tmp_path):
-    card = card_of(tmp_path, {"command": "x"}, "--variance_type=learned_range")
-    assert "`DDIMPipeline` cannot use it" in card.text and "DDIMPipeline.from_pretrained" not in card.text
+def test_exports_load_from_the_hub_with_their_code(hub, tmp_path, guidance_models):
+    """A conditional run, and a plain model with a classifier, as who trusts their code loads them."""
+    guided = tmp_path / "guided"
+    command("export", guidance_models / "plain", guided, "--classifier", guidance_models / "classifier")
+    shutil.copytree(guidance_models / "conditional", tmp_path / "conditional")
+    script = f"""
+from ddpm_hf.__main__ import main
+
+main(["push", "{tmp_path}/conditional"])
+main(["push", "{guided}"])
+"""
+    client(hub, tmp_path, script, token=WRITE_TOKEN)
+    script = """
+import sys
+
+sys.modules["ddpm_hf"] = None  # importing it fails
+from diffusers import DiffusionPipeline
+
+for name, which in {"me/conditional": {"custom_pipeline": "class_conditional"}, "me/guided": {}}.items():
+    try:
+        DiffusionPipeline.from_pretrained(name, **which)
+    except ValueError as error:
+        print("trust_remote_code=True" in str(error))
+    pipeline = DiffusionPipeline.from_pretrained(name, **which, trust_remote_code=True)
+    images = pipeline(class_labels=["3"], guidance_scale=2.0, num_inference_steps=2).images
+    print(type(pipeline).__name__, images[0].size)
+pipeline = DiffusionPipeline.from_pretrained("me/guided", custom_pipeline="restoration", trust_remote_code=True)
+print(type(pipeline).__name__)
+"""
+    printed, _ = client(hub, tmp_path, script, token=READ_TOKEN)
+    assert printed == [
+        "True",
+        "ClassConditionalPipeline (8, 8)",
+        "True",
+        "ClassifierGuidedPipeline (8, 8)",
+        "RestorationPipeline",
+    ]
+    assert "classifier/classifier.py" in hub.repos["me/guided"].files
 
 
-def test_a_card_written_by_hand_stays(tmp_path):
-    write_flags(tmp_path)
-    (tmp_path / "README.md").write_text("# By hand")
-    assert not ddpm_hub.write_card(tmp_path, config_of(tmp_path), {"command": "x"})
-    assert (tmp_path / "README.md").read_text() == "# By hand"
+def test_a_run_is_fed_from_a_dataset_on_the_hub(hub, tmp_path, image_folder):
+    rows = datasets.load_dataset("imagefolder", data_dir=str(image_folder), split="train")
+    (tmp_path / "mnist" / "mnist").mkdir(parents=True)
+    rows.to_parquet(tmp_path / "mnist" / "mnist" / "train-00000-of-00001.parquet")
+    hub.add_folder("datasets/user/mnist", tmp_path / "mnist")
+    script = f"""
+from ddpm_hf.command_line import parse_config
+from ddpm_hf.training import train
+
+flags = {TINY} + ["--dataset_name=user/mnist", "--resolution=16", "--max_train_steps=3", "--train_batch_size=4"]
+train(parse_config([*flags, "--output_dir={tmp_path}/run", "--push_to_hub"]))
+"""
+    printed, _ = client(hub, tmp_path, script, token=WRITE_TOKEN)
+    assert any(line.startswith("12 images of 16x16x3") for line in printed)
+    assert b"datasets:\n- user/mnist" in hub.repos["me/run"].files["README.md"]
+
+
+def test_a_space_shows_a_model_of_the_hub(hub, tmp_path):
+    script = """
+from ddpm_hf.__main__ import main
+
+main(["push-space", "me/ddpm-mnist", "--hub_private_repo"])
+"""
+    printed, _ = client(hub, tmp_path, script, token=WRITE_TOKEN)
+    assert printed[0] == f"The Space is on {hub.url}/spaces/me/ddpm-mnist-demo."
+    space = hub.repos["spaces/me/ddpm-mnist-demo"]
+    ours = {path.name for path in (ROOT / "spaces").iterdir() if path.is_file()}
+    ours |= {f"pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")}
+    assert space.private and set(space.files) == ours and {"app.py", "README.md", "requirements.txt"} <= ours
+    assert space.variables == {"DDPM_MODEL": "me/ddpm-mnist"}
+    front = yaml.safe_load(space.files["README.md"].decode().split("---")[1])
+    assert front["sdk"] == "gradio" and front["app_file"] == "app.py" and front["models"] == ["me/ddpm-mnist"]
+
+
+@pytest.mark.parametrize("argv", [["push", "nowhere"], ["push-space", "nowhere"], ["push-space", "."]])
+def test_what_cannot_be_published_is_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert ("has no model" if argv[0] == "push" else "a Space cannot see this disk: push it first") in error

@@ -5,13 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import command
 from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf.__main__ import main
-from ddpm_hf.export import pipeline_file
-from ddpm_hf.hub import save_pipeline
+from ddpm_hf.saving import pipeline_file, save_pipeline
 from ddpm_hf.scheduler import PaperDDPMScheduler
 
 
@@ -66,8 +64,9 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.glob("[!.]*.png")}
 
 
-def test_a_folder_of_several_sizes(tiny_run, images, tmp_path):
-    said = command("restore", tiny_run, images, tmp_path / "out", "--task", "denoise")
+def test_a_folder_of_several_sizes(tiny_run, images, tmp_path, capsys):
+    main(["restore", str(tiny_run), str(images), str(tmp_path / "out"), "--task", "denoise"])
+    said = capsys.readouterr().out
     assert "4 restored images" in said and "sigma" in said and "from 0." in said
     assert sorted(files(tmp_path / "out")) == ["a.png", "b.png", "c.png", "d.png"]
     for name in files(tmp_path / "out"):

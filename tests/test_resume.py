@@ -1,67 +1,47 @@
 """A run that is killed and resumed is the run that was never broken, bit for bit.
 
-The runs are real ones in processes of their own, forked from a server that has the imports done, so that twenty of
-them take seconds.
+The runs are real ones in processes of their own (see processes.py); what several tests begin with is run once.
 """
 
 import json
-import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, script, start_script
+from conftest import ROOT, TINY
 
 from ddpm_hf.checkpoints import checkpoints
 
 
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["ddpm_hf.training", "sklearn.datasets", "matplotlib.figure"])
 # 24 steps of 2 x 8 images from a set of 197: an epoch ends within the run.
 RUN = [
-    *TINY, "--gradient_accumulation_steps=2", "--max_train_steps=24", "--checkpointing_steps=4", "--use_ema",
-    "--validation_split=1600", "--dropout=0.1", "--validation_epochs=1", "--save_images_epochs=100",
+    *TINY, "--class_names=3,7", "--validation_split=165", "--gradient_accumulation_steps=2", "--max_train_steps=24",
+    "--checkpointing_steps=4", "--use_ema", "--dropout=0.1", "--validation_epochs=1", "--save_images_epochs=100",
     "--save_model_epochs=100", "--checkpoints_total_limit=2",
 ]  # fmt: skip
 
 
-def in_child(arguments, log, file_size=None):
-    """Be a process that runs train_unconditional.py with its output in `log`."""
-    with open(log, "a") as output:
-        os.dup2(output.fileno(), 1)
-        os.dup2(output.fileno(), 2)
-    torch.set_num_threads(1)
-    if file_size is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    from train_unconditional import main
-
-    sys.argv = ["train_unconditional.py", *arguments]
-    main(arguments)
-
-
 def start(folder, *flags, **kwargs):
-    arguments = [*RUN, f"--output_dir={folder}", *flags]
-    Path(f"{folder}.log").touch()
-    child = FORKSERVER.Process(target=in_child, args=(arguments, f"{folder}.log"), kwargs=kwargs)
-    child.start()
-    return child
+    return processes.start(f"{folder}.log", *RUN, f"--output_dir={folder}", *flags, **kwargs)
 
 
-def finish(folder, *flags, code=0, **kwargs):
-    child = start(folder, *flags, **kwargs)
-    child.join(120)
-    log = Path(f"{folder}.log").read_text()
-    assert child.exitcode == code, log
-    return log
+def finish(folder, *flags, **kwargs):
+    return processes.finish(f"{folder}.log", *RUN, f"--output_dir={folder}", *flags, **kwargs)
+
+
+def start_two(folder, *flags):
+    return processes.start_together(f"{folder}.log", *RUN, f"--output_dir={folder}", *flags, processes=2)
+
+
+def finish_two(folder, *flags):
+    return processes.ended(start_two(folder, *flags), f"{folder}.log")
 
 
 def everything(folder):
@@ -69,7 +49,7 @@ def everything(folder):
     last = checkpoints(folder)[-1]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["images_per_second"]
+        del line["images_per_second"], line["seconds"]
     return {
         "step": last.name,
         "weights": safetensors.torch.load_file(last / "model.safetensors"),
@@ -93,9 +73,23 @@ def assert_equal(one, other):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
+    """A run from its beginning to its end, with all its checkpoints."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    finish(folder)
+    finish(folder, "--checkpoints_total_limit=9")
     return folder
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four") / "run"
+    finish(folder, "--max_train_steps=4")
+    return folder
+
+
+@pytest.fixture
+def short(four_steps, tmp_path):
+    """A finished run of four steps, to go on with."""
+    return shutil.copytree(four_steps, tmp_path / "run")
 
 
 def test_killed_at_ten_random_moments_and_resumed_each_time(tmp_path):
@@ -124,27 +118,29 @@ def test_killed_at_ten_random_moments_and_resumed_each_time(tmp_path):
 
 
 def test_resumed_from_a_checkpoint_in_the_middle_of_an_epoch_and_of_a_log_line(unbroken, tmp_path):
-    reference = unbroken
-    folder = tmp_path / "run"
-    finish(folder, "--max_train_steps=24", "--checkpoints_total_limit=9")
+    folder = shutil.copytree(unbroken, tmp_path / "run")
     # Step 8 is neither a multiple of logging_steps (3) nor the end of an epoch (images 197, 394).
     finish(folder, f"--resume_from_checkpoint={folder / 'checkpoint-8'}")
-    assert_equal(everything(folder), everything(reference))
+    assert_equal(everything(folder), everything(unbroken))
+    # Rotation keeps the newest.
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-20", "checkpoint-24"]
 
 
-IMPORTANCE = ["--objective=vlb", "--timestep_sampling=loss_second_moment", "--ddpm_num_steps=5"]
+IMPORTANCE = [
+    "--objective=vlb", "--timestep_sampling=loss_second_moment", "--ddpm_num_steps=5", "--dropout=0",
+    "--checkpoints_total_limit=9",
+]  # fmt: skip
 
 
 def loss_history(checkpoint):
     return torch.load(checkpoint / "state.pt", weights_only=True)["loss_history"]
 
 
-def test_resumed_with_the_losses_that_timesteps_are_drawn_by(tmp_path):
-    flags = [*IMPORTANCE, "--checkpoints_total_limit=9"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(whole, *flags)
+def test_timesteps_drawn_by_the_losses_after_a_resume_and_of_two_processes(tmp_path):
+    whole, broken, two = tmp_path / "whole", tmp_path / "broken", tmp_path / "two"
+    finish(whole, *IMPORTANCE)
     shutil.copytree(whole / "checkpoint-12", broken / "checkpoint-12")
-    finish(broken, *flags, f"--resume_from_checkpoint={broken / 'checkpoint-12'}")
+    finish(broken, *IMPORTANCE, f"--resume_from_checkpoint={broken / 'checkpoint-12'}")
     one, other = everything(whole), everything(broken)
     one["metrics"] = [line for line in one["metrics"] if line["step"] > 12]
     assert_equal(other, one)
@@ -152,20 +148,14 @@ def test_resumed_with_the_losses_that_timesteps_are_drawn_by(tmp_path):
     assert not loss_history(whole / "checkpoint-12").isnan().any()  # it is in use where the run goes on
     assert not torch.equal(loss_history(whole / "checkpoint-12"), loss_history(whole / "checkpoint-24"))
 
-
-def test_two_processes_draw_timesteps_by_the_losses_of_both(tmp_path):
-    flags = [*RUN, *IMPORTANCE, "--dropout=0"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    finish(one, *flags)
-    script(*flags, "--gradient_accumulation_steps=1", f"--output_dir={two}", processes=2)
-    histories = [loss_history(folder / "checkpoint-24") for folder in (one, two)]
+    finish_two(two, *IMPORTANCE, "--gradient_accumulation_steps=1")
+    histories = [loss_history(folder / "checkpoint-24") for folder in (whole, two)]
     # Were one loss missing or another timestep drawn, a row would be shifted.
     assert torch.allclose(*histories, rtol=0.01) and not histories[0].isnan().any()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_a_checkpoint_a_pipeline_and_a_message(unbroken, tmp_path, number, code):
-    reference = unbroken
     folder = tmp_path / "run"
     child = start(folder)
     deadline = time.time() + 60
@@ -180,7 +170,7 @@ def test_a_signal_leaves_a_checkpoint_a_pipeline_and_a_message(unbroken, tmp_pat
     assert "Traceback" not in log and 3 <= step < 24
     assert (folder / "unet" / "diffusion_pytorch_model.safetensors").exists()
     finish(folder, "--resume_from_checkpoint=latest")
-    assert_equal(everything(folder), everything(reference))
+    assert_equal(everything(folder), everything(unbroken))
 
 
 def test_a_signal_ends_a_sheet_that_takes_long(tmp_path):
@@ -197,7 +187,7 @@ def test_a_signal_ends_a_sheet_that_takes_long(tmp_path):
     assert checkpoints(folder)[-1].name == "checkpoint-14" and not (folder / "samples").exists()
 
 
-def test_a_signal_in_the_last_figures_leaves_them_to_the_next_run(unbroken, tmp_path):
+def test_a_signal_in_the_last_figures_leaves_them_to_the_next_run(tmp_path):
     folder = tmp_path / "run"
     flags = ["--ddpm_num_steps=4000", "--ddpm_num_inference_steps=1000"]
     child = start(folder, *flags)
@@ -213,73 +203,56 @@ def test_a_signal_in_the_last_figures_leaves_them_to_the_next_run(unbroken, tmp_
     assert (folder / "figures" / "reverse.gif").exists() and (folder / "unet").exists()
 
 
-def test_changed_flags_are_told(tmp_path):
-    folder = tmp_path / "run"
-    finish(folder, "--max_train_steps=4")
-    log = finish(folder, "--max_train_steps=8", "--resume_from_checkpoint=latest", "--seed=5", "--no_use_ema")
+def test_changed_flags_are_told(short):
+    log = finish(short, "--max_train_steps=8", "--resume_from_checkpoint=latest", "--seed=5", "--no_use_ema")
     assert "the checkpoint had other flags, so this run is a new one: seed 0 -> 5, use_ema True -> False." in log
 
 
-def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_is_good(tmp_path):
-    folder = tmp_path / "run"
-    finish(folder, "--max_train_steps=4")
-    log = finish(folder, "--resume_from_checkpoint=latest", code=2, file_size=20_000)
+def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_is_good(short):
+    log = finish(short, "--resume_from_checkpoint=latest", code=2, file_size=20_000)
     assert "could not be written" in log and "free some space" in log and "Traceback" not in log
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4"] and not list(folder.glob("*.tmp"))
-    finish(folder, "--resume_from_checkpoint=latest", "--max_train_steps=8")
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4", "checkpoint-8"]
+    assert [path.name for path in checkpoints(short)] == ["checkpoint-4"] and not list(short.glob("*.tmp"))
+    finish(short, "--resume_from_checkpoint=latest", "--max_train_steps=6")
+    assert [path.name for path in checkpoints(short)] == ["checkpoint-4", "checkpoint-6"]
 
 
-def test_a_nan_loss_stops_with_step_and_cause_and_the_last_checkpoint_is_good(tmp_path):
-    folder = tmp_path / "run"
-    finish(folder, "--max_train_steps=4", "--lr_scheduler=constant")
+def test_a_nan_loss_stops_with_step_and_cause_and_the_last_checkpoint_is_good(short):
     flags = ["--lr_scheduler=constant", "--learning_rate=1e25", "--max_grad_norm=0", "--logging_steps=10"]
-    log = finish(folder, "--resume_from_checkpoint=latest", *flags, code=2)
+    log = finish(short, "--resume_from_checkpoint=latest", *flags, code=2)
     assert "became nan or infinite at step" in log and "learning rate 1e+25" in log and "Traceback" not in log
-    assert f"the last good checkpoint is {folder / 'checkpoint-4'}" in log
-    saved = safetensors.torch.load_file(folder / "checkpoint-4" / "model.safetensors")
+    assert f"the last good checkpoint is {short / 'checkpoint-4'}" in log
+    saved = safetensors.torch.load_file(short / "checkpoint-4" / "model.safetensors")
     assert all(value.isfinite().all() for value in saved.values())
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4"]
-
-
-def test_rotation_keeps_the_newest(unbroken):
-    folder = unbroken
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-20", "checkpoint-24"]
-
-
-def test_a_longer_run_goes_on_where_a_finished_one_ended(tmp_path):
-    folder = tmp_path / "run"
-    finish(folder, "--max_train_steps=4")
-    finish(folder, "--resume_from_checkpoint=latest", "--max_train_steps=6")
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in checkpoints(short)] == ["checkpoint-4"]
 
 
 def test_a_streamed_run_resumes_exactly(tmp_path, image_folder):
     flags = [
         f"--dataset_name={image_folder}", "--streaming", "--resolution=8", "--train_batch_size=2",
-        "--max_train_steps=9", "--validation_split=", "--random_flip", "--checkpointing_steps=2",
+        "--max_train_steps=9", "--class_names=", "--validation_split=", "--random_flip", "--checkpointing_steps=2",
     ]  # fmt: skip
-    one, other = tmp_path / "one", tmp_path / "other"
-    finish(one, *flags)
-    finish(other, *flags, "--checkpoints_total_limit=9")
+    one = tmp_path / "one"
+    finish(one, *flags, "--checkpoints_total_limit=9")
+    other = shutil.copytree(one, tmp_path / "other")
     finish(other, *flags, f"--resume_from_checkpoint={other / 'checkpoint-4'}")
     assert_equal(everything(other), everything(one))
 
 
 def test_two_processes_killed_and_resumed_and_counting_as_one_does(unbroken, tmp_path):
-    reference = unbroken
     # Two processes of 8 images are one process that accumulates two batches of 8.
-    flags = [*RUN, "--gradient_accumulation_steps=1", "--checkpoints_total_limit=9"]
+    flags = ["--gradient_accumulation_steps=1", "--checkpoints_total_limit=9"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    script(*flags, f"--output_dir={whole}", processes=2)
-    launched = start_script(*flags, f"--output_dir={broken}", processes=2)
+    processes.launch(ROOT / "train_unconditional.py", *RUN, *flags, f"--output_dir={whole}")
+    children = start_two(broken, *flags)
     while not (broken / "checkpoint-8").exists():
-        assert launched.poll() is None
+        assert all(child.is_alive() for child in children)
         time.sleep(0.01)
-    os.killpg(launched.pid, signal.SIGKILL)
-    launched.wait()
-    script(*flags, f"--output_dir={broken}", "--resume_from_checkpoint=latest", processes=2)
-    two, again, one = everything(whole), everything(broken), everything(reference)
+    for child in children:
+        child.kill()
+        child.join()
+    assert not (broken / "unet").exists()  # it was not at its end
+    finish_two(broken, *flags, "--resume_from_checkpoint=latest")
+    two, again, one = everything(whole), everything(broken), everything(unbroken)
     assert_equal(again, two)
     for mine, other in zip(two["metrics"], one["metrics"], strict=True):
         for name in ("step", "epoch", "images_seen", "lr", "ema_decay"):

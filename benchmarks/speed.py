@@ -1,0 +1,186 @@
+"""Our training, data path, sampling and start beside what a user would pick instead, on the same UNet and data.
+
+    python benchmarks/speed.py --preset mnist --dataset_name FOLDER
+    python benchmarks/speed.py --preset cifar10 --train_batch_size 8 --parts training,data,sampling
+
+takes every flag of train_unconditional.py. Turns alternate in one process; the ratios are the result (theirs over
+ours: 2 means that we need half the time), the seconds are only how they came about.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DDIMPipeline
+from interleaved import race, report
+from plain_diffusers import PlainLoop, loader
+from torch.utils.flop_counter import FlopCounterMode
+
+from ddpm_hf.command_line import parse_config
+from ddpm_hf.data import training_batches
+from ddpm_hf.milestones import reach, what_is_due
+from ddpm_hf.model import build_unet
+from ddpm_hf.run import open_run
+from ddpm_hf.sampling import sample_images
+from ddpm_hf.training import progress_bar, step
+
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("training", "data", "sampling", "start")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}, memory; default: all but memory"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each; default: 7")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps a turn; default: 5")
+    parser.add_argument("--num_inference_steps", type=int, default=10, help="of sampling; default: 10")
+    parser.add_argument("--images", type=int, default=8, help="sampled a turn; default: 8")
+    parser.add_argument("--peak_tflops", type=float, help="of the GPU in bf16, for model FLOP utilisation")
+    parser.add_argument("--only", choices=["ours", "plain"], help="of training: for measuring memory")
+    parser.add_argument("--json", help="file to write the numbers to")
+    arguments, flags = parser.parse_known_args()
+    parts = arguments.parts.split(",")
+    results = {}
+    if "start" in parts:
+        results["start, seconds"] = start(flags)
+    if "memory" in parts:
+        results["peak memory of training, MiB"] = memory(flags)
+    if {"training", "data", "sampling"} & set(parts):
+        with tempfile.TemporaryDirectory() as folder:
+            config = parse_config([*flags, "--output_dir", folder, "--overwrite_output_dir", "--logger", "none"])
+            config.checkpointing_steps = 10**9  # a matter of the disk, not of the loop
+            run = open_run(config)
+            if "data" in parts:
+                results["data, images/s"] = data(run, arguments)
+            if "training" in parts:
+                results["training, images/s"] = training(run, arguments)
+            if "sampling" in parts:
+                results["sampling, images/s"] = sampling(run, arguments)
+    report(results, arguments.json)
+
+
+def data(run, arguments) -> dict:
+    config = run.config
+    count = arguments.steps * config.train_batch_size
+    ours = training_batches(run.train_set, config, 0, 0, 1)
+    theirs = iter(plain_loader(run))
+
+    def take(batches):
+        for _ in range(arguments.steps):
+            next(batches)
+
+    return race({"ours": lambda: take(ours), "PIL in the loader": lambda: take(theirs)}, arguments.rounds, count)
+
+
+def plain_loader(run):
+    config = run.config
+    return loader(run.train_set.rows, config.resolution, config.train_batch_size, run.train_set.channels == 1,
+                  config.random_flip)  # fmt: skip
+
+
+def training(run, arguments) -> dict:
+    config, device = run.config, run.accelerator.device
+    batches = training_batches(run.train_set, config, 0, 0, 1)
+    channels = run.train_set.channels
+
+    def plain(dtype=None):
+        unet = build_unet(config, channels)
+        return PlainLoop(unet, plain_loader(run), 10**6, config.learning_rate, str(device), dtype)
+
+    loops = {"plain diffusers loop": plain(), "plain diffusers loop, bf16": plain(torch.bfloat16)}
+    bare = build_unet(config, channels).to(device)
+    optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-4)
+    images = torch.randn(config.train_batch_size, channels, config.resolution, config.resolution, device=device)
+    timesteps = torch.randint(config.ddpm_num_steps, (len(images),), device=device)
+
+    def bare_step():
+        with run.accelerator.autocast():
+            output = bare(images, timesteps).sample
+        torch.nn.functional.mse_loss(output.float(), images).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with progress_bar(run) as bar:
+
+        def our_step():
+            step(run, batches)
+            bar.update()
+            if due := what_is_due(run):
+                reach(run, due, 0.0, [])
+
+        run.model.train()
+        steps = {"ours": our_step} | {name: loop.step for name, loop in loops.items()}
+        steps |= {f"one fixed batch, {config.mixed_precision}, no loop": bare_step}
+        steps = {name: take for name, take in steps.items() if arguments.only in (None, name.split()[0])}
+        contenders = {name: lambda take=take: [take() for _ in range(arguments.steps)] for name, take in steps.items()}
+        result = race(contenders, arguments.rounds, arguments.steps * config.train_batch_size)
+    with FlopCounterMode(display=False) as counter:
+        bare_step()
+    flops = counter.get_total_flops() / len(images)
+    for numbers in result.values():
+        numbers["TFLOP/s"] = numbers["images_per_second"] * flops / 1e12
+        if arguments.peak_tflops:
+            numbers["utilisation"] = numbers["TFLOP/s"] / arguments.peak_tflops
+    return result
+
+
+def sampling(run, arguments) -> dict:
+    unet, scheduler = run.published.eval(), run.scheduler
+    pipeline = DDIMPipeline(unet, scheduler.stock())
+    pipeline.set_progress_bar_config(disable=True)
+    count, steps = arguments.images, arguments.num_inference_steps
+
+    def ours(dtype):
+        sample_images(unet, scheduler, 0, range(count), count, method="ddim", num_inference_steps=steps,
+                      spacing="trailing", dtype=dtype, progress=False)  # fmt: skip
+
+    contenders = {
+        "ours, bfloat16": lambda: ours(torch.bfloat16),
+        "ours, float32": lambda: ours(torch.float32),
+        "DDIMPipeline": lambda: pipeline(count, num_inference_steps=steps, output_type="np"),
+    }
+    return race(contenders, arguments.rounds, count)
+
+
+def start(flags: list[str]) -> dict:
+    """Return the seconds until --help is printed, and until the first step of training is taken."""
+    training = [sys.executable, str(ROOT / "train_unconditional.py")]
+    result = {}
+    for name, command in {"train --help": training, "ddpm_hf --help": [sys.executable, "-m", "ddpm_hf"]}.items():
+        begun = time.perf_counter()
+        subprocess.run([*command, "--help"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        result[name] = {"seconds": time.perf_counter() - begun}
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        command = [*training, *flags, "--output_dir", folder, "--overwrite_output_dir", "--logger", "none"]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+            said = ""
+            while " 1/" not in said:
+                said += process.stderr.read(1) or " 1/"
+            result["first step"] = {"seconds": time.perf_counter() - begun}
+            process.kill()
+    return result
+
+
+def memory(flags: list[str]) -> dict:
+    """Return the peak resident memory of a few steps, each loop in a process of its own."""
+    result = {}
+    for name in ("ours", "plain"):
+        command = [sys.executable, __file__, "--parts=training", f"--only={name}", "--rounds=1", "--steps=2", *flags]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            _, code, usage = os.wait4(process.pid, 0)
+        assert code == 0, command
+        result[name] = {"MiB": usage.ru_maxrss / 1024}
+    return result
+
+
+if __name__ == "__main__":
+    main()

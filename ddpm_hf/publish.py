@@ -1,0 +1,62 @@
+"""`push` and `push-space`: a finished model, and a page that shows it, on the Hub."""
+
+import re
+import tempfile
+from pathlib import Path
+
+from . import UserError
+from .card import write_card
+from .hub import API, create_repository, finish_push, persist, push
+from .saving import shipped
+
+
+def push_command(arguments):
+    """Run `python -m ddpm_hf push` with its parsed flags: write the card anew and upload what changed.
+
+    Raises:
+        UserError: for a folder that has no model, a repository that cannot be written to, or an upload that failed.
+    """
+    folder = Path(arguments.run)
+    if not (folder / "model_index.json").is_file() and not (folder / "classifier").is_dir():
+        raise UserError(f"{folder} has no model: give the --output_dir of a run, or an export.")
+    name = arguments.hub_model_id or folder.resolve().name
+    repo_id = create_repository(name, arguments.hub_private_repo, arguments.hub_token)
+    if not write_card(folder, repo_id):
+        print(f"{folder / 'README.md'} was not written by ddpm_hf and is pushed as it is.")
+    if not finish_push(push(folder, repo_id, arguments.hub_token, "Upload by ddpm_hf")):
+        raise UserError(f"nothing new is on {repo_id}: see the warning above, then push again.")
+    print(f"The model is on {API.endpoint}/{repo_id}.")
+
+
+def push_space_command(arguments):
+    """Run `python -m ddpm_hf push-space` with its parsed flags: upload spaces/ and pipelines/, naming the model.
+
+    Raises:
+        UserError: for a model that is not on the Hub, a Space that cannot be written to, or an upload that failed.
+    """
+    model, token = arguments.model, arguments.hub_token
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) or Path(model).exists():
+        raise UserError(f"{model} is no Hub id, and a Space cannot see this disk: push it first, give USER/NAME.")
+    name = arguments.hub_model_id or f"{model.rpartition('/')[2]}-demo"
+    private = arguments.hub_private_repo
+    space_id = create_repository(name, private, token, repo_type="space", space_sdk="gradio")
+    with tempfile.TemporaryDirectory() as folder:
+        for source, target in {"spaces": ".", "pipelines": "pipelines"}.items():
+            for path in filter(Path.is_file, sorted(shipped(source).iterdir())):
+                if path.suffix != ".py" and source == "pipelines":
+                    continue
+                Path(folder, target).mkdir(exist_ok=True)
+                Path(folder, target, path.name).write_bytes(path.read_bytes())
+        card = Path(folder, "README.md")
+        card.write_text(card.read_text().replace("\n---\n", f"\nmodels:\n- {model}\n---\n", 1))
+
+        def upload():
+            API.add_space_variable(space_id, "DDPM_MODEL", model, token=token)
+            API.upload_folder(
+                repo_id=space_id, repo_type="space", folder_path=folder, token=token, commit_message=f"Show {model}"
+            )
+
+        if not persist(upload, space_id, f"`python -m ddpm_hf push-space {model}` tries again"):
+            raise UserError(f"the Space {space_id} is not up to date: see the warning above, then push again.")
+    print(f"The Space is on {API.endpoint}/spaces/{space_id}.")
+    print(f"If {model} is private, give the Space a secret HF_TOKEN that may read it, in its settings.")

@@ -1,0 +1,204 @@
+"""The model card says what the records of a folder say, and no more."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import ROOT, TINY, reset_accelerate
+from huggingface_hub import ModelCard
+from test_saving import tiny_unet
+
+from ddpm_hf.__main__ import main
+from ddpm_hf.card import write_card
+from ddpm_hf.command_line import parse_config
+from ddpm_hf.record import command, hide_paths, without_paths
+from ddpm_hf.saving import save_pipeline
+from ddpm_hf.scheduler import PaperDDPMScheduler
+from ddpm_hf.training import train
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A run of a moment, scored."""
+    folder = tmp_path_factory.mktemp("scored") / "digits-run"
+    flags = ["--max_train_steps=6", "--validation_split=0.1", "--use_ema"]
+    train(parse_config([*TINY, *flags, f"--output_dir={folder}"]))
+    reset_accelerate()
+    what = ["--metrics=memorization,bits_per_dim", "--num_images=32", "--bound_images=16", "--bound_timesteps=5"]
+    argv = ["evaluate", str(folder), *what, "--num_inference_steps=3", "--features=inception"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [str(ROOT / "ddpm_hf" / "__main__.py"), *argv])
+        main(argv)
+    return folder
+
+
+def test_every_number_of_the_card_is_in_a_record(scored):
+    card = ModelCard.load(scored / "README.md")
+    texts = [path.read_text() for path in [scored / "train_config.json", scored / "model_index.json"]]
+    texts += [path.read_text() for path in [*scored.glob("evaluations/*.json"), *scored.glob("*/*config.json")]]
+    texts += (scored / "metrics.jsonl").read_text().splitlines()
+    recorded = set()
+    for text in texts:
+        recorded |= {float(found) for found in re.findall(r"(?<![\w.])-?\d+\.?\d*(?:e-\d+)?(?!\w)", text)}
+    forms = (
+        set(map(str, recorded))
+        | {f"{value:.4g}" for value in recorded}
+        | {f"{value:,.0f}" for value in recorded if value == int(value)}
+    )
+    body = re.sub(r"https?://\S+|\]\([^)]*\)|```.*?```|`[^`]*`|\(CVPR \d+\)", "", card.text, flags=re.DOTALL)
+    body = body.replace("8x8", "8 8")
+    body = re.sub(r"CC BY[-NC]* 4\.0", "", body)
+    numbers = re.findall(r"(?<![\w.])-?\d[\d,]*\.?\d*(?:e[-+]?\d+)?(?![\w.]*[A-Za-z])", body)
+    numbers = [number.rstrip(",.") for number in numbers]
+    assert len(numbers) > 40
+    unknown = [number for number in numbers if number not in forms]
+    assert not unknown, "these numbers are in no record"
+    # And the other way round: what was measured is told.
+    for path in scored.glob("evaluations/*.json"):
+        for entry in json.loads(path.read_text())["metrics"]:
+            if entry.get("status") != "skipped":
+                assert f"| `{entry['id']}` | {entry['value']:.4g} |".replace(" 0.0 ", " 0 ") in card.text
+
+
+def test_the_card_of_a_scored_run_is_valid_metadata(scored):
+    data = ModelCard.load(scored / "README.md").data
+    records = [json.loads(path.read_text()) for path in sorted(scored.glob("evaluations/*.json"))]
+    entries = [(entry, record) for record in records for entry in record["metrics"] if "value" in entry]
+    assert data.model_name == "digits-run" and len(data.eval_results) == len(entries) > 3
+    told = {(result.metric_name, result.metric_value) for result in data.eval_results}
+    for entry, record in entries:
+        sampler = record["sampler"]
+        name = f"{entry['id']}, {sampler['method']} in {sampler['num_inference_steps']} steps"
+        assert (name, entry["value"]) in told
+    for result in data.eval_results:
+        assert result.dataset_type == "digits" and result.dataset_split in ("train", "test")
+        assert result.metric_args["sampler"]["num_inference_steps"] == 3
+    # The rules of the Hub's own check of `model-index`: plain YAML, and these keys in each result.
+    front = yaml.safe_load((scored / "README.md").read_text().split("---")[1])
+    (model,) = front["model-index"]
+    for result in model["results"]:
+        assert result["task"]["type"] and result["dataset"]["type"] and result["dataset"]["name"]
+        for metric in result["metrics"]:
+            assert metric["type"] and isinstance(metric["value"], int | float) and metric["name"]
+
+
+def test_the_card_shows_pictures_commands_and_limits(scored):
+    text = ModelCard.load(scored / "README.md").text
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+        assert (scored / path).is_file(), path
+    for part in (
+        "samples/epoch_0001.png",
+        "figures/reverse.gif",
+        "figures/loss.png",
+        'DDPMPipeline.from_pretrained("digits-run")',
+        "python -m ddpm_hf evaluate digits-run --metrics=memorization,bits_per_dim",
+        "Of 32 generated images 0 are copies of training images",
+        "CC BY 4.0",
+    ):
+        assert part in text, part
+    assert str(scored.parent) not in text and str(ROOT) not in text
+
+
+def card_of(folder, *flags, record=None, name=None, **scheduler):
+    save_pipeline(folder, tiny_unet(), PaperDDPMScheduler.nichol_cosine(1000, **scheduler))
+    flags = parse_config([f"--output_dir={folder}", "--dataset_name=digits", "--resolution=8", *flags]).to_dict()
+    (folder / "train_config.json").write_text(json.dumps({"flags": flags, **(record or {})}))
+    assert write_card(folder, name)
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_front_matter_and_the_training_of_a_hub_dataset(tmp_path):
+    for name in ("samples/epoch_0999.png", "samples/epoch_10000.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    lines = [{"step": 500, "images_seen": 64000, "loss": 0.5}, {"step": 1000, "images_seen": 128000, "loss": 0.03125}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    record = {"command": "python train_unconditional.py --preset cifar10", "parameters": 35746307, "host": "secret"}
+    card = card_of(tmp_path, "--preset=cifar10", "--dataset_name=uoft-cs/cifar10", record=record, name="me/cifar")
+    assert card.data.to_dict() == {
+        "license": "apache-2.0",
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["diffusers", "ddpm", "unconditional-image-generation", "pytorch", "ddpm_hf"],
+        "datasets": ["uoft-cs/cifar10"],
+    }
+    for part in (
+        "# cifar\n",
+        'DDPMPipeline.from_pretrained("me/cifar")\nimage = pipeline(num_inference_steps=1000).images[0]',
+        'DDIMPipeline.from_pretrained("me/cifar")(num_inference_steps=50)',
+        "[uoft-cs/cifar10](https://huggingface.co/datasets/uoft-cs/cifar10)",
+        "(samples/epoch_10000.png)",
+        "| Parameters | 35,746,307 |",
+        "| Images seen | 128,000 |",
+        "| Last training loss | 0.03125 |",
+        "the preset `cifar10`: ",
+        "Not scored yet",
+        "was not measured",
+        "who state no licence",
+    ):
+        assert part in card.text, part
+    for word in ("alidation loss", "secret", "epoch_0999", "NAVER", "hub_", "None", "reverse.gif", "loss.png"):
+        assert word not in card.text, word
+
+
+def test_the_card_of_a_local_folder_names_no_dataset_and_of_afhq_its_licence(tmp_path):
+    card = card_of(tmp_path, f"--dataset_name={tmp_path}/afhq-cat-64")
+    assert "datasets" not in card.data.to_dict() and card.data.license == "cc-by-nc-4.0"
+    assert "trained on `afhq-cat-64`" in card.text and "CC BY-NC 4.0" in card.text and "Choi et al." in card.text
+    assert str(tmp_path) not in card.text
+    card = card_of(tmp_path, f"--train_data_dir={tmp_path}", "--dataset_name=my-cats")
+    assert "not known here" in card.text
+
+
+def test_the_card_of_a_learned_variance_does_not_promise_ddim(tmp_path):
+    card = card_of(tmp_path, "--variance_type=learned_range", variance_type="learned_range")
+    assert "`DDIMPipeline` cannot use it" in card.text and "DDIMPipeline.from_pretrained" not in card.text
+
+
+def test_the_cards_of_conditional_models_and_classifiers(guidance_models, tmp_path):
+    text = ModelCard.load(guidance_models / "conditional" / "README.md").text
+    assert "class-conditional" in text and "Its classes: 0, 1, 2," in text and "class_labels=[0]" in text
+    assert (
+        'from_pretrained("conditional", custom_pipeline="class_conditional", ' in text
+        and "DDPMPipeline" not in text
+        and "DDIMPipeline" not in text
+    )
+    card = ModelCard.load(guidance_models / "classifier" / "README.md")
+    assert card.data.pipeline_tag == "image-classification"
+    assert "A classifier of noisy images" in card.text and 'subfolder="classifier"' in card.text
+    assert "| Last validation accuracy, over all noise levels |" in card.text
+
+
+def test_a_card_written_by_hand_stays(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("# By hand")
+    main(["card", str(tmp_path)])
+    assert "was not written by ddpm_hf and stays" in capsys.readouterr().out
+    assert (tmp_path / "README.md").read_text() == "# By hand"
+
+
+def test_no_path_of_this_machine_and_no_token_is_told(tmp_path, monkeypatch):
+    told = without_paths(
+        {"a": ["/home/me/data/mnist", "--x=/home/me", "C:\\me\\cats", "~/cats", "../up/cats", 3], "b": None}
+    )
+    assert told == {"a": ["mnist", "--x=me", "cats", "cats", "cats", 3], "b": None}
+    assert without_paths(["runs/mnist", "uoft-cs/cifar10", "--seed", "1e-3"]) == [
+        "runs/mnist",
+        "uoft-cs/cifar10",
+        "--seed",
+        "1e-3",
+    ]
+    argv = [
+        "/opt/train_unconditional.py",
+        "--dataset_name",
+        "/home/me/a b",
+        "--hub_token",
+        "hf_secret",
+        "--hub-token=hf_s",
+    ]
+    monkeypatch.setattr("ddpm_hf.record.sys", SimpleNamespace(argv=argv))
+    assert command() == "python train_unconditional.py --dataset_name 'a b' --hub_token '***' '--hub-token=***'"
+    (tmp_path / "train_config.json").write_text(json.dumps({"flags": {"output_dir": "/home/me/run"}}))
+    hide_paths(tmp_path)
+    assert json.loads((tmp_path / "train_config.json").read_text()) == {"flags": {"output_dir": "run"}}

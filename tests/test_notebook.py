@@ -1,0 +1,115 @@
+"""The notebook, run from top to bottom in a kernel of this Python, with a small Hub to push to."""
+
+import os
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT, TINY
+from hub_server import USER, WRITE_TOKEN, HubServer
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+
+
+NOTEBOOK = ROOT / "notebooks" / "run_in_cloud.ipynb"
+PARAMETERS = {
+    "FLAGS": " ".join([*TINY, "--max_train_steps=6", "--validation_split=0.1", "--logger=tensorboard"]),
+    "RUN": "runs/tiny",
+    "SAMPLING_STEPS": 5,
+    "HUB_MODEL_ID": "tiny-digits",
+}
+
+
+class ThisPython(AsyncKernelManager):
+    """A kernel of the Python that runs the tests; no kernelspec is looked for in anybody's home."""
+
+    kernel_spec = KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"])
+
+
+def execute(folder, environment, parameters):
+    """Run the notebook in `folder` with these values appended to its parameters; return it, and outputs by cell id."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assigned = [line.partition(" = ")[0] for line in cell.source.splitlines()]
+    assert set(parameters) <= set(assigned), "the parameters that the test sets are those of the notebook"
+    cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    client = NotebookClient(notebook, kernel_manager_class=ThisPython, timeout=300)
+    client.execute(cwd=str(folder), env=environment)
+    return {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory, hub):
+    """The folder that the notebook was run in, and its outputs."""
+    folder = tmp_path_factory.mktemp("notebook")
+    home = {"HOME": str(folder), "IPYTHONDIR": str(folder / "ipython"), "JUPYTER_RUNTIME_DIR": str(folder / "jupyter")}
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    environment = hub.environment(folder, WRITE_TOKEN) | home | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    return folder, execute(folder, environment, PARAMETERS)
+
+
+def printed(outputs):
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def pictures(outputs):
+    """Return the MIME types of the pictures shown, in their order."""
+    return [kind for output in outputs for kind in output.get("data", {}) if kind.startswith("image/")]
+
+
+def test_an_installed_package_is_left_alone(executed):
+    folder, outputs = executed
+    said = printed(outputs["installation"])
+    assert said.startswith("ddpm_hf ") and said.count("\n") == 1
+    assert not (folder / "ddpm_hf_source").exists()
+
+
+def test_training_leaves_a_run_that_is_shown(executed):
+    folder, outputs = executed
+    said = printed(outputs["training"])
+    assert "Trained 6 steps" in said and "error" not in said, said
+    for name in ("model_index.json", "checkpoint-6/state.pt", "logs", "samples/epoch_0001.png", "figures/loss.png"):
+        assert (folder / "runs" / "tiny" / name).exists(), name
+    assert pictures(outputs["pictures"]) == ["image/png", "image/png", "image/gif"]
+
+
+def test_stock_diffusers_samples_from_it(executed):
+    assert "image/png" in pictures(executed[1]["sampling"])
+
+
+def test_the_score_has_its_record(executed):
+    folder, outputs = executed
+    assert "bits_per_dim" in printed(outputs["scoring"]), printed(outputs["scoring"])
+    assert (folder / "runs" / "tiny" / "evaluations" / "smoke.json").is_file()
+    shown = printed(outputs["record"])
+    assert '"num_inference_steps": 10' in shown and str(folder) not in shown
+
+
+def test_the_run_arrives_at_the_hub_without_its_checkpoints(executed, hub):
+    said = printed(executed[1]["pushing"])
+    assert f"{USER}/tiny-digits" in hub.repos, said
+    files = hub.repos[f"{USER}/tiny-digits"].files
+    assert {"model_index.json", "README.md", "evaluations/smoke.json", "samples/epoch_0001.png"} <= set(files)
+    assert not any(path.startswith(("checkpoint", "logs")) for path in files)
+    assert WRITE_TOKEN not in said and not any(WRITE_TOKEN.encode() in content for content in files.values())
+
+
+def test_what_is_committed_is_clean():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None, cell.id
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    values = {}
+    exec(parameters.source, values)
+    assert (
+        values["PRESET"] == "digits" and values["FLAGS"] == values["HUB_MODEL_ID"] == ""
+    )  # needs nothing, gives nothing

@@ -1,0 +1,92 @@
+"""A saved pipeline: stock classes, or our pipeline file beside it; a kill leaves one that loads."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
+
+from ddpm_hf import saving
+from ddpm_hf.pretrained import load_pretrained
+from ddpm_hf.saving import save_pipeline, shipped
+from ddpm_hf.scheduler import PaperDDPMScheduler
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return tiny_unet()
+
+
+def tiny_unet(**kwargs):
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], block_out_channels=[8], **kwargs)
+    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, **blocks)
+
+
+def test_a_pipeline_is_stock_and_loads_as_ddpm_and_ddim(tmp_path, unet):
+    scheduler = PaperDDPMScheduler.ho_linear(100)
+    (tmp_path / "README.md").write_text("mine")
+    unet.train()
+    save_pipeline(tmp_path, unet, scheduler)
+    save_pipeline(tmp_path, unet.to(torch.float64), scheduler)  # over the first one
+    assert unet.training and unet.dtype == torch.float64
+    unet.to(torch.float32)
+
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index.pop("_class_name") == "DDPMPipeline" and index.pop("_diffusers_version")
+    assert index == {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    for pipeline in (DDPMPipeline.from_pretrained(tmp_path), DDIMPipeline.from_pretrained(tmp_path)):
+        assert torch.equal(pipeline.scheduler.alphas_cumprod, scheduler.alphas_cumprod)
+        assert pipeline.unet.dtype == torch.float32 and not pipeline.unet.training
+        for name, tensor in pipeline.unet.state_dict().items():
+            assert torch.equal(tensor, unet.state_dict()[name])
+    assert (tmp_path / "README.md").read_text() == "mine"
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["README.md", "model_index.json", "scheduler", "unet"]
+
+
+@pytest.mark.parametrize("kill_at", range(1, 5))
+def test_a_kill_while_saving_leaves_a_pipeline_that_loads(tmp_path, unet, monkeypatch, kill_at):
+    scheduler = PaperDDPMScheduler.nichol_cosine(10)
+    save_pipeline(tmp_path, unet, scheduler)
+    calls = []
+
+    def replace(source, target):
+        calls.append(target)
+        if len(calls) == kill_at:
+            raise KeyboardInterrupt
+        Path(source).replace(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "os", SimpleNamespace(replace=replace))
+        with pytest.raises(KeyboardInterrupt):
+            save_pipeline(tmp_path, unet, scheduler)
+    DDPMPipeline.from_pretrained(tmp_path)
+    save_pipeline(tmp_path, unet, scheduler)
+    assert not (tmp_path / ".saving").exists()
+
+
+def test_a_conditional_pipeline_has_its_code_beside_it(tmp_path):
+    save_pipeline(tmp_path, tiny_unet(num_class_embeds=3), PaperDDPMScheduler.nichol_cosine(10), ["cat", "dog"])
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline="class_conditional")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline="class_conditional", trust_remote_code=True)
+    assert type(pipeline).__name__ == "ClassConditionalPipeline"
+    assert sys.modules[type(pipeline).__module__].__file__ != str(shipped("pipelines") / "class_conditional.py")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(["dog"], num_inference_steps=2).images[0].size == (8, 8)
+    assert load_pretrained(str(tmp_path)).class_names == ["cat", "dog"]
+
+
+def test_a_pipeline_with_its_parts_beside_the_index_loads(tmp_path, unet):
+    """As google/ddpm-cifar10-32 and its like have them."""
+    save_pipeline(tmp_path, unet, PaperDDPMScheduler.nichol_cosine(10))
+    for part in ("unet", "scheduler"):
+        for path in (tmp_path / part).iterdir():
+            path.rename(tmp_path / path.name)
+        (tmp_path / part).rmdir()
+    model = load_pretrained(str(tmp_path))
+    assert model.scheduler.config.num_train_timesteps == 10 and model.unet.config.block_out_channels == [8]
