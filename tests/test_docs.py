@@ -5,6 +5,7 @@ A command is a line of a fenced block or of a docstring that begins with a progr
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import io
 import itertools
@@ -26,6 +27,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 
 from ddpm_hf import __main__ as package
 from ddpm_hf.command_line import parse_config
+from ddpm_hf.config import TrainingConfig
 from ddpm_hf.presets import PRESETS
 from ddpm_hf.run import open_run
 
@@ -107,11 +109,13 @@ def parse_script(script, arguments, folder):
     module = script.replace(".", "/") + ".py" if script.startswith("ddpm_hf.") else script
     path = next((place / module for place in (ROOT, folder) if (place / module).is_file()), None)
     assert path, f"there is no {script}"
-    if path.name in ("train_unconditional.py", "speed.py"):
+    if path.name == "train_unconditional.py":
         arguments = [word for flag in arguments for word in (["--preset", "mnist"] if flag == "..." else [flag])]
         return parse_flags(parse_config, arguments)
     # What it imports need not be installed here, so its flags are read off its source.
     known = set(re.findall(r"\"(--[a-z][\w-]*)\"", path.read_text()))
+    if "parse_known_args" in path.read_text():  # the rest is for a training
+        known |= {f"--{field.name}" for field in dataclasses.fields(TrainingConfig)}
     unknown = {argument.partition("=")[0] for argument in arguments if argument.startswith("--")} - known
     assert not unknown, f"{script} has no {', '.join(unknown)}"
 

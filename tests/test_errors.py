@@ -5,11 +5,16 @@ import re
 import datasets
 import numpy as np
 import pytest
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from conftest import TINY
 from PIL import Image
 
+from ddpm_hf import UserError
 from ddpm_hf.checkpoints import checkpoints
 from ddpm_hf.command_line import parse_config
+from ddpm_hf.drawing import check_processes
+from ddpm_hf.run import open_run
 from ddpm_hf.training import train
 from train_unconditional import main
 
@@ -196,3 +201,18 @@ def test_a_read_only_folder_is_a_sentence(tmp_path, capsys, monkeypatch):
 
 def test_a_checkpoint_outlives_every_refusal(broken):
     assert [path.name for path in checkpoints(broken / "run")] == ["checkpoint-2"]
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU")  # then torchrun's processes are no group on a CPU
+    with pytest.raises(UserError, match="2 processes were launched without a GPU each: set ACCELERATE_USE_CPU=true"):
+        open_run(parse_config([*TINY, f"--output_dir={tmp_path}/run"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_split_among_processes_are_refused(monkeypatch):
+    PartialState()
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match="FSDP splits the model"):
+        check_processes()
