@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import UserError
 from .classifier import NoisyClassifier
-from .presets import unet_kwargs
+from .presets import PRESETS
 from .scheduler import make_scheduler
 
 
@@ -53,6 +53,60 @@ def build_unet(config, channels: int, class_names: list[str] | None = None) -> U
                 "install xformers on a machine with a GPU, or leave the flag out; torch's own attention is as fast."
             ) from error
     return unet
+
+
+def unet_kwargs(config, channels: int) -> dict:
+    """Return the arguments of the UNet2DModel that `config` asks for, for images of `channels` channels.
+
+    What neither preset nor flags say fits the data: upstream's six levels at 64 px (128, 128, 256, 256, 512, 512
+    channels, attention one level above the lowest), and as many of them as another resolution can be halved to.
+
+    Raises:
+        UserError: if the resolution cannot be halved once per level, or attention is asked for at a size no level has.
+    """
+    resolution = config.resolution
+    mults = config.channel_mults
+    if mults is None:
+        halvings = 0
+        while halvings < 5 and resolution % 2 ** (halvings + 1) == 0 and resolution >> (halvings + 1) >= 2:
+            halvings += 1
+        mults = [1, 1, 2, 2, 4, 4][: halvings + 1]
+    if not mults or min(mults) < 1:
+        raise UserError(f"--channel_mults is {mults}, but needs one positive number per level, e.g. 1,2,2,2.")
+    if resolution % 2 ** (len(mults) - 1):
+        raise UserError(
+            f"--resolution {resolution} cannot be halved {len(mults) - 1} times, as the {len(mults)} levels of "
+            f"--channel_mults {','.join(map(str, mults))} need: give fewer levels, or a multiple of "
+            f"{2 ** (len(mults) - 1)}."
+        )
+    sizes = [resolution >> level for level in range(len(mults))]
+    attention = config.attention_resolutions
+    if attention is None:
+        attention = sizes[-2:-1]
+    if unknown := sorted(set(attention) - set(sizes)):
+        raise UserError(
+            f"--attention_resolutions has {unknown[0]}, but the levels of this UNet are {sizes} pixels wide: "
+            "choose from these."
+        )
+    base = 128 if config.base_channels is None else config.base_channels
+    block_out_channels = [base * mult for mult in mults]
+    attended = [size in attention for size in sizes]
+    kwargs = dict(
+        sample_size=resolution,
+        in_channels=channels,
+        out_channels=channels * (2 if config.variance_type == "learned_range" else 1),
+        layers_per_block=2 if config.layers_per_block is None else config.layers_per_block,
+        block_out_channels=tuple(block_out_channels),
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attended),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)),
+        add_attention=config.attention_resolutions != [],
+        dropout=0.0 if config.dropout is None else config.dropout,
+        # 32 groups as everywhere; fewer only where tiny channel counts leave no choice.
+        norm_num_groups=max(g for g in (32, 16, 8, 4, 2, 1) if all(c % g == 0 for c in block_out_channels)),
+    )
+    if config.preset is not None:
+        kwargs |= PRESETS[config.preset].unet
+    return kwargs
 
 
 def build_classifier(config, channels: int, class_names: list[str]) -> NoisyClassifier:

@@ -56,11 +56,41 @@ AFHQ = dict(
     validation_epochs=5,
     checkpointing_steps=2000,
     checkpoints_total_limit=3,
+    mixed_precision="auto",
     **ADAM,
     **CONSTANT_EMA,
 )
 # 300,000 steps of batch 8 with dropout 0.1 on AFHQ at 256 px (P2); learning rate of Ho's 256 px models.
 AFHQ_LARGE = dict(AFHQ, train_batch_size=8, max_train_steps=300_000, dropout=0.1, learning_rate=2e-5)
+
+MNIST = dict(
+    dataset_name="ylecun/mnist",
+    resolution=28,
+    validation_split="test",
+    base_channels=32,  # course: channels 32, 64, 64 in three levels (28, 14, 7 px), two blocks each
+    channel_mults=[1, 2, 2],
+    layers_per_block=2,
+    attention_resolutions=[7],  # course: 14 and 7; at 14 it would cost a third of the time
+    ddpm_beta_schedule="nichol_cosine",
+    # Salimans: v, because errors of epsilon at the noisy end of cosine betas are amplified by 1/sqrt(abar):
+    # backgrounds stay grey for epochs (ours).
+    prediction_type="v_prediction",
+    variance_type="fixed_large",
+    ddpm_num_inference_steps=100,
+    train_batch_size=64,  # course: 128; twice the steps for the same time
+    num_epochs=5,  # course: 10; what an hour on one core allows
+    learning_rate=1e-3,  # course
+    lr_warmup_steps=200,
+    use_ema=True,
+    ema_max_decay=0.999,  # averages the last 1,000 of 4,688 steps
+    mixed_precision="auto",  # ours, as in all larger recipes: the same curve, sooner (docs/results.md)
+    save_images_epochs=1,
+    save_model_epochs=1,
+    checkpointing_steps=500,
+    checkpoints_total_limit=2,
+    output_dir="runs/mnist",
+    **ADAM,
+)
 
 PRESETS = {
     "digits": Preset(
@@ -95,34 +125,25 @@ PRESETS = {
     ),
     "mnist": Preset(
         "MNIST at its native 28x28 px, one channel: the course's UNet, cosine betas; under an hour on two cores",
-        dict(
-            dataset_name="ylecun/mnist",
-            resolution=28,
-            validation_split="test",
-            base_channels=32,  # course: channels 32, 64, 64 in three levels (28, 14, 7 px), two blocks each
-            channel_mults=[1, 2, 2],
-            layers_per_block=2,
-            attention_resolutions=[7],  # course: 14 and 7; at 14 it would cost a third of the time
-            ddpm_beta_schedule="nichol_cosine",
-            # Salimans: v, because errors of epsilon at the noisy end of cosine betas are amplified by 1/sqrt(abar):
-            # backgrounds stay grey for epochs (ours).
-            prediction_type="v_prediction",
-            variance_type="fixed_large",
-            ddpm_num_inference_steps=100,
-            train_batch_size=64,  # course: 128; twice the steps for the same time
-            num_epochs=5,  # course: 10; what an hour on one core allows
-            learning_rate=1e-3,  # course
-            lr_warmup_steps=200,
-            use_ema=True,
-            ema_max_decay=0.999,  # averages the last 1,000 of 4,688 steps
-            save_images_epochs=1,
-            save_model_epochs=1,
-            checkpointing_steps=500,
-            checkpoints_total_limit=2,
-            output_dir="runs/mnist",
-            **ADAM,
-        ),
+        MNIST,
         dict(attention_head_dim=None),
+    ),
+    "mnist-cpu": Preset(
+        "MNIST for those who have ten CPU minutes: a quarter of the channels' work, small batches, by trials (ours)",
+        dict(
+            MNIST,
+            base_channels=16,
+            channel_mults=[1, 2, 4],
+            layers_per_block=1,
+            train_batch_size=32,
+            max_train_steps=2900,
+            learning_rate=3e-3,
+            lr_warmup_steps=100,
+            adam_beta2=0.99,
+            ema_max_decay=0.99,
+            output_dir="runs/mnist-cpu",
+        ),
+        dict(attention_head_dim=None, norm_num_groups=8),
     ),
     "cifar10": Preset(
         "CIFAR-10 as Ho et al.: 35.7 M parameters, 800,000 steps of batch 128; FID 3.17, IS 9.46 there",
@@ -149,6 +170,7 @@ PRESETS = {
             validation_epochs=10,
             checkpointing_steps=5000,
             checkpoints_total_limit=3,
+            mixed_precision="auto",
             output_dir="runs/cifar10",
             **ADAM,
             **CONSTANT_EMA,
@@ -182,6 +204,7 @@ PRESETS = {
             validation_epochs=10,
             checkpointing_steps=5000,
             checkpoints_total_limit=3,
+            mixed_precision="auto",
             output_dir="runs/cifar10-cosine",
             **ADAM,
             **CONSTANT_EMA,
@@ -238,57 +261,3 @@ def split_list(words: list[str] | None, kind=str, example: str = "") -> list | N
         return [kind(part) for part in parts]
     except ValueError:
         raise UserError(f"{' '.join(map(str, words))!r} is not a list of whole numbers: write {example}.") from None
-
-
-def unet_kwargs(config, channels: int) -> dict:
-    """Return the arguments of the UNet2DModel that `config` asks for, for images of `channels` channels.
-
-    What neither preset nor flags say fits the data: upstream's six levels at 64 px (128, 128, 256, 256, 512, 512
-    channels, attention one level above the lowest), and as many of them as another resolution can be halved to.
-
-    Raises:
-        UserError: if the resolution cannot be halved once per level, or attention is asked for at a size no level has.
-    """
-    resolution = config.resolution
-    mults = config.channel_mults
-    if mults is None:
-        halvings = 0
-        while halvings < 5 and resolution % 2 ** (halvings + 1) == 0 and resolution >> (halvings + 1) >= 2:
-            halvings += 1
-        mults = [1, 1, 2, 2, 4, 4][: halvings + 1]
-    if not mults or min(mults) < 1:
-        raise UserError(f"--channel_mults is {mults}, but needs one positive number per level, e.g. 1,2,2,2.")
-    if resolution % 2 ** (len(mults) - 1):
-        raise UserError(
-            f"--resolution {resolution} cannot be halved {len(mults) - 1} times, as the {len(mults)} levels of "
-            f"--channel_mults {','.join(map(str, mults))} need: give fewer levels, or a multiple of "
-            f"{2 ** (len(mults) - 1)}."
-        )
-    sizes = [resolution >> level for level in range(len(mults))]
-    attention = config.attention_resolutions
-    if attention is None:
-        attention = sizes[-2:-1]
-    if unknown := sorted(set(attention) - set(sizes)):
-        raise UserError(
-            f"--attention_resolutions has {unknown[0]}, but the levels of this UNet are {sizes} pixels wide: "
-            "choose from these."
-        )
-    base = 128 if config.base_channels is None else config.base_channels
-    block_out_channels = [base * mult for mult in mults]
-    attended = [size in attention for size in sizes]
-    kwargs = dict(
-        sample_size=resolution,
-        in_channels=channels,
-        out_channels=channels * (2 if config.variance_type == "learned_range" else 1),
-        layers_per_block=2 if config.layers_per_block is None else config.layers_per_block,
-        block_out_channels=tuple(block_out_channels),
-        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attended),
-        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)),
-        add_attention=config.attention_resolutions != [],
-        dropout=0.0 if config.dropout is None else config.dropout,
-        # 32 groups as everywhere; fewer only where tiny channel counts leave no choice.
-        norm_num_groups=max(g for g in (32, 16, 8, 4, 2, 1) if all(c % g == 0 for c in block_out_channels)),
-    )
-    if config.preset is not None:
-        kwargs |= PRESETS[config.preset].unet
-    return kwargs

@@ -1,0 +1,116 @@
+"""Pictures in and out: a visitor's file or drawing to a tensor, tensors to PNGs, sheets and a zip."""
+
+import base64
+import binascii
+import io
+import json
+import math
+import zipfile
+
+import numpy as np
+import torch
+from model import Refused
+from PIL import Image, ImageOps
+
+
+MAX_PIXELS = 16_000_000
+MAX_DRAWING = 2_000_000  # characters; the canvas of the page sends some 10,000
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses twice as many, wherever it opens a file
+
+
+def read_image(file) -> Image.Image:
+    """The first frame of an image file, upright, as L, RGB or RGBA; what is no image, or too large, is refused."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height <= MAX_PIXELS:
+                return _as_8_bit(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError:
+        width, height = "too many", "too many"
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+        raise Refused("This file cannot be read as an image: give a PNG, JPEG, WebP, GIF, BMP or TIFF.") from error
+    raise Refused(f"This image has {width} x {height} pixels: give one of at most {MAX_PIXELS // 10**6} million.")
+
+
+def _as_8_bit(image: Image.Image) -> Image.Image:
+    if image.mode[0] in "IF":  # 16 bits fill their range, 32 bits and floats whatever they have
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+        top = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
+        return Image.fromarray((255 * values / top).clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        return image.convert("RGBA")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def read_drawing(data_url: str | None) -> Image.Image:
+    """The image of the page's canvas, which sends a PNG as a data URL; an empty one is refused."""
+    head, _, body = (data_url if isinstance(data_url, str) else "").partition(",")
+    if not body:
+        raise Refused("Nothing is drawn yet: draw something, or choose another source.")
+    if head != "data:image/png;base64" or len(body) > MAX_DRAWING:
+        raise Refused(f"This is no drawing: send a PNG as a base64 data URL of at most {MAX_DRAWING:,} characters.")
+    try:
+        return read_image(io.BytesIO(base64.b64decode(body, validate=True)))
+    except binascii.Error as error:
+        raise Refused("This drawing is no base64: draw again.") from error
+
+
+def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> torch.Tensor:
+    """(1, C, H, W) in [-1, 1], the middle of the image; what shows through is black in grey images, else white."""
+    if image.mode == "RGBA":
+        ground = Image.new("RGBA", image.size, "black" if channels == 1 else "white")
+        image = Image.alpha_composite(ground, image)
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), size[::-1], Image.Resampling.LANCZOS)
+    pixels = np.asarray(image, dtype=np.float32).reshape(*size, channels)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
+
+
+def to_images(x: torch.Tensor) -> list[Image.Image]:
+    """8-bit images of a tensor (B, C, H, W) in [-1, 1]; what is outside is clipped."""
+    pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]
+
+
+def enlarge(image: Image.Image, side: int = 160) -> Image.Image:
+    """The same pixels as squares, so many times as large that the longer side is `side` or more."""
+    factor = max(1, math.ceil(side / max(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def contact_sheet(images: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
+    """Images of one size, row by row, on white."""
+    (width, height), rows = images[0].size, math.ceil(len(images) / columns)
+    sheet = Image.new(images[0].mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for k, image in enumerate(images):
+        sheet.paste(image, (k % columns * (width + gap), k // columns * (height + gap)))
+    return sheet
+
+
+def png(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def data_url(image: Image.Image) -> str:
+    """The image as a PNG in a URL."""
+    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+
+
+def bundle(images: list[Image.Image], seeds: list[int], settings: dict) -> bytes:
+    """A zip of the images as they are, one enlarged sheet, and the settings that draw them again."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        sheet = contact_sheet([enlarge(image) for image in images], columns=math.ceil(len(images) ** 0.5))
+        for name, image in [("sheet", sheet), *((f"seed_{seed}", image) for seed, image in zip(seeds, images))]:
+            archive.writestr(f"{name}.png", png(image))
+        archive.writestr("settings.json", json.dumps(settings, indent=2) + "\n")
+    return buffer.getvalue()
+
+
+def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
+    """In dB, of tensors in [-1, 1]; inf where they are equal."""
+    error = ((x.clamp(-1, 1) - y.clamp(-1, 1)) / 2).square().mean().item()
+    return 10 * math.log10(1 / error) if error else math.inf

@@ -1,0 +1,151 @@
+"""What the Space draws with any model: the images of the community pipelines, and what it refuses."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import DDIMPipeline, DDPMPipeline
+from PIL import Image
+from space_server import pixels, save_model
+
+
+sys.path.insert(0, str(ROOT / "spaces"))
+
+from actions import Actions
+from images import read_image, to_tensor
+from model import Refused, community_pipeline, open_model
+
+
+CLASSES = ("zero", "one", "<two>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def conditional(folder):
+    return Actions(open_model(str(save_model(folder / "conditional", 10, CLASSES, prediction_type="v_prediction"))))
+
+
+def drawn(model, *arguments):
+    *_, x_0 = model.sample(*arguments)
+    return x_0
+
+
+@pytest.mark.parametrize("kind", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("sampler, stock", [("DDPM", DDPMPipeline), ("DDIM", DDIMPipeline)])
+def test_all_steps_draw_what_stock_diffusers_draws(folder, kind, sampler, stock):
+    if not (path := folder / kind).exists():
+        save_model(path, 10, variance_type=kind)
+    if sampler == "DDIM" and kind == "learned_range":
+        pytest.skip("stock DDIM cannot split the output")
+    generators = [torch.Generator().manual_seed(7 + k) for k in range(2)]
+    pipeline = stock.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    arrays = pipeline(2, generator=generators, num_inference_steps=10, output_type="np").images
+    ours = drawn(open_model(str(path)), [7, 8], sampler, 10).clamp(-1, 1) / 2 + 0.5
+    assert np.abs(ours.permute(0, 2, 3, 1).numpy() - arrays).max() < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["DDIM", "DDPM"])
+@pytest.mark.parametrize("steps, guidance", [(4, 1.0), (10, 1.0), (4, 3.0)])
+def test_a_class_is_drawn_as_by_the_community_pipeline(conditional, sampler, steps, guidance):
+    model = conditional.model
+    pipeline = community_pipeline("class_conditional").ClassConditionalPipeline(
+        model.unet, model.scheduler, dict(enumerate(CLASSES))
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        [2, 0], guidance, sampler.lower(), steps, output_type="pt",
+        generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+    ).images  # fmt: skip
+    ours = drawn(model, [3, 4], sampler, steps, [2, 0], guidance).clamp(-1, 1) / 2 + 0.5
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_learned_variance_and_ddim(folder):
+    model = open_model(str(save_model(folder / "learned", 10, variance_type="learned_range")))
+    assert drawn(model, [0], "DDIM", 5).shape == (1, 1, 8, 8)
+
+
+def test_classes_in_turn_one_class_and_none(conditional):
+    assert conditional.classes == ["each class in turn", *CLASSES, "no class"]
+    *_, (shown, _, _) = conditional.generate(4, "DDIM", 2, 0, "each class in turn", 1.0)
+    names = ["zero · seed 0", "one · seed 1", "&lt;two&gt; · seed 2", "zero · seed 3"]  # no markup of a model's
+    assert [one["caption"] for one in shown] == names
+    *_, (plain, _, _) = conditional.generate(1, "DDIM", 2, 0, "no class", 5.0)
+    *_, (guided, _, _) = conditional.generate(1, "DDIM", 2, 0, "zero", 5.0)
+    assert plain[0]["caption"] == "seed 0" and plain[0]["image"] != guided[0]["image"]
+
+
+def test_a_request_is_bounded_and_guidance_counts_twice(conditional, monkeypatch):
+    monkeypatch.setenv("DDPM_REQUEST_SECONDS", "0.0001")
+    assert Actions(conditional.model).max_evaluations == 1
+    monkeypatch.setattr(conditional, "max_evaluations", 8)
+    assert next(conditional.generate(4, "DDIM", 2, 0, "zero", 1.0))
+    with pytest.raises(Refused, match="4 images in 2 steps are 16 evaluations .* has 8 here: .* guidance 1"):
+        next(conditional.generate(4, "DDIM", 2, 0, "zero", 2.0))
+
+
+def test_compare_takes_what_one_request_may_cost(conditional, monkeypatch):
+    *_, (shown, _) = conditional.compare(0, "")
+    assert [one["caption"].partition(" ·")[0] for one in shown] == [
+        "DDIM, 5 steps",
+        "DDIM, 10 steps",
+        "DDPM, 10 steps",
+    ]
+    assert pixels(shown[0]).shape == (324, 324)  # four images
+    monkeypatch.setattr(conditional, "max_evaluations", 12)
+    *_, (shown, _) = conditional.compare(0, "")
+    assert pixels(shown[-1]).shape == (160, 160) and shown[-1]["caption"].startswith("DDPM, 7 steps")
+
+
+def test_a_conditional_model_restores_with_no_class(conditional):
+    shown, status = conditional.restore("The model's own", None, "", "Blur", "Medium", 1)
+    assert len(shown) == 3 and re.search(r"[\d.]+ dB PSNR before", status)
+    assert len(conditional.forward("The model's own", None, "", 5, 1)[0]) == 3
+
+
+def test_a_model_that_must_be_told_the_class_restores_nothing(folder):
+    actions = Actions(open_model(str(save_model(folder / "told", 10, CLASSES, has_null_class=False))))
+    assert actions.classes == ["each class in turn", *CLASSES]
+    *_, (shown, status, _) = actions.generate(2, "DDPM", 10, 0, "one", 4.0)
+    assert len(shown) == 2 and status.startswith("Done")
+    assert len(actions.forward("The model's own", None, "", 5, 0)[0]) == 2  # no guess
+    with pytest.raises(Refused, match="only images of a class"):
+        actions.restore("The model's own", None, "", "Blur", "Light", 0)
+
+
+def test_a_colour_model_gets_its_colours_back(folder):
+    actions = Actions(open_model(str(save_model(folder / "colour", 10, channels=3))))
+    assert "No colour" in actions.damages
+    shown, _ = actions.restore("The model's own", None, "", "No colour", "Light", 0)
+    original, grey, restored = map(pixels, shown)
+    assert original.shape == grey.shape == restored.shape == (8, 8, 3)
+    assert (grey == grey[..., :1]).all() and not (restored == restored[..., :1]).all()
+
+
+def test_what_shows_through_and_the_middle(tmp_path):
+    image = Image.new("RGBA", (40, 20))  # nothing but transparency
+    image.paste((255, 0, 0, 255), (15, 5, 25, 15))
+    image.save(tmp_path / "clear.png")
+    read = read_image(tmp_path / "clear.png")
+    grey, colour = (to_tensor(read, (20, 20), channels) for channels in (1, 3))
+    assert grey.shape == (1, 1, 20, 20) and grey[0, 0, 0, 0] == -1
+    assert colour.shape == (1, 3, 20, 20) and (colour[0, :, 0, 0] == 1).all()
+    assert colour[0, :, 10, 10].tolist() == [1, -1, -1]
+
+
+def test_no_model_is_one_sentence(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"')
+    for name, why in ((tmp_path / "none", "neither a folder here"), (tmp_path, "does not open as a DDPM")):
+        with pytest.raises(Refused, match=why) as error:
+            open_model(str(name))
+        assert "\n" not in str(error.value)
+    with pytest.raises(Refused, match="does not open as a DDPM"):
+        open_model("nobody/nothing")
