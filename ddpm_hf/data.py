@@ -16,12 +16,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from . import UserError
-from .pixels import decode_all, heads, read_batch, read_image, scale, undecoded, use_file
-from .randomness import keyed_generator
+from .pixels import decode_all, read_batch, read_image, scale, undecoded, use_file
+from .randomness import coins, epoch_order, keyed_generator, successive
 
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels; larger sets are decoded anew whenever an image is needed
 SHUFFLE_BUFFER = 1000  # successive rows of a stream that are shuffled among themselves
+COINS = 4096  # tossed at once, for as many successive ordinals
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
 
 
@@ -107,17 +108,11 @@ class TrainingStream(Dataset):
 
     def __getitems__(self, ordinals):
         """Return a batch, as `training_batches` describes it, for a range of ordinals."""
-        size, first, end = self.images.num_images, ordinals[0], ordinals[-1] + 1
-        epochs = range(first // size, -(-end // size))
-        rows = torch.cat([_epoch_order(self.seed, e, size)[max(first - e * size, 0) : end - e * size] for e in epochs])
-        generators = _generators(self.seed, ordinals) if self.random_flip or self.images.random_crop else None
-        batch = {"ordinals": torch.tensor(ordinals), "images": self.images.get(rows, generators, self.random_flip)}
+        rows = successive(epoch_order, self.seed, self.images.num_images, ordinals)
+        generators = _generators(self.seed, ordinals) if self.images.random_crop else None
+        mirrored = successive(coins, self.seed, COINS, ordinals) if self.random_flip else None
+        batch = {"ordinals": torch.tensor(ordinals), "images": self.images.get(rows, generators, mirrored)}
         return batch if self.images.labels is None else batch | {"labels": self.images.labels[rows]}
-
-
-@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
-def _epoch_order(seed, epoch, num_images):
-    return torch.randperm(num_images, generator=keyed_generator(seed, "order", epoch))
 
 
 def _generators(seed, ordinals):
@@ -144,13 +139,12 @@ class ImageSet:
     def __len__(self):
         return self.num_images
 
-    def get(self, indices, generators=None, flip=False):
-        """Return (B,C,H,W) float32 in [-1, 1], mirrored and cropped as each one's generator says, else centrally."""
+    def get(self, indices, generators=None, mirrored=None):
+        """Return (B,C,H,W) float32 in [-1, 1], cropped as each generator says, or centrally; mirrored as told."""
         if self.pixels is None:
-            return read_batch(undecoded(self.rows, indices), self.read, generators, flip, self.random_crop)
+            return read_batch(undecoded(self.rows, indices), self.read, generators, mirrored)
         images = self.pixels[indices]
-        if flip and generators:
-            mirrored = torch.tensor([heads(generator) for generator in generators])
+        if mirrored is not None:
             images[mirrored] = images[mirrored].flip(-1)
         return scale(images)
 
@@ -213,9 +207,9 @@ class StreamedSet(Dataset):
             self.load_state_dict(None)
         skipped = ordinals.start - self.state["block"] - self.state["taken"]
         rows = list(itertools.islice(self.shuffled, skipped, skipped + len(ordinals)))
-        flip, random_crop = self.config.random_flip, not self.config.center_crop
-        generators = _generators(self.config.seed, ordinals) if flip or random_crop else None
-        images = read_batch(zip(ordinals, [row["image"] for row in rows]), self.read, generators, flip, random_crop)
+        generators = None if self.config.center_crop else _generators(self.config.seed, ordinals)
+        mirrored = successive(coins, self.config.seed, COINS, ordinals) if self.config.random_flip else None
+        images = read_batch(zip(ordinals, [row["image"] for row in rows]), self.read, generators, mirrored)
         batch = {"ordinals": torch.tensor(ordinals), "images": images}
         labels = [self.label_of.get(row.get("label"), -1) for row in rows]
         return batch | {"labels": torch.tensor(labels)} if self.label_of else batch

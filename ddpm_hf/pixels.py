@@ -55,18 +55,13 @@ def read_image(item, channels, resolution, exact):
     return np.stack(planes, axis=-1).clip(0, 1 if exact else 255)  # floats overshoot at edges
 
 
-def _square(array, generator=None, flip=False, random_crop=False):
-    if generator and flip and heads(generator):
+def _square(array, generator=None, mirror=False):
+    if mirror:
         array = array[:, ::-1]
-    side, drawn = min(array.shape[:2]), generator and random_crop
+    side = min(array.shape[:2])
     spare = [length - side for length in array.shape[:2]]
-    top, left = (int(torch.randint(n + 1, (), generator=generator)) if drawn else n // 2 for n in spare)
+    top, left = (int(torch.randint(n + 1, (), generator=generator)) if generator else n // 2 for n in spare)
     return np.moveaxis(array[top : top + side, left : left + side], -1, 0)
-
-
-def heads(generator):
-    """Toss the generator's coin."""
-    return bool(torch.rand((), generator=generator) < 0.5)
 
 
 def scale(images):
@@ -74,14 +69,15 @@ def scale(images):
     return images / 127.5 - 1 if images.dtype == torch.uint8 else images * 2 - 1
 
 
-def read_batch(undecoded, read, generators=None, flip=False, random_crop=False):
-    """Decode encoded images to (B,C,H,W) float32 in [-1, 1], mirrored and cropped as their generators say."""
+def read_batch(undecoded, read, generators=None, mirrored=None):
+    """Decode encoded images to (B,C,H,W) float32 in [-1, 1], cropped as their generators say, mirrored as told."""
 
-    def read_one(item, generator):
-        return _square(read(item), generator, flip, random_crop)
+    def read_one(item, generator, mirror):
+        return _square(read(item), generator, mirror)
 
+    no, none = itertools.repeat(False), itertools.repeat(None)
     with ThreadPoolExecutor(1 if get_worker_info() else None) as pool:  # Pillow decodes outside the GIL
-        images = list(pool.map(read_one, undecoded, generators or itertools.repeat(None)))
+        images = list(pool.map(read_one, undecoded, generators or none, no if mirrored is None else mirrored))
     return scale(torch.from_numpy(np.stack(images)))
 
 

@@ -4,6 +4,7 @@ Resuming, batch size and the number of processes then cannot change a draw: imag
 whoever draws it, and when.
 """
 
+import functools
 import hashlib
 
 import torch
@@ -17,3 +18,25 @@ def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
     """
     digest = hashlib.blake2b("/".join(map(str, (seed, *key))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def successive(draw, seed: int, size: int, ordinals: range) -> torch.Tensor:
+    """Return what `draw(seed, block, size)` has for successive ordinals, of which each `size` are drawn at once.
+
+    That is fast, and keyed by the ordinal all the same.
+    """
+    first, end = ordinals[0], ordinals[-1] + 1
+    blocks = range(first // size, -(-end // size))
+    return torch.cat([draw(seed, block, size)[max(first - block * size, 0) : end - block * size] for block in blocks])
+
+
+@functools.lru_cache(maxsize=2)  # a batch may straddle two
+def epoch_order(seed: int, epoch: int, num_images: int) -> torch.Tensor:
+    """Return the order (num_images,) in which an epoch takes the images."""
+    return torch.randperm(num_images, generator=keyed_generator(seed, "order", epoch))
+
+
+@functools.lru_cache(maxsize=2)
+def coins(seed: int, block: int, count: int) -> torch.Tensor:
+    """Return (count,) bool: whether each of these images is mirrored."""
+    return torch.randint(2, (count,), generator=keyed_generator(seed, "flip", block)).bool()

@@ -3,7 +3,7 @@
     DDPM_MODEL=runs/digits python spaces/app.py
 
 DDPM_MODEL is the folder or the Hub id of a pipeline in diffusers' format; a class-conditional one has classes and
-guidance. DDPM_REQUEST_SECONDS (30) says how long one request may keep this machine busy. GRADIO_SERVER_NAME and
+guidance. DDPM_REQUEST_SECONDS (60) says how long one request may keep this machine busy. GRADIO_SERVER_NAME and
 GRADIO_SERVER_PORT say where it listens.
 """
 
