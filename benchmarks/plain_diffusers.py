@@ -6,6 +6,7 @@ from its documentation; torchvision's transforms are PIL's here, which do the sa
 
 import random
 
+import datasets
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
@@ -30,6 +31,7 @@ def loader(rows, resolution: int, batch_size: int, grey: bool = False, flip: boo
             images.append((pixels[None] if grey else pixels.permute(2, 0, 1)).sub(0.5).div(0.5))
         return {"input": images}
 
+    rows = rows.cast_column(column, datasets.Image())  # decoded by `datasets` when asked for, as the example has it
     return DataLoader(rows.with_transform(transform), batch_size=batch_size, shuffle=True, drop_last=True)
 
 

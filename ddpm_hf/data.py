@@ -111,7 +111,10 @@ class TrainingStream(Dataset):
         rows = successive(epoch_order, self.seed, self.images.num_images, ordinals)
         generators = _generators(self.seed, ordinals) if self.images.random_crop else None
         mirrored = successive(coins, self.seed, COINS, ordinals) if self.random_flip else None
-        batch = {"ordinals": torch.tensor(ordinals), "images": self.images.get(rows, generators, mirrored)}
+        batch = {
+            "ordinals": torch.arange(ordinals[0], ordinals[-1] + 1),
+            "images": self.images.get(rows, generators, mirrored),
+        }
         return batch if self.images.labels is None else batch | {"labels": self.images.labels[rows]}
 
 
@@ -143,9 +146,10 @@ class ImageSet:
         """Return (B,C,H,W) float32 in [-1, 1], cropped as each generator says, or centrally; mirrored as told."""
         if self.pixels is None:
             return read_batch(undecoded(self.rows, indices), self.read, generators, mirrored)
-        images = self.pixels[indices]
+        images = self.pixels.index_select(0, torch.as_tensor(indices))  # much faster than pixels[indices]
         if mirrored is not None:
-            images[mirrored] = images[mirrored].flip(-1)
+            which = mirrored.nonzero()[:, 0]
+            images[which] = images.index_select(0, which).flip(-1)
         return scale(images)
 
 

@@ -66,7 +66,7 @@ def _square(array, generator=None, mirror=False):
 
 def scale(images):
     """Return uint8 pixels, or float32 ones in [0, 1], as float32 in [-1, 1]."""
-    return images / 127.5 - 1 if images.dtype == torch.uint8 else images * 2 - 1
+    return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images * 2 - 1
 
 
 def read_batch(undecoded, read, generators=None, mirrored=None):
