@@ -133,7 +133,8 @@ def training(run, arguments) -> dict:
 
 
 def sampling(run, arguments) -> dict:
-    unet, scheduler = run.published.eval(), run.scheduler
+    # Not the run's own, which has its mixed precision in its forward().
+    unet, scheduler = build_unet(run.config, run.train_set.channels).eval().to(run.accelerator.device), run.scheduler
     pipeline = DDIMPipeline(unet, scheduler.stock())
     pipeline.set_progress_bar_config(disable=True)
     count, steps = arguments.images, arguments.num_inference_steps

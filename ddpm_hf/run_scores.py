@@ -18,6 +18,8 @@ from .scores import Evaluation, is_digits, open_extractors, score, skipped
 
 
 SEED = 1_000_000_000
+# The networks of a run, the average too, have its mixed precision in their forward().
+DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 STEPS = 50
 BOUND_IMAGES, BOUND_TIMESTEPS = 512, 20  # of bits/dim: enough to tell two checkpoints apart
 
@@ -98,7 +100,7 @@ def score_run(run, on_step) -> tuple[dict[str, float], float | None]:
             "commit": run.facts["git_commit"],
         },
         sampler=sampler
-        | {"timesteps": "trailing", "eta": 0.0, "dtype": "float32", "seed": SEED}
+        | {"timesteps": "trailing", "eta": 0.0, "dtype": DTYPES[config.mixed_precision], "seed": SEED}
         | ({"class_names": evaluation.asked} if evaluation.asked else {}),
         data_name=data_name(config.dataset_name or config.train_data_dir),
         cost={"drawing_s": round(drawing, 1), "scoring_s": round(time.perf_counter() - started - drawing, 1)},

@@ -1,9 +1,9 @@
 """Flags: the 45 of diffusers' example with its types and defaults; default < preset < command line; errors."""
 
 import dataclasses
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import ROOT
@@ -136,14 +136,13 @@ def test_the_token_is_not_in_the_record():
 
 
 def test_help_is_quick_and_grouped():
-    times = []
-    for _ in range(4):  # one may meet a cold disk or a busy machine
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, ROOT / "train_unconditional.py", "--help"], capture_output=True, text=True, check=True
-        )
-        times.append(time.perf_counter() - start)
-    assert min(times) < 2
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, ROOT / "train_unconditional.py", "--help"], capture_output=True, text=True, check=True
+    )
+    after = os.times()
+    # Its own seconds, not the clock's: these pass as fast beside other tests.
+    assert sum(after[2:4]) - sum(before[2:4]) < 2
     for group in ("recipe:", "data:", "model:", "diffusion:", "optimisation:", "output:", "hub:"):
         assert f"\n{group}\n" in done.stdout
     for field in dataclasses.fields(TrainingConfig):

@@ -2,15 +2,15 @@
 
 import json
 import math
-import subprocess
-import sys
+import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, make_run
+from conftest import ROOT, make_run
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
+from processes import ended, launch, start_together
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ddpm_hf import UserError
@@ -100,15 +100,30 @@ def test_nothing_is_drawn_for_what_will_be_skipped(tiny_run, tmp_path, capsys):
     assert read_record(tmp_path / "r.json")["metrics"][0]["status"] == "skipped"
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_come_to_the_same_numbers(record, tiny_run, tmp_path, processes):
-    """Forty images are two batches: of three processes one is idle."""
+@pytest.fixture
+def again(tiny_run, tmp_path):
+    """The arguments that make the record once more, in `tmp_path`."""
     flags = [*SMALL, "--batch_size", 32, "--metrics", METRICS, "--cache_dir", tmp_path / "cache"]
-    places = ["--output", tmp_path / "one.json", "--samples_dir", tmp_path / "samples"]
-    command("evaluate", tiny_run, *flags, *places, processes=processes)
-    one, several = read_record(record), read_record(tmp_path / "one.json")
+    return ["evaluate", tiny_run, *flags, "--output", tmp_path / "one.json", "--samples_dir", tmp_path / "samples"]
+
+
+def test_two_processes_of_a_launcher_come_to_the_same_numbers_without_the_tests_packages(record, again, tmp_path):
+    blocked = "scipy", "torchvision", "torch_fidelity", "torchmetrics"
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({blocked}))")
+    launch("-m", "ddpm_hf", *again, env={"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])})
+    assert_same_numbers(record, tmp_path, 2)
+
+
+def test_three_processes_of_which_one_is_idle_come_to_the_same_numbers(record, again, tmp_path):
+    log = tmp_path / "log"
+    ended(start_together(log, *again, program="ddpm_hf.__main__", processes=3), log)
+    assert_same_numbers(record, tmp_path, 3)
+
+
+def assert_same_numbers(record, folder, processes):
+    one, several = read_record(record), read_record(folder / "one.json")
     assert several["env"]["processes"] == processes and one["samples"] == several["samples"]
-    images = [Image.open(path).tobytes() for path in sorted((tmp_path / "samples").glob("*.png"))]
+    images = [Image.open(path).tobytes() for path in sorted((folder / "samples").glob("*.png"))]
     assert len(images) == len(set(images)) == 40
     several = {entry["id"]: entry for entry in several["metrics"]}
     for entry in one["metrics"]:
@@ -485,9 +500,3 @@ def test_bad_flags_are_one_sentence(tiny_run, digit_folder, record, tmp_path, ca
         evaluate(*flags.format(**places).split(), "--output", tmp_path / "r.json", "--samples_dir", tmp_path / "s")
     assert exit.value.code == 2 and wanted in capsys.readouterr().err
     assert not (tmp_path / "r.json").exists()
-
-
-def test_it_needs_neither_scipy_nor_torchvision_nor_torch_fidelity():
-    blocked = "scipy", "torchvision", "torch_fidelity", "torchmetrics"
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import ddpm_hf.evaluation"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

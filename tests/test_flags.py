@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-import socket
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from accelerate.utils import DynamoBackend
-from conftest import TINY, start_script, steps
+from conftest import TINY, steps
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -44,8 +44,15 @@ def plain(tmp_path_factory):
     return weights(run)
 
 
-def test_the_same_flags_give_the_same_weights(plain, tmp_path):
-    assert torch.equal(weights(steps(4, "--output_dir", tmp_path)[0]), plain)
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    return steps(4, "--output_dir", tmp_path_factory.mktemp("averaged"), "--use_ema")[0]
+
+
+def test_the_same_flags_give_the_same_weights_and_the_average_is_beside_them(plain, averaged, tmp_path):
+    raw, _ = steps(4, "--output_dir", tmp_path)
+    assert torch.equal(weights(raw), plain) and torch.equal(weights(averaged), plain)
+    assert raw.published is raw.network and averaged.published is not averaged.network
 
 
 @pytest.mark.parametrize("flag", TRAJECTORY)
@@ -72,15 +79,12 @@ def test_label_dropout_decides_how_often_the_class_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--ema_inv_gamma=9", "--ema_power=0.2", "--ema_max_decay=0.1"])
-def test_ema_flags_change_what_is_published(flag, plain, tmp_path):
-    raw, _ = steps(4, "--output_dir", tmp_path / "raw")
-    averaged, _ = steps(4, "--output_dir", tmp_path / "ema", "--use_ema")
-    changed, _ = steps(4, "--output_dir", tmp_path / "changed", "--use_ema", flag)
-    assert raw.published is raw.network and averaged.published is not averaged.network
-    assert torch.equal(weights(averaged), plain)  # the average is beside the training, never in it
+def test_ema_flags_change_what_is_published(flag, plain, averaged, tmp_path):
+    changed, _ = steps(4, "--output_dir", tmp_path, "--use_ema", flag)
+    assert torch.equal(weights(changed), plain)  # the average is beside the training, never in it
     one, other = averaged.published.state_dict(), changed.published.state_dict()
     assert any(not torch.equal(one[name], other[name]) for name in one)
-    assert any(not torch.equal(one[name], raw.network.state_dict()[name]) for name in one)
+    assert any(not torch.equal(one[name], averaged.network.state_dict()[name]) for name in one)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +178,7 @@ def lines(folder):
 
 def test_output_flags_change_the_folder(ran, tmp_path):
     # An epoch is 45 steps of 40 images, so "every epoch" is the end only, unless the set is small.
-    small = ["--validation_split=1781", "--max_train_steps=4"]  # 16 images: two steps an epoch
+    small = ["--class_names=3", "--validation_split=167", "--max_train_steps=4"]  # 16 images: two steps an epoch
     folder = finished(
         tmp_path / "run", *small, "--checkpointing_steps=1", "--checkpoints_total_limit=3", "--save_images_epochs=1",
         "--save_model_epochs=1", "--eval_batch_size=5", "--validation_epochs=1", "--save_best", "--logging_steps=1",
@@ -228,14 +232,12 @@ def test_torch_compile_asks_accelerate_for_inductor(tmp_path):
 
 
 def test_local_rank_joins_the_processes_of_an_old_launcher(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    flags = [*TINY, "--dry_run", f"--output_dir={tmp_path / 'run'}"]
-    processes = [start_script(*flags, f"--local_rank={k}", env=environment | {"RANK": str(k)}) for k in (0, 1)]
-    said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0] and "on 2 x cpu" in said[0]
+    flags, log = [*TINY, "--dry_run", f"--output_dir={tmp_path / 'run'}"], tmp_path / "log"
+    children = [
+        processes.start(log, *flags, f"--local_rank={k}", environment=place)
+        for k, place in enumerate(processes.rendezvous(2))
+    ]
+    assert processes.ended(children, log).count("on 2 x cpu") == 1
 
 
 # Where the other flags are tested: hub flags over HTTP in test_hub.py, the rest by name.

@@ -189,7 +189,7 @@ def test_a_signal_ends_a_sheet_that_takes_long(tmp_path):
 
 def test_a_signal_in_the_last_figures_leaves_them_to_the_next_run(tmp_path):
     folder = tmp_path / "run"
-    flags = ["--ddpm_num_steps=4000", "--ddpm_num_inference_steps=1000"]
+    flags = ["--ddpm_num_steps=1000", "--ddpm_num_inference_steps=200"]
     child = start(folder, *flags)
     deadline = time.time() + 60
     while "Figures" not in Path(f"{folder}.log").read_text() and time.time() < deadline:

@@ -3,14 +3,18 @@
 import json
 
 import pytest
-from conftest import command, script
+import torch
+from conftest import reset_accelerate
 from diffusers import DDPMPipeline
 
 from ddpm_hf import UserError
+from ddpm_hf.__main__ import main
 from ddpm_hf.command_line import parse_config
 from ddpm_hf.config import TrainingConfig
 from ddpm_hf.records import read_record
 from ddpm_hf.run import open_run
+from ddpm_hf.run_scores import DTYPES
+from ddpm_hf.training import train
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,8 @@ def flags(digit_folder):
 def run(flags, tmp_path_factory):
     """A run of two epochs that was scored after each."""
     folder = tmp_path_factory.mktemp("scored") / "run"
-    script(*flags, "--output_dir", folder, env={"DDPM_HF_CACHE": str(folder.parent / "cache")})
+    train(parse_config([*flags, f"--output_dir={folder}"]))
+    reset_accelerate()
     return folder
 
 
@@ -48,20 +53,19 @@ def test_scores_are_logged_and_each_has_its_record(run):
     assert scored[0]["scores"]["bits_per_dim"] != scored[1]["scores"]["bits_per_dim"]
 
 
-def test_best_is_the_pipeline_of_the_best_score(run):
+def test_best_is_the_pipeline_of_the_best_score(run, tmp_path, capsys):
     scored = [line for line in lines(run) if "scores" in line]
     best = min(scored, key=lambda line: line["scores"]["fd_mnist-9ea1c6a6_40_full"])
     wanted = read_record(run / "evaluations" / f"step_{best['step']:07d}.json")["model"]["unet_sha256"]
-    out = command("evaluate", run / "best", "--metrics=memorization", "--num_images=2", "--num_inference_steps=2",
-                  "--output", run / "b.json", "--samples_dir", run / "s")  # fmt: skip
-    assert "memorization_exact_copies" in out
-    assert read_record(run / "b.json")["model"]["unet_sha256"] == wanted
+    flags = ["--metrics=memorization", "--num_images=2", "--num_inference_steps=2", f"--output={tmp_path / 'b.json'}"]
+    main(["evaluate", str(run / "best"), *flags, f"--samples_dir={tmp_path / 's'}"])
+    assert "memorization_exact_copies" in capsys.readouterr().out
+    assert read_record(tmp_path / "b.json")["model"]["unet_sha256"] == wanted
     DDPMPipeline.from_pretrained(run / "best")
 
 
 def test_a_resumed_run_scores_the_same(run, flags, tmp_path):
-    env = {"DDPM_HF_CACHE": str(run.parent / "cache")}
-    script(*flags, "--output_dir", tmp_path / "r", "--resume_from_checkpoint", run / "checkpoint-6", env=env)
+    train(parse_config([*flags, f"--output_dir={tmp_path / 'r'}", f"--resume_from_checkpoint={run / 'checkpoint-6'}"]))
     assert lines(tmp_path / "r")[-1]["scores"] == lines(run)[-1]["scores"]
 
 
@@ -92,3 +96,16 @@ def test_missing_weights_are_told_before_training(flags, tmp_path, capsys):
     with pytest.raises(UserError, match="broken.pth"):
         dry_run("--eval_metrics=fid", "--best_by=validation_loss", f"--eval_inception={tmp_path / 'broken.pth'}")
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_precision_that_records_tell_is_that_of_the_drawn_images(flags, tmp_path, precision):
+    """accelerate puts the autocast into the forward() of a network, and so of its average's copy."""
+    run = open_run(
+        parse_config([*flags, f"--mixed_precision={precision}", "--use_ema", f"--output_dir={tmp_path}/run"])
+    )
+    seen = []
+    run.published.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.no_grad():
+        run.published(torch.zeros(1, 1, 28, 28), torch.tensor([3]))
+    assert str(seen[0]) == f"torch.{DTYPES[precision]}"

@@ -22,9 +22,10 @@ from ddpm_hf.training import train
 
 
 FLAGS = [
-    *TINY, "--max_train_steps=40", "--use_ema", "--validation_split=1757", "--validation_epochs=2", "--save_best",
+    *TINY, "--class_names=3", "--validation_split=143", "--max_train_steps=40", "--use_ema", "--save_best",
     "--ddpm_beta_schedule=nichol_cosine", "--variance_type=fixed_large", "--ddpm_num_steps=60",
-    "--checkpointing_steps=20", "--save_images_epochs=4", "--save_model_epochs=8", "--hub_token=hf_secret",
+    "--validation_epochs=2", "--checkpointing_steps=20", "--save_images_epochs=4", "--save_model_epochs=8",
+    "--hub_token=hf_secret",
 ]  # fmt: skip
 
 
@@ -64,7 +65,8 @@ def test_the_run_folder_is_as_the_design_says(ran):
 def test_the_record_has_every_flag_and_no_token(ran):
     record = json.loads((ran / "train_config.json").read_text())
     assert TrainingConfig(**record["flags"]) == parse_config([*FLAGS[:-1], f"--output_dir={ran}"])
-    assert record["command"].startswith("train_unconditional.py --dataset_name=digits") and record["num_images"] == 40
+    assert record["command"].startswith("python train_unconditional.py --dataset_name=digits")
+    assert record["num_images"] == 40
     assert record["versions"]["torch"] == torch.__version__ and len(record["data_fingerprint"]) == 16
     for path in ran.rglob("*"):
         assert path.is_dir() or b"hf_secret" not in path.read_bytes()
@@ -147,7 +149,7 @@ def test_commands_refuse_in_a_sentence(argv, capsys):
 
 def test_presets_are_listed(capsys):
     command(["presets"])
-    assert capsys.readouterr().out.count("\n") == 8
+    assert capsys.readouterr().out.count("\n") == 9
     command(["presets", "cifar10"])
     assert json.loads(capsys.readouterr().out)["flags"]["train_batch_size"] == 128
 
