@@ -101,9 +101,8 @@ def test_missing_weights_are_told_before_training(flags, tmp_path, capsys):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_precision_that_records_tell_is_that_of_the_drawn_images(flags, tmp_path, precision):
     """accelerate puts the autocast into the forward() of a network, and so of its average's copy."""
-    run = open_run(
-        parse_config([*flags, f"--mixed_precision={precision}", "--use_ema", f"--output_dir={tmp_path}/run"])
-    )
+    flags = [*flags, f"--mixed_precision={precision}", "--use_ema", f"--output_dir={tmp_path}/run"]
+    run = open_run(parse_config(flags))
     seen = []
     run.published.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     with torch.no_grad():
