@@ -11,6 +11,7 @@ import argparse
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,12 +48,8 @@ def main():
             write_images(Path(folder), count, side)
             command = [sys.executable, __file__, "--one", folder, "--resolution", str(side)]
             environment = os.environ | {"HF_HOME": f"{folder}/cache", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-                printed = process.stdout.read()
-                _, code, usage = os.wait4(process.pid, 0)
-            assert code == 0, command
-            numbers = json.loads(printed.splitlines()[-1])
-            rows[f"{count:,} of {side}x{side}"] = numbers | {"peak MiB": usage.ru_maxrss / 1024}
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+            rows[f"{count:,} of {side}x{side}"] = json.loads(done.stdout.splitlines()[-1])
             print(rows, flush=True)
     report({"growth": rows}, arguments.json)
     if arguments.plot:
@@ -87,7 +84,10 @@ def measure(folder: str, side: int) -> dict:
     while time.perf_counter() - started_drawing < 3:
         drawn += len(next(batches)["images"])
     speed = drawn / (time.perf_counter() - started_drawing)
-    return {"seconds to open": opened - started, "images/s": speed, "in memory": int(run.train_set.pixels is not None)}
+    # Not getrusage(): that counts the memory of the process that started this one.
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    held = int(run.train_set.pixels is not None)
+    return {"seconds to open": opened - started, "images/s": speed, "in memory": held, "peak MiB": peak}
 
 
 def draw(rows: dict, path: str):

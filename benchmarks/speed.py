@@ -8,7 +8,7 @@ ours: 2 means that we need half the time), the seconds are only how they came ab
 """
 
 import argparse
-import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +31,7 @@ from ddpm_hf.training import progress_bar, step
 
 
 ROOT = Path(__file__).parent.parent
+PLAIN = "plain diffusers loop"
 PARTS = ("training", "data", "sampling", "start")
 
 
@@ -44,7 +45,7 @@ def main():
     parser.add_argument("--num_inference_steps", type=int, default=10, help="of sampling; default: 10")
     parser.add_argument("--images", type=int, default=8, help="sampled a turn; default: 8")
     parser.add_argument("--peak_tflops", type=float, help="of the GPU in bf16, for model FLOP utilisation")
-    parser.add_argument("--only", choices=["ours", "plain"], help="of training: for measuring memory")
+    parser.add_argument("--only", choices=["ours", PLAIN], help="of training: for measuring memory")
     parser.add_argument("--json", help="file to write the numbers to")
     arguments, flags = parser.parse_known_args()
     parts = arguments.parts.split(",")
@@ -65,6 +66,8 @@ def main():
             if "sampling" in parts:
                 results["sampling, images/s"] = sampling(run, arguments)
     report(results, arguments.json)
+    # Of this process alone, which getrusage() does not tell.
+    print("peak MiB", int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)
 
 
 def data(run, arguments) -> dict:
@@ -95,7 +98,8 @@ def training(run, arguments) -> dict:
         unet = build_unet(config, channels)
         return PlainLoop(unet, plain_loader(run), 10**6, config.learning_rate, str(device), dtype)
 
-    loops = {"plain diffusers loop": plain(), "plain diffusers loop, bf16": plain(torch.bfloat16)}
+    dtypes = {PLAIN: None, f"{PLAIN}, bf16": torch.bfloat16}
+    loops = {name: plain(dtype) for name, dtype in dtypes.items() if arguments.only in (None, name)}
     bare = build_unet(config, channels).to(device)
     optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-4)
     images = torch.randn(config.train_batch_size, channels, config.resolution, config.resolution, device=device)
@@ -119,7 +123,7 @@ def training(run, arguments) -> dict:
         run.model.train()
         steps = {"ours": our_step} | {name: loop.step for name, loop in loops.items()}
         steps |= {f"one fixed batch, {config.mixed_precision}, no loop": bare_step}
-        steps = {name: take for name, take in steps.items() if arguments.only in (None, name.split()[0])}
+        steps = {name: take for name, take in steps.items() if arguments.only in (None, name)}
         contenders = {name: lambda take=take: [take() for _ in range(arguments.steps)] for name, take in steps.items()}
         result = race(contenders, arguments.rounds, arguments.steps * config.train_batch_size)
     with FlopCounterMode(display=False) as counter:
@@ -174,12 +178,10 @@ def start(flags: list[str]) -> dict:
 def memory(flags: list[str]) -> dict:
     """Return the peak resident memory of a few steps, each loop in a process of its own."""
     result = {}
-    for name in ("ours", "plain"):
-        command = [sys.executable, __file__, "--parts=training", f"--only={name}", "--rounds=1", "--steps=2", *flags]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-            _, code, usage = os.wait4(process.pid, 0)
-        assert code == 0, command
-        result[name] = {"MiB": usage.ru_maxrss / 1024}
+    for name in ("ours", PLAIN):
+        command = [sys.executable, __file__, "--parts=training", f"--only={name}", "--rounds=1", "--steps=2"]
+        done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, text=True, check=True)
+        result[name] = {"MiB": float(re.search(r"^peak MiB (.*)$", done.stdout, re.MULTILINE)[1])}
     return result
 
 

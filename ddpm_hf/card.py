@@ -12,6 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from . import UserError
 from .config import GROUPS, EvaluationOptions, HubOptions, OutputOptions
 from .presets import PRESETS
 from .record import without_paths
@@ -26,23 +27,23 @@ PIPELINES = {
     "restoration": ("Mends noisy, masked, small, grey or blurred images", 'Image.open("noisy.png"), task="denoise"'),
     "reconstruction": ("Images to noise and back, and between two images", 'Image.open("image.png")'),
 }
-# Licences of data, by a part of the name: cats that nobody may sell make a model that nobody may sell.
+# Licences by the name of the data: cats that nobody may sell make a model that nobody may sell.
 LICENCES = {
-    "afhq": (
+    r"(huggan/)?afhq.*": (
         "cc-by-nc-4.0",
         "Animal Faces-HQ by Choi et al., NAVER Corp. ([StarGAN v2](https://arxiv.org/abs/1912.01865), CVPR 2020), "
         "[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/): credit its authors, no commercial use. The "
         "same holds for this model.",
     ),
-    "mnist": ("apache-2.0", "MNIST by LeCun, Cortes and Burges, from NIST's digits; its Hub page has it under MIT."),
-    "cifar10": ("apache-2.0", "CIFAR-10 by Krizhevsky, Nair and Hinton (2009), who state no licence."),
-    "digits": (
+    r"(ylecun/)?mnist": ("apache-2.0", "MNIST by LeCun, Cortes and Burges; its Hub page has it under MIT."),
+    r"(uoft-cs/)?cifar10": ("apache-2.0", "CIFAR-10 by Krizhevsky, Nair and Hinton (2009), who state no licence."),
+    r"digits": (
         "apache-2.0",
         "Optical Recognition of Handwritten Digits by Alpaydin and Kaynak, UCI, "
         "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), as scikit-learn carries it.",
     ),
 }
-UNKNOWN_LICENCE = ("apache-2.0", "not known here: ask where the images are from before you build on this model.")
+UNKNOWN_LICENCE = (None, "not known here: ask where the images are from before you build on this model.")
 TRAINING = {
     "parameters": "Parameters",
     "num_images": "Training images",
@@ -63,10 +64,17 @@ TRAINING = {
 
 def card_command(arguments):
     """Run `python -m ddpm_hf card` with its parsed flags."""
+    check_has_model(Path(arguments.run))
     if write_card(arguments.run, arguments.hub_model_id):
         print(f"The card is {Path(arguments.run, 'README.md')}.")
     else:
         print(f"{Path(arguments.run, 'README.md')} was not written by ddpm_hf and stays: remove it for a new one.")
+
+
+def check_has_model(folder: Path):
+    """Refuse, with a UserError, a folder that is neither a run's nor an export."""
+    if not (folder / "model_index.json").is_file() and not (folder / "classifier").is_dir():
+        raise UserError(f"{folder} has no model: give the --output_dir of a run, or an export.")
 
 
 def write_card(folder: str | Path, name: str | None = None) -> bool:
@@ -88,7 +96,9 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
     records = {path.name: read_record(path) for path in found}
     data = flags.get("dataset_name") or flags.get("train_data_dir")
     on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(data)) is not None and not Path(data).exists()
-    licence, of_data = next((found for part, found in LICENCES.items() if part in str(data).lower()), UNKNOWN_LICENCE)
+    licence, of_data = next(
+        (found for name, found in LICENCES.items() if re.fullmatch(name, str(data), re.IGNORECASE)), UNKNOWN_LICENCE
+    )
 
     task = "image-classification" if flags.get("objective") == "classify" else "unconditional-image-generation"
     about = ModelCardData(
@@ -141,7 +151,7 @@ def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> s
 def pictures(folder: Path) -> list[str]:
     sheets = sorted(folder.glob("samples/epoch_*.png"), key=lambda sheet: (len(sheet.name), sheet.name))
     shown = {f"Samples, `{sheet.stem}`": sheet for sheet in sheets[-1:]}
-    shown |= {"The same from noise to image": folder / "figures" / "reverse.gif"}
+    shown |= {"From noise to images": folder / "figures" / "reverse.gif"}
     return [
         f"![{what}]({path.relative_to(folder).as_posix()})\n\n*{what}*"
         for what, path in shown.items()
@@ -167,7 +177,7 @@ classifier = AutoModel.from_pretrained("{name}", subfolder="classifier", trust_r
     named, classes = index["_class_name"], index.get("id2label", {})
     parts = []
     if isinstance(named, str) and unet["num_class_embeds"] is None:
-        parts.append(f"""It loads in stock diffusers:
+        parts.append(f"""It loads in stock diffusers, once it is on the Hub or from the folder that it lies in:
 
 ```python
 from diffusers import DDPMPipeline
@@ -216,7 +226,7 @@ def scores(records: dict[str, dict]) -> str:
     parts = []
     for file, record in records.items():
         sampler, data, cost = record["sampler"], record["data"], record["cost"]
-        how = [f"{sampler['method']} in {sampler['num_inference_steps']} steps"] if "method" in sampler else []
+        how = [f"{sampler['method'].upper()} in {sampler['num_inference_steps']} steps"] if "method" in sampler else []
         how += [f"{key} {sampler[key]}" for key in ("eta", "seed", "guidance_scale") if key in sampler]
         how += [f"weights: {record['model']['weights']}"] if "weights" in record["model"] else []
         rows = [["metric", "value", "+-", "floor (real images)", "N", "N real"]]
@@ -238,7 +248,7 @@ def training(folder: Path, run: dict) -> list[str]:
     """Return the paragraphs on how a run came about: its command, cost, recipe and curve."""
     if not run:
         return []
-    flags, lines = run["flags"], (folder / "metrics.jsonl")
+    flags, lines = run["flags"], folder / "metrics.jsonl"
     last = {}
     for line in lines.read_text(encoding="utf-8").splitlines() if lines.is_file() else []:
         last |= {key: value for key, value in json.loads(line).items() if value is not None}

@@ -8,6 +8,7 @@ from . import UserError
 from .card import PIPELINES, write_card
 from .checkpoints import writing
 from .guidance import check_classifier
+from .hub import PRIVATE
 from .pretrained import Pretrained, load_classifier, load_pretrained
 from .record import hide_paths
 from .saving import pipeline_file, save_classifier, save_pipeline
@@ -72,9 +73,11 @@ def export(model: Pretrained, output: str | Path, classifier=None, pipeline: str
             (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         for name in names:
             shutil.copyfile(pipeline_file(name), new / f"{name}.py")
-        for path in (model.folder / name for name in RECORDS):
+        of_run = model.folder.parent if (model.folder / "state.pt").is_file() else model.folder  # of a checkpoint
+        for path in (of_run / name for name in RECORDS):
             if path.is_dir():
-                shutil.copytree(path, new / path.name)
+                patterns = [Path(private).name for private in PRIVATE if Path(private).parent.name == path.name]
+                shutil.copytree(path, new / path.name, ignore=shutil.ignore_patterns(*patterns))
             elif path.is_file():
                 shutil.copyfile(path, new / path.name)
         hide_paths(new)

@@ -24,6 +24,8 @@ API = HfApi()
 PUBLISHED = ["model_index.json", "unet", "scheduler", "README.md", "train_config.json", "metrics.jsonl", "samples"]
 PUBLISHED += ["figures", "evaluations", "best", "classifier", "class_conditional.py", "classifier_guided.py"]
 PUBLISHED += ["restoration.py", "reconstruction.py"]
+# Training images, which need not be anybody's to publish.
+PRIVATE = ["evaluations/*.png", "figures/forward.png"]
 TOKEN = r"\bhf_[A-Za-z0-9]{30,}"
 WAITS = (5, 30, 120)  # seconds before each new attempt of a push
 LOG_IN = "log in with `hf auth login`, or give --hub_token a token that may write there"
@@ -51,7 +53,7 @@ def create_repository(name: str, private: bool = False, token: str | None = None
     except HFValidationError:
         raise UserError(f"{name!r} cannot name a repository: give --hub_model_id NAME or USER/NAME.") from None
     except (HTTPError, OfflineModeIsEnabled) as error:
-        remedy = LOG_IN if refused(error) else "check the network, or train without --push_to_hub and push later"
+        remedy = LOG_IN if refused(error) else "check the network; a training may do without and push later"
         raise UserError(f"cannot push to {name!r} on {API.endpoint} ({reason(error)}): {remedy}.") from None
     if private and not is_private:
         raise UserError(f"{repo_id} exists and is public: make it private, or choose another --hub_model_id.")
@@ -70,6 +72,11 @@ def refused(error: Exception) -> bool:
     return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
 
 
+def hopeless(error: Exception) -> bool:
+    """Return whether the same request would be refused again."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code in {*range(400, 500)} - {408, 429}
+
+
 def push(output_dir: str | Path, repo_id: str, token: str | None, message: str) -> "Future[bool]":
     """Upload the run as it is now, in the background, as one commit; `finish_push` waits for it.
 
@@ -85,8 +92,8 @@ def push(output_dir: str | Path, repo_id: str, token: str | None, message: str) 
             target = Path(frozen.name, source.relative_to(output_dir))
             if source.suffix in (".json", ".jsonl", ".md") and re.search(secrets, source.read_bytes()):
                 logger.warning("%s holds an access token and was not pushed: remove the token from it.", source)
-            elif source.match("evaluations/*.png"):
-                continue  # training images beside samples, which need not be anybody's to publish
+            elif any(source.match(private) for private in PRIVATE):
+                continue
             elif "/." not in f"/{source.relative_to(output_dir).as_posix()}":  # half-written files start with a dot
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
@@ -115,7 +122,7 @@ def persist(upload, repo_id: str, remedy: str) -> bool:
             upload()
             return True
         except Exception as error:
-            if wait is None or refused(error):
+            if wait is None or hopeless(error):
                 more = f"{LOG_IN}; then " if refused(error) else ""
                 logger.warning("The push to %s failed (%s): %s%s.", repo_id, reason(error), more, remedy)
                 return False

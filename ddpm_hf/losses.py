@@ -97,7 +97,7 @@ def told_labels(labels, ordinals, num_classes: int, dropout: float, seed: int) -
 def min_snr_weights(scheduler: PaperDDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return the Min-SNR weight (B,) of each timestep: min(SNR, gamma) in the space of x_0, per prediction type.
 
-    An error in epsilon is SNR times smaller than the same error in x_0, and one in v is SNR + 1 times smaller.
+    A squared error of epsilon counts 1/SNR of it in x_0, one of v 1/(SNR + 1).
     """
     snr = scheduler.snr(timesteps).float()
     in_x0 = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[scheduler.config.prediction_type]

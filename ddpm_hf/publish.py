@@ -4,10 +4,15 @@ import re
 import tempfile
 from pathlib import Path
 
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
 from . import UserError
-from .card import write_card
-from .hub import API, create_repository, finish_push, persist, push
+from .card import check_has_model, write_card
+from .hub import API, create_repository, finish_push, persist, push, reason
 from .saving import shipped
+
+
+SUFFIXES = [".py", ".md", ".txt", ".css", ".html", ".js"]  # what a Space is made of
 
 
 def push_command(arguments):
@@ -17,8 +22,7 @@ def push_command(arguments):
         UserError: for a folder that has no model, a repository that cannot be written to, or an upload that failed.
     """
     folder = Path(arguments.run)
-    if not (folder / "model_index.json").is_file() and not (folder / "classifier").is_dir():
-        raise UserError(f"{folder} has no model: give the --output_dir of a run, or an export.")
+    check_has_model(folder)
     name = arguments.hub_model_id or folder.resolve().name
     repo_id = create_repository(name, arguments.hub_private_repo, arguments.hub_token)
     if not write_card(folder, repo_id):
@@ -37,13 +41,19 @@ def push_space_command(arguments):
     model, token = arguments.model, arguments.hub_token
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) or Path(model).exists():
         raise UserError(f"{model} is no Hub id, and a Space cannot see this disk: push it first, give USER/NAME.")
+    try:
+        found = API.file_exists(model, "model_index.json", token=token)
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise UserError(f"{API.endpoint} does not answer ({reason(error)}): check the network.") from None
+    if not found:
+        raise UserError(f"{model} is no pipeline on {API.endpoint}, or not for you to see: push it first.")
     name = arguments.hub_model_id or f"{model.rpartition('/')[2]}-demo"
     private = arguments.hub_private_repo
     space_id = create_repository(name, private, token, repo_type="space", space_sdk="gradio")
     with tempfile.TemporaryDirectory() as folder:
         for source, target in {"spaces": ".", "pipelines": "pipelines"}.items():
-            for path in filter(Path.is_file, sorted(shipped(source).iterdir())):
-                if path.suffix != ".py" and source == "pipelines":
+            for path in sorted(shipped(source).iterdir()):
+                if path.suffix not in (SUFFIXES if source == "spaces" else [".py"]):
                     continue
                 Path(folder, target).mkdir(exist_ok=True)
                 Path(folder, target, path.name).write_bytes(path.read_bytes())

@@ -71,7 +71,8 @@ def without_paths(value):
     if not isinstance(value, str):
         return value
     flag, equals, path = value.partition("=") if value.startswith("--") else ("", "", value)
-    away = path.startswith(("~", "..")) or PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
+    away = absolute or path.startswith(("~", "..", "./.."))
     return flag + equals + PureWindowsPath(path).name if away else value
 
 
@@ -79,7 +80,8 @@ def hide_paths(folder: Path):
     """Rewrite a folder's train_config.json, if it has one, as one may show it to anybody."""
     path = folder / "train_config.json"
     if path.exists():
-        path.write_text(json.dumps(without_paths(json.loads(path.read_text())), indent=2) + "\n")
+        record = without_paths(json.loads(path.read_text(encoding="utf-8")))
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def without_token(arguments: list[str]) -> list[str]:

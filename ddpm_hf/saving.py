@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DDPMPipeline
+from diffusers import DDPMPipeline, DDPMScheduler
 
 
 def shipped(folder: str) -> Path:
@@ -43,7 +43,9 @@ def save_pipeline(
     """
     conditional = unet.config.num_class_embeds is not None
     with saving(folder) as new:
-        DDPMPipeline(in_float32(unet), scheduler.stock()).save_pretrained(new)
+        # Trailing, as our own samplers: stock DDIM then begins in pure noise, and draws what was scored.
+        published = DDPMScheduler.from_config(scheduler.stock().config, timestep_spacing="trailing")
+        DDPMPipeline(in_float32(unet), published).save_pretrained(new)
         index = json.loads((new / "model_index.json").read_text())
         if class_names is not None:
             index["id2label"] = dict(enumerate(class_names))

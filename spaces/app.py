@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse  # noqa: E402
 
 
 QUEUE_SIZE = 20
+STOPPED = "Stopped before it was done: by you, or for the reason that a message gave."
 MAX_BODY = 12_000_000  # bytes: an upload and what is around it
 SYSTEM_FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 logger = logging.getLogger("ddpm_hf.space")
@@ -156,7 +157,8 @@ def image_inputs(model) -> list[gr.components.Component]:
 def generate_tab(actions):
     """Number, sampler, steps, seed, class and guidance; the images form; a zip."""
     model = actions.model
-    steps = actions.affordable_steps(4, 50)
+    cost = 4 * (2 if model.null_class is not None else 1)  # of a step of the defaults: guidance doubles it
+    steps = actions.affordable_steps(cost, 50)
     with gr.Row():
         with gr.Column(min_width=280):
             number = gr.Slider(1, MAX_IMAGES, value=4, step=1, label="Images")
@@ -175,7 +177,7 @@ def generate_tab(actions):
             status = status_line(f"Ready. {limit}{', half with guidance' * (model.null_class is not None)}.")
             shown = gallery("Images", columns=4)
             download = gr.DownloadButton("Download as zip", interactive=False)
-    many = actions.affordable_steps(4, model.T)
+    many = actions.affordable_steps(cost, model.T)
     sampler.change(None, sampler, count, js=f"(one) => one === 'DDPM' ? {many} : {steps}", api_visibility="private")
     inputs = [number, sampler, count, seed, class_name, guidance]
     event = start.click(
@@ -248,7 +250,7 @@ def how_tab(actions, tab):
 
 def say_failure(event, status):
     """Say in the status that nothing more comes: it was stopped, or a message says why."""
-    event.failure(lambda: "Stopped before it was done.", None, status, queue=False, api_visibility="private")
+    event.failure(lambda: STOPPED, None, status, queue=False, api_visibility="private")
 
 
 def build(actions) -> Page:

@@ -16,7 +16,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -153,11 +153,16 @@ def open_model(name: str) -> Model:
     diffusers.utils.logging.set_verbosity_error()  # a stock pipeline would say that it has no use for id2label
     diffusers.utils.logging.disable_progress_bar()
     try:
-        id2label = DDPMPipeline.load_config(name).get("id2label") or {}
-        pipeline = DDPMPipeline.from_pretrained(name)
-        size, num_embeds = pipeline.unet.config.sample_size, pipeline.unet.config.num_class_embeds
-        config = {key: value for key, value in pipeline.scheduler.config.items() if key != "_use_default_values"}
-        scheduler = DDPMScheduler.from_config(config)
+        index = DDPMPipeline.load_config(name)
+        id2label = index.get("id2label") or {}
+        if isinstance(index["_class_name"], str):
+            pipeline = DDPMPipeline.from_pretrained(name)
+            unet, config = pipeline.unet, dict(pipeline.scheduler.config)
+        else:  # an export that names a pipeline file, whose code is not needed here
+            unet = UNet2DModel.from_pretrained(name, subfolder="unet")
+            config = DDPMScheduler.load_config(name, subfolder="scheduler")
+        size, num_embeds = unet.config.sample_size, unet.config.num_class_embeds
+        scheduler = DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
     except Exception as error:  # whatever a file can be broken by
         reason = " ".join(str(error).split())[:200]
         raise Refused(
@@ -171,7 +176,7 @@ def open_model(name: str) -> Model:
     return Model(
         name=Path(name).resolve().name if is_here else name,
         url=None if is_here else f"https://huggingface.co/{name}",
-        unet=pipeline.unet.float().to(device).eval().requires_grad_(False),
+        unet=unet.float().to(device).eval().requires_grad_(False),
         scheduler=scheduler,
         labels=labels if num_embeds else [],
         null_class=len(labels) if num_embeds and num_embeds > len(labels) else None,

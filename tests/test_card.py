@@ -149,7 +149,9 @@ def test_the_card_of_a_local_folder_names_no_dataset_and_of_afhq_its_licence(tmp
     assert "trained on `afhq-cat-64`" in card.text and "CC BY-NC 4.0" in card.text and "Choi et al." in card.text
     assert str(tmp_path) not in card.text
     card = card_of(tmp_path, f"--train_data_dir={tmp_path}", "--dataset_name=my-cats")
-    assert "not known here" in card.text
+    assert "not known here" in card.text and "license" not in card.data.to_dict()
+    card = card_of(tmp_path, "--dataset_name=zalando-datasets/fashion_mnist")
+    assert "LeCun" not in card.text and "not known here" in card.text
 
 
 def test_the_card_of_a_learned_variance_does_not_promise_ddim(tmp_path):
@@ -173,6 +175,7 @@ def test_the_cards_of_conditional_models_and_classifiers(guidance_models, tmp_pa
 
 def test_a_card_written_by_hand_stays(tmp_path, capsys):
     (tmp_path / "README.md").write_text("# By hand")
+    (tmp_path / "model_index.json").write_text("{}")
     main(["card", str(tmp_path)])
     assert "was not written by ddpm_hf and stays" in capsys.readouterr().out
     assert (tmp_path / "README.md").read_text() == "# By hand"

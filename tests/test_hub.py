@@ -42,6 +42,7 @@ def run(tmp_path):
         "samples/epoch_0001.png": "png",
         "samples/.epoch_0002.png": "half",
         "figures/loss.png": "png",
+        "figures/forward.png": "training images",
         "evaluations/pairs.png": "training images",
         "checkpoint-3/optimizer.bin": "state",
         "checkpoint-6.tmp/model.safetensors": "state",
@@ -144,7 +145,7 @@ attempt("unreachable", "digits-run")
 """,
     )
     log_in = "log in with `hf auth login`, or give --hub_token a token that may write there."
-    later = "check the network, or train without --push_to_hub and push later."
+    later = "check the network; a training may do without and push later."
     assert printed == [
         f"unknown token: cannot push to 'me/a' on {hub.url} (401 Unauthorized): {log_in}",
         f"reader: cannot push to 'me/public' on {hub.url} (403 Forbidden): {log_in}",
@@ -303,8 +304,14 @@ def test_a_space_shows_a_model_of_the_hub(hub, tmp_path):
 from ddpm_hf.__main__ import main
 
 main(["push-space", "me/ddpm-mnist", "--hub_private_repo"])
+try:
+    main(["push-space", "me/typo"])
+except SystemExit as stopped:
+    print(stopped.code)
 """
-    printed, _ = client(hub, tmp_path, script, token=WRITE_TOKEN)
+    hub.repos["me/ddpm-mnist"] = Repo(private=True, files={"model_index.json": b"{}"})
+    printed, told = client(hub, tmp_path, script, token=WRITE_TOKEN)
+    assert printed[-1] == "2" and "me/typo is no pipeline on" in told and "spaces/me/typo-demo" not in hub.repos
     assert printed[0] == f"The Space is on {hub.url}/spaces/me/ddpm-mnist-demo."
     space = hub.repos["spaces/me/ddpm-mnist-demo"]
     ours = {path.name for path in (ROOT / "spaces").iterdir() if path.is_file()}
@@ -315,10 +322,12 @@ main(["push-space", "me/ddpm-mnist", "--hub_private_repo"])
     assert front["sdk"] == "gradio" and front["app_file"] == "app.py" and front["models"] == ["me/ddpm-mnist"]
 
 
-@pytest.mark.parametrize("argv", [["push", "nowhere"], ["push-space", "nowhere"], ["push-space", "."]])
+@pytest.mark.parametrize(
+    "argv", [["push", "nowhere"], ["card", "tests"], ["push-space", "nowhere"], ["push-space", "."]]
+)
 def test_what_cannot_be_published_is_refused(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
-    assert ("has no model" if argv[0] == "push" else "a Space cannot see this disk: push it first") in error
+    assert ("a Space cannot see this disk: push it first" if argv[0] == "push-space" else "has no model") in error

@@ -1,5 +1,6 @@
 """What the Space draws with any model: the images of the community pipelines, and what it refuses."""
 
+import json
 import re
 import sys
 
@@ -149,3 +150,17 @@ def test_no_model_is_one_sentence(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(Refused, match="does not open as a DDPM"):
         open_model("nobody/nothing")
+
+
+def test_an_export_that_names_a_pipeline_opens_without_its_code(conditional, folder):
+    index = folder / "conditional" / "model_index.json"
+    plain = index.read_text()
+    index.write_text(
+        json.dumps(json.loads(plain) | {"_class_name": ["class_conditional", "ClassConditionalPipeline"]})
+    )
+    try:
+        model = open_model(str(folder / "conditional"))
+    finally:
+        index.write_text(plain)
+    assert model.labels == list(CLASSES)
+    assert torch.equal(drawn(model, [7], "DDIM", 2, [1]), drawn(conditional.model, [7], "DDIM", 2, [1]))
