@@ -19,7 +19,7 @@ from .record import without_paths
 from .records import SCHEMA, data_name, eval_results, number, read_record, table
 
 
-MARKER = "<!-- ddpm_hf -->"
+MARKER = r"<!-- ddpm_hf: (\S+) -->"  # with the name that the card was written for
 # What each pipeline file does, and a call that shows it.
 PIPELINES = {
     "class_conditional": ("Images of a class, with classifier-free guidance", "class_labels=[0], guidance_scale=2.0"),
@@ -83,15 +83,18 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
     Args:
         folder: with a pipeline, or a classifier. What else it has is shown: a run's records and pictures, scores in
             evaluations/, the files of pipelines.
-        name: of the repository, e.g. "me/ddpm-cifar10"; if none is given, the run's --hub_model_id or the folder's.
+        name: of the repository, e.g. "me/ddpm-cifar10"; if none is given, the one it was pushed to last, the run's
+            --hub_model_id or the folder's.
     """
     folder = Path(folder)
     readme = folder / "README.md"
-    if readme.exists() and MARKER not in readme.read_text(encoding="utf-8"):
+    before = re.search(MARKER, readme.read_text(encoding="utf-8")) if readme.exists() else None
+    if readme.exists() and before is None:
         return False
     run = without_paths(read_json(folder / "train_config.json"))
     flags = run.get("flags", {})
-    name = name or flags.get("hub_model_id") or folder.resolve().name
+    pushed_to = before[1] if before is not None and "/" in before[1] else None
+    name = name or pushed_to or flags.get("hub_model_id") or folder.resolve().name
     found = [path for path in sorted(folder.glob("evaluations/*.json")) if SCHEMA in path.read_text(encoding="utf-8")]
     records = {path.name: read_record(path) for path in found}
     data = flags.get("dataset_name") or flags.get("train_data_dir")
@@ -112,7 +115,7 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
     )
     parts = [
         f"---\n{about.to_yaml()}\n---",
-        f"{MARKER}\n# {name.rpartition('/')[2]}",
+        f"<!-- ddpm_hf: {name} -->\n# {name.rpartition('/')[2]}",
         introduction(folder, flags, data, on_hub),
         *pictures(folder),
         "## Use\n\n" + "\n\n".join(usage(name, folder, flags)),

@@ -151,6 +151,9 @@ def test_the_card_of_a_local_folder_names_no_dataset_and_of_afhq_its_licence(tmp
     card = card_of(tmp_path, f"--train_data_dir={tmp_path}", "--dataset_name=my-cats")
     assert "not known here" in card.text and "license" not in card.data.to_dict()
     card = card_of(tmp_path, "--dataset_name=zalando-datasets/fashion_mnist")
+    write_card(tmp_path, "me/pushed")
+    write_card(tmp_path)  # as `evaluate` does
+    assert ModelCard.load(tmp_path / "README.md").text.startswith("\n<!-- ddpm_hf: me/pushed -->\n# pushed\n")
     assert "LeCun" not in card.text and "not known here" in card.text
 
 

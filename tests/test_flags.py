@@ -115,7 +115,8 @@ def odd_images(tmp_path_factory):
 def first_images(folder, *flags):
     config = parse_config([f"--dataset_name={folder}", "--resolution=8", *flags])
     images, _ = load_images(config)
-    return images, images.get(range(4), [torch.Generator().manual_seed(k) for k in range(4)], config.random_flip)
+    mirrored = torch.ones(4, dtype=torch.bool) if config.random_flip else None
+    return images, images.get(range(4), [torch.Generator().manual_seed(k) for k in range(4)], mirrored)
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,8 @@ def test_a_conditional_run_says_its_classes_and_how_to_ask_for_them(guidance_mod
     unet = UNet2DModel.from_pretrained(guidance_models / "conditional" / "unet")
     assert unet.config.num_class_embeds == 11
     assert unet.class_embedding.weight.shape == (11, 32)
-    assert "class_conditional.py" in (guidance_models / "conditional" / "README.md").read_text()
+    card = (guidance_models / "conditional" / "README.md").read_text()
+    assert 'custom_pipeline="class_conditional"' in card and "pipeline(class_labels=[0]" in card
 
 
 def test_a_classifier_run_leaves_a_classifier_that_loads_without_ddpm_hf(guidance_models):
@@ -164,7 +165,8 @@ def test_a_classifier_run_leaves_a_classifier_that_loads_without_ddpm_hf(guidanc
     folder = str(guidance_models / "classifier")
     classifier = AutoModel.from_pretrained(folder, subfolder="classifier", trust_remote_code=True)
     assert classifier.config.num_train_timesteps == 10 and not (guidance_models / "classifier" / "samples").exists()
-    assert "classifier_guided.py" in (guidance_models / "classifier" / "README.md").read_text()
+    card = (guidance_models / "classifier" / "README.md").read_text()
+    assert "python -m ddpm_hf sample MODEL --classifier classifier" in card
 
 
 def run(*arguments):
