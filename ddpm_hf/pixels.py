@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from . import UserError
 
 
+SMALL = 2e-3  # seconds to decode an image: below, threads wait for each other three times as long as they work
 CHUNK = 256  # rows that are read together, undecoded
 
 
@@ -83,9 +85,13 @@ def read_batch(undecoded, read, generators=None, mirrored=None):
 
 def decode_all(rows, read, center_crop, pixels):
     """Fill `pixels` (N,C,H,W) and return it as a tensor; None if there are several ways to crop one of the images."""
+    started = time.perf_counter()
+    read(next(undecoded(rows, [0])))
+    small = time.perf_counter() - started < SMALL
     with ThreadPoolExecutor() as pool, tqdm(desc="reading", total=len(rows), unit=" images", disable=None) as bar:
         for start in range(0, len(rows), CHUNK):
-            arrays = list(pool.map(read, undecoded(rows, range(start, min(start + CHUNK, len(rows))))))
+            items = undecoded(rows, range(start, min(start + CHUNK, len(rows))))
+            arrays = list(map(read, items) if small else pool.map(read, items))
             if not center_crop and any(array.shape[0] != array.shape[1] for array in arrays):
                 return None
             pixels[start : start + CHUNK] = [_square(array) for array in arrays]
