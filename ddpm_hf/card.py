@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 
 from . import UserError
 from .config import GROUPS, EvaluationOptions, HubOptions, OutputOptions
+from .hub import is_hub_id
 from .presets import PRESETS
 from .record import without_paths
 from .records import SCHEMA, data_name, eval_results, number, read_record, table
@@ -98,7 +99,7 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
     found = [path for path in sorted(folder.glob("evaluations/*.json")) if SCHEMA in path.read_text(encoding="utf-8")]
     records = {path.name: read_record(path) for path in found}
     data = flags.get("dataset_name") or flags.get("train_data_dir")
-    on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(data)) is not None and not Path(data).exists()
+    on_hub = data is not None and is_hub_id(data)
     licence, of_data = next(
         (found for name, found in LICENCES.items() if re.fullmatch(name, str(data), re.IGNORECASE)), UNKNOWN_LICENCE
     )

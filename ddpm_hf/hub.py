@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 
 from . import UserError
 from .record import hide_paths
+from .saving import shipped
 
 
 logger = logging.getLogger(__name__)
@@ -22,13 +23,18 @@ logger = logging.getLogger(__name__)
 API = HfApi()
 # Nothing else leaves a run folder: no checkpoint, no tracker's logs, nothing that a user put there.
 PUBLISHED = ["model_index.json", "unet", "scheduler", "README.md", "train_config.json", "metrics.jsonl", "samples"]
-PUBLISHED += ["figures", "evaluations", "best", "classifier", "class_conditional.py", "classifier_guided.py"]
-PUBLISHED += ["restoration.py", "reconstruction.py"]
+PUBLISHED += ["figures", "evaluations", "best", "classifier"]
+PUBLISHED += sorted(path.name for path in shipped("pipelines").glob("*.py"))
 # Training images, which need not be anybody's to publish.
 PRIVATE = ["evaluations/*.png", "figures/forward.png"]
 TOKEN = r"\bhf_[A-Za-z0-9]{30,}"
 WAITS = (5, 30, 120)  # seconds before each new attempt of a push
 LOG_IN = "log in with `hf auth login`, or give --hub_token a token that may write there"
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a name is that of a repository, USER/NAME, and not of something on this disk."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def create_repository(name: str, private: bool = False, token: str | None = None, **space) -> str:

@@ -1,6 +1,6 @@
 """`push` and `push-space`: a finished model, and a page that shows it, on the Hub."""
 
-import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from . import UserError
 from .card import check_has_model, write_card
-from .hub import API, create_repository, finish_push, persist, push, reason
+from .hub import API, create_repository, finish_push, is_hub_id, persist, push, reason
 from .saving import shipped
 
 
@@ -39,7 +39,7 @@ def push_space_command(arguments):
         UserError: for a model that is not on the Hub, a Space that cannot be written to, or an upload that failed.
     """
     model, token = arguments.model, arguments.hub_token
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) or Path(model).exists():
+    if not is_hub_id(model):
         raise UserError(f"{model} is no Hub id, and a Space cannot see this disk: push it first, give USER/NAME.")
     try:
         found = API.file_exists(model, "model_index.json", token=token)
@@ -51,12 +51,12 @@ def push_space_command(arguments):
     private = arguments.hub_private_repo
     space_id = create_repository(name, private, token, repo_type="space", space_sdk="gradio")
     with tempfile.TemporaryDirectory() as folder:
-        for source, target in {"spaces": ".", "pipelines": "pipelines"}.items():
-            for path in sorted(shipped(source).iterdir()):
-                if path.suffix not in (SUFFIXES if source == "spaces" else [".py"]):
-                    continue
-                Path(folder, target).mkdir(exist_ok=True)
-                Path(folder, target, path.name).write_bytes(path.read_bytes())
+        Path(folder, "pipelines").mkdir()
+        for path in shipped("pipelines").glob("*.py"):
+            shutil.copyfile(path, Path(folder, "pipelines", path.name))
+        for path in shipped("spaces").iterdir():
+            if path.suffix in SUFFIXES:
+                shutil.copyfile(path, Path(folder, path.name))
         card = Path(folder, "README.md")
         card.write_text(card.read_text().replace("\n---\n", f"\nmodels:\n- {model}\n---\n", 1))
 

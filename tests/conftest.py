@@ -108,22 +108,27 @@ def tiny_run(tmp_path_factory, digit_folder):
     return make_run(tmp_path_factory.mktemp("runs") / "tiny", digit_folder)
 
 
-def make_run(folder, data, seed=0, **scheduler):
-    """Save a tiny pipeline of 28x28 grey images and the flags that evaluation reads."""
+def untrained_unet(sample_size, variance_type="fixed_small", channels=1, seed=0, **kwargs):
+    """A tiny UNet without attention; one that learns its variance has twice the outputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        learned = scheduler.get("variance_type") == "learned_range"
-        unet = UNet2DModel(
-            sample_size=28,
-            in_channels=1,
-            out_channels=2 if learned else 1,
+        return UNet2DModel(
+            sample_size=sample_size,
+            in_channels=channels,
+            out_channels=channels * (2 if variance_type == "learned_range" else 1),
             block_out_channels=(8, 8),
             layers_per_block=1,
             norm_num_groups=4,
             down_block_types=("DownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "UpBlock2D"),
             add_attention=False,
+            **kwargs,
         )
+
+
+def make_run(folder, data, seed=0, **scheduler):
+    """Save a tiny pipeline of 28x28 grey images and the flags that evaluation reads."""
+    unet = untrained_unet(28, scheduler.get("variance_type"), seed=seed)
     folder.mkdir()
     save_pipeline(folder, unet, PaperDDPMScheduler.nichol_cosine(20, **scheduler))
     flags = {"dataset_name": str(data), "resolution": 28, "validation_split": "test", "output_dir": str(folder)}

@@ -12,9 +12,8 @@ from base64 import b64decode
 import httpx
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from conftest import ROOT, untrained_unet
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 
 
@@ -23,20 +22,8 @@ T = 500
 
 def save_model(folder, timesteps=T, classes=(), has_null_class=True, channels=1, **kwargs):
     """Save a tiny untrained model of 8x8 images."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = UNet2DModel(
-            sample_size=8,
-            in_channels=channels,
-            out_channels=channels * (2 if kwargs.get("variance_type") == "learned_range" else 1),
-            block_out_channels=(8, 8),
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D"),
-            add_attention=False,
-            num_class_embeds=len(classes) + has_null_class if classes else None,
-        )
+    embeddings = len(classes) + has_null_class if classes else None
+    unet = untrained_unet(8, kwargs.get("variance_type"), channels, num_class_embeds=embeddings)
     DDPMPipeline(unet, DDPMScheduler(timesteps, **kwargs)).save_pretrained(folder)
     if classes:
         index = json.loads((folder / "model_index.json").read_text())
