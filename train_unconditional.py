@@ -11,13 +11,13 @@ import os
 import sys
 
 from ddpm_hf import UserError
-from ddpm_hf.command_line import parse_config
+from ddpm_hf.config.command_line import parse_config
 
 
 def main(argv=None):
     config = parse_config(argv)
     # Only now, so that --help and mistyped flags are answered at once: this imports torch and diffusers.
-    from ddpm_hf.training import train
+    from ddpm_hf.training.loop import train
 
     try:
         train(config)

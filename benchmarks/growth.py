@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from interleaved import report
 from PIL import Image
 
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.data import training_batches
-from ddpm_hf.run import open_run
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.data.batches import training_batches
+from ddpm_hf.training.run import open_run
 
 
 SIZES = [(1_000, 32), (10_000, 32), (60_000, 32), (1_000_000, 32), (1_000, 64), (1_000, 128), (1_000, 256)]

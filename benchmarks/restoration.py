@@ -27,14 +27,14 @@ from PIL import Image, ImageDraw, ImageFont
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm.auto import tqdm
 
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.data import load_images
-from ddpm_hf.drawing import DTYPES
-from ddpm_hf.figures import resized, saved, tiled
-from ddpm_hf.pretrained import errors_only, load_pretrained
+from ddpm_hf.config.training_config import TrainingConfig
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.models.pretrained import errors_only, load_pretrained
+from ddpm_hf.pictures import resized, saved, tiled
 from ddpm_hf.randomness import keyed_generator
-from ddpm_hf.restore import open_pipeline
-from ddpm_hf.sampling import image_generators
+from ddpm_hf.sampling.restoration import open_pipeline
+from ddpm_hf.sampling.samplers import image_generators
+from ddpm_hf.sampling.settings import DTYPES
 
 
 ON_SHEET = 8

@@ -21,13 +21,13 @@ from interleaved import race, report
 from plain_diffusers import PlainLoop, loader
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.data import training_batches
-from ddpm_hf.milestones import reach, what_is_due
-from ddpm_hf.model import build_unet
-from ddpm_hf.run import open_run
-from ddpm_hf.sampling import sample_images
-from ddpm_hf.training import progress_bar, step
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.data.batches import training_batches
+from ddpm_hf.models.build import build_unet
+from ddpm_hf.sampling.generate import sample_images
+from ddpm_hf.training.loop import progress_bar, step
+from ddpm_hf.training.periodic import reach, what_is_due
+from ddpm_hf.training.run import open_run
 
 
 ROOT = Path(__file__).parent.parent

@@ -18,16 +18,17 @@ from interleaved import report
 from plain_diffusers import PlainLoop, loader
 from tqdm import tqdm
 
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.data import training_batches
-from ddpm_hf.features import extract, load_extractor
-from ddpm_hf.figures import image_sheet
-from ddpm_hf.metrics import frechet_distance_of_features
-from ddpm_hf.milestones import reach
-from ddpm_hf.run import open_run
-from ddpm_hf.sampling import sample_images
-from ddpm_hf.scheduler import make_scheduler
-from ddpm_hf.training import step
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.data.batches import training_batches
+from ddpm_hf.diffusion.scheduler import make_scheduler
+from ddpm_hf.evaluation.extractor import load_extractor
+from ddpm_hf.evaluation.features import extract
+from ddpm_hf.evaluation.statistics import frechet_distance_of_features
+from ddpm_hf.pictures import image_sheet
+from ddpm_hf.sampling.generate import sample_images
+from ddpm_hf.training.loop import step
+from ddpm_hf.training.periodic import reach
+from ddpm_hf.training.run import open_run
 
 
 def main():

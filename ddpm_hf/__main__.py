@@ -6,8 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from . import UserError, __version__, options
-from .presets import PRESETS
+from . import __version__
+from .commands import flags as options
+from .config.presets import PRESETS
+from .errors import UserError
 
 
 def presets(arguments):
@@ -29,10 +31,10 @@ def figures(arguments):
         raise UserError(f"{run} is the run of a classifier, whose only figure is {run / 'figures' / 'loss.png'}.")
     if not (run / "train_config.json").is_file() or not (run / "model_index.json").is_file():
         raise UserError(f"{run} is not a finished run: give the --output_dir of train_unconditional.py.")
-    from .config import TrainingConfig
-    from .data import load_images
-    from .figures import run_figures
-    from .pretrained import load_pretrained
+    from .config.training_config import TrainingConfig
+    from .data.dataset import load_images
+    from .models.pretrained import load_pretrained
+    from .training.figures import run_figures
 
     model = load_pretrained(str(run))
     try:
@@ -49,56 +51,56 @@ def figures(arguments):
 
 def sample(arguments):
     """Draw images with any DDPM, into a folder of PNG files or one .npz; killed, it goes on where it was."""
-    from .drawing import sample_command
+    from .commands.sample import sample_command
 
     sample_command(arguments)
 
 
 def evaluate(arguments):
     """Score a model, or samples, against real images; leave a record that says what each number is."""
-    from .evaluation import evaluate_command
+    from .commands.evaluate import evaluate_command
 
     evaluate_command(arguments)
 
 
 def export(arguments):
     """Write a model and the pipeline files it can use into one folder that needs diffusers alone."""
-    from .export import export_command
+    from .commands.export import export_command
 
     export_command(arguments)
 
 
 def card(arguments):
     """Write the model card of a run or an export anew, from its records."""
-    from .card import card_command
+    from .commands.card import card_command
 
     card_command(arguments)
 
 
 def push(arguments):
     """Publish a run or an export on the Hub: card, model, samples, figures and records; only what changed is sent."""
-    from .publish import push_command
+    from .commands.push import push_command
 
     push_command(arguments)
 
 
 def push_space(arguments):
     """Publish the demo of a model that is on the Hub as a Gradio Space."""
-    from .publish import push_space_command
+    from .commands.push_space import push_space_command
 
     push_space_command(arguments)
 
 
 def restore(arguments):
     """Denoise, inpaint, enlarge, colour or deblur images with a model that was trained on clean ones."""
-    from .restore import restore_command
+    from .commands.restore import restore_command
 
     restore_command(arguments)
 
 
 def compare(arguments):
     """Print records side by side; refuse those whose protocols differ, naming the field."""
-    from .records import compare_command
+    from .commands.compare import compare_command
 
     compare_command(arguments)
 

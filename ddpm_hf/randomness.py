@@ -40,3 +40,6 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> torch.Tensor:
 def coins(seed: int, block: int, count: int) -> torch.Tensor:
     """Return (count,) bool: whether each of these images is mirrored."""
     return torch.randint(2, (count,), generator=keyed_generator(seed, "flip", block)).bool()
+
+
+COINS = 4096  # tossed at once, for as many successive ordinals

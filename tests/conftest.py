@@ -27,13 +27,13 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DModel
 from PIL import Image
 
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.data import training_batches
-from ddpm_hf.losses import NUM_BANDS
-from ddpm_hf.run import open_run
-from ddpm_hf.saving import save_pipeline
-from ddpm_hf.scheduler import PaperDDPMScheduler, make_scheduler
-from ddpm_hf.training import step, train
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.data.batches import training_batches
+from ddpm_hf.diffusion.losses import NUM_BANDS
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler, make_scheduler
+from ddpm_hf.models.saving import save_pipeline
+from ddpm_hf.training.loop import step, train
+from ddpm_hf.training.run import open_run
 
 
 ROOT = Path(__file__).parent.parent

@@ -21,7 +21,7 @@ from unittest.mock import MagicMock
 
 import torch
 
-from ddpm_hf.inception import InceptionV3, load_inception
+from ddpm_hf.evaluation.inception import InceptionV3, load_inception
 from ddpm_hf.randomness import keyed_generator
 
 

@@ -11,12 +11,12 @@ from huggingface_hub import ModelCard
 from test_saving import tiny_unet
 
 from ddpm_hf.__main__ import main
-from ddpm_hf.card import write_card
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.record import command, hide_paths, without_paths
-from ddpm_hf.saving import save_pipeline
-from ddpm_hf.scheduler import PaperDDPMScheduler
-from ddpm_hf.training import train
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.models.saving import save_pipeline
+from ddpm_hf.provenance import command, hide_paths, without_paths
+from ddpm_hf.sharing.card import write_card
+from ddpm_hf.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_no_path_of_this_machine_and_no_token_is_told(tmp_path, monkeypatch):
         "hf_secret",
         "--hub-token=hf_s",
     ]
-    monkeypatch.setattr("ddpm_hf.record.sys", SimpleNamespace(argv=argv))
+    monkeypatch.setattr("ddpm_hf.provenance.sys", SimpleNamespace(argv=argv))
     assert command() == "python train_unconditional.py --dataset_name 'a b' --hub_token '***' '--hub-token=***'"
     (tmp_path / "train_config.json").write_text(json.dumps({"flags": {"output_dir": "/home/me/run"}}))
     hide_paths(tmp_path)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoModel
 
-from ddpm_hf.classifier import NoisyClassifier
+from ddpm_hf.models.classifier import NoisyClassifier
 
 
 TINY = {

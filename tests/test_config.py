@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 from ddpm_hf import UserError
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.presets import PRESETS
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.config.presets import PRESETS
+from ddpm_hf.config.training_config import TrainingConfig
 
 
 # Name, type and default as in examples/unconditional_image_generation/train_unconditional.py of diffusers 58eb52c.

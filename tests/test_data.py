@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf import UserError, data
-from ddpm_hf.data import StreamedSet, load_images, training_batches
-from ddpm_hf.pixels import to_array
+from ddpm_hf import UserError
+from ddpm_hf.data.batches import training_batches
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.data.decode import to_array
+from ddpm_hf.data.stream import StreamedSet
 
 
 def encode(image, **options):
@@ -232,7 +234,7 @@ def test_small_images_are_upsampled(make, tmp_path):
 def test_lazy_equals_in_memory(make, numbered, monkeypatch):
     config = make(numbered, random_flip=True, resolution=3, validation_split="5")
     in_memory, held_out = load_images(config)
-    monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr("ddpm_hf.data.image_set.MEMORY_LIMIT", 0)
     lazy, lazy_held_out = load_images(config)
     assert in_memory.pixels is not None and lazy.pixels is None
     assert torch.equal(lazy.labels, in_memory.labels) and lazy.class_names == in_memory.class_names
@@ -336,7 +338,7 @@ def test_every_image_once_per_epoch(make, numbered):
 @pytest.mark.parametrize("workers", [None, 0, 2], ids=["memory", "lazy", "lazy-workers"])
 def test_an_ordinal_has_one_image_however_it_is_dealt(make, numbered, workers, monkeypatch):
     if workers is not None:
-        monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
+        monkeypatch.setattr("ddpm_hf.data.image_set.MEMORY_LIMIT", 0)
     config = make(numbered, random_flip=True, dataloader_num_workers=workers or 0)
     images, _ = load_images(config)
     _, expected = seen(images, make(numbered, random_flip=True, train_batch_size=120), 120)
@@ -360,7 +362,7 @@ def test_an_ordinal_has_one_image_however_it_is_dealt(make, numbered, workers, m
 
 
 def test_a_stream_is_like_a_set(make, numbered, monkeypatch):
-    monkeypatch.setattr(data, "SHUFFLE_BUFFER", 16)
+    monkeypatch.setattr("ddpm_hf.data.stream.SHUFFLE_BUFFER", 16)
     write_hub(numbered, [plain(100), plain(101)], [1, 2], split="test")
     config = make(numbered, streaming=True, validation_split="test", train_batch_size=4)
     stream, validation = load_images(config)
@@ -402,7 +404,7 @@ def test_a_stream_filters_classes(make, numbered):
 
 
 def test_a_stream_resumes_exactly(make, numbered, monkeypatch):
-    monkeypatch.setattr(data, "SHUFFLE_BUFFER", 16)
+    monkeypatch.setattr("ddpm_hf.data.stream.SHUFFLE_BUFFER", 16)
     config = make(numbered, streaming=True, random_flip=True, train_batch_size=3)
     stream, _ = load_images(config)
     unbroken, states = [], []
@@ -524,7 +526,7 @@ def test_broken_images_are_named(make, tmp_path, broken, option, monkeypatch):
     if option:
         setattr(config, option, {"streaming": True, "dataloader_num_workers": 1, "validation_split": "1"}[option])
     if option == "dataloader_num_workers":
-        monkeypatch.setattr(data, "MEMORY_LIMIT", 0)
+        monkeypatch.setattr("ddpm_hf.data.image_set.MEMORY_LIMIT", 0)
     with pytest.raises(
         UserError, match=r"^image \d+ \(without a name\) cannot be read \(.*\): mend it or take it out\.$"
     ):

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ddpm_hf import UserError
-from ddpm_hf.digit_classifier import (
+from ddpm_hf.evaluation.digit_classifier import (
     SHA256,
     WEIGHTS,
     full_precision,

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from ddpm_hf import UserError
-from ddpm_hf.dinov2 import hub_position_embeddings, load_dinov2, preprocess
-from ddpm_hf.inception import MissingWeights
+from ddpm_hf.evaluation.dinov2 import hub_position_embeddings, load_dinov2, preprocess
+from ddpm_hf.evaluation.inception import MissingWeights
 
 
 def tiny_dinov2(folder, image_size, seed=0):

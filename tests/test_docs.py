@@ -26,10 +26,10 @@ from test_presets import build, parameters
 from torch.distributed.run import get_args_parser as torchrun_parser
 
 from ddpm_hf import __main__ as package
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.presets import PRESETS
-from ddpm_hf.run import open_run
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.config.presets import PRESETS
+from ddpm_hf.config.training_config import TrainingConfig
+from ddpm_hf.training.run import open_run
 
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])

@@ -14,10 +14,12 @@ from PIL import Image
 
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
-from ddpm_hf.drawing import draw_samples, duration, resolve_sampler
-from ddpm_hf.pretrained import load_pretrained
-from ddpm_hf.samples import read_samples
-from ddpm_hf.sampling import image_generators, sample, to_uint8
+from ddpm_hf.models.pretrained import load_pretrained
+from ddpm_hf.pictures import to_uint8
+from ddpm_hf.sampling.generate import duration
+from ddpm_hf.sampling.sample_set import draw_samples, read_samples
+from ddpm_hf.sampling.samplers import image_generators, sample
+from ddpm_hf.sampling.settings import resolve_sampler
 
 
 def files(folder):
@@ -233,7 +235,7 @@ def test_ctrl_c_is_one_sentence_and_what_is_drawn_stays(tiny_run, tmp_path, caps
             raise KeyboardInterrupt
         return sample(*arguments, **options)
 
-    monkeypatch.setattr("ddpm_hf.drawing.sample", interrupted_at_the_third_batch)
+    monkeypatch.setattr("ddpm_hf.sampling.sample_set.sample", interrupted_at_the_third_batch)
     flags = f"sample {tiny_run} --num_images 8 --batch_size 2 --num_inference_steps 2 --output {tmp_path / 'x'}"
     with pytest.raises(SystemExit) as exit:
         main(flags.split())

@@ -11,11 +11,11 @@ from conftest import TINY
 from PIL import Image
 
 from ddpm_hf import UserError
-from ddpm_hf.checkpoints import checkpoints
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.drawing import check_processes
-from ddpm_hf.run import open_run
-from ddpm_hf.training import train
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.processes import check_processes
+from ddpm_hf.run_folder import checkpoints
+from ddpm_hf.training.loop import train
+from ddpm_hf.training.run import open_run
 from train_unconditional import main
 
 

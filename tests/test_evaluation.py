@@ -15,15 +15,18 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.data import load_images
-from ddpm_hf.digit_classifier import load_digit_classifier
-from ddpm_hf.feature_scores import digit_counts
-from ddpm_hf.features import EXTRACTORS, extract, images_at
-from ddpm_hf.metrics import frechet_distance, mean_and_covariance
-from ddpm_hf.records import comparison, eval_results, read_record
-from ddpm_hf.reference import read_reference, reference_of
-from ddpm_hf.samples import read_samples
+from ddpm_hf.config.training_config import TrainingConfig
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.evaluation.compare import comparison
+from ddpm_hf.evaluation.digit_classifier import load_digit_classifier
+from ddpm_hf.evaluation.extractor import EXTRACTORS
+from ddpm_hf.evaluation.features import extract, images_at
+from ddpm_hf.evaluation.metrics import digit_counts
+from ddpm_hf.evaluation.records import read_record
+from ddpm_hf.evaluation.reference import read_reference, reference_of
+from ddpm_hf.evaluation.statistics import frechet_distance, mean_and_covariance
+from ddpm_hf.sampling.sample_set import read_samples
+from ddpm_hf.sharing.card import eval_results
 
 
 SMALL = ["--suite=smoke", "--num_images=40", "--num_inference_steps=3", "--bound_images=12", "--bound_timesteps=5"]
@@ -289,7 +292,7 @@ def test_an_undefined_distance_is_not_a_perfect_one():
 def test_images_that_do_not_fit_in_memory_are_decoded_in_chunks(digits, monkeypatch):
     wanted = images_at(digits[0], range(120))
     monkeypatch.setattr(digits[0], "pixels", None)
-    monkeypatch.setattr("ddpm_hf.features.CHUNK", 50)
+    monkeypatch.setattr("ddpm_hf.evaluation.features.CHUNK", 50)
     assert torch.equal(images_at(digits[0], range(120)), wanted)
 
 

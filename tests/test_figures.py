@@ -9,9 +9,10 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from ddpm_hf import figures
-from ddpm_hf.sampling import image_generators, sample, to_uint8
-from ddpm_hf.scheduler import PaperDDPMScheduler
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.pictures import to_uint8
+from ddpm_hf.sampling.samplers import image_generators, sample
+from ddpm_hf.training import figures
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,12 +13,12 @@ from conftest import TINY, steps
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpm_hf.checkpoints import checkpoints
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.data import load_images
-from ddpm_hf.run import make_accelerator
-from ddpm_hf.training import train
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.config.training_config import TrainingConfig
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.run_folder import checkpoints
+from ddpm_hf.training.loop import train
+from ddpm_hf.training.run import make_accelerator
 
 
 # Flags that change the trajectory: the weights after four steps differ from those of the same run without them.

@@ -11,15 +11,16 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from test_sampling import tiny_unet
 
-from ddpm_hf import UserError, feature_scores
+from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
-from ddpm_hf.classifier import NoisyClassifier
-from ddpm_hf.drawing import label_number
-from ddpm_hf.guidance import ClassifierFree, ClassifierGuided, guide
-from ddpm_hf.pretrained import load_pretrained, names_of
-from ddpm_hf.samples import read_samples
-from ddpm_hf.sampling import image_generators, sample
-from ddpm_hf.scheduler import make_scheduler
+from ddpm_hf.diffusion.scheduler import make_scheduler
+from ddpm_hf.evaluation import metrics
+from ddpm_hf.models.classifier import NoisyClassifier
+from ddpm_hf.models.pretrained import load_pretrained, names_of
+from ddpm_hf.sampling.guidance import ClassifierFree, ClassifierGuided, guide
+from ddpm_hf.sampling.sample_set import read_samples
+from ddpm_hf.sampling.samplers import image_generators, sample
+from ddpm_hf.sampling.settings import label_number
 
 
 class Constant(torch.nn.Module):
@@ -226,8 +227,8 @@ def test_class_accuracy_is_of_the_names_that_were_asked_for(of_train):
     evaluation = SimpleNamespace(asked=["3", "7"], held_out=real, extractors={"digits": None})
     held_out = SimpleNamespace(logits=torch.nn.functional.one_hot(torch.tensor([3, 1, 9, 0]), 10).float())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_scores, "extractor_id", lambda extractor: "it")
-        one = feature_scores.class_accuracy(evaluation, "digits", SimpleNamespace(logits=seen), held_out)
+        patch.setattr(metrics, "extractor_id", lambda extractor: "it")
+        one = metrics.class_accuracy(evaluation, "digits", SimpleNamespace(logits=seen), held_out)
     assert one["value"] == pytest.approx(4 / 6) and one["se"] == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
     assert one["floor"] == (0.5 if of_train[0] == "0" else None)
 

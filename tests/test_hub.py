@@ -14,12 +14,12 @@ from conftest import ROOT, TINY, command
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, Repo
 from test_saving import tiny_unet
 
-from ddpm_hf import hub as ddpm_hub
 from ddpm_hf.__main__ import main
-from ddpm_hf.card import write_card
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.saving import save_pipeline
-from ddpm_hf.scheduler import PaperDDPMScheduler
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.models.saving import save_pipeline
+from ddpm_hf.sharing import hub as ddpm_hub
+from ddpm_hf.sharing.card import write_card
 
 
 OTHER_TOKEN = "hf_ThisOneIsKnownToNobodyAtAll000000003"
@@ -76,7 +76,7 @@ def test_a_private_run_is_pushed_and_loads_from_the_hub(hub, tmp_path, run):
         f"""
 from pathlib import Path
 from diffusers import DDPMPipeline
-from ddpm_hf.hub import create_repository, finish_push, push
+from ddpm_hf.sharing.hub import create_repository, finish_push, push
 
 repo_id = create_repository("digits-run", private=True)
 print(repo_id, create_repository("digits-run", private=True) == repo_id)
@@ -127,7 +127,8 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(hub, tmp_path, run):
         f"""
 import json
 from pathlib import Path
-from ddpm_hf import UserError, hub
+from ddpm_hf import UserError
+from ddpm_hf.sharing import hub
 
 def attempt(case, *arguments):
     try:
@@ -191,9 +192,9 @@ def test_training_goes_on_when_pushes_fail(hub, tmp_path):
         hub.fail[f"/me/{name}/commit"] = [failure]
     script = f"""
 from accelerate.state import AcceleratorState, GradientState
-from ddpm_hf import hub
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.training import train
+from ddpm_hf.sharing import hub
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.training.loop import train
 
 hub.WAITS = (0.1, 0.1, 0.1)
 flags = {TINY} + ["--num_epochs=3", "--max_train_steps=6", "--validation_split=1773", "--push_to_hub"]
@@ -288,8 +289,8 @@ def test_a_run_is_fed_from_a_dataset_on_the_hub(hub, tmp_path, image_folder):
     rows.to_parquet(tmp_path / "mnist" / "mnist" / "train-00000-of-00001.parquet")
     hub.add_folder("datasets/user/mnist", tmp_path / "mnist")
     script = f"""
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.training import train
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.training.loop import train
 
 flags = {TINY} + ["--dataset_name=user/mnist", "--resolution=16", "--max_train_steps=3", "--train_batch_size=4"]
 train(parse_config([*flags, "--output_dir={tmp_path}/run", "--push_to_hub"]))

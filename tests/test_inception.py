@@ -10,7 +10,7 @@ import torch
 from inception_golden import GOLDEN, SIZES, seeded_image, seeded_weights, thinned
 
 from ddpm_hf import UserError
-from ddpm_hf.inception import PIPELINES, InceptionV3, MissingWeights, load_inception, preprocess
+from ddpm_hf.evaluation.inception import PIPELINES, InceptionV3, MissingWeights, load_inception, preprocess
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def resized_by_hand(row):
 
 
 def test_tf1_resizes_as_by_hand(monkeypatch):
-    monkeypatch.setattr("ddpm_hf.inception.IMAGE_SIZE", 4)
+    monkeypatch.setattr("ddpm_hf.evaluation.inception.IMAGE_SIZE", 4)
     image = torch.tensor([[[[0, 128], [64, 255]]]], dtype=torch.uint8)
     rows = torch.stack([resized_by_hand([0.0, 128.0]), resized_by_hand([64.0, 255.0])])
     wanted = torch.stack([resized_by_hand(column) for column in rows.T], dim=1)
@@ -156,14 +156,14 @@ def test_without_a_network_the_weights_are_missing_unless_cached(weights, tmp_pa
     with pytest.raises(MissingWeights, match=r"pt_inception-2015-12-05-6726825d.pth .* --inception FILE"):
         load_inception()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("ddpm_hf.inception.URL", (tmp_path / "nowhere" / "pt_inception.pth").as_uri())
+    monkeypatch.setattr("ddpm_hf.evaluation.inception.URL", (tmp_path / "nowhere" / "pt_inception.pth").as_uri())
     with pytest.raises(MissingWeights, match="No such file"):
         load_inception()
     # What answers under the address but has other content, such as the page of a proxy, is not kept.
-    monkeypatch.setattr("ddpm_hf.inception.URL", weights.as_uri())
+    monkeypatch.setattr("ddpm_hf.evaluation.inception.URL", weights.as_uri())
     with pytest.raises(MissingWeights, match="hash"):
         load_inception()
-    monkeypatch.setattr("ddpm_hf.inception.SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
+    monkeypatch.setattr("ddpm_hf.evaluation.inception.SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
     assert load_inception().sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (tmp_path / "hub" / "checkpoints" / "weights.pth").is_file()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

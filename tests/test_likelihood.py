@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf import UserError
-from ddpm_hf.likelihood import (
+from ddpm_hf.diffusion.likelihood import (
     bits_per_dim,
     bound_terms,
     discretized_log_likelihood,
@@ -19,8 +19,8 @@ from ddpm_hf.likelihood import (
     summarise,
     variational_term,
 )
+from ddpm_hf.diffusion.scheduler import make_scheduler
 from ddpm_hf.randomness import keyed_generator
-from ddpm_hf.scheduler import make_scheduler
 
 
 VARIANCES = ["fixed_small", "fixed_large", "learned_range"]

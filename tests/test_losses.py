@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import steps
 
-from ddpm_hf.losses import (
+from ddpm_hf.diffusion.losses import (
     accuracy,
     by_band,
     classification_loss,
@@ -15,8 +15,8 @@ from ddpm_hf.losses import (
     min_snr_weights,
     told_labels,
 )
-from ddpm_hf.scheduler import PaperDDPMScheduler, make_scheduler
-from ddpm_hf.timestep_sampling import draw_timesteps, new_history, remember, timestep_probabilities
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler, make_scheduler
+from ddpm_hf.diffusion.timestep_sampling import draw_timesteps, new_history, remember, timestep_probabilities
 
 
 class Answer(torch.nn.Module):
@@ -134,7 +134,7 @@ def test_accumulation_does_not_change_which_timesteps_are_drawn(monkeypatch, tmp
         remember(history, ordinals, timesteps, losses)
 
     drawn, histories = [], []
-    monkeypatch.setattr("ddpm_hf.training.remember", record)
+    monkeypatch.setattr("ddpm_hf.training.loop.remember", record)
     for batch, accumulation in ((8, 1), (4, 2)):
         drawn.append([])
         flags = [f"--train_batch_size={batch}", f"--gradient_accumulation_steps={accumulation}"]
@@ -152,7 +152,7 @@ def test_an_image_of_no_weight_teaches_nothing_and_counts_for_nothing(monkeypatc
     def weightless(history, ordinals, seed):
         return torch.arange(len(ordinals)), torch.zeros(len(ordinals))
 
-    monkeypatch.setattr("ddpm_hf.training.draw_timesteps", weightless)
+    monkeypatch.setattr("ddpm_hf.training.loop.draw_timesteps", weightless)
     flags = ["--timestep_sampling=loss_second_moment", "--adam_weight_decay=0", "--output_dir", tmp_path]
     before, after = steps(0, *flags)[0], steps(2, *flags)
     for one, other in zip(before.network.parameters(), after[0].network.parameters(), strict=True):

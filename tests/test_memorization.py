@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_hf import UserError, memorization
-from ddpm_hf.memorization import memorization_report, pairs_sheet
+from ddpm_hf import UserError
+from ddpm_hf.evaluation import memorization
+from ddpm_hf.evaluation.memorization import memorization_report, pairs_sheet
 
 
 def images(count, seed, side=4, channels=1):

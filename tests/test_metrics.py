@@ -10,8 +10,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 
-from ddpm_hf import UserError, metrics
-from ddpm_hf.metrics import (
+from ddpm_hf import UserError
+from ddpm_hf.evaluation import statistics as metrics
+from ddpm_hf.evaluation.statistics import (
     class_report,
     frechet_at_infinity,
     frechet_distance,

@@ -8,8 +8,9 @@ from conftest import reset_accelerate, steps
 from diffusers.training_utils import EMAModel
 
 from ddpm_hf import UserError
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.model import build_unet, ema_decay, make_ema, unet_channels
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.models.build import build_unet, unet_channels
+from ddpm_hf.models.ema import ema_decay, make_ema
 
 
 TINY = ["--dataset_name=digits", "--resolution=8", "--base_channels=8", "--channel_mults=1,2", "--layers_per_block=1"]
@@ -107,7 +108,7 @@ def test_xformers_acts_or_is_refused():
 
 @pytest.mark.parametrize("has", [True, False])
 def test_auto_precision_is_bf16_where_the_processor_has_it(tmp_path, monkeypatch, has):
-    monkeypatch.setattr("ddpm_hf.run.has_bfloat16", lambda device: has)
+    monkeypatch.setattr("ddpm_hf.training.run.has_bfloat16", lambda device: has)
     run, _ = steps(2, f"--output_dir={tmp_path}", "--mixed_precision=auto")
     assert run.config.mixed_precision == ("bf16" if has else "no")
     assert f"mixed precision {run.config.mixed_precision}" in run.facts["summary"]

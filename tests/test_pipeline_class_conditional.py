@@ -13,9 +13,9 @@ import torch
 from conftest import ROOT
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, HeunDiscreteScheduler, UNet2DModel
 
-from ddpm_hf.guidance import ClassifierFree
-from ddpm_hf.sampling import image_generators, sample
-from ddpm_hf.scheduler import PaperDDPMScheduler
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.sampling.guidance import ClassifierFree
+from ddpm_hf.sampling.samplers import image_generators, sample
 
 
 CODE = str(ROOT / "pipelines/class_conditional.py")

@@ -22,9 +22,9 @@ from diffusers import (
 )
 from diffusers.configuration_utils import register_to_config
 
-from ddpm_hf import sampling
-from ddpm_hf.classifier import NoisyClassifier
-from ddpm_hf.scheduler import PaperDDPMScheduler
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.models.classifier import NoisyClassifier
+from ddpm_hf.sampling import samplers as sampling
 
 
 CODE = str(ROOT / "pipelines/classifier_guided.py")

@@ -13,8 +13,8 @@ from conftest import ROOT
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 
-from ddpm_hf.sampling import image_generators, sample
-from ddpm_hf.scheduler import PaperDDPMScheduler
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.sampling.samplers import image_generators, sample
 
 
 CODE = str(ROOT / "pipelines/reconstruction.py")

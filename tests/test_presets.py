@@ -5,10 +5,10 @@ import torch
 from diffusers import UNet2DModel
 
 from ddpm_hf import UserError
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.model import unet_kwargs
-from ddpm_hf.presets import PRESETS
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.config.presets import PRESETS
+from ddpm_hf.config.training_config import TrainingConfig
+from ddpm_hf.models.build import unet_kwargs
 
 
 def build(*argv, channels=3):

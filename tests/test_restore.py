@@ -9,8 +9,9 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf.__main__ import main
-from ddpm_hf.saving import pipeline_file, save_pipeline
-from ddpm_hf.scheduler import PaperDDPMScheduler
+from ddpm_hf.community_pipelines import pipeline_file
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.models.saving import save_pipeline
 
 
 FEW = ["--num_inference_steps=2", "--num_samples=1"]

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT, TINY
 
-from ddpm_hf.checkpoints import checkpoints
+from ddpm_hf.run_folder import checkpoints
 
 
 # 24 steps of 2 x 8 images from a set of 197: an epoch ends within the run.

@@ -9,12 +9,12 @@ from diffusers import DDPMPipeline
 
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.records import read_record
-from ddpm_hf.run import open_run
-from ddpm_hf.run_scores import DTYPES
-from ddpm_hf.training import train
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.config.training_config import TrainingConfig
+from ddpm_hf.evaluation.records import read_record
+from ddpm_hf.training.loop import train
+from ddpm_hf.training.run import open_run
+from ddpm_hf.training.scoring import DTYPES
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,10 @@ from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
 from torch import nn
 
 from ddpm_hf import UserError
-from ddpm_hf.sampling import image_generators, sample, sample_images, to_pil, to_uint8
-from ddpm_hf.scheduler import make_scheduler
+from ddpm_hf.diffusion.scheduler import make_scheduler
+from ddpm_hf.pictures import to_pil, to_uint8
+from ddpm_hf.sampling.generate import sample_images
+from ddpm_hf.sampling.samplers import image_generators, sample
 
 
 def tiny_unet(in_channels=1, out_channels=1, **config):

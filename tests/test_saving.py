@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
-from ddpm_hf import saving
-from ddpm_hf.pretrained import load_pretrained
-from ddpm_hf.saving import save_pipeline, shipped
-from ddpm_hf.scheduler import PaperDDPMScheduler
+from ddpm_hf.community_pipelines import shipped
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.models import saving
+from ddpm_hf.models.pretrained import load_pretrained
+from ddpm_hf.models.saving import save_pipeline
 
 
 @pytest.fixture(scope="module")

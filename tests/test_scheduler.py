@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 
 from ddpm_hf import UserError
-from ddpm_hf.scheduler import BETA_SCHEDULES, PaperDDPMScheduler, make_scheduler
+from ddpm_hf.diffusion.scheduler import BETA_SCHEDULES, PaperDDPMScheduler, make_scheduler
 
 
 STOCK_KEYS = set(inspect.signature(DDPMScheduler.__init__).parameters) - {"self"}

@@ -12,13 +12,13 @@ from diffusers import DDPMPipeline
 from PIL import Image
 
 from ddpm_hf.__main__ import main as command
-from ddpm_hf.command_line import parse_config
-from ddpm_hf.config import TrainingConfig
-from ddpm_hf.model import ema_decay
-from ddpm_hf.record import git_commit
-from ddpm_hf.sampling import image_generators, sample
-from ddpm_hf.scheduler import PaperDDPMScheduler
-from ddpm_hf.training import train
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.config.training_config import TrainingConfig
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.models.ema import ema_decay
+from ddpm_hf.provenance import git_commit
+from ddpm_hf.sampling.samplers import image_generators, sample
+from ddpm_hf.training.loop import train
 
 
 FLAGS = [

@@ -1,0 +1,42 @@
+"""Images by index, decoded once or whenever they are asked for."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from .decode import decode_all, read_batch, scale, undecoded
+
+
+MEMORY_LIMIT = 2 * 2**30  # bytes of pixels; larger sets are decoded anew whenever an image is needed
+
+
+class ImageSet:
+    """Images by index: decoded once into `pixels` (N,C,H,W), or, where that is None, whenever they are asked for."""
+
+    def __init__(self, rows, classes, read, config):
+        self.rows, self.read, self.num_images, self.class_names = rows, read, len(rows), list(classes.values()) or None
+        self.channels, self.resolution = read.keywords["channels"], config.resolution
+        label_of = {value: label for label, value in enumerate(classes)}
+        self.labels = torch.tensor([label_of.get(value, -1) for value in rows["label"][:]]) if classes else None
+        shape = (len(rows), self.channels, self.resolution, self.resolution)
+        dtype = np.dtype(np.float32 if config.preserve_input_precision else np.uint8)
+        fits = np.prod(shape) * dtype.itemsize <= MEMORY_LIMIT
+        self.pixels = decode_all(rows, read, config.center_crop, np.empty(shape, dtype)) if fits else None
+        self.random_crop = self.pixels is None and not config.center_crop
+        identity = repr((rows._fingerprint, read.keywords, self.random_crop)).encode()
+        identity = identity if self.pixels is None else self.pixels.numpy()
+        self.fingerprint = hashlib.sha256(identity).hexdigest()[:16]
+
+    def __len__(self):
+        return self.num_images
+
+    def get(self, indices, generators=None, mirrored=None):
+        """Return (B,C,H,W) float32 in [-1, 1], cropped as each generator says, or centrally; mirrored as told."""
+        if self.pixels is None:
+            return read_batch(undecoded(self.rows, indices), self.read, generators, mirrored)
+        images = self.pixels.index_select(0, torch.as_tensor(indices))  # much faster than pixels[indices]
+        if mirrored is not None:
+            which = mirrored.nonzero()[:, 0]
+            images[which] = images.index_select(0, which).flip(-1)
+        return scale(images)

@@ -1,0 +1,299 @@
+"""The noise schedule: the papers' betas, q(x_t|x_0), q(x_t'|x_t,x_0) and the subsequences that sampling walks.
+
+`PaperDDPMScheduler` is diffusers' DDPMScheduler with methods added; its config and its betas are stock, so whatever it
+is turned into (DDPMScheduler, DDIMScheduler, a folder) has the same betas. Publish `scheduler.stock()`.
+A trap of names: diffusers' "linear" keeps beta in [1e-4, 0.02] whatever T is, so at T=100 a third of the signal
+survives the last step; "ho_linear" scales both ends by 1000/T.
+
+Timesteps count from 0, as in diffusers: t here is t+1 in the papers, and t = -1 is the clean image.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
+from numbers import Integral
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from ..errors import UserError
+
+
+BETA_SCHEDULES = ("ho_linear", "nichol_cosine", "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
+Timesteps = Tensor | int  # a LongTensor of shape (B,), or one timestep for all
+
+
+class PaperDDPMScheduler(DDPMScheduler):
+    """DDPMScheduler plus float64 tables, posteriors and subsequences.
+
+    It has no `__init__` of its own: the stock signature stays the config schema, so a stock folder loads as ours.
+    Coefficients are computed in float64 and cast once, to the dtype of the images but never below float32, because in
+    bfloat16 1 - abar_t is 0 for the first ten timesteps.
+    """
+
+    @classmethod
+    def ho_linear(cls, num_train_timesteps: int = 1000, **config) -> "PaperDDPMScheduler":
+        """Betas linear from 1e-4 to 0.02 (Ho et al. 2020, section 4), times 1000/T (Nichol & Dhariwal's code).
+
+        `config` holds further arguments of DDPMScheduler, e.g. `prediction_type`. T < 21 is a UserError.
+        """
+        if num_train_timesteps < 21:
+            given = f"ho_linear with num_train_timesteps={num_train_timesteps}"
+            raise UserError(f"{given} has beta_end = 20/T >= 1; take at least 21 timesteps, or nichol_cosine.")
+        scale = 1000 / num_train_timesteps
+        ends = {"beta_start": 1e-4 * scale, "beta_end": 0.02 * scale}
+        return cls(num_train_timesteps=num_train_timesteps, beta_schedule="linear", **ends, **config)
+
+    @classmethod
+    def nichol_cosine(cls, num_train_timesteps: int = 1000, **config) -> "PaperDDPMScheduler":
+        """The cosine schedule: s = 0.008, betas of at most 0.999 (Nichol & Dhariwal 2021, eq. 17).
+
+        `config` holds further arguments of DDPMScheduler. T < 1 is a UserError.
+        """
+        _check_num_timesteps(num_train_timesteps)
+        return cls(num_train_timesteps=num_train_timesteps, beta_schedule="squaredcos_cap_v2", **config)
+
+    def stock(self) -> DDPMScheduler:
+        """The same scheduler as diffusers' own class, with equal betas: what is saved and published."""
+        # from_config would drop what _use_default_values lists, and that includes arguments given by position.
+        return DDPMScheduler.from_config({k: v for k, v in self.config.items() if k != "_use_default_values"})
+
+    def in_stock_precision(self) -> "PaperDDPMScheduler":
+        """A copy that computes from diffusers' own float32 table, for steps that equal those of stock pipelines.
+
+        Near t = 0 stock loses three digits of 1 - abar_t/abar_t', 1e-4 of an image after 1000 steps: float64 is truer,
+        but an image that anyone can redraw is worth more.
+        """
+        twin = copy.copy(self)
+        twin.alphas_cumprod64 = self.alphas_cumprod
+        return twin
+
+    @cached_property
+    def betas64(self) -> Tensor:
+        """Betas in float64, shape (T,), from the config's formula, or the stock float32 ones for other schedules."""
+        config, T = self.config, self.config.num_train_timesteps
+        formula = None if config.trained_betas is not None or config.rescale_betas_zero_snr else config.beta_schedule
+        if formula == "linear":
+            return torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64)
+        if formula == "scaled_linear":
+            return torch.linspace(config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64) ** 2
+        if formula == "squaredcos_cap_v2":
+            t = torch.arange(T + 1, dtype=torch.float64) / T
+            alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+            return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+        return self.betas.to("cpu", torch.float64)
+
+    @cached_property
+    def alphas_cumprod64(self) -> Tensor:
+        """abar_t = prod_{s <= t} (1 - beta_s) in float64, shape (T,)."""
+        return torch.cumprod(1 - self.betas64, dim=0)
+
+    def alphas_cumprod_at(self, timesteps: Timesteps) -> Tensor:
+        """abar_t in float64, in the shape and on the device of `timesteps`; 1 at t = -1."""
+        timesteps = torch.as_tensor(timesteps)
+        if timesteps.device.type == "mps":  # has no float64
+            timesteps = timesteps.cpu()
+        table = torch.nn.functional.pad(self.alphas_cumprod64, (1, 0), value=1.0)
+        return table.to(timesteps.device, non_blocking=True)[timesteps + 1]
+
+    def snr(self, timesteps: Timesteps) -> Tensor:
+        """Signal-to-noise ratio abar_t / (1 - abar_t) (Kingma et al. 2021), float32 in the shape of `timesteps`."""
+        alpha_bar = self.alphas_cumprod_at(timesteps)
+        return (alpha_bar / (1 - alpha_bar)).float()
+
+    def q_sample(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
+        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4), in at least float32."""
+        signal, sigma = self._signal_and_sigma(timesteps, original_samples)
+        return signal * original_samples + sigma * noise
+
+    def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
+        """What the model learns, by `prediction_type`: eps, x_0 or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0.
+
+        v is from https://huggingface.co/papers/2202.00512, appendix D.
+        """
+        if self._prediction_type == "epsilon":
+            return noise
+        if self._prediction_type == "sample":
+            return original_samples
+        signal, sigma = self._signal_and_sigma(timesteps, original_samples)
+        return signal * noise - sigma * original_samples
+
+    def predict_original_sample(self, model_output: Tensor, sample: Tensor, timesteps: Timesteps) -> Tensor:
+        """x_0 as the model's eps, x_0 or v implies it at x_t = `sample` (Ho et al. 2020, eq. 15); not clipped."""
+        signal, sigma = self._signal_and_sigma(timesteps, sample)
+        if self._prediction_type == "epsilon":
+            return (sample - sigma * model_output) / signal
+        if self._prediction_type == "sample":
+            return model_output
+        return signal * sample - sigma * model_output
+
+    def predict_epsilon(self, model_output: Tensor, sample: Tensor, timesteps: Timesteps) -> Tensor:
+        """The noise as the model's eps, x_0 or v implies it at x_t = `sample`."""
+        signal, sigma = self._signal_and_sigma(timesteps, sample)
+        if self._prediction_type == "epsilon":
+            return model_output
+        if self._prediction_type == "sample":
+            return (sample - signal * model_output) / sigma
+        return signal * model_output + sigma * sample
+
+    def posterior_coefficients(
+        self, timesteps: Timesteps, prev_timesteps: Timesteps | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """c_0, c_t and beta~ of q(x_t' | x_t, x_0) = N(c_0 x_0 + c_t x_t, beta~) (Ho et al. 2020, eq. 6 and 7).
+
+        t' is `prev_timesteps`, by default t - 1; for an earlier one alpha_t stands for abar_t / abar_t', as in a
+        respaced chain (Nichol & Dhariwal 2021, section 4). Float64, in the shape and on the device of `timesteps`.
+        """
+        alpha_bar = self.alphas_cumprod_at(timesteps)
+        alpha_bar_prev = self.alphas_cumprod_at(timesteps - 1 if prev_timesteps is None else prev_timesteps)
+        alpha = alpha_bar / alpha_bar_prev
+        beta = 1 - alpha
+        coefficient_0 = alpha_bar_prev.sqrt() * beta / (1 - alpha_bar)
+        coefficient_t = alpha.sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        return coefficient_0, coefficient_t, (1 - alpha_bar_prev) / (1 - alpha_bar) * beta
+
+    def q_posterior(
+        self, original_samples: Tensor, sample: Tensor, timesteps: Timesteps, prev_timesteps: Timesteps | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance of q(x_t' | x_t = `sample`, x_0), t' as in `posterior_coefficients`.
+
+        The mean has the shape of `sample`, the other two are (B, 1, 1, 1), or (1, 1, 1, 1) for an int. At t' = -1 the
+        variance is 0, and its clipped log is that of step 1, as in Nichol & Dhariwal's code.
+        """
+        coefficient_0, coefficient_t, variance = self.posterior_coefficients(timesteps, prev_timesteps)
+        mean = _like(coefficient_0, sample) * original_samples + _like(coefficient_t, sample) * sample
+        log_variance = self.reverse_log_variance(sample, timesteps, prev_timesteps, "fixed_small")
+        return mean, _like(variance, sample), log_variance
+
+    def reverse_log_variance(
+        self,
+        sample: Tensor,
+        timesteps: Timesteps,
+        prev_timesteps: Timesteps | None,
+        variance_type: str,
+        predicted_variance: Tensor | None = None,
+    ) -> Tensor:
+        """log sigma^2 of the model's step p(x_t' | x_t), for images like `sample`; finite at t' = -1 too.
+
+        - fixed_small: log beta~, clipped as in `q_posterior`;
+        - fixed_large: log beta, but log beta~ of step 1 at t' = -1 (Ho et al. 2020, section 3.2 and code);
+        - learned_range: between the two by `predicted_variance`, the v in [-1, 1] of the second half of the model's
+          channels (Nichol & Dhariwal 2021, eq. 15); the result has the shape of v.
+        diffusers' fixed_small_log and fixed_large_log mean the same as without _log. Other names are a UserError.
+        """
+        timesteps = torch.as_tensor(timesteps)
+        prev_timesteps = timesteps - 1 if prev_timesteps is None else prev_timesteps
+        prev_timesteps = torch.as_tensor(prev_timesteps, device=timesteps.device)
+        beta = 1 - self.alphas_cumprod_at(timesteps) / self.alphas_cumprod_at(prev_timesteps)
+        is_last, step_1 = prev_timesteps < 0, min(1, len(self) - 1)
+        clipped_steps = timesteps.where(~is_last, step_1), prev_timesteps.where(~is_last, step_1 - 1)
+        beta_tilde = self.posterior_coefficients(*clipped_steps)[2]
+
+        kind = variance_type.removesuffix("_log")
+        if kind == "fixed_small":
+            return _like(beta_tilde.log(), sample)
+        if kind == "fixed_large":
+            return _like(beta_tilde.where(is_last.to(beta.device), beta).log(), sample)
+        if kind != "learned_range":
+            raise UserError(f"variance_type is {variance_type!r}; choose fixed_small, fixed_large or learned_range.")
+        if predicted_variance is None:
+            raise UserError("variance_type learned_range needs a UNet with out_channels twice its in_channels.")
+        fraction = (predicted_variance + 1) / 2
+        return fraction * _like(beta.log(), sample) + (1 - fraction) * _like(beta_tilde.log(), sample)
+
+    def subsequence(
+        self, num_inference_steps: int | None = None, spacing: str | Sequence[int] = "leading"
+    ) -> list[tuple[int, int]]:
+        """The steps (t, t') a sampler takes: t descends, each t' is the next t, and the last t' is -1.
+
+        With S = `num_inference_steps` (None: all T) and k = 0..S-1, `spacing` is
+        - "quad": int(0.8 T k^2 / (S-1)^2), or "uniform": every (T//S)-th, more than S where S does not divide T; as in
+          the DDIM paper's code. quad repeats small t when S is large: (t, t) changes nothing, and samplers skip it;
+        - "leading": k (T//S), diffusers' default; "trailing": round((k+1) T/S) - 1; "linspace": round(k (T-1)/(S-1));
+          as in Table 2 of https://huggingface.co/papers/2305.08891. The config's `steps_offset` is not used;
+        - or the timesteps themselves, strictly rising or falling.
+        trailing begins at T-1, and so does linspace for S > 1; the other three begin lower when S < T.
+        What cannot be a subsequence is a UserError.
+        """
+        T, S = self.config.num_train_timesteps, num_inference_steps
+        if not isinstance(spacing, str):
+            return _pairs(_checked_timesteps(spacing, T, S))
+        S = T if S is None else S
+        if not 1 <= S <= T:
+            raise UserError(f"num_inference_steps is {S}; it must be from 1 to the model's {T} timesteps.")
+        if spacing == "quad":
+            return _pairs(np.linspace(0, np.sqrt(T * 0.8), S) ** 2)
+        if spacing == "uniform":
+            return _pairs(range(0, T, T // S))
+        if spacing == "leading":
+            return _pairs(range(0, S * (T // S), T // S))
+        if spacing == "trailing":
+            # [:S]: for some S (61 at T=1000) round-off makes arange one longer, and diffusers steps at t = -1.
+            return _pairs(np.round(np.arange(T, 0, -T / S)[:S])[::-1] - 1)
+        if spacing == "linspace":
+            return _pairs(np.linspace(0, T - 1, S).round())
+        raise UserError(
+            f"spacing is {spacing!r}; choose quad, uniform, leading, trailing, linspace or list timesteps."
+        )
+
+    @property
+    def _prediction_type(self) -> str:
+        kind = self.config.prediction_type
+        if kind not in ("epsilon", "sample", "v_prediction"):
+            raise UserError(f"prediction_type is {kind!r}; choose epsilon, sample or v_prediction.")
+        return kind
+
+    def _signal_and_sigma(self, timesteps: Timesteps, sample: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self.alphas_cumprod_at(timesteps)
+        return _like(alpha_bar.sqrt(), sample), _like((1 - alpha_bar).sqrt(), sample)
+
+
+def make_scheduler(beta_schedule: str, num_train_timesteps: int = 1000, **config) -> PaperDDPMScheduler:
+    """A scheduler by the name of its betas: ho_linear, nichol_cosine, or a name of diffusers with its meaning there.
+
+    `config` holds further arguments of DDPMScheduler. An unknown name and T < 1 (ho_linear: 21) are a UserError.
+    """
+    if beta_schedule not in BETA_SCHEDULES:
+        raise UserError(f"beta_schedule is {beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}.")
+    if beta_schedule == "ho_linear":
+        return PaperDDPMScheduler.ho_linear(num_train_timesteps, **config)
+    if beta_schedule == "nichol_cosine":
+        return PaperDDPMScheduler.nichol_cosine(num_train_timesteps, **config)
+    _check_num_timesteps(num_train_timesteps)
+    # Said though they are the defaults here: HeunDiscreteScheduler, for one, made from this config, has others.
+    config = {"beta_start": 1e-4, "beta_end": 0.02, **config}
+    return PaperDDPMScheduler(num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule, **config)
+
+
+def _check_num_timesteps(num_train_timesteps: int) -> None:
+    if num_train_timesteps < 1:
+        raise UserError(f"num_train_timesteps is {num_train_timesteps}; a schedule needs at least 1 timestep.")
+
+
+def _checked_timesteps(timesteps: Sequence[int], T: int, num_inference_steps: int | None) -> list[int]:
+    """The timesteps in rising order, if they can be a subsequence."""
+    given, last = list(timesteps), T - 1
+    rising = sorted(given)
+    is_usable = given in (rising, rising[::-1]) and all(isinstance(t, Integral) and 0 <= t <= last for t in rising)
+    if not rising or not is_usable or any(a == b for a, b in pairwise(rising)):
+        raise UserError(f"timesteps are {given}; give whole numbers from 0 to {last}, strictly rising or falling.")
+    if num_inference_steps not in (None, len(given)):
+        raise UserError(
+            f"num_inference_steps is {num_inference_steps} but {len(given)} timesteps are listed; drop one."
+        )
+    return rising
+
+
+def _pairs(rising_timesteps) -> list[tuple[int, int]]:
+    falling = [int(t) for t in rising_timesteps][::-1]
+    return list(zip(falling, [*falling[1:], -1]))
+
+
+def _like(coefficient: Tensor, sample: Tensor) -> Tensor:
+    """A float64 coefficient per image, cast once (never below float32) and shaped to multiply `sample`."""
+    dtype = torch.promote_types(sample.dtype, torch.float32)
+    return coefficient.to(dtype).to(sample.device, non_blocking=True).reshape(-1, *[1] * (sample.ndim - 1))

@@ -1,0 +1,192 @@
+"""The network that models of MNIST are scored by: a small digit classifier whose weights come with the package.
+
+The Frechet distance in its features is the metric `fd_mnist-<first 8 digits of SHA256>`. It is not FID, and values by
+other classifiers, even this one trained from another seed, differ by up to a factor of two: the weights are therefore
+pinned. They were made by, in about two minutes on one core,
+
+    python -m ddpm_hf.evaluation.digit_classifier --dataset_name ylecun/mnist --output digit_classifier.safetensors
+"""
+
+import argparse
+import contextlib
+import hashlib
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..randomness import keyed_generator
+
+
+WEIGHTS = Path(__file__).with_suffix(".safetensors")
+SHA256 = "9ea1c6a65057eaf7d37a7d4706d3be706c1929b6a02af9fc87513e19e2fd9b0d"  # of WEIGHTS
+MAX_SHIFT = 2  # pixels: models draw digits a little off the centre
+
+
+class DigitClassifier(nn.Module):
+    """Two convolutions of 5x5 and two linear layers, 114,314 parameters; the features are what the last layer reads.
+
+    GELU, not ReLU: a unit that is never on would make the features' covariance singular.
+    """
+
+    name, pipeline, num_features = "digits", "28px", 64
+    sha256 = None  # of the file that the weights were read from
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            *(nn.Conv2d(1, 16, 5, padding=2), nn.GELU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 5, padding=2), nn.GELU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(32 * 7 * 7, self.num_features), nn.GELU()),
+        )
+        self.head = nn.Linear(self.num_features, 10)
+
+    def train(self, mode: bool = True) -> "DigitClassifier":
+        """Stay in eval mode: as a part of a metric or a model it is told to train, and must not."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features (B, 64) and logits (B, 10), float32, of uint8 images (B, 1, 28, 28) or (B, 1, 32, 32).
+
+        32x32 images are MNIST's 28x28 with a border of 2, which is cut off. Others are a UserError.
+        """
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) not in [(1, 28, 28), (1, 32, 32)]:
+            given = f"{str(images.dtype).removeprefix('torch.')} images of {'x'.join(map(str, images.shape[1:]))}"
+            raise UserError(
+                f"the digit classifier (fd_mnist) was given {given}: it takes uint8 images of 1x28x28, or of 1x32x32 "
+                "with a border; leave it out for others."
+            )
+        border = (images.shape[-1] - 28) // 2
+        with full_precision(images.device):
+            features = self.body(scale(images[..., border : border + 28, border : border + 28]))
+            return features, self.head(features)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device):
+    """Compute in true float32: no autocast, no TF32, which move a Frechet distance; all is restored at the end."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
+def scale(images: Tensor) -> Tensor:
+    """uint8 to float32 with mean 0 and standard deviation 1 over the pixels of MNIST's training images."""
+    return (images.float() / 255 - 0.1307) / 0.3081
+
+
+def load_digit_classifier(weights: str | Path | None = None) -> DigitClassifier:
+    """Return the classifier in eval mode on the CPU, with the package's weights or those of a safetensors file.
+
+    Its `sha256` is the file's. A file that does not hold such weights is a UserError.
+    """
+    path = Path(weights or WEIGHTS)
+    with torch.device("meta"):
+        classifier = DigitClassifier()
+    try:
+        content = path.read_bytes()
+        classifier.load_state_dict(safetensors.torch.load(content), assign=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} does not hold the digit classifier's weights ({reason}): give none, for the package's."
+        ) from error
+    classifier.sha256 = hashlib.sha256(content).hexdigest()
+    return classifier.requires_grad_(False).eval()
+
+
+def train_digit_classifier(
+    images: Tensor, labels: Tensor, *, num_epochs: int = 4, batch_size: int = 128, seed: int = 0, progress: bool = True
+) -> DigitClassifier:
+    """Train on uint8 images (N, 1, 28, 28) with labels (N,) in 0..9, shifted at random by up to 2 pixels.
+
+    AdamW with a one-cycle learning rate (Smith & Topin 2018, https://huggingface.co/papers/1708.07120) and label
+    smoothing 0.05 (Szegedy et al. 2016). On one thread, the same seed gives the same bits.
+    """
+    with torch.device("meta"):
+        classifier = DigitClassifier()
+    classifier.to_empty(device="cpu")
+    for name, parameter in classifier.named_parameters():
+        if name.endswith("weight"):
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=keyed_generator(seed, "init", name))
+        else:
+            nn.init.zeros_(parameter)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.01)
+    num_steps = num_epochs * -(-len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=num_steps)
+    bar = tqdm(total=num_steps, unit="step", disable=not progress)
+    for epoch in range(num_epochs):
+        generator = keyed_generator(seed, "epoch", epoch)
+        for rows in torch.randperm(len(images), generator=generator).split(batch_size):
+            features = classifier.body(scale(shifted(images[rows], generator)))
+            loss = F.cross_entropy(classifier.head(features), labels[rows], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+    bar.close()
+    return classifier.requires_grad_(False).eval()
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Move each image (B, 1, H, W) by -2 to 2 pixels along both axes, black coming in at the edges."""
+    height, width = images.shape[-2:]
+    windows = F.pad(images, [MAX_SHIFT] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 1, 5, 5, H, W)
+    dy, dx = torch.randint(2 * MAX_SHIFT + 1, (2, len(images)), generator=generator)
+    return windows[torch.arange(len(images)), :, dy, dx]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m ddpm_hf.evaluation.digit_classifier", description="Train the classifier."
+    )
+    parser.add_argument("--dataset_name", required=True, help="MNIST: a folder in the Hub's layout, or a Hub id")
+    parser.add_argument("--output", required=True, type=Path, help="safetensors file for the weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
+    parser.add_argument("--num_epochs", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    try:
+        _train_command(arguments)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _train_command(arguments):
+    from ..config.training_config import TrainingConfig
+    from ..data.dataset import load_images
+
+    if arguments.output.exists() and not arguments.overwrite:
+        raise UserError(f"{arguments.output} exists: give another --output, or --overwrite.")
+    config = TrainingConfig(dataset_name=arguments.dataset_name, resolution=28, validation_split="test")
+    train, test = load_images(config, channels=1)
+    if len(train.class_names or []) != 10:
+        raise UserError(f"{arguments.dataset_name} does not have ten classes: give MNIST.")
+    torch.set_num_threads(1)  # else the bits depend on the machine's cores
+    classifier = train_digit_classifier(
+        train.pixels, train.labels, num_epochs=arguments.num_epochs, seed=arguments.seed
+    )
+    safetensors.torch.save_file(classifier.state_dict(), arguments.output)
+    classifier = load_digit_classifier(arguments.output)
+    guesses = torch.cat([classifier(images)[1].argmax(dim=1) for images in test.pixels.split(1000)])
+    accuracy = (guesses == test.labels).double().mean()
+    print(f"accuracy on {len(test)} test images: {accuracy:.2%}, sha256 of {arguments.output}: {classifier.sha256}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""The InceptionV3 of the Frechet Inception Distance: the graph that TensorFlow published on 2015-12-05.
+
+It differs from the InceptionV3 of torchvision: average pooling leaves the padding out of its mean, the pool branch of
+the last block takes the maximum, and there are 1008 logits. The names of the weights are those of the file that
+pytorch-fid and torch-fidelity share, so that one file serves all three.
+"""
+
+import hashlib
+import http.client
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from huggingface_hub import constants
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .digit_classifier import full_precision
+
+
+# How images become the network's input; no two of them give the same distance.
+# tf1: TTUR, EDM, StyleGAN, torch-fidelity, torchmetrics with antialias=False. antialias: torchmetrics since 1.8.
+# pytorch: pytorch-fid.
+PIPELINES = ("tf1", "antialias", "pytorch")
+IMAGE_SIZE = 299
+URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the file at URL
+# A convolution is (channels, kernel height, kernel width), with a fourth number for a stride other than 1. A branch is
+# a list of them, one after another; convolutions that are themselves in a list share their input, side by side.
+STEM = {
+    "Conv2d_1a_3x3": (32, 3, 3, 2),
+    "Conv2d_2a_3x3": (32, 3, 3),
+    "Conv2d_2b_3x3": (64, 3, 3),
+    "Conv2d_3b_1x1": (80, 1, 1),
+    "Conv2d_4a_3x3": (192, 3, 3),
+}
+PADDED_IN_STEM = ("Conv2d_2b_3x3",)
+POOLED_IN_STEM = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")
+
+
+def _block_35x35(pool_channels: int) -> dict:
+    return {
+        "branch1x1": [(64, 1, 1)],
+        "branch5x5": [(48, 1, 1), (64, 5, 5)],
+        "branch3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3)],
+        "branch_pool": [(pool_channels, 1, 1)],
+    }
+
+
+def _block_17x17(width: int) -> dict:
+    return {
+        "branch1x1": [(192, 1, 1)],
+        "branch7x7": [(width, 1, 1), (width, 1, 7), (192, 7, 1)],
+        "branch7x7dbl": [(width, 1, 1), (width, 7, 1), (width, 1, 7), (width, 7, 1), (192, 1, 7)],
+        "branch_pool": [(192, 1, 1)],
+    }
+
+
+BLOCK_TO_17x17 = {
+    "branch3x3": [(384, 3, 3, 2)],
+    "branch3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3, 2)],
+    "branch_pool": [],
+}
+BLOCK_TO_8x8 = {
+    "branch3x3": [(192, 1, 1), (320, 3, 3, 2)],
+    "branch7x7x3": [(192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3, 2)],
+    "branch_pool": [],
+}
+BLOCK_8x8 = {
+    "branch1x1": [(320, 1, 1)],
+    "branch3x3": [(384, 1, 1), [(384, 1, 3), (384, 3, 1)]],
+    "branch3x3dbl": [(448, 1, 1), (384, 3, 3), [(384, 1, 3), (384, 3, 1)]],
+    "branch_pool": [(192, 1, 1)],
+}
+BLOCKS = {
+    "Mixed_5b": _block_35x35(32),
+    "Mixed_5c": _block_35x35(64),
+    "Mixed_5d": _block_35x35(64),
+    "Mixed_6a": BLOCK_TO_17x17,
+    "Mixed_6b": _block_17x17(128),
+    "Mixed_6c": _block_17x17(160),
+    "Mixed_6d": _block_17x17(160),
+    "Mixed_6e": _block_17x17(192),
+    "Mixed_7a": BLOCK_TO_8x8,
+    "Mixed_7b": BLOCK_8x8,
+    "Mixed_7c": BLOCK_8x8,
+}
+
+
+class MissingWeights(UserError):
+    """Weights that could not be had; the metric is skipped."""
+
+
+class InceptionV3(nn.Module):
+    """Szegedy et al. 2015 (https://arxiv.org/abs/1512.00567) as FID uses it, with random weights until loaded."""
+
+    def __init__(self):
+        super().__init__()
+        channels = 3
+        for name, convolution in STEM.items():
+            self.add_module(name, _convolution(channels, *convolution, padded=name in PADDED_IN_STEM))
+            channels = convolution[0]
+        for name, branches in BLOCKS.items():
+            block = _Block(channels, branches, average=name != "Mixed_7c")
+            self.add_module(name, block)
+            channels = block.channels
+        self.fc = nn.Linear(channels, 1008)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features (B, 2048) of the last pooling and the logits (B, 1008) of `preprocess`ed images.
+
+        The logits are without the bias, for that is how the code of Salimans et al. 2016 computes the Inception Score.
+        """
+        for name in STEM:
+            x = self.get_submodule(name)(x)
+            if name in POOLED_IN_STEM:
+                x = F.max_pool2d(x, 3, stride=2)
+        for name in BLOCKS:
+            x = self.get_submodule(name)(x)
+        features = x.mean(dim=(2, 3))
+        return features, features @ self.fc.weight.T
+
+
+class _Block(nn.Module):
+    """Branches side by side, whose outputs are concatenated; the last one begins with a 3x3 pooling.
+
+    A pool branch without convolutions halves the resolution, by its maximum.
+    """
+
+    def __init__(self, in_channels: int, branches: dict, average: bool):
+        super().__init__()
+        self.branches, self.average, self.channels = branches, average, 0
+        for branch, stages in branches.items():
+            channels = in_channels
+            for names, convolutions in _named(branch, stages):
+                for name, convolution in zip(names, convolutions):
+                    self.add_module(name, _convolution(channels, *convolution))
+                channels = sum(convolution[0] for convolution in convolutions)
+            self.channels += channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for branch, stages in self.branches.items():
+            y = self._pool(x, halve=not stages) if branch == "branch_pool" else x
+            for names, _ in _named(branch, stages):
+                y = torch.cat([self.get_submodule(name)(y) for name in names], dim=1)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1)
+
+    def _pool(self, x: Tensor, halve: bool) -> Tensor:
+        if halve:
+            return F.max_pool2d(x, 3, stride=2)
+        if self.average:
+            return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+        return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def _named(branch: str, stages: list) -> Iterator[tuple[list[str], list[tuple]]]:
+    """Yield the names and the convolutions of each stage: branch_1, branch_2a with branch_2b; or branch alone."""
+    for number, stage in enumerate(stages, 1):
+        name = branch if len(stages) == 1 else f"{branch}_{number}"
+        yield ([f"{name}a", f"{name}b"], stage) if isinstance(stage, list) else ([name], [stage])
+
+
+def _convolution(in_channels: int, channels: int, height: int, width: int, stride: int = 1, padded: bool = True):
+    """A convolution, its batch norm and a ReLU, padded to keep the resolution unless it strides."""
+    padding = (height // 2, width // 2) if padded and stride == 1 else 0
+    block = nn.Sequential()
+    block.add_module("conv", nn.Conv2d(in_channels, channels, (height, width), stride, padding, bias=False))
+    block.add_module("bn", nn.BatchNorm2d(channels, eps=0.001))
+    block.add_module("relu", nn.ReLU(inplace=True))
+    return block
+
+
+class InceptionExtractor(nn.Module):
+    """uint8 images to features and logits, always in eval mode and in true float32."""
+
+    name = "inception"
+    num_features = 2048
+
+    def __init__(self, network: InceptionV3, pipeline: str, sha256: str):
+        super().__init__()
+        self.network, self.pipeline, self.sha256 = network, pipeline, sha256
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """Stay in eval mode: as part of a metric or a model, this is told to train when they are."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features (B, 2048) and logits (B, 1008), float32, of uint8 images (B, 1 or 3, H, W)."""
+        with full_precision(images.device):
+            return self.network(preprocess(images, self.pipeline))
+
+
+def load_inception(weights: str | Path | None = None, pipeline: str = "tf1") -> InceptionExtractor:
+    """Load the extractor of FID's features, on the CPU.
+
+    Args:
+        weights: a .pth or .safetensors file with the weights of pytorch-fid or torch-fidelity; None takes the former's
+            release from torch's hub cache, and downloads it first where it is not there.
+        pipeline: one of PIPELINES.
+
+    Raises:
+        MissingWeights: if there is no file and it cannot be downloaded.
+        UserError: for an unknown pipeline, or a file that does not hold these weights.
+    """
+    _check_pipeline(pipeline)
+    path = _download() if weights is None else Path(weights)
+    with torch.device("meta"):  # no time and no random numbers for weights that are replaced
+        network = InceptionV3()
+    # A damaged or foreign file can fail in the unpickler, in safetensors or in PyTorch with nearly any exception.
+    try:
+        # A plain dict, without PyTorch's versions of layers: num_batches_tracked may then be there or not.
+        network.load_state_dict(dict(_read(path)), assign=True)
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{path} does not hold the weights of FID's Inception ({reason}): give --inception the file of {URL}."
+        ) from error
+    return InceptionExtractor(network.float(), pipeline, sha256)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _download() -> Path:
+    """Return the path of the weights in torch's hub cache, where torch.hub and pytorch-fid put and find them too."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
+    if path.is_file():
+        return path
+    reason = "HF_HUB_OFFLINE is set"
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
+            return path
+        except (OSError, http.client.HTTPException, RuntimeError) as error:  # the last one: another hash
+            reason = str(error)
+    raise MissingWeights(
+        f"the Inception weights {path.name} are neither in torch's hub cache nor to be had from {URL} ({reason}):"
+        " download them where there is a network and give --inception FILE."
+    )
+
+
+def preprocess(images: Tensor, pipeline: str) -> Tensor:
+    """Return uint8 images (B, 1 or 3, H, W) as the network's input: float32 (B, 3, 299, 299) in [-1, 1].
+
+    Other images, or an unknown pipeline, are a UserError.
+    """
+    _check_pipeline(pipeline)
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        given = f"{str(images.dtype).removeprefix('torch.')} images of shape {tuple(images.shape)}"
+        raise UserError(
+            f"Inception was given {given}: round them to the nearest of 256 levels and give uint8 (B, 1 or 3, H, W)."
+        )
+    x = images.float()
+    if pipeline == "tf1":
+        x = _tf1_matrix(x.shape[2], x.device) @ x @ _tf1_matrix(x.shape[3], x.device).T
+    else:
+        x = F.interpolate(x, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=pipeline == "antialias")
+    x = 2 * x / 255 - 1 if pipeline == "pytorch" else (x - 128) / 128
+    return x.expand(-1, 3, -1, -1)
+
+
+def _tf1_matrix(size: int, device: torch.device) -> Tensor:
+    """Return the (299, size) matrix of TensorFlow 1's bilinear interpolation along one axis, float32.
+
+    Output i lies at i * size / 299, without the half-pixel centres of later versions; the last pixel is repeated.
+    """
+    position = torch.arange(IMAGE_SIZE, dtype=torch.float32, device=device) * (size / IMAGE_SIZE)
+    low = position.long()
+    high = (low + 1).clamp(max=size - 1)
+    upper = (position - low).unsqueeze(1)
+    pixels = torch.eye(size, device=device)
+    return pixels[low] * (1 - upper) + pixels[high] * upper
+
+
+def _check_pipeline(pipeline: str) -> None:
+    if pipeline not in PIPELINES:
+        raise UserError(f"the Inception pipeline is {pipeline!r}; choose {', '.join(PIPELINES)}.")

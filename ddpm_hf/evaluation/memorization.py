@@ -1,0 +1,157 @@
+"""Is the model a copying machine? Generated images against the training images nearest to them, in pixels.
+
+Distances are root-mean-square differences of pixels in grey levels, 0 (a copy) to 255. What a model that generalises
+would score is what images score that were held out from training, so each measure comes with theirs.
+"""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..errors import UserError
+from ..pictures import GAP, evenly, resized, saved, tiled
+
+
+CHUNK = 2**23  # distances that are held at a time: 64 MB
+EXACT = 1023  # so many products of two numbers from -128 to 127 add up without rounding in float32
+
+
+def memorization_report(
+    generated: Tensor,
+    train: Tensor,
+    held_out: Tensor | None,
+    *,
+    num_pairs: int = 16,
+    num_held_out: int = 2000,
+    progress: bool = True,
+) -> tuple[dict, list[tuple[int, int, float]]]:
+    """Return measures of memorization, and the `num_pairs` pairs (index of generated, of train, distance) closest.
+
+    Of uint8 images (N, C, H, W), all on one device, and at most `num_held_out` of the held-out ones, evenly spaced.
+    Every second of these sets the scale, and the others are measured by it, as are the generated images:
+    - share_below_threshold: share nearer to train than all but 1 % of the held-out images: finds a few close copies;
+    - authpct: per cent that are farther from their nearest training image than that one is from its nearest other
+      (the authenticity of Alaa et al. 2022): falls where many are a bit too close;
+    - median_ratio: median distance to the nearest training image, over that of held-out images: falls likewise;
+    - the same three with `_held_out`: what held-out images score; threshold: the distance that the first one means;
+    - exact_copies: number of generated images that are equal to a training image, duplicates: to another generated.
+    Without held-out images only the last two are numbers, the others are None. No measure finds copies that were
+    shifted by a pixel. Images that are no uint8, or of two shapes, or too few, and held-out ones of which most are
+    training images, are a UserError.
+    """
+    _check("generated", generated, train, least=1)
+    _check("training", train, train, least=2)
+    distances, nearest = _nearest(generated, train, "Nearest to generated", progress)
+    order = distances.argsort(stable=True)[:num_pairs].tolist()
+    pairs = [(k, nearest[k].item(), distances[k].item()) for k in order]
+    counts = Counter(image.numpy().tobytes() for image in generated.cpu())
+    names = ("share_below_threshold", "authpct", "median_ratio")
+    report = dict.fromkeys([*(name + suffix for name in names for suffix in ("", "_held_out")), "threshold"])
+    report |= {
+        "exact_copies": (distances == 0).sum().item(),
+        "duplicates": sum(count for count in counts.values() if count > 1),
+        "num_generated": len(generated),
+        "num_train": len(train),
+        "num_held_out": 0,
+    }
+    if held_out is None:
+        return report, pairs
+
+    _check("held-out", held_out, train, least=4)
+    held_out = held_out[evenly(range(len(held_out)), num_held_out)]
+    held_out_distances, held_out_nearest = _nearest(held_out, train, "Nearest to held-out", progress)
+    neighbours = torch.cat([nearest, held_out_nearest]).unique()
+    spacings = torch.full((len(train),), math.nan, dtype=torch.float64, device=distances.device)
+    spacings[neighbours] = _nearest(train[neighbours], train, "Nearest to those", progress, own=neighbours)[0]
+    scale = held_out_distances[::2]
+    if scale.median() == 0:
+        raise UserError("most of the held-out images are training images too; give images that were held out.")
+    threshold = scale.quantile(0.01)
+    for suffix, own, near in [
+        ("", distances, nearest),
+        ("_held_out", held_out_distances[1::2], held_out_nearest[1::2]),
+    ]:
+        report["share_below_threshold" + suffix] = (own < threshold).double().mean().item()
+        report["authpct" + suffix] = 100 * (own > spacings[near]).double().mean().item()
+        report["median_ratio" + suffix] = (own.median() / scale.median()).item()
+    return report | {"threshold": threshold.item(), "num_held_out": len(held_out)}, pairs
+
+
+def pairs_sheet(generated: Tensor, train: Tensor, pairs: list[tuple[int, int, float]], path) -> Path:
+    """Draw the pairs of `memorization_report`, in rows, the closest first: generated left, its nearest right.
+
+    Images are uint8 (N, C, H, W), C = 1 or 3. Below each pair stands its distance. Returns the path.
+    """
+    columns = min(4, len(pairs))
+    sheets = [tiled(resized(torch.stack([generated[g], train[t]]), 128), columns=2) for g, t, _ in pairs]
+    width, height = sheets[0].size
+    font, margin, title, caption = ImageFont.load_default(17), 24, 64, 44
+    rows = math.ceil(len(pairs) / columns)
+    page = (columns * (width + margin) + margin, title + rows * (height + caption))
+    page = Image.new(sheets[0].mode, page, "white")
+    draw = ImageDraw.Draw(page)
+    for k, (sheet, (_, _, distance)) in enumerate(zip(sheets, pairs)):
+        left, top = margin + k % columns * (width + margin), title + k // columns * (height + caption)
+        page.paste(sheet, (left, top))
+        text = f"{distance:.1f}" if distance else "0: a copy"
+        draw.text((left + width / 2, top + height + 6), text, "black", font, "ma")
+        if k < columns:
+            for side, text in enumerate(["generated", "training"]):
+                x = left + (width - GAP) / 4 + side * (width + GAP) / 2
+                draw.text((x, title - 8), text, "black", ImageFont.load_default(13), "ms")
+    draw.text((margin, 12), "distance: RMSE in grey levels", "black", font, "la")
+    return saved(page.save, path, optimize=True)
+
+
+def _check(name: str, images: Tensor, train: Tensor, least: int):
+    if images.dtype != torch.uint8 or images.shape[1:] != train.shape[1:] or len(images) < least:
+        given = f"the {name} images are {images.dtype} {tuple(images.shape)}"
+        raise UserError(f"{given}; give uint8 ones (N, {', '.join(map(str, train.shape[1:]))}), N at least {least}.")
+
+
+def _nearest(images: Tensor, train: Tensor, title: str, progress: bool, own: Tensor | None = None):
+    """Distances (N,), float64, and indices (N,) of the training images nearest to each of the images, the first ones.
+
+    `own` (N,) are indices of training images that do not count, e.g. the images themselves. Squared distances are
+    exact: they are whole numbers, and nowhere too large for the type they are added in.
+    """
+    images, train = images.flatten(1), train.flatten(1)
+    smallest = torch.full((len(images),), math.inf, dtype=torch.float64, device=train.device)
+    index = torch.zeros(len(images), dtype=torch.long, device=train.device)
+    rows = max(1, CHUNK // max(train.shape[1], 1024))
+    at_once = max(1, min(rows, CHUNK // rows))
+    with tqdm(total=len(images) * len(train), desc=title, unit="pair", unit_scale=True, disable=not progress) as bar:
+        for start in range(0, len(train), rows):
+            part = _centred(train[start : start + rows])
+            norms = _squared_norms(part)
+            for first in range(0, len(images), at_once):
+                chunk = slice(first, first + at_once)
+                queries = _centred(images[chunk])
+                products = [x @ y.T for x, y in zip(queries.split(EXACT, 1), part.split(EXACT, 1))]
+                squares = norms.sub(products[0], alpha=2)  # in float64, like norms
+                for product in products[1:]:
+                    squares.sub_(product, alpha=2)
+                if own is not None:
+                    itself = own[chunk] - start
+                    row = torch.where((itself >= 0) & (itself < len(part)))[0]
+                    squares[row, itself[row]] = math.inf
+                values, places = squares.min(dim=1)
+                values += _squared_norms(queries)
+                closer = values < smallest[chunk]
+                smallest[chunk] = values.where(closer, smallest[chunk])
+                index[chunk] = (start + places).where(closer, index[chunk])
+                bar.update(squares.numel())
+    return (smallest / train.shape[1]).sqrt(), index
+
+
+def _centred(images: Tensor) -> Tensor:
+    return images.float() - 128
+
+
+def _squared_norms(images: Tensor) -> Tensor:
+    return images.double().square().sum(dim=1)

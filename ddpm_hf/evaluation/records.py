@@ -1,0 +1,115 @@
+"""Records of evaluations: written, printed, and compared where their protocols are the same."""
+
+import hashlib
+import json
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ..errors import UserError
+from ..files import write_beside, writing
+from ..provenance import command
+
+
+SCHEMA = "ddpm_hf.eval/1"
+PACKAGES = ["ddpm_hf", "torch", "diffusers", "transformers", "numpy", "pillow"]
+
+
+def make_record(evaluation, entries: list[dict], *, model: dict, sampler: dict, data_name: str, cost: dict) -> dict:
+    """Return the record of an Evaluation and its scores: whatever a number depends on, and nothing that is private."""
+    train, held_out, images = evaluation.train, evaluation.held_out, evaluation.images
+    used = {name: module for name, module in evaluation.extractors.items() if not isinstance(module, str)}
+    data = {
+        "name": data_name,
+        "class_names": train.class_names,
+        "resolution": train.resolution,
+        "channels": train.channels,
+        "train": {"n": len(train), "fingerprint": train.fingerprint},
+        "held_out": None if held_out is None else {"n": len(held_out), "fingerprint": held_out.fingerprint},
+    }
+    if evaluation.reference_file is not None and "inception" in used:
+        data["reference_sha256"] = hashlib.sha256(Path(evaluation.reference_file).read_bytes()).hexdigest()
+    return {
+        "schema": SCHEMA,
+        "command": command(),
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "model": model,
+        "sampler": sampler,
+        "samples": {"n": len(images), "sha256": hashlib.sha256(images.numpy()).hexdigest()} if len(images) else {},
+        "data": data,
+        "extractors": {
+            name: {"pipeline": module.pipeline, "sha256": module.sha256, "dtype": "float32", "tf32": False}
+            for name, module in used.items()
+        },
+        "metrics": entries,
+        "env": {
+            "python": platform.python_version(),
+            "device": str(PartialState().device),
+            "processes": PartialState().num_processes,
+            **{package: version(package) for package in PACKAGES},
+        },
+        "cost": cost,
+    }
+
+
+def data_name(name: str) -> str:
+    """Return the name of a data set as records have it: a Hub id, or the last part of a local folder's path."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def write_record(record: dict, path: Path):
+    """Write a record as JSON, whole or not at all."""
+    with writing("the record", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_beside(path, lambda partial: partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8"))
+
+
+def read_record(path) -> dict:
+    """Read a record.
+
+    Raises:
+        UserError: for a file that is none.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): give a record of `evaluate`.") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise UserError(f"{path} is no record of the schema {SCHEMA}: give one that `evaluate` wrote.")
+    return record
+
+
+def print_record(record: dict):
+    """Print the numbers of a record, each beside its error, its floor and its N, and what was skipped."""
+    rows = [["metric", "value", "+-", "floor (real)", "N", "N real"]]
+    for entry in record["metrics"]:
+        if entry.get("status") != "skipped":
+            rows.append([entry["id"], *(number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))])
+    print(table(rows))
+    for ids, reason in by_reason({entry["id"]: entry.get("reason") for entry in record["metrics"]}):
+        print(f"skipped: {ids} ({reason})")
+
+
+def by_reason(reasons: dict[str, str | None]) -> list[tuple[str, str]]:
+    """Return (metrics joined by commas, why they are skipped) for each reason that there is."""
+    found = dict.fromkeys(reason for reason in reasons.values() if reason is not None)
+    return [(", ".join(id for id, why in reasons.items() if why == reason), reason) for reason in found]
+
+
+def number(value) -> str:
+    """Return a number as a table has it: whole numbers whole, others with four significant digits."""
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def table(rows: list[list[str]], markdown: bool = False) -> str:
+    """Return rows, the first of which is the head, as aligned text or as Markdown."""
+    if markdown:
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)

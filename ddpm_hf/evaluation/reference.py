@@ -1,0 +1,152 @@
+"""What scores compare with: features and statistics of a data set, computed once and cached as .npz.
+
+A file has `mu` and `sigma` (float64), which pytorch-fid, EDM, TTUR and clean-fid read too; ours have besides
+`num_samples`, `features` (of at most 10,000 images spread over the set) and `meta` (JSON: extractor, data).
+"""
+
+import json
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from huggingface_hub.constants import HF_HOME
+
+from ..errors import UserError
+from ..files import write_beside, writing
+from .extractor import extractor_id
+from .features import extract
+from .statistics import mean_and_covariance
+
+
+MAX_FEATURES = 10_000  # images of a set whose features are kept, for scores that compare image by image
+
+
+@dataclass
+class Reference:
+    """Statistics of a set: mean (d,) and covariance (d, d) float64 of all `num_samples` images, `features` of some.
+
+    `features` and `logits` are float32 (N, d) and (N, k), or None where only the statistics are known.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    num_samples: int | None
+    features: torch.Tensor | None
+    logits: torch.Tensor | None
+    meta: dict
+
+
+def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_dir=None) -> Reference:
+    """Return the reference of an ImageSet, from the cache if it is there; every process must call this.
+
+    The key is the extractor (network, pipeline, weights) and the data (pixels after resize and crop): statistics can
+    never be those of something else. Images are taken as they are, never mirrored.
+    """
+    name = f"{extractor_id(extractor)}-{image_set.fingerprint}-{len(image_set)}.npz"
+    path = cache_folder(cache_dir) / name
+    state = PartialState()
+    state.wait_for_everyone()  # nobody looks while another writes
+    if path.is_file():
+        return read_reference(path)
+    found = extract(extractor, image_set, None, batch_size, what)
+    mean, covariance = mean_and_covariance(found.features)
+    rows = torch.linspace(0, len(image_set) - 1, min(MAX_FEATURES, len(image_set))).round().long()
+    logits = None if found.logits is None else found.logits[rows]
+    meta = {
+        "extractor": extractor_id(extractor),
+        "pipeline": extractor.pipeline,
+        "weights_sha256": extractor.sha256,
+        "data_fingerprint": image_set.fingerprint,
+    }
+    reference = Reference(mean, covariance, len(image_set), found.features[rows], logits, meta)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        save_reference(reference, path)
+    return reference
+
+
+def cache_folder(cache_dir=None) -> Path:
+    """Return where references are cached: `cache_dir`, DDPM_HF_CACHE, or ddpm_hf in HuggingFace's own cache."""
+    return Path(cache_dir or os.environ.get("DDPM_HF_CACHE") or Path(HF_HOME) / "ddpm_hf") / "references"
+
+
+def save_reference(reference: Reference, path: Path):
+    """Write a reference as .npz, whole or not at all."""
+    arrays = dict(mu=reference.mean.numpy(), sigma=reference.covariance.numpy(), meta=json.dumps(reference.meta))
+    arrays["num_samples"] = np.int64(reference.num_samples)
+    for name in ("features", "logits"):
+        if getattr(reference, name) is not None:
+            arrays[name] = getattr(reference, name).numpy()
+
+    def save(partial):
+        with open(partial, "wb") as file:
+            np.savez(file, **arrays)
+
+    with writing("reference statistics", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_beside(path, save)
+
+
+def read_reference(path, extractor=None, pipeline: str | None = None) -> Reference:
+    """Read statistics, ours or those of pytorch-fid, EDM, TTUR, clean-fid or ADM, to be compared with `extractor`'s.
+
+    Args:
+        extractor: what they must have been computed with; None: nothing is checked.
+        pipeline: for a file that does not say it: how its images were resized, e.g. `pytorch` for pytorch-fid's and
+            `tf1` for EDM's and TTUR's.
+
+    Raises:
+        UserError: for a file that cannot be read, statistics of another size, network or pipeline, or a covariance
+            that is none.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {
+                name: file[name]
+                for name in ("mu", "sigma", "num_samples", "features", "logits", "meta")
+                if name in file
+            }
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as .npz ({error}): give statistics with mu and sigma.") from error
+    if "mu" not in arrays or "sigma" not in arrays:
+        raise UserError(f"{path} has no mu and sigma: give statistics as pytorch-fid or `evaluate` save them.")
+    mean, covariance = (torch.from_numpy(np.asarray(arrays[name], dtype=np.float64)) for name in ("mu", "sigma"))
+    meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {"pipeline": pipeline}
+    if extractor is not None:
+        _check_reference(path, mean, covariance, meta, extractor)
+    tensors = {name: torch.from_numpy(arrays[name]) if name in arrays else None for name in ("features", "logits")}
+    count = int(arrays["num_samples"]) if "num_samples" in arrays else None
+    return Reference(mean, covariance, count, **tensors, meta=meta)
+
+
+def _check_reference(path, mean, covariance, meta, extractor):
+    d = extractor.num_features
+    if mean.shape != (d,) or covariance.shape != (d, d):
+        raise UserError(
+            f"{path} has statistics of {mean.numel()} features, but {extractor.name} has {d}: give another file."
+        )
+    if meta["pipeline"] is None:
+        raise UserError(
+            f"{path} does not say how its images were resized: add --reference_pipeline pytorch (pytorch-fid) or tf1 "
+            "(EDM, TTUR)."
+        )
+    if meta["pipeline"] != extractor.pipeline:
+        raise UserError(
+            f"{path} is of the pipeline {meta['pipeline']}, the samples of {extractor.pipeline}: the distance would "
+            f"measure that; give --inception_pipeline {meta['pipeline']}."
+        )
+    if meta.get("extractor") not in (None, extractor_id(extractor)):
+        raise UserError(
+            f"{path} is of {meta['extractor']}, the samples of {extractor_id(extractor)}: give another file."
+        )
+    if not (mean.isfinite().all() and covariance.isfinite().all()):
+        raise UserError(f"{path} has numbers that are not finite: give another file.")
+    eigenvalues = torch.linalg.eigvalsh((covariance + covariance.T) / 2)
+    skew = (covariance - covariance.T).abs().max()
+    if not skew <= 1e-6 * eigenvalues[-1] or not eigenvalues[0] >= -1e-6 * eigenvalues[-1]:
+        raise UserError(f"{path} has a sigma that is no covariance (not symmetric, or negative): give another file.")

@@ -1,0 +1,300 @@
+"""Scores of sets of features: Fréchet distance, kernel distance, precision and recall, Inception score.
+
+Features are float32 or float64, (N, d), one row an image, on any device. All statistics are float64, on the device of
+the features where it has float64 and else on the CPU.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..randomness import keyed_generator
+
+
+CHUNK = 2**23  # float64 numbers that a temporary matrix may have: 64 MB
+
+
+def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (d,) and the covariance (d, d) of features (N, d), with the divisor N - 1.
+
+    The mean is subtracted before squaring, so that large means do not cancel. Fewer than 2 images, or features that
+    are not finite, are a UserError.
+    """
+    _check(features)
+    parts = features.split(_rows(features.shape[1]))
+    mean = sum(_float64(part).sum(dim=0) for part in parts) / len(features)
+    scatter = 0
+    for part in parts:
+        centred = _float64(part) - mean
+        scatter = scatter + centred.T @ centred
+    return mean, scatter / (len(features) - 1)
+
+
+def frechet_distance(
+    mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor
+) -> tuple[float, float]:
+    """Return the squared Fréchet distance of two Gaussians, and the |mean_a - mean_b|^2 in it.
+
+    |mean_a - mean_b|^2 + Tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6). The last trace is the nuclear norm of
+    A^(1/2) B^(1/2), which, unlike a square root of the product, is exact for covariances without full rank. Means (d,)
+    and covariances (d, d) of two sizes are a UserError.
+    """
+    _check_sizes(mean_a, mean_b)
+    return _frechet(_float64(mean_a), _root(covariance_a), _float64(mean_b), _root(covariance_b))
+
+
+def frechet_distance_of_features(features_a: Tensor, features_b: Tensor) -> tuple[float, float]:
+    """Return `frechet_distance` of features (N, d) and (M, d), exactly and without a (d, d) matrix where N < d.
+
+    Centred features over sqrt(N - 1) are themselves a root of their covariance. Fewer than 2 images, features that
+    are not finite, or of two sizes, are a UserError.
+    """
+    _check_sizes(features_a, features_b)
+    return _frechet(*_mean_and_root(features_a), *_mean_and_root(features_b))
+
+
+def frechet_standard_error(features: Tensor, mean: Tensor, covariance: Tensor, num_blocks: int = 20) -> float:
+    """Return the standard error of the `frechet_distance` of generated features (N, d) to a mean and a covariance.
+
+    By the jackknife over interleaved blocks (Efron & Stein 1981): the distance is computed anew without each block.
+    It covers the sampling of the generated images, not that of the reference, nor the seed of the training. Features
+    of another size than the mean, fewer than 2 blocks, or than 2 images for each, are a UserError.
+    """
+    _check_blocks("frechet_standard_error", len(features), num_blocks)
+    _check_sizes(features, mean)
+    own_mean, own_covariance = mean_and_covariance(features)
+    scatter, mean, root = own_covariance * (len(features) - 1), _float64(mean).to(own_mean.device), _root(covariance)
+    distances = []
+    for k in range(num_blocks):
+        # What the block adds to the moments about the mean of all, of which the sum over all is 0.
+        block = _float64(features[k::num_blocks]) - own_mean
+        left, total = len(features) - len(block), block.sum(dim=0)
+        rest = (scatter - block.T @ block - torch.outer(total, total) / left) / (left - 1)
+        # The trace of the root by the eigenvalues of R rest R^T: 1e-3 off where the rank is low, which an error may
+        # be, and five times as fast as by `_frechet`.
+        trace = torch.linalg.eigvalsh(root @ rest @ root.T).clamp(min=0).sqrt().sum()
+        distances.append((own_mean - total / left - mean).square().sum() + rest.trace() - 2 * trace)
+    distances = torch.stack(distances)
+    return ((num_blocks - 1) * distances.var(correction=0)).sqrt().item()
+
+
+def frechet_at_infinity(
+    features: Tensor, mean: Tensor, covariance: Tensor, seed: int = 0, num_points: int = 15
+) -> float:
+    """Return the `frechet_distance` of features (N, d) to a mean and a covariance, extrapolated to N = infinity.
+
+    The bias of the distance is about proportional to 1/n: a line in 1/n through `num_points` random subsets of sizes
+    from min(5000, N/10) to N, drawn by `seed`, has the unbiased distance at 0 (FID_infinity, Chong & Forsyth 2020). It
+    is noisier than the distance itself. Features of another size than the mean, fewer than 20 images, or fewer than
+    2 points, are a UserError.
+    """
+    if len(features) < 20 or num_points < 2:
+        given = f"frechet_at_infinity has {len(features)} images and num_points={num_points}"
+        raise UserError(f"{given}; give at least 20 images and 2 points.")
+    _check_sizes(features, mean)
+    sizes = torch.linspace(min(5000, len(features) // 10), len(features), num_points, dtype=torch.float64).long()
+    reference, distances = (_float64(mean), _root(covariance)), []
+    for k, size in enumerate(sizes.tolist()):
+        order = torch.randperm(len(features), generator=keyed_generator(seed, "frechet_at_infinity", k))
+        subset = features[order[:size].to(features.device)]
+        distances.append(_frechet(*_mean_and_root(subset), *reference)[0])
+    x, y = 1 / sizes.double(), torch.tensor(distances, dtype=torch.float64)
+    slope = ((x - x.mean()) * y).sum() / (x - x.mean()).square().sum()
+    return (y.mean() - slope * x.mean()).item()
+
+
+def standardise(features: Tensor, reference: Tensor) -> Tensor:
+    """Return features (N, d) in float64, less the mean of `reference` (M, d) and over its standard deviation.
+
+    For the kernel of `kernel_distance`, which depends on scale, where features are not those of a standard network.
+    A feature that is constant in the reference keeps its scale. The errors are those of `mean_and_covariance`.
+    """
+    _check_sizes(features, reference)
+    _check(reference)
+    std, mean = torch.std_mean(_float64(reference), dim=0)
+    # Of a constant, round-off leaves a deviation that is not quite 0.
+    return (_float64(features).to(mean.device) - mean) / std.where(std > 1e-9 * mean.abs(), 1)
+
+
+def kernel_distance(features_a: Tensor, features_b: Tensor, num_blocks: int = 10) -> tuple[float, float]:
+    """Return the kernel distance (KID) of features (N, d) and (M, d), and its standard error.
+
+    The unbiased estimate of the squared maximum mean discrepancy with the kernel (x.y / d + 1)^3 (Binkowski et al.
+    2018, eq. 4), over all pairs rather than over random subsets; it may be below 0. The standard
+    error is that of the mean over disjoint, interleaved blocks, an upper estimate since blocks see fewer pairs. The
+    errors are those of `mean_and_covariance`, features of two sizes, and fewer than 2 blocks, or 2 images for each.
+    """
+    _check_sizes(features_a, features_b)
+    _check_blocks("kernel_distance", min(len(features_a), len(features_b)), num_blocks)
+    for features in (features_a, features_b):
+        _check(features)
+    a = _float64(features_a)
+    b = _float64(features_b).to(a.device)
+    blocks = [_squared_discrepancy(a[k::num_blocks], b[k::num_blocks]) for k in range(num_blocks)]
+    error = torch.tensor(blocks, dtype=torch.float64).std() / num_blocks**0.5
+    return _squared_discrepancy(a, b), error.item()
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, float]:
+    """Return precision, recall, density and coverage of generated features (M, d) for real ones (N, d).
+
+    The ball of a point reaches to its k-th nearest other point of the same set, and has its surface.
+    - precision: share of generated in some real ball; recall: share of real in some generated ball (Kynkäänniemi et
+      al. 2019, eq. 1 and 2);
+    - density: number of real balls that a generated point is in, mean over k; coverage: share of real balls that have
+      a generated point (Naeem et al. 2020).
+    k < 1, k or fewer images, features that are not finite, or of two sizes, are a UserError.
+    """
+    _check_sizes(real, generated)
+    if not 1 <= k < min(len(real), len(generated)):
+        given = f"precision_recall has {len(real)} real and {len(generated)} generated images and k={k}"
+        raise UserError(f"{given}; choose a k of at least 1 and below the number of either.")
+    for features in (real, generated):
+        _check(features)
+    # Centred: products of float64 then give distances to 1e-9 of a radius, and faster than differences would.
+    centre = _float64(real).mean(dim=0)
+    real, generated = _float64(real) - centre, _float64(generated).to(centre.device) - centre
+    real_radii, generated_radii = _radii(real, k), _radii(generated, k)
+    in_generated = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    covered, balls = in_generated.clone(), []
+    for part, radii in zip(generated.split(_rows(len(real))), generated_radii.split(_rows(len(real)))):
+        distances = _distances(part, real)
+        in_real = distances <= real_radii
+        balls.append(in_real.sum(dim=1))
+        covered |= in_real.any(dim=0)
+        in_generated |= (distances <= radii[:, None]).any(dim=0)
+    balls = torch.cat(balls).double()
+    return {
+        "precision": (balls > 0).double().mean().item(),
+        "recall": in_generated.double().mean().item(),
+        "density": balls.mean().item() / k,
+        "coverage": covered.double().mean().item(),
+    }
+
+
+def inception_score(logits: Tensor, num_splits: int = 10) -> tuple[float, float]:
+    """Return the Inception score of logits (N, classes): mean and deviation (divisor `num_splits`) over the splits.
+
+    exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016, section 4) of each of `num_splits` runs of successive images,
+    not shuffled; their lengths differ by 1 at most. Fewer images than splits are a UserError.
+    """
+    if not 1 <= num_splits <= len(logits):
+        given = f"inception_score has {len(logits)} images for num_splits={num_splits}"
+        raise UserError(f"{given}; give at least one image for each, and at least one split.")
+    scores = []
+    for part in _float64(logits).softmax(dim=1).tensor_split(num_splits):
+        # The mean of the divergences is the entropy of the mean less the mean of the entropies.
+        scores.append((_entropy(part.mean(dim=0)) - _entropy(part).mean()).exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def class_report(logits: Tensor, reference_frequencies: Tensor) -> dict:
+    """Return how a classifier's logits (N, classes) for generated images spread over the classes.
+
+    - frequencies: share of images per class, by the highest logit;
+    - total_variation: half the sum of the absolute differences to `reference_frequencies` (classes,), which are
+      counts or shares: 0 for equal ones, 1 for no class in common;
+    - mean_confidence: mean of the highest probability; mean_entropy: of the probabilities, in nats.
+    Frequencies for another number of classes, or no images, are a UserError.
+    """
+    if not len(logits) or logits.shape[1:] != reference_frequencies.shape:
+        given = f"class_report has logits {tuple(logits.shape)} and {len(reference_frequencies)} frequencies"
+        raise UserError(f"{given}; give at least one image, and one frequency per class.")
+    probabilities = _float64(logits).softmax(dim=1)
+    confidence, classes = probabilities.max(dim=1)
+    frequencies = torch.bincount(classes, minlength=logits.shape[1]).double() / len(logits)
+    reference = _float64(reference_frequencies).to(frequencies.device)
+    return {
+        "total_variation": (frequencies - reference / reference.sum()).abs().sum().item() / 2,
+        "mean_confidence": confidence.mean().item(),
+        "mean_entropy": _entropy(probabilities).mean().item(),
+        "frequencies": frequencies.tolist(),
+    }
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # mps has no float64
+
+
+def _rows(columns: int) -> int:
+    return max(1, CHUNK // columns)
+
+
+def _check(features: Tensor):
+    if len(features) < 2 or not features.isfinite().all():
+        infinite = "" if features.isfinite().all() else ", and not all of their numbers are finite"
+        raise UserError(f"features of {len(features)} images{infinite}; give finite ones of at least 2 images.")
+
+
+def _check_sizes(a: Tensor, b: Tensor):
+    if a.shape[-1] != b.shape[-1]:
+        given = f"features of size {a.shape[-1]} cannot be compared with ones of size {b.shape[-1]}"
+        raise UserError(f"{given}; take both from the same network.")
+
+
+def _check_blocks(name: str, num_images: int, num_blocks: int):
+    if not 2 <= num_blocks <= num_images // 2:
+        given = f"{name} has {num_images} images for num_blocks={num_blocks}"
+        raise UserError(f"{given}; give at least 2 images for each, and at least 2 blocks.")
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R (d, d) with R^T R = covariance. What eigh leaves of eigenvalues that are 0 is set to 0.
+
+    It is 1e-16 of the largest one, and would be 1e-8 after the root.
+    """
+    values, vectors = torch.linalg.eigh(_float64(covariance))
+    noise = values[-1] * len(values) * torch.finfo(torch.float64).eps
+    return values.where(values > noise, 0).sqrt()[:, None] * vectors.T
+
+
+def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
+    if len(features) > features.shape[1]:
+        mean, covariance = mean_and_covariance(features)
+        return mean, _root(covariance)
+    _check(features)
+    features = _float64(features)
+    mean = features.mean(dim=0)
+    return mean, (features - mean) / (len(features) - 1) ** 0.5
+
+
+def _frechet(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) -> tuple[float, float]:
+    mean_b, root_b = mean_b.to(mean_a.device), root_b.to(mean_a.device)
+    mean_term = (mean_a - mean_b).square().sum().item()
+    traces = root_a.square().sum() + root_b.square().sum()
+    distance = mean_term + (traces - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()).item()
+    return max(distance, 0.0), mean_term  # round-off can make it -1e-13; nan stays nan
+
+
+def _squared_discrepancy(a: Tensor, b: Tensor) -> float:
+    """Eq. 4 of Binkowski et al. 2018."""
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def mean_within(x):
+        total = 0
+        for start in range(0, len(x), _rows(len(x))):
+            part = x[start : start + _rows(len(x))]
+            values = kernel(part, x[start:])  # the rest, by symmetry, was in the rows above
+            total = total + 2 * values.sum() - values[:, : len(part)].sum()
+        diagonal = (x.square().sum(dim=1) / x.shape[1] + 1) ** 3
+        return (total - diagonal.sum()) / (len(x) * (len(x) - 1))
+
+    between = sum(kernel(part, b).sum() for part in a.split(_rows(len(b)))) / (len(a) * len(b))
+    return (mean_within(a) + mean_within(b) - 2 * between).item()
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
+
+
+def _radii(features: Tensor, k: int) -> Tensor:
+    """Distance (N,) to the k-th nearest other point, with 1e-6 of it more so that round-off keeps nobody out."""
+    parts = features.split(_rows(len(features)))
+    return torch.cat([_distances(part, features).kthvalue(k + 1).values for part in parts]) * (1 + 1e-6)
+
+
+def _entropy(probabilities: Tensor) -> Tensor:
+    return torch.special.entr(probabilities).sum(dim=-1)

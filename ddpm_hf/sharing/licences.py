@@ -1,0 +1,19 @@
+"""Licences of the data sets that the presets name."""
+
+# Licences by the name of the data: cats that nobody may sell make a model that nobody may sell.
+LICENCES = {
+    r"(huggan/)?afhq.*": (
+        "cc-by-nc-4.0",
+        "Animal Faces-HQ by Choi et al., NAVER Corp. ([StarGAN v2](https://arxiv.org/abs/1912.01865), CVPR 2020), "
+        "[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/): credit its authors, no commercial use. The "
+        "same holds for this model.",
+    ),
+    r"(ylecun/)?mnist": ("apache-2.0", "MNIST by LeCun, Cortes and Burges; its Hub page has it under MIT."),
+    r"(uoft-cs/)?cifar10": ("apache-2.0", "CIFAR-10 by Krizhevsky, Nair and Hinton (2009), who state no licence."),
+    r"digits": (
+        "apache-2.0",
+        "Optical Recognition of Handwritten Digits by Alpaydin and Kaynak, UCI, "
+        "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), as scikit-learn carries it.",
+    ),
+}
+UNKNOWN_LICENCE = (None, "not known here: ask where the images are from before you build on this model.")

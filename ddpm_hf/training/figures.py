@@ -1,0 +1,212 @@
+"""Pictures of a run: sample sheets, the loss, the schedule, the forward and the reverse process.
+
+Each function writes one file, under another name first and renamed when whole, and returns its path. Small images are
+enlarged by whole factors without smoothing, so that a pixel stays a square. Plots use no pyplot, so no global state.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..diffusion.scheduler import PaperDDPMScheduler
+from ..pictures import evenly, image_sheet, near_square, resized, saved, strip, tiled, to_uint8
+from ..randomness import keyed_generator
+from ..sampling.generate import affordable
+from ..sampling.samplers import image_generators, sample
+
+
+BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
+BANDS = {"0 to T/4": "#12355b", "T/4 to T/2": "#2a78b8", "T/2 to 3T/4": "#5fb6c9", "3T/4 to T": "#a8d5a2"}
+FRAMES = 40  # of the GIF; more are smoother and cost bytes
+PATIENCE = 180  # seconds that a sample sheet, or all figures, may take on a CPU
+DDIM_STEPS = (5, 10, 20, 50)  # divisors of 1000, so that trailing spacing is even
+
+
+def forward_strip(scheduler: PaperDDPMScheduler, images: torch.Tensor, path, seed: int) -> Path:
+    """Draw images (N, C, H, W) in [-1, 1] as x_t for t = 0, T/8, ... T-1; a row has one noise, from `seed`."""
+    timesteps = sorted({k * len(scheduler) // 8 for k in range(8)} | {len(scheduler) - 1})
+    noise = [torch.randn(images.shape[1:], generator=keyed_generator(seed, "forward", k)) for k in range(len(images))]
+    rows = [scheduler.q_sample(x[None], e[None], torch.tensor(timesteps)) for x, e in zip(images.cpu(), noise)]
+    return strip([to_uint8(row) for row in rows], [f"t = {t}" for t in timesteps], [], path)
+
+
+def reverse_strip(frames: list[tuple[torch.Tensor, torch.Tensor]], labels: list[str], path) -> Path:
+    """Draw the reverse process, a frame a column: the sample, and below it the image that was predicted then.
+
+    `frames` are pairs (sample, pred_original_sample) as `sample` hands them to on_step, each (N, C, H, W).
+    """
+    samples, predictions = (to_uint8(torch.stack(part, dim=1)) for part in zip(*frames))
+    rows = [row for pair in zip(samples, predictions) for row in pair]
+    return strip(rows, labels, ["sample", "predicted"] * len(samples), path)
+
+
+def reverse_gif(frames: list[torch.Tensor], path) -> Path:
+    """Draw images forming from noise: a looping GIF of up to 40 frames, 16 images each, that rests on the last one.
+
+    `frames` are samples (N, C, H, W) in [-1, 1], in the order they are drawn.
+    """
+    sheets = [resized(to_uint8(frame[:16]), 84) for frame in evenly(frames, FRAMES)]
+    # Noise is what costs bytes, and few colours do for it; the images at the end get all there are.
+    few, columns = 16 if sheets[0].shape[1] == 1 else 64, near_square(len(sheets[0]))
+    colors = [few if k < 0.8 * len(sheets) else 256 for k in range(len(sheets))]
+    pictures = [tiled(sheet, columns).quantize(n, dither=Image.Dither.NONE) for sheet, n in zip(sheets, colors)]
+    options = dict(duration=[100] * (len(pictures) - 1) + [2000], loop=0, optimize=True)
+    return saved(pictures[0].save, path, save_all=True, append_images=pictures[1:], **options)
+
+
+def ddim_sheets(
+    unet, scheduler, folder, seed, num_images=16, steps=DDIM_STEPS, on_step=None, class_labels=None
+) -> list[Path]:
+    """Draw the same images by DDIM in few steps, a sheet `ddim_<steps>.png` each; more steps than T are left out.
+
+    Trailing spacing, because it starts from the noisiest timestep, as the noise that it is given.
+    """
+    paths = []
+    for count in [count for count in steps if count <= len(scheduler)]:
+        options = dict(
+            method="ddim", num_inference_steps=count, spacing="trailing", on_step=on_step, class_labels=class_labels
+        )
+        images = sample(unet, scheduler, image_generators(seed, range(num_images)), **options)
+        paths.append(image_sheet(to_uint8(images), Path(folder, f"ddim_{count}.png")))
+    return paths
+
+
+def plot(mosaic, titles: list[str], height: float, **ratios):
+    """Return an empty matplotlib Figure and its axes by name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, height), dpi=120, layout="constrained")
+    axes = figure.subplot_mosaic(mosaic, **ratios)
+    for ax, title in zip(axes.values(), titles):
+        ax.set_title(title, loc="left")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    return figure, axes
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Return the moving mean over a thirtieth of the curve; narrow at its start, where losses fall steeply."""
+    total = np.concatenate([[0], np.cumsum(values)])
+    at = np.arange(len(values))
+    reach = np.minimum(at // 2, math.ceil(len(values) / 60))
+    end = np.minimum(at + reach + 1, len(values))
+    return (total[end] - total[at - reach]) / (end - at + reach)
+
+
+def loss_figure(metrics_path, path) -> Path:
+    """Plot metrics.jsonl: training and validation loss, loss by quarter of the timesteps, learning rate."""
+    lines = [json.loads(line) for line in Path(metrics_path).read_text().splitlines()]
+    all_steps = np.array([line["step"] for line in lines])
+    titles = ["loss", "loss by timestep t", "learning rate"]
+    figure, axes = plot("AB;AC", titles, 5, width_ratios=[5, 4], height_ratios=[3, 1])
+
+    def curve(ax, values, label, color, training=True):
+        values = np.array(values, dtype=float)  # None becomes nan
+        steps, values = all_steps[~np.isnan(values)], values[~np.isnan(values)]
+        if not len(values):
+            return
+        marker = "o" if not training and len(values) < 60 else ""
+        if training:
+            ax.plot(steps, values, ".", color=color, alpha=np.clip(60 / len(values), 0.02, 0.5), markersize=4)
+            values = smoothed(values)
+        ax.plot(steps, values, marker=marker, color=color, label=f"{label}: {values[-1]:.4f}", markersize=4)
+
+    curve(axes["A"], [line.get("loss") for line in lines], "training", BLUE)
+    curve(axes["A"], [line.get("validation_loss") for line in lines], "validation", ORANGE, training=False)
+    curve(axes["A"], [line.get("validation_loss_ema") for line in lines], "validation, EMA", GREEN, training=False)
+    for values, (label, color) in zip(zip(*[line["loss_by_band"] for line in lines]), BANDS.items()):
+        curve(axes["B"], values, label, color)
+    axes["C"].plot(all_steps, [line["lr"] for line in lines], ".-", color=GREY, markersize=3)
+
+    for name in "ABC":
+        axes[name].set(xlabel="optimizer step" if name != "B" else None, xlim=(0, 1.02 * all_steps[-1]))
+        axes[name].locator_params(axis="x", nbins=6)
+        axes[name].xaxis.set_major_formatter("{x:,.0f}")
+    for name in "AB":
+        # In the first fiftieth the loss falls from 1, which would flatten all that follows: let it enter from above.
+        late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 50 :] for line in axes[name].lines])
+        low, high = late.min() / 1.1, late.max() * 1.1
+        if name == "B" or high > 5 * low:
+            axes[name].set_yscale("log", subs=[2, 5])
+            axes[name].yaxis.set_minor_formatter("{x:g}")
+        axes[name].yaxis.set_major_formatter("{x:g}")
+        axes[name].set_ylim(low, high if name == "A" else high * (high / low) ** 0.35)  # room for B's legend
+        axes[name].legend(edgecolor="none", loc="upper right", ncols="AB".index(name) + 1)
+    return saved(figure.savefig, path)
+
+
+def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
+    """Plot beta, abar and log-SNR over t/T; faintly beside them the other of the two papers' schedules."""
+    T, own = len(scheduler), scheduler.config.beta_schedule
+    other, name = PaperDDPMScheduler.nichol_cosine(T), "Nichol's cosine"
+    if own == "squaredcos_cap_v2":
+        other, name = PaperDDPMScheduler.ho_linear(max(T, 21)), "Ho's linear"
+    titles = [r"noise added per step, $\beta_t$", r"signal left, $\bar\alpha_t$", r"$\log\,\mathrm{SNR}(t)$"]
+    figure, axes = plot("ABC", titles, 3.6)
+    faint, bold = dict(color=GREY, ls="--", label=name), dict(color=BLUE, lw=2, label=f"this model ({own})")
+    for each, look in [(other, faint), (scheduler, bold)]:
+        t, signal = np.arange(len(each)) / len(each), each.alphas_cumprod64.numpy()
+        axes["A"].semilogy(t, each.betas64.numpy(), **look)
+        axes["B"].plot(t, signal, **look)
+        axes["C"].plot(t, np.log(signal) - np.log1p(-signal), **look)
+    figure.supxlabel("t / T", fontsize="medium")
+    axes["A"].legend(frameon=False, loc="lower right")
+    return saved(figure.savefig, path)
+
+
+def run_figures(
+    output_dir,
+    unet,
+    scheduler,
+    images,
+    seed,
+    num_images=16,
+    num_inference_steps=None,
+    on_step=None,
+    class_labels=None,
+):
+    """Draw every figure of a run into `output_dir`/figures; without a metrics.jsonl there is no loss.png.
+
+    Args:
+        images: real images (N, C, H, W) in [-1, 1], of which up to 4 are shown drowning in noise.
+        num_images: images drawn from `seed`, from the same noise by DDPM and DDIM; the GIF has 16 of them at most. On
+            a CPU there are fewer if they would take longer than PATIENCE.
+        num_inference_steps: DDPM steps of the reverse process; None: all T.
+        on_step: called after every step of sampling, with what `sample` passes.
+        class_labels: of the `num_images`, for a conditional UNet.
+    """
+    metrics, folder = Path(output_dir, "metrics.jsonl"), Path(output_dir, "figures")
+    steps = scheduler.subsequence(num_inference_steps, "trailing")
+    kept = evenly(range(len(steps)), FRAMES)
+    total = len(steps) + sum(n for n in DDIM_STEPS if n <= len(scheduler))
+    num_images = affordable(unet, num_images, total, PATIENCE)
+    labels = None if class_labels is None else class_labels[:num_images]
+    frames = []
+    with tqdm(total=total, desc="Figures", unit="step") as bar:
+
+        def count(*step):
+            bar.update()
+            if on_step is not None:
+                on_step(*step)
+
+        def keep_frame(i, num_steps, *pair):
+            count(i, num_steps, *pair)
+            if i in kept:
+                label = f"t = {steps[i][1]}" if i < num_steps - 1 else "image"
+                frames.append((label, [part.cpu() for part in pair]))
+
+        if metrics.exists():
+            loss_figure(metrics, folder / "loss.png")
+        schedule_figure(scheduler, folder / "schedule.png")
+        forward_strip(scheduler, images[:4], folder / "forward.png", seed)
+        options = dict(num_inference_steps=num_inference_steps, spacing="trailing", on_step=keep_frame)
+        sample(unet, scheduler, image_generators(seed, range(num_images)), class_labels=labels, **options)
+        captions, pairs = zip(*evenly(frames, 9))
+        reverse_strip([[part[:3] for part in pair] for pair in pairs], captions, folder / "reverse.png")
+        reverse_gif([samples for _, (samples, _) in frames], folder / "reverse.gif")
+        ddim_sheets(unet, scheduler, folder, seed, num_images, on_step=count, class_labels=labels)

@@ -1,0 +1,63 @@
+"""How many steps a run has, and the learning rate at each."""
+
+import math
+
+import torch
+from diffusers.optimization import SchedulerType, get_scheduler
+
+from ..errors import UserError
+from ..models.ema import ema_decay
+
+
+def count_steps(config, num_images: int | None, global_batch: int) -> tuple[int, int]:
+    """Return images per epoch and optimizer steps of the whole run.
+
+    The last step may reach into the epoch after: every step has exactly `global_batch` images.
+
+    Raises:
+        UserError: if a batch is larger than the set, or if the length of a stream is not known and none is given.
+    """
+    if num_images is None:
+        if config.max_train_steps is None:
+            raise UserError("the length of this stream is not known: give --max_train_steps instead of --num_epochs.")
+        return config.max_train_steps * global_batch, config.max_train_steps
+    if global_batch > num_images:
+        raise UserError(
+            f"one step takes {global_batch} images (batch x accumulation x processes), but there are only "
+            f"{num_images}: lower --train_batch_size or --gradient_accumulation_steps."
+        )
+    return num_images, config.max_train_steps or math.ceil(config.num_epochs * num_images / global_batch)
+
+
+def learning_rate_schedule(config, optimizer, total_steps: int):
+    """Return the function from optimizer step (0-based) to learning rate: diffusers' schedules, stateless.
+
+    Raises:
+        UserError: for a name that diffusers has not, or whose schedule needs more than a warm-up and a length.
+    """
+    names = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+    if config.lr_scheduler not in names:
+        raise UserError(f"--lr_scheduler {config.lr_scheduler} is not known: choose from {', '.join(names)}.")
+    # The schedule would set the rate of the optimizer it is given.
+    throwaway = torch.optim.SGD(optimizer.param_groups[0]["params"][:1], lr=config.learning_rate)
+    try:
+        schedule = get_scheduler(
+            config.lr_scheduler, throwaway, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
+        )
+    except ValueError as error:
+        raise UserError(f"--lr_scheduler {config.lr_scheduler} cannot be ({error}): raise --learning_rate.") from error
+    factor = schedule.lr_lambdas[0]
+    return lambda step: config.learning_rate * factor(step)
+
+
+def ema_warning(config, total_steps: int) -> list[str]:
+    """Return a sentence to print if the average would still hold a good part of the initial weights at the end."""
+    if not config.use_ema or ema_decay(config, 1) == 0:
+        return []
+    left = math.exp(sum(math.log(ema_decay(config, step)) for step in range(1, min(total_steps, 100_000))))
+    if left < 0.05:
+        return []
+    return [
+        f"Warning: after {total_steps} steps the EMA still is {left:.0%} the weights of the first step, and its "
+        "samples are mostly noise: give --ema_inv_gamma 1 for a warm-up, or a lower --ema_max_decay."
+    ]
