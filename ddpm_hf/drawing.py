@@ -108,7 +108,8 @@ def draw_samples(model: Pretrained, sampler: dict, num_images: int, output, batc
     """Draw images 0..num_images-1 into a folder, or into one .npz; every process of a launch calls this.
 
     Image k lies in block k // batch_size, and a block is drawn by one process in one batch, whatever is there already:
-    so a job that was killed ends with the same bytes as one that was not, on any number of processes.
+    so a job that was killed ends with the same bytes as one that was not, on any number of processes. That needs the
+    same make of processor and number of threads. Others round differently, which may move a pixel by one grey level.
 
     Args:
         sampler: as `resolve_sampler` returns it.

@@ -130,7 +130,8 @@ def sample_images(
 ) -> torch.Tensor:
     """Images `indices` of `seed`, drawn in batches with a progress bar: uint8 (N, C, H, W) on the CPU.
 
-    `kwargs` are those of `sample`. The images do not depend on `batch_size`. A batch size below 1 is a UserError.
+    `kwargs` are those of `sample`. Another `batch_size` only rounds differently, which now and then moves a pixel by
+    one grey level. A batch size below 1 is a UserError.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
