@@ -41,23 +41,23 @@ def figures(arguments):
     train_set, _ = load_images(config, model.unet.config.in_channels)
     images = train_set.get(list(range(min(8, train_set.num_images or 8))))
     count, steps = min(16, config.eval_batch_size), config.ddpm_num_inference_steps
-    labels = [k % model.num_classes for k in range(count)] if model.num_classes else None
+    labels = model.classes.in_turn(range(count))
     run_figures(run, model.unet, model.scheduler, images, config.seed, count, steps, class_labels=labels)
     print(f"The figures are in {run / 'figures'}.")
 
 
 def sample(arguments):
     """Draw images with any DDPM, into a folder of PNG files or one .npz; killed, it goes on where it was."""
-    from .commands.sample import sample_command
+    from .commands.sample import run
 
-    sample_command(arguments)
+    run(arguments)
 
 
 def evaluate(arguments):
     """Score a model, or samples, against real images; leave a record that says what each number is."""
-    from .commands.evaluate import evaluate_command
+    from .commands.evaluate import run
 
-    evaluate_command(arguments)
+    run(arguments)
 
 
 def export(arguments):
@@ -90,9 +90,9 @@ def push_space(arguments):
 
 def restore(arguments):
     """Denoise, inpaint, enlarge, colour or deblur images with a model that was trained on clean ones."""
-    from .commands.restore import restore_command
+    from .commands.restore import run
 
-    restore_command(arguments)
+    run(arguments)
 
 
 def compare(arguments):

@@ -1,4 +1,7 @@
-"""The one exception that users see as a sentence."""
+"""The one exception that users see as a sentence, and the suggestion for a mistyped word."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -8,3 +11,9 @@ class UserError(ValueError):
     """
 
     on_one_process = False  # whether the others may not have met it, so that this one has to say it
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return `did you mean X? ` for the known word closest to a mistyped one, or "" where none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]}? " if close else ""

@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.sampling.guidance import ClassifierFree
-from ddpm_hf.sampling.samplers import image_generators, sample
+from ddpm_hf.sampling.samplers import draw, image_generators
 
 
 CODE = str(ROOT / "pipelines/class_conditional.py")
@@ -109,7 +109,7 @@ def test_at_scale_1_it_is_our_sampler(tiny, config):
     ):
         images = pipeline([2, "cat"], generator=image_generators(5, range(2)), output_type="pt", **arguments).images
         arguments["method"] = arguments.pop("sampler")
-        ours = sample(
+        ours = draw(
             pipeline.unet,
             scheduler,
             image_generators(5, range(2)),
@@ -129,8 +129,8 @@ def test_guided_it_is_our_sampler_under_guidance(tiny, kind):
     arguments = dict(guidance_scale=5.0, sampler="ddim", num_inference_steps=5, output_type="pt")
     images = pipeline([2, "cat"], generator=image_generators(5, range(2)), **arguments).images
     guided = ClassifierFree(pipeline.unet, scheduler, 5.0)
-    options = dict(method="ddim", num_inference_steps=5, spacing="trailing", class_labels=[2, 0])
-    ours = sample(guided, scheduler, image_generators(5, range(2)), **options)
+    options = dict(sampler="ddim", num_inference_steps=5, spacing="trailing", class_labels=[2, 0])
+    ours = draw(guided, scheduler, image_generators(5, range(2)), **options)
     torch.testing.assert_close(images * 2 - 1, ours, rtol=0, atol=1e-3)
 
 

@@ -203,8 +203,8 @@ def test_scale_0_on_few_steps_is_our_sampler(tmp_path, method, eta):
     """fixed_large gives way to fixed_small there, and 7 does not divide 10."""
     pipeline = load(save_stock(tmp_path, variance_type="fixed_large"), classifier=tiny_classifier())
     arguments = {"num_inference_steps": 7, "eta": eta}
-    expected = sampling.sample(
-        pipeline.unet, PaperDDPMScheduler.from_config(pipeline.scheduler.config), generators(5, 6), method=method,
+    expected = sampling.draw(
+        pipeline.unet, PaperDDPMScheduler.from_config(pipeline.scheduler.config), generators(5, 6), sampler=method,
         spacing="trailing", **arguments,
     )  # fmt: skip
     x = draw(pipeline, [0, 0], guidance_scale=0, sampler=method, generator=generators(5, 6), **arguments)

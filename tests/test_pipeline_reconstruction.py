@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from PIL import Image
 
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
-from ddpm_hf.sampling.samplers import image_generators, sample
+from ddpm_hf.sampling.samplers import draw, image_generators
 
 
 CODE = str(ROOT / "pipelines/reconstruction.py")
@@ -127,11 +127,11 @@ def test_decoding_noise_is_ddim(tiny, prediction_type):
     pipeline = make(tiny, untrained(), cosine(DDIMScheduler, **config))
     noise = torch.cat([torch.randn(1, 1, 8, 8, generator=generator) for generator in image_generators(0, range(2))])
     images = pipeline.decode(noise, 3, output_type="pt").images
-    ours = sample(
+    ours = draw(
         pipeline.unet,
         cosine(PaperDDPMScheduler, **config),
         image_generators(0, range(2)),
-        method="ddim",
+        sampler="ddim",
         num_inference_steps=3,
         spacing="trailing",
         clip=False,

@@ -79,7 +79,7 @@ def test_a_conditional_pipeline_has_its_code_beside_it(tmp_path):
     assert sys.modules[type(pipeline).__module__].__file__ != str(shipped("pipelines") / "class_conditional.py")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(["dog"], num_inference_steps=2).images[0].size == (8, 8)
-    assert load_pretrained(str(tmp_path)).class_names == ["cat", "dog"]
+    assert load_pretrained(str(tmp_path)).classes.names == ("cat", "dog")
 
 
 def test_a_pipeline_with_its_parts_beside_the_index_loads(tmp_path, unet):

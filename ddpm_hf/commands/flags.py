@@ -88,7 +88,6 @@ def evaluate(parser: argparse.ArgumentParser):
         "DDIM-50; paper: 50,000 of all T steps, the whole bound on all held-out images; default: fast",
     )
     add("--num_images", type=int, help="generated images per seed range; default: the suite's")
-    add("--seed_ranges", type=int, default=1, help="score so many successive sets of seeds; mean, deviation, min")
     add(
         "--features",
         choices=["inception", "dinov2", "digits"],
@@ -221,3 +220,20 @@ def restore(parser: argparse.ArgumentParser):
         help="image k, by name, is drawn from the generator seeded with seed + k; default: 0",
     )
     add("--overwrite", action="store_true", help="replace results that are in OUTPUT")
+
+
+def sampler_settings(arguments) -> dict:
+    """Return the flags of the sampler's group as fields of `Sampler`, the classifier loaded."""
+    from ..models.pretrained import load_classifier
+
+    names = ["num_inference_steps", "timesteps", "eta", "variance_type", "dtype", "seed", "class_labels"]
+    settings = {name: getattr(arguments, name) for name in [*names, "guidance_scale"]}
+    classifier = None if arguments.classifier is None else load_classifier(arguments.classifier)
+    return settings | {"classifier": classifier}
+
+
+def requested_sampler(arguments, default: str):
+    """Return the Sampler that the flags ask for."""
+    from ..sampling.settings import sampler_named
+
+    return sampler_named(arguments.sampler or default, sampler_settings(arguments))

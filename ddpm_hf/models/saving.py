@@ -6,7 +6,6 @@ has no pipeline for (a UNet that is told classes) has the file of ours that does
 
 import contextlib
 import copy
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from ..community_pipelines import pipeline_file
+from ..files import read_json, write_json
 
 
 def save_pipeline(
@@ -37,7 +37,7 @@ def save_pipeline(
         # Trailing, as our own samplers: stock DDIM then begins in pure noise, and draws what was scored.
         published = DDPMScheduler.from_config(scheduler.stock().config, timestep_spacing="trailing")
         DDPMPipeline(in_float32(unet), published).save_pretrained(new)
-        index = json.loads((new / "model_index.json").read_text())
+        index = read_json(new / "model_index.json")
         if class_names is not None:
             index["id2label"] = dict(enumerate(class_names))
         for name in {pipeline, "class_conditional" if conditional else None} - {None}:
@@ -45,7 +45,7 @@ def save_pipeline(
         if pipeline is not None:
             code = pipeline_file(pipeline).read_text(encoding="utf-8")
             index["_class_name"] = [pipeline, re.search(r"^class (\w+)\(DiffusionPipeline\)", code, re.MULTILINE)[1]]
-        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(new / "model_index.json", index)
 
 
 def save_classifier(folder: str | Path, classifier):

@@ -1,12 +1,11 @@
 """A model and the pipeline files that it can use, in one folder: whoever loads it needs diffusers, nothing of ours."""
 
-import json
 import shutil
 from pathlib import Path
 
 from ..community_pipelines import pipeline_file
 from ..errors import UserError
-from ..files import writing
+from ..files import read_json, write_json, writing
 from ..models.pretrained import Pretrained
 from ..models.saving import save_classifier, save_pipeline
 from ..provenance import hide_paths
@@ -40,7 +39,7 @@ def export(model: Pretrained, output: str | Path, classifier=None, pipeline: str
     suits = {
         "class_conditional": conditional,
         "classifier_guided": classifier is not None,
-        "restoration": not conditional or config.num_class_embeds > model.num_classes,  # it needs "no class"
+        "restoration": not conditional or model.classes.no_class is not None,
         "reconstruction": True,
     }
     names = [name for name in PIPELINES if suits[name]]
@@ -52,16 +51,15 @@ def export(model: Pretrained, output: str | Path, classifier=None, pipeline: str
     with writing("the export", output):
         shutil.rmtree(new, ignore_errors=True)  # left by a kill
         new.mkdir(parents=True)
-        save_pipeline(new, model.unet, model.scheduler, model.class_names, pipeline)
+        save_pipeline(new, model.unet, model.scheduler, model.classes.names, pipeline)
         if classifier is not None:
             save_classifier(new, classifier)
-            index = json.loads((new / "model_index.json").read_text())
+            index = read_json(new / "model_index.json")
             index["classifier"] = ["classifier", "NoisyClassifier"]  # the class in classifier/classifier.py
-            (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            write_json(new / "model_index.json", index)
         for name in names:
             shutil.copyfile(pipeline_file(name), new / f"{name}.py")
-        of_run = model.folder.parent if (model.folder / "state.pt").is_file() else model.folder  # of a checkpoint
-        for path in (of_run / name for name in RECORDS):
+        for path in (model.run_folder / name for name in RECORDS):
             if path.is_dir():
                 patterns = [Path(private).name for private in PRIVATE if Path(private).parent.name == path.name]
                 shutil.copytree(path, new / path.name, ignore=shutil.ignore_patterns(*patterns))

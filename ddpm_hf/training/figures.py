@@ -16,8 +16,7 @@ from tqdm.auto import tqdm
 from ..diffusion.scheduler import PaperDDPMScheduler
 from ..pictures import evenly, image_sheet, near_square, resized, saved, strip, tiled, to_uint8
 from ..randomness import keyed_generator
-from ..sampling.generate import affordable
-from ..sampling.samplers import image_generators, sample
+from ..sampling.samplers import draw, image_generators
 
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
@@ -69,9 +68,9 @@ def ddim_sheets(
     paths = []
     for count in [count for count in steps if count <= len(scheduler)]:
         options = dict(
-            method="ddim", num_inference_steps=count, spacing="trailing", on_step=on_step, class_labels=class_labels
+            sampler="ddim", num_inference_steps=count, spacing="trailing", on_step=on_step, class_labels=class_labels
         )
-        images = sample(unet, scheduler, image_generators(seed, range(num_images)), **options)
+        images = draw(unet, scheduler, image_generators(seed, range(num_images)), **options)
         paths.append(image_sheet(to_uint8(images), Path(folder, f"ddim_{count}.png")))
     return paths
 
@@ -184,7 +183,6 @@ def run_figures(
     steps = scheduler.subsequence(num_inference_steps, "trailing")
     kept = evenly(range(len(steps)), FRAMES)
     total = len(steps) + sum(n for n in DDIM_STEPS if n <= len(scheduler))
-    num_images = affordable(unet, num_images, total, PATIENCE)
     labels = None if class_labels is None else class_labels[:num_images]
     frames = []
     with tqdm(total=total, desc="Figures", unit="step") as bar:
@@ -205,7 +203,7 @@ def run_figures(
         schedule_figure(scheduler, folder / "schedule.png")
         forward_strip(scheduler, images[:4], folder / "forward.png", seed)
         options = dict(num_inference_steps=num_inference_steps, spacing="trailing", on_step=keep_frame)
-        sample(unet, scheduler, image_generators(seed, range(num_images)), class_labels=labels, **options)
+        draw(unet, scheduler, image_generators(seed, range(num_images)), class_labels=labels, **options)
         captions, pairs = zip(*evenly(frames, 9))
         reverse_strip([[part[:3] for part in pair] for pair in pairs], captions, folder / "reverse.png")
         reverse_gif([samples for _, (samples, _) in frames], folder / "reverse.gif")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .. import run_folder
@@ -16,11 +16,12 @@ from ..files import writing
 from ..models.ema import ema_decay
 from ..models.saving import save_classifier, save_pipeline
 from ..pictures import image_sheet
-from ..sampling.generate import affordable, sample_images
+from ..sampling.generate import sample_images
+from ..sampling.settings import Sampler
 from ..sharing.card import write_card
 from ..sharing.hub import push
 from . import checkpoints
-from .figures import PATIENCE, loss_figure, run_figures
+from .figures import loss_figure, run_figures
 from .run import Run
 from .scoring import score_run
 from .validation import per_band, validate
@@ -207,25 +208,14 @@ def draw_sheet(run: Run, signals: list):
         Interrupted: if a signal comes. (Not on several processes, which would lose each other.)
     """
     config, accelerator = run.config, run.accelerator
-    if run.sheet_images is None:
-        steps = config.ddpm_num_inference_steps
-        affordable_images = [affordable(run.published, config.eval_batch_size, steps, PATIENCE)]
-        run.sheet_images = broadcast_object_list(affordable_images)[0]
-        if run.sheet_images < config.eval_batch_size and accelerator.is_main_process:
-            tqdm.write(
-                f"Sample sheets have {run.sheet_images} instead of {config.eval_batch_size} images: more would take "
-                f"over {PATIENCE} s each in {steps} steps; lower --ddpm_num_inference_steps for more."
-            )
-    share = range(accelerator.process_index, run.sheet_images, accelerator.num_processes)
+    share = range(accelerator.process_index, config.eval_batch_size, accelerator.num_processes)
+    # Trailing timesteps begin at T - 1, in pure noise; leading ones would begin where cosine betas leave signal.
+    sampler = Sampler(num_inference_steps=config.ddpm_num_inference_steps, seed=config.seed).resolve(run.pretrained)
     images = sample_images(
-        run.published,
-        run.scheduler,
-        config.seed,
+        run.pretrained,
+        sampler,
         share,
         batch_size=config.eval_batch_size,
-        num_inference_steps=config.ddpm_num_inference_steps,
-        spacing="trailing",  # begins at T - 1, in pure noise; "leading" would begin where cosine betas leave signal
-        class_labels=run.class_labels(share),
         on_step=yielding_to(signals, run),
         progress=accelerator.is_main_process,
     )

@@ -24,8 +24,10 @@ from ..diffusion.timestep_sampling import new_history
 from ..errors import UserError
 from ..files import writing
 from ..models.build import build_classifier, build_unet, unet_channels
+from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.ema import make_ema
+from ..models.pretrained import Pretrained
 from ..processes import check_processes, has_bfloat16
 from ..provenance import PACKAGES, command, git_commit
 from ..sharing.hub import create_repository
@@ -69,6 +71,25 @@ class Run:
     def published(self) -> UNet2DModel | NoisyClassifier:
         """The weights that are sampled from and saved: the EMA's where there is one."""
         return self.network if self.ema is None else self.ema.module
+
+    @property
+    def classes(self) -> Classes:
+        """The classes that the UNet is told; none of an unconditional one or of a classifier."""
+        if not self.config.class_conditional:
+            return Classes()
+        return Classes(tuple(self.train_set.class_names), self.network.config.num_class_embeds)
+
+    @property
+    def pretrained(self) -> Pretrained:
+        """The published weights as samplers and scores take them."""
+        facts = {
+            "name": Path(self.config.output_dir).resolve().name,
+            "revision": None,
+            "weights": "published",
+            "parameters": self.facts["parameters"],
+            "commit": self.facts["git_commit"],
+        }
+        return Pretrained(self.published, self.scheduler, facts, {}, Path(self.config.output_dir), self.classes)
 
     @property
     def told_names(self) -> list[str] | None:
@@ -132,7 +153,7 @@ def open_run(config: TrainingConfig) -> Run | None:
         facts={},
     )
     run.facts = describe(run)
-    run.evaluation, skipped = open_evaluation(config, network, scheduler, train_set, validation_set)
+    run.evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
     said = [run.facts["summary"], *ema_warning(config, total_steps), *skipped]
     if checkpoint is not None:
         said += checkpoints.check_same_run(checkpoint, config, dict(network.config), total_steps)
