@@ -4,14 +4,13 @@ import hashlib
 import json
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from accelerate import PartialState
 
 from ..errors import UserError
 from ..files import write_beside, writing
-from ..provenance import command
+from ..provenance import command, version
 
 
 SCHEMA = "ddpm_hf.eval/1"
