@@ -1,7 +1,6 @@
-"""The one exception that users see as a sentence, and the suggestion for a mistyped word."""
+"""The one exception that users see as a sentence, and the words of refusals that several parsers share."""
 
-import difflib
-from collections.abc import Iterable
+import re
 
 
 class UserError(ValueError):
@@ -13,7 +12,26 @@ class UserError(ValueError):
     on_one_process = False  # whether the others may not have met it, so that this one has to say it
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return `did you mean X? ` for the known word closest to a mistyped one, or "" where none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]}? " if close else ""
+def suggestion(word: str, known) -> str:
+    """Return what to type instead of `word`: the name in `known` that is close to it, a short list, or the help."""
+    import difflib  # only here: `import ddpm_hf` is to be quick
+
+    if close := difflib.get_close_matches(word, known, n=1):
+        return f"did you mean {close[0]}?"
+    return f"choose from {', '.join(known)}." if len(known) <= 12 else "see --help."
+
+
+def no_such(kind: str, word: str, known) -> str:
+    """Return the sentence for a `word` that is not in `known`, e.g. no_such("preset", "mnst", ["mnist"])."""
+    return f"there is no {kind} {word!r}: {suggestion(word, known)}"
+
+
+def no_such_flag(word: str, known) -> str:
+    """Return the sentence for a flag that is not in `known`, without its value, which may be a token."""
+    return no_such("flag", re.split(r"[=\s]", word)[0], known)
+
+
+def one_sentence(message: str) -> str:
+    """Return a message of argparse as one line that says what to do, with access tokens of the Hub masked."""
+    message = re.sub(r"\bhf_\w+", "hf_***", " ".join(message.split()))
+    return message if message.endswith((".", "?")) else f"{message}; see --help."

@@ -54,7 +54,7 @@ def read_json(path: Path, *, like: type = dict, missing=None):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): is the folder whole?") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}): is the name right, and the file whole?") from error
     if not isinstance(content, like):
         raise UserError(f"{path} holds a {type(content).__name__}, not a {like.__name__}: is it the right file?")
     return content

@@ -1,9 +1,26 @@
-"""`ddpm_hf sample`."""
+"""Draw images with any DDPM, into a folder of PNG files or one .npz file.
+
+If it is killed, the same command goes on with the missing images.
+
+ddpm_hf sample runs/mnist --num_images 10000 --sampler ddim --num_inference_steps 50 --output samples/mnist
+ddpm_hf sample google/ddpm-cifar10-32 --output cifar10.npz
+ddpm_hf sample runs/mnist-conditional --class_labels 3 --guidance_scale 2 --sampler ddim
+accelerate launch --multi_gpu -m ddpm_hf sample runs/cifar10 --num_images 50000
+"""
 
 from pathlib import Path
 
+from .flags import add_sampler_flags, requested_sampler
+
 
 ON_SHEET = 64  # images that are shown of a set
+
+
+def add_flags(parser):
+    parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
+    parser.add_argument("--output", help="folder, or file ending in .npz; default: samples/MODEL-SAMPLER")
+    parser.add_argument("--num_images", type=int, default=64, help="default: 64")
+    add_sampler_flags(parser)
 
 
 def run(arguments):
@@ -14,11 +31,11 @@ def run(arguments):
     from ..pictures import image_sheet
     from ..processes import start_processes
     from ..sampling.sample_set import draw_samples, read_samples
-    from .flags import requested_sampler
 
     start_processes()
+    sampler = requested_sampler(arguments, "ddpm")
     model = load_pretrained(arguments.model, arguments.weights)
-    sampler = requested_sampler(arguments, "ddpm").resolve(model)
+    sampler = sampler.resolve(model)
     name = f"{model.facts['name'].replace('/', '--')}-{sampler.name}{sampler.num_inference_steps}"
     if sampler.classifier is not None or sampler.guidance_scale != 1:
         name += f"-guided{sampler.guidance_scale:g}"

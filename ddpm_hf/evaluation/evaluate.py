@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 
 from ..config.training_config import TrainingConfig
 from ..data.dataset import load_images
-from ..errors import UserError, suggestion
+from ..errors import UserError, no_such
 from ..files import writing
 from ..models.pretrained import Pretrained, load_pretrained
 from ..randomness import keyed_generator
@@ -341,9 +341,7 @@ def check_metrics(names: list[str]):
     """Refuse, with a UserError, a name that is not in METRICS."""
     for name in names:
         if name not in METRICS:
-            raise UserError(
-                f"there is no metric {name!r}: {suggestion(name, METRICS)}choose from {', '.join(METRICS)}."
-            )
+            raise UserError(no_such("metric", name, METRICS))
 
 
 def check_count(evaluation: Evaluation, num_images: int):
@@ -404,7 +402,7 @@ def check_labels(evaluation: Evaluation):
 def choose_suite(suite: str, num_images, bound_images, bound_timesteps, batch_size: int) -> dict:
     """Return the numbers of images and timesteps of a suite, over which those given win; refuse impossible ones."""
     if suite not in SUITES:
-        raise UserError(f"there is no suite {suite!r}: {suggestion(suite, SUITES)}choose from {', '.join(SUITES)}.")
+        raise UserError(no_such("suite", suite, SUITES))
     given = {"num_images": num_images, "bound_images": bound_images, "bound_timesteps": bound_timesteps}
     numbers = SUITES[suite] | {name: value for name, value in given.items() if value is not None}
     if min(numbers["num_images"], batch_size) < 1:

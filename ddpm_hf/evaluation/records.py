@@ -3,7 +3,6 @@
 import hashlib
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from accelerate import PartialState
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import read_json, write_json, writing
-from ..provenance import command
+from ..provenance import command, version
 
 
 SCHEMA = "ddpm_hf.eval/1"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, no_such
 from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.pretrained import Pretrained, weights_hash
@@ -164,9 +164,9 @@ def sampler_named(sampler: "str | Sampler", settings: dict) -> Sampler:
     """
     known = set(Sampler.__dataclass_fields__) - {"name"}
     if unknown := set(settings) - known:
-        raise UserError(f"a sampler has no setting {min(unknown)!r}: choose from {', '.join(sorted(known))}.")
+        raise UserError(no_such("setting of a sampler", min(unknown), sorted(known)))
     if isinstance(sampler, Sampler):
         return replace(sampler, **settings)
     if sampler not in SAMPLERS:
-        raise UserError(f"sampler is {sampler!r}; choose {', '.join(SAMPLERS)}.")
+        raise UserError(no_such("sampler", sampler, SAMPLERS))
     return Sampler(name=sampler, **settings)

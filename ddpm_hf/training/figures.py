@@ -13,7 +13,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..config.training_config import TrainingConfig
+from ..data.dataset import load_images
 from ..diffusion.scheduler import PaperDDPMScheduler
+from ..errors import UserError
+from ..models.pretrained import load_pretrained
 from ..pictures import evenly, image_sheet, near_square, resized, saved, strip, tiled, to_uint8
 from ..randomness import keyed_generator
 from ..sampling.samplers import draw, image_generators
@@ -208,3 +212,27 @@ def run_figures(
         reverse_strip([[part[:3] for part in pair] for pair in pairs], captions, folder / "reverse.png")
         reverse_gif([samples for _, (samples, _) in frames], folder / "reverse.gif")
         ddim_sheets(unet, scheduler, folder, seed, num_images, on_step=count, class_labels=labels)
+
+
+def redraw_figures(folder: str | Path):
+    """Draw the figures of a finished run again, from its pipeline, its metrics and its data.
+
+    Raises:
+        UserError: for a folder that is not a finished run of a DDPM, or data that cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():  # an export has both
+        only = folder / "figures" / "loss.png"
+        raise UserError(f"{folder} is the run of a classifier, whose only figure is {only}.")
+    if not (folder / "train_config.json").is_file() or not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is not a finished run: give the --output_dir of a training.")
+    model = load_pretrained(str(folder))
+    try:
+        config = TrainingConfig(**model.run["flags"])
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder}/train_config.json is not of this version ({error}): train the run anew.") from error
+    train_set, _ = load_images(config, model.unet.config.in_channels)
+    images = train_set.get(list(range(min(8, train_set.num_images or 8))))
+    count, steps = min(16, config.eval_batch_size), config.ddpm_num_inference_steps
+    labels = [k % model.num_classes for k in range(count)] if model.num_classes else None
+    run_figures(folder, model.unet, model.scheduler, images, config.seed, count, steps, class_labels=labels)

@@ -5,7 +5,6 @@ import os
 import platform
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from ..models.classifier import NoisyClassifier
 from ..models.ema import make_ema
 from ..models.pretrained import Pretrained
 from ..processes import check_processes, has_bfloat16
-from ..provenance import PACKAGES, command, git_commit
+from ..provenance import PACKAGES, command, git_commit, version
 from ..sharing.hub import create_repository
 from . import checkpoints
 from .checkpoints import TrainState
