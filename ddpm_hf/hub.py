@@ -25,6 +25,7 @@ API = HfApi()
 PUBLISHED = ["model_index.json", "unet", "scheduler", "README.md", "train_config.json", "metrics.jsonl", "samples"]
 PUBLISHED += ["figures", "evaluations", "best", "classifier"]
 PUBLISHED += sorted(path.name for path in shipped("pipelines").glob("*.py"))
+PUBLISHED += ["class_conditional.py", "classifier_guided.py"]  # of folders saved before class_guided.py
 # Training images, which need not be anybody's to publish.
 PRIVATE = ["evaluations/*.png", "figures/forward.png"]
 TOKEN = r"\bhf_[A-Za-z0-9]{30,}"

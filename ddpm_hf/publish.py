@@ -54,9 +54,11 @@ def push_space_command(arguments):
         Path(folder, "pipelines").mkdir()
         for path in shipped("pipelines").glob("*.py"):
             shutil.copyfile(path, Path(folder, "pipelines", path.name))
-        for path in shipped("spaces").iterdir():
+        for path in shipped("spaces").rglob("*"):
             if path.suffix in SUFFIXES:
-                shutil.copyfile(path, Path(folder, path.name))
+                target = Path(folder, path.relative_to(shipped("spaces")))
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
         card = Path(folder, "README.md")
         card.write_text(card.read_text().replace("\n---\n", f"\nmodels:\n- {model}\n---\n", 1))
 

@@ -166,7 +166,7 @@ def test_the_cards_of_conditional_models_and_classifiers(guidance_models, tmp_pa
     text = ModelCard.load(guidance_models / "conditional" / "README.md").text
     assert "class-conditional" in text and "Its classes: 0, 1, 2," in text and "class_labels=[0]" in text
     assert (
-        'from_pretrained("conditional", custom_pipeline="class_conditional", ' in text
+        'from_pretrained("conditional", custom_pipeline="class_guided", ' in text
         and "DDPMPipeline" not in text
         and "DDIMPipeline" not in text
     )
