@@ -25,26 +25,17 @@ The samplers are DDIM (Song et al. 2021, eq. 12) and ancestral sampling (Ho et a
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from numbers import Integral, Real
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
-from diffusers.utils import BaseOutput, numpy_to_pil
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
+from diffusers.utils import numpy_to_pil
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 
 
 Labels = int | str | Sequence[int | str] | torch.Tensor | np.ndarray
 Scale = float | Callable[[float], float]
-
-
-@dataclass
-class ClassGuidedOutput(BaseOutput):
-    """`images`, in the `output_type` that was asked for."""
-
-    images: list[Image.Image] | np.ndarray | torch.Tensor
 
 
 class ClassGuidedPipeline(DiffusionPipeline):
@@ -64,7 +55,6 @@ class ClassGuidedPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet->classifier"
     _optional_components = ["classifier"]
-    _callback_tensor_inputs = ["sample", "pred_original_sample"]
 
     def __init__(
         self,
@@ -155,7 +145,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
-    ) -> ClassGuidedOutput | tuple:
+    ) -> ImagePipelineOutput | tuple:
         """Draw one image per label, or `num_images` images without a class.
 
         Args:
@@ -190,7 +180,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
             tensors["sample"] = after_step(
                 callback_on_step_end, callback_on_step_end_tensor_inputs, self, (i, t), tensors
             )
-        output = ClassGuidedOutput(to_output(tensors["sample"], output_type))
+        output = ImagePipelineOutput(to_output(tensors["sample"], output_type))
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
@@ -208,7 +198,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         """Draw as `__call__` does, and yield (i, t, tensors) after each step i, which was at timestep t.
 
         `tensors` has "sample" and "pred_original_sample", float32 (B, C, H, W), images in [-1, 1]. The next step goes
-        on from tensors["sample"], so that who watches may replace it.
+        on from tensors["sample"], which the caller may replace.
         """
         numbers = self._class_numbers(class_labels, num_images)
         T, device = self.scheduler.config.num_train_timesteps, self._execution_device
@@ -216,7 +206,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         check_generator(generator, len(numbers))
         self.check_inputs(sampler, eta)
         scheduler, timesteps = ddpm_scheduler(self.scheduler), trailing_timesteps(T, num_inference_steps)
-        scales = self.guidance_scales(guidance_scale, timesteps)
+        scales, kind = self.guidance_scales(guidance_scale, timesteps), _variance_kind(scheduler.config)
         alphas_cumprod = torch.cat([scheduler.alphas_cumprod, torch.ones(1)])  # the last one, [-1]: the clean image
         labels = None if numbers[0] is None else torch.tensor(numbers, device=device)
         size = self.unet.config.sample_size
@@ -236,11 +226,12 @@ class ClassGuidedPipeline(DiffusionPipeline):
             if sampler == "ddim":
                 x = ddim_step(x0, epsilon, alpha_bar_prev, eta**2 * beta_tilde, noise)
             else:
-                kind = _variance_kind(scheduler.config)
-                if kind == "learned_range":
-                    variance = _learned_variance(predicted_variance, beta, beta_tilde)
-                else:  # fixed_large overshoots where steps are skipped
-                    variance = beta if kind == "fixed_large" and len(timesteps) == T else beta_tilde
+                variance = beta_tilde
+                if kind == "learned_range":  # Nichol & Dhariwal 2021, eq. 15
+                    fraction = (predicted_variance + 1) / 2
+                    variance = (fraction * beta.log() + (1 - fraction) * beta_tilde.log()).exp()
+                elif kind == "fixed_large" and len(timesteps) == T:  # on fewer steps it overshoots
+                    variance = beta
                 weight_0 = alpha_bar_prev**0.5 * beta / (1 - alpha_bar)
                 weight_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
                 x = weight_0 * x0 + weight_t * x + variance**0.5 * noise
@@ -338,12 +329,6 @@ def _check_classifier(classifier: ModelMixin, unet: UNet2DModel, scheduler: Sche
 
 def _variance_kind(config) -> str:
     return (config.get("variance_type") or "fixed_small").removesuffix("_log")
-
-
-def _learned_variance(predicted, beta, beta_tilde):
-    """Return the variance between beta_tilde (at -1) and beta (at 1), by Nichol & Dhariwal 2021, eq. 15."""
-    fraction = (predicted + 1) / 2
-    return (fraction * beta.log() + (1 - fraction) * beta_tilde.log()).exp()
 
 
 # What follows is the same in every pipeline file that has it; a test compares them.

@@ -103,6 +103,7 @@ class RestorationPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
 
+    # More than 60 lines because of its signature and its docstring.
     @torch.no_grad()
     def __call__(
         self,
