@@ -1,8 +1,10 @@
 """Pipeline files cannot import each other, so passages that several of them have are compared here."""
 
 import ast
+import importlib.util
 
 import pytest
+import torch
 from conftest import ROOT
 
 
@@ -46,3 +48,12 @@ def test_no_method_has_more_than_five_positional_parameters(path):
         if isinstance(node, ast.FunctionDef):
             names = [one.arg for one in node.args.posonlyargs + node.args.args if one.arg != "self"]
             assert len(names) <= 5, node.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_tensor_stays_on_its_device(path):
+    spec = importlib.util.spec_from_file_location(f"agree_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    images = module.to_output(torch.zeros(2, 3, 4, 5, device="meta"), "pt")
+    assert images.device.type == "meta" and images.shape == (2, 3, 4, 5)
