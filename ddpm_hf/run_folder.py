@@ -30,6 +30,7 @@ def step_of(checkpoint: Path) -> int:
 PUBLISHED = ["model_index.json", "unet", "scheduler", "README.md", "train_config.json", "metrics.jsonl", "samples"]
 PUBLISHED += ["figures", "evaluations", "best", "classifier"]
 PUBLISHED += sorted(path.name for path in shipped("pipelines").glob("*.py"))
+PUBLISHED += ["class_conditional.py", "classifier_guided.py"]  # of folders saved before class_guided.py
 # Training images, which need not be anybody's to publish.
 PRIVATE = ["evaluations/*.png", "figures/forward.png"]
 # What a run has that says how its model came about and how good it is; `best/` and checkpoints stay behind.

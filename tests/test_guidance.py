@@ -158,7 +158,7 @@ def test_a_conditional_run_says_its_classes_and_how_to_ask_for_them(guidance_mod
     assert unet.config.num_class_embeds == 11
     assert unet.class_embedding.weight.shape == (11, 32)
     card = (guidance_models / "conditional" / "README.md").read_text()
-    assert 'custom_pipeline="class_conditional"' in card and "pipeline(class_labels=[0]" in card
+    assert 'custom_pipeline="class_guided"' in card and "pipeline(class_labels=[0]" in card
 
 
 def test_a_classifier_run_leaves_a_classifier_that_loads_without_ddpm_hf(guidance_models):

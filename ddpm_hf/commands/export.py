@@ -13,7 +13,7 @@ def add_flags(parser):
     parser.add_argument(
         "--pipeline",
         help="that `DiffusionPipeline.from_pretrained(output, trust_remote_code=True)` gives, e.g. restoration; "
-        "default: class_conditional or classifier_guided where there are classes, else stock DDPMPipeline",
+        "default: class_guided where there are classes, else stock DDPMPipeline",
     )
 
 

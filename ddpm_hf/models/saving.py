@@ -1,7 +1,7 @@
 """A network on disk: stock diffusers' `DDPMPipeline`, or the files of a classifier; a kill leaves a folder that loads.
 
-What is saved names diffusers' own classes only, so that whoever loads it needs nothing of ours. What stock diffusers
-has no pipeline for (a UNet that is told classes) has the file of ours that does beside its weights.
+What is saved names diffusers' own classes only, so that it loads where ddpm_hf is not installed. Stock diffusers has
+no class-conditional pipeline, so we save our own pipeline file next to the weights.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ def save_pipeline(
     """Save the UNet (float32 safetensors) and the scheduler as stock diffusers' `DDPMPipeline`, over an older one.
 
     The names of a conditional UNet's classes go into model_index.json as `id2label`, as DiTPipeline has them, and
-    beside it lies class_conditional.py, for `DiffusionPipeline.from_pretrained(folder,
-    custom_pipeline="class_conditional", trust_remote_code=True)`. Other files in the folder, and the model, stay.
+    class_guided.py is saved beside it, for `DiffusionPipeline.from_pretrained(folder, custom_pipeline="class_guided",
+    trust_remote_code=True)`. Other files in the folder, and the model, stay.
 
     Args:
         pipeline: a pipeline file of ours that is to be saved too and named by the index, so that no `custom_pipeline`
@@ -40,7 +40,7 @@ def save_pipeline(
         index = read_json(new / "model_index.json")
         if class_names is not None:
             index["id2label"] = dict(enumerate(class_names))
-        for name in {pipeline, "class_conditional" if conditional else None} - {None}:
+        for name in {pipeline, "class_guided" if conditional else None} - {None}:
             shutil.copyfile(pipeline_file(name), new / f"{name}.py")
         if pipeline is not None:
             code = pipeline_file(pipeline).read_text(encoding="utf-8")

@@ -66,11 +66,12 @@ def without_none(values: dict) -> dict:
 MARKER = r"<!-- ddpm_hf: (\S+) -->"  # with the name that the card was written for
 # What each pipeline file does, and a call that shows it.
 PIPELINES = {
-    "class_conditional": ("Images of a class, with classifier-free guidance", "class_labels=[0], guidance_scale=2.0"),
-    "classifier_guided": ("Images of a class, by a classifier's guidance", "class_labels=[0], guidance_scale=2.0"),
+    "class_guided": ("Images of a class, guided towards it", "class_labels=[0], guidance_scale=2.0"),
     "restoration": ("Mends noisy, masked, small, grey or blurred images", 'Image.open("noisy.png"), task="denoise"'),
     "reconstruction": ("Images to noise and back, and between two images", 'Image.open("image.png")'),
 }
+# class_guided.py was two files once. Folders saved then hold one of these, which their cards go on showing.
+EARLIER = dict.fromkeys(["class_conditional", "classifier_guided"], PIPELINES["class_guided"])
 TRAINING = {
     "parameters": "Parameters",
     "num_images": "Training images",
@@ -214,11 +215,12 @@ image = pipeline(num_inference_steps={steps}).images[0]
                 f"(num_inference_steps={min(50, steps)}).images[0]`."
             )
     has_no_class = (unet["num_class_embeds"] or 0) > len(classes)
-    for pipeline, (what, arguments) in PIPELINES.items():
+    for pipeline, (what, arguments) in (EARLIER | PIPELINES).items():
         if not (folder / f"{pipeline}.py").is_file():
             continue
         if unet["num_class_embeds"] and not has_no_class:
             only = {
+                "class_guided": "class_labels=[0]",
                 "class_conditional": "class_labels=[0]",
                 "reconstruction": 'Image.open("image.png"), class_labels=0',
             }

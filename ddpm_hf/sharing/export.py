@@ -23,8 +23,8 @@ def export(model: Pretrained, output: str | Path, classifier=None, pipeline: str
 
     Args:
         classifier: a NoisyClassifier that travels with an unconditional model, for guidance, or None.
-        pipeline: that the index names; by default class_conditional for a conditional model, classifier_guided with a
-            classifier, else stock `DDPMPipeline`, which then needs no trust in code.
+        pipeline: that the index names; by default class_guided for a conditional model or with a classifier, else
+            stock `DDPMPipeline`, which needs no trust in code.
 
     Raises:
         UserError: if the folder is there already or cannot be written, for a classifier of other images, or a
@@ -37,8 +37,7 @@ def export(model: Pretrained, output: str | Path, classifier=None, pipeline: str
     if classifier is not None:
         check_classifier(classifier, model.unet, model.scheduler)
     suits = {
-        "class_conditional": conditional,
-        "classifier_guided": classifier is not None,
+        "class_guided": conditional or classifier is not None,
         "restoration": not conditional or model.classes.no_class is not None,
         "reconstruction": True,
     }

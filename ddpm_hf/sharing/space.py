@@ -55,8 +55,10 @@ def write_space(folder: Path, model: str):
     (folder / "pipelines").mkdir()
     for path in shipped("pipelines").glob("*.py"):
         shutil.copyfile(path, folder / "pipelines" / path.name)
-    for path in shipped("spaces").iterdir():
+    for path in shipped("spaces").rglob("*"):
         if path.suffix in SUFFIXES:
-            shutil.copyfile(path, folder / path.name)
+            target = folder / path.relative_to(shipped("spaces"))
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
     card = folder / "README.md"
     card.write_text(card.read_text().replace("\n---\n", f"\nmodels:\n- {model}\n---\n", 1))

@@ -163,7 +163,7 @@ def close(run: Run, signals: list):
     if run.accelerator.is_main_process and finished:
         found = {"pipeline": f"{folder}  (DDPMPipeline.from_pretrained({str(folder)!r}))"}
         if run.config.class_conditional:
-            found = {"pipeline": f"{folder}  (for `python -m ddpm_hf sample` and pipelines/class_conditional.py)"}
+            found = {"pipeline": f"{folder}  (for `python -m ddpm_hf sample` and pipelines/class_guided.py)"}
         if run.config.objective == "classify":
             found = {"classifier": f"{folder / 'classifier'}  (for --classifier {folder} of `sample` and `evaluate`)"}
         else:
