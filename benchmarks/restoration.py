@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.dataset import load_images
-from ddpm_hf.models.pretrained import errors_only, load_pretrained
+from ddpm_hf.models.pretrained import load_pretrained, quiet_diffusers
 from ddpm_hf.pictures import resized, saved, tiled
 from ddpm_hf.randomness import keyed_generator
 from ddpm_hf.sampling.restoration import open_pipeline
@@ -238,8 +238,8 @@ def main():
             (train, keyed_generator(arguments.seed, "train"), arguments.tuning_images),
         ]
     )
-    pipeline = open_pipeline(model, "restoration")
-    with errors_only():  # diffusers warns of any cast
+    pipeline = open_pipeline(model)
+    with quiet_diffusers():  # diffusers warns of any cast
         pipeline.unet.to(DTYPES[arguments.dtype])
     pipeline.set_progress_bar_config(disable=True)
 

@@ -28,10 +28,11 @@ from diffusers import (
 )
 from diffusers.configuration_utils import register_to_config
 
-from ddpm_hf.classifier import NoisyClassifier
-from ddpm_hf.guidance import ClassifierFree
-from ddpm_hf.sampling import image_generators, sample
-from ddpm_hf.scheduler import PaperDDPMScheduler
+from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.models.classifier import NoisyClassifier
+from ddpm_hf.sampling import samplers
+from ddpm_hf.sampling.guidance import ClassifierFree
+from ddpm_hf.sampling.samplers import image_generators
 
 
 CODE = str(ROOT / "pipelines/class_guided.py")
@@ -125,8 +126,7 @@ def test_at_scale_1_it_is_our_sampler(tiny, config):
         dict(sampler="ddim", num_inference_steps=10, eta=0.7),
     ):
         images = pipeline([2, "cat"], generator=image_generators(5, range(2)), output_type="pt", **arguments).images
-        arguments["method"] = arguments.pop("sampler")
-        ours = sample(
+        ours = samplers.draw(
             pipeline.unet,
             scheduler,
             image_generators(5, range(2)),
@@ -146,8 +146,8 @@ def test_guided_it_is_our_sampler_under_guidance(tiny, kind):
     arguments = dict(guidance_scale=5.0, sampler="ddim", num_inference_steps=5, output_type="pt")
     images = pipeline([2, "cat"], generator=image_generators(5, range(2)), **arguments).images
     guided = ClassifierFree(pipeline.unet, scheduler, 5.0)
-    options = dict(method="ddim", num_inference_steps=5, spacing="trailing", class_labels=[2, 0])
-    ours = sample(guided, scheduler, image_generators(5, range(2)), **options)
+    options = dict(sampler="ddim", num_inference_steps=5, spacing="trailing", class_labels=[2, 0])
+    ours = samplers.draw(guided, scheduler, image_generators(5, range(2)), **options)
     torch.testing.assert_close(images * 2 - 1, ours, rtol=0, atol=1e-3)
 
 
@@ -282,15 +282,15 @@ def test_no_class_and_no_classes(tiny, stock):
     """class_labels=None is the null class; an unconditional model without a classifier draws as our sampler does."""
     arguments = dict(num_inference_steps=3, output_type="pt", num_images=2)
     images = tiny(generator=image_generators(0, range(2)), **arguments).images
-    labels = dict(spacing="trailing", num_inference_steps=3, method="ddim", class_labels=[3, 3])
-    ours = sample(tiny.unet, ten_steps(PaperDDPMScheduler), image_generators(0, range(2)), **labels)
+    labels = dict(spacing="trailing", num_inference_steps=3, sampler="ddim", class_labels=[3, 3])
+    ours = samplers.draw(tiny.unet, ten_steps(PaperDDPMScheduler), image_generators(0, range(2)), **labels)
     torch.testing.assert_close(images * 2 - 1, ours, rtol=0, atol=1e-4)
 
     plain = load(stock)
     assert plain.classifier is None and plain.labels == [] and plain.null_class is None
     images = plain(generator=image_generators(0, range(2)), **arguments).images
     scheduler = PaperDDPMScheduler.from_config(plain.scheduler.config)
-    ours = sample(plain.unet, scheduler, image_generators(0, range(2)), **labels | {"class_labels": None})
+    ours = samplers.draw(plain.unet, scheduler, image_generators(0, range(2)), **labels | {"class_labels": None})
     torch.testing.assert_close(images * 2 - 1, ours, rtol=0, atol=1e-4)
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     signal, sigma = (scheduler.alphas_cumprod[4] ** 0.5, (1 - scheduler.alphas_cumprod[4]) ** 0.5)
@@ -503,8 +503,8 @@ def test_scale_0_on_few_steps_is_our_sampler(tmp_path, method, eta):
     """fixed_large gives way to fixed_small there, and 7 does not divide 10."""
     pipeline = load(save_stock(tmp_path, variance_type="fixed_large"), classifier=tiny_classifier())
     arguments = {"num_inference_steps": 7, "eta": eta}
-    expected = sample(
-        pipeline.unet, PaperDDPMScheduler.from_config(pipeline.scheduler.config), generators(5, 6), method=method,
+    expected = samplers.draw(
+        pipeline.unet, PaperDDPMScheduler.from_config(pipeline.scheduler.config), generators(5, 6), sampler=method,
         spacing="trailing", **arguments,
     )  # fmt: skip
     x = draw(pipeline, [0, 0], guidance_scale=0, sampler=method, generator=generators(5, 6), **arguments)

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DDPMPipeline, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..community_pipelines import pipeline_file
+from ..community_pipelines import pipeline_file, pipeline_module
 from ..data.decode import to_array
-from ..errors import UserError
+from ..errors import UserError, no_such
 from ..files import read_json, write_beside, write_json, writing
-from ..models.pretrained import Pretrained, load_pretrained, quiet_diffusers
+from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import framed, image_sheet, to_uint8
 from .samplers import image_generators
 
@@ -102,7 +102,7 @@ def restore(
     items = None if output is None else find_items(Path(images), Path(output), mask)
     if not isinstance(model, Pretrained):
         model = load_pretrained(str(model))
-    pipeline = open_pipeline(model, "restoration")
+    pipeline = open_pipeline(model)
     if items is not None:
         return restore_files(
             pipeline,
@@ -148,20 +148,18 @@ def restore_files(
     return Restored(len(items), sheet, noise_levels)
 
 
-def open_pipeline(model: Pretrained, name: str) -> DiffusionPipeline:
-    """Return our community pipeline `name` around a loaded model, on the device of this process."""
-    plain = DDPMPipeline(model.unet, model.scheduler.stock())
-    names = {"id2label": model.classes.id2label} if model.classes.names else {}
-    # diffusers asks for this flag before it runs any file; this file was installed with the code that is running.
-    options = dict(custom_pipeline=str(pipeline_file(name)), trust_remote_code=True)
-    with quiet_diffusers():  # it warns of its own cast, from float32 to float32
-        pipeline = DiffusionPipeline.from_pipe(plain, **options, **names)
+def open_pipeline(model: Pretrained) -> DiffusionPipeline:
+    """Return pipelines/restoration.py around a loaded model, on the device of this process."""
+    module = pipeline_module("restoration")
+    pipeline = module.RestorationPipeline(model.unet, model.scheduler.stock(), model.classes.id2label)
     return pipeline.to(PartialState().device)
 
 
 def check_task_settings(settings: dict, mask, batch_size: int):
     """Refuse, with a UserError, settings that belong to another task, or that are out of range."""
-    task = settings["task"]
+    task, tasks = settings["task"], pipeline_module("restoration").OPERATORS
+    if task not in tasks:
+        raise UserError(no_such("task", task, tasks))
     for name, owner in TASK_OF.items():
         if (settings.get(name) is not None or name == "mask" and mask is not None) and task != owner:
             raise UserError(f"--{name} belongs to --task {owner}, and --task is {task}: leave it out.")
