@@ -1,10 +1,51 @@
-"""Train, sample, score and share DDPMs that stock HuggingFace diffusers loads.
+"""Train, sample, score, restore and share DDPMs that stock HuggingFace diffusers loads.
 
-Nothing is imported here, so that `--help` answers at once: take what you need from the module that has it,
-e.g. `from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler`.
+    import ddpm_hf
+
+    run = ddpm_hf.train(ddpm_hf.TrainingConfig.from_preset("digits"))
+    images = ddpm_hf.sample(run.folder, 16, "ddim", num_inference_steps=50)
+    print(ddpm_hf.evaluate(run.folder, suite="smoke"))
+
+Every name is imported when it is first used (PEP 562), so that `import ddpm_hf` and `--help` need no torch.
+docs/python_api.md describes them all.
 """
+
+from importlib import import_module
 
 from .errors import UserError as UserError
 
 
 __version__ = "0.1.0"
+# The public names: the module that each is in, and what it is called there.
+_PUBLIC = {
+    "TrainingConfig": ("config.training_config", "TrainingConfig"),
+    "PRESETS": ("config.presets", "PRESETS"),
+    "train": ("training.loop", "train"),
+    "FinishedRun": ("training.loop", "FinishedRun"),
+    "load": ("models.pretrained", "load_pretrained"),
+    "load_classifier": ("models.pretrained", "load_classifier"),
+    "sample": ("sampling.generate", "sample"),
+    "evaluate": ("evaluation.evaluate", "evaluate"),
+    "restore": ("sampling.restoration", "restore"),
+    "export": ("sharing.export", "export"),
+    "push": ("sharing.publish", "publish"),
+    "PaperDDPMScheduler": ("diffusion.scheduler", "PaperDDPMScheduler"),
+    "Sampler": ("sampling.settings", "Sampler"),
+    "Classes": ("models.classes", "Classes"),
+    "guide": ("sampling.guidance", "guide"),
+    "OBJECTIVES": ("diffusion.losses", "OBJECTIVES"),
+    "SAMPLERS": ("sampling.samplers", "SAMPLERS"),
+    "METRICS": ("evaluation.metrics", "METRICS"),
+}
+__all__ = ["UserError", "__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, name_there = _PUBLIC[name]
+    return getattr(import_module(f".{module}", __name__), name_there)
+
+
+def __dir__():
+    return sorted({*globals(), *_PUBLIC})

@@ -18,12 +18,15 @@ def add_flags(parser):
 
 
 def run(arguments):
-    from ..models.pretrained import load_classifier, load_pretrained
     from ..sharing.export import export
 
-    model = load_pretrained(arguments.model, arguments.weights)
-    classifier = None if arguments.classifier is None else load_classifier(arguments.classifier)
-    names = export(model, arguments.output, classifier, arguments.pipeline)
+    names = export(
+        arguments.model,
+        arguments.output,
+        classifier=arguments.classifier,
+        pipeline=arguments.pipeline,
+        weights=arguments.weights,
+    )
     print(
         f"{arguments.output} has the model and its pipelines: {', '.join(names)}. Its README.md says how to load them."
     )

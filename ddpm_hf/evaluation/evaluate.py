@@ -448,7 +448,7 @@ def open_subject(
                 raise UserError(f"{subject} and --from_samples {samples} are both samples: give one, or a model.")
             samples = path
         else:
-            model = load_pretrained(str(subject), weights)
+            model = load_pretrained(subject, weights)
     if samples is None:
         return model, None
     found = read_samples(samples)

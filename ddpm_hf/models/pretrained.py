@@ -56,7 +56,7 @@ class Pretrained:
         return self.folder.parent if (self.folder / "state.pt").is_file() else self.folder
 
 
-def load_pretrained(name: str, weights: str = "published") -> Pretrained:
+def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
     """Load a DDPM: a pipeline folder, a `checkpoint-<step>` of a run, or a Hub id such as `me/ddpm-mnist`.
 
     Any DDPM in diffusers' format will do, whoever trained it. Only safetensors are read, and no code is run.
@@ -75,7 +75,7 @@ def load_pretrained(name: str, weights: str = "published") -> Pretrained:
     """
     if weights not in WEIGHTS:
         raise UserError(f"--weights is {weights!r}; choose {' or '.join(WEIGHTS)}.")
-    folder, revision = Path(name), None
+    name, folder, revision = str(name), Path(name), None
     if not folder.exists():
         folder = _from_hub(name)
         revision = folder.name
@@ -188,18 +188,22 @@ def _pretrained(unet, scheduler, facts: dict, *, run: dict, folder: Path, classe
     return Pretrained(unet, scheduler, facts, run, folder, classes)
 
 
-def load_classifier(name: str) -> NoisyClassifier:
+def load_classifier(name: str | Path) -> NoisyClassifier:
     """Load a classifier: the folder of a run with --objective classify, its `classifier` folder, or a Hub id.
 
     Raises:
         UserError: if there is none.
+
+    Example:
+        >>> ddpm_hf.load_classifier("runs/digits-classifier").config.num_classes
+        10
     """
-    folder = Path(name)
+    name, folder = str(name), Path(name)
     if not folder.exists():
         folder = _from_hub(name)
     folder = folder / "classifier" if (folder / "classifier").is_dir() else folder
     try:
-        with quiet_diffusers():  # nor has the class of the installed package for the auto_map of the one saved
+        with quiet_diffusers():  # it warns that our class has no use for the auto_map in the config
             classifier = NoisyClassifier.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(

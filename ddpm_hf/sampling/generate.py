@@ -48,7 +48,7 @@ def sample(
         (4, (8, 8))
     """
     if not isinstance(model, Pretrained):
-        model = load_pretrained(str(model))
+        model = load_pretrained(model)
     resolved = sampler_named(sampler, settings).resolve(model)
     if output is not None:
         return draw_samples(model, resolved, num_images, output, batch_size=batch_size)

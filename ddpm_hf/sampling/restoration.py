@@ -101,7 +101,7 @@ def restore(
     check_task_settings(settings, mask, batch_size)
     items = None if output is None else find_items(Path(images), Path(output), mask)
     if not isinstance(model, Pretrained):
-        model = load_pretrained(str(model))
+        model = load_pretrained(model)
     pipeline = open_pipeline(model)
     if items is not None:
         return restore_files(

@@ -6,7 +6,8 @@ from pathlib import Path
 from ..community_pipelines import pipeline_file
 from ..errors import UserError
 from ..files import read_json, write_json, writing
-from ..models.pretrained import Pretrained
+from ..models.classifier import NoisyClassifier
+from ..models.pretrained import Pretrained, load_classifier, load_pretrained
 from ..models.saving import save_classifier, save_pipeline
 from ..provenance import hide_paths
 from ..run_folder import PRIVATE, RECORDS
@@ -14,22 +15,40 @@ from ..sampling.guidance import check_classifier
 from .card import PIPELINES, write_card
 
 
-def export(model: Pretrained, output: str | Path, classifier=None, pipeline: str | None = None) -> list[str]:
+def export(
+    model: str | Path | Pretrained,
+    output: str | Path,
+    *,
+    classifier: str | Path | NoisyClassifier | None = None,
+    pipeline: str | None = None,
+    weights: str = "published",
+) -> list[str]:
     """Write a folder that stock diffusers loads, with the pipeline files that suit the model; return their names.
 
-    `DiffusionPipeline.from_pretrained(output, trust_remote_code=True)` is `pipeline`, from the folder or a Hub
-    repository of it, and with `custom_pipeline=NAME` it is another of them. The records and pictures of a run come
-    along, and its card shows them.
+    `DiffusionPipeline.from_pretrained(output, trust_remote_code=True)` gives `pipeline`, from the folder or from a Hub
+    repository of it; with `custom_pipeline=NAME` it gives another of them. The records and pictures of a run come
+    along, and the card shows them.
 
     Args:
-        classifier: a NoisyClassifier that travels with an unconditional model, for guidance, or None.
-        pipeline: that the index names; by default class_guided for a conditional model or with a classifier, else
-            stock `DDPMPipeline`, which needs no trust in code.
+        model: a folder, a checkpoint, a Hub id, or what `load` returned.
+        output: a folder that does not exist yet.
+        classifier: guides an unconditional model: the run of --objective classify, a Hub id, or the classifier itself.
+        pipeline: the one that the index names; None: class_guided where there are classes or a classifier, else stock
+            `DDPMPipeline`, which needs no trust in code.
+        weights: published or raw, see `load`.
 
     Raises:
-        UserError: if the folder is there already or cannot be written, for a classifier of other images, or a
-            pipeline that does not suit the model.
+        UserError: if the folder exists or cannot be written, for a classifier of other images, or a pipeline that
+            does not suit the model.
+
+    Example:
+        >>> ddpm_hf.export("runs/digits", "my-export")
+        ['restoration', 'reconstruction']
     """
+    if not isinstance(model, Pretrained):
+        model = load_pretrained(model, weights)
+    if isinstance(classifier, (str, Path)):
+        classifier = load_classifier(str(classifier))
     output, config = Path(output), model.unet.config
     conditional = config.num_class_embeds is not None
     if output.exists():
