@@ -20,11 +20,13 @@ def main(argv=None):
     from ddpm_hf.training.loop import train
 
     try:
-        train(config)
+        finished = train(config)
     except UserError as error:
         if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else one speaks for all
             print(f"train_unconditional.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+    if finished is not None and not finished.finished:
+        sys.exit(128 + finished.signal)
 
 
 if __name__ == "__main__":

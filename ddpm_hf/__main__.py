@@ -45,7 +45,8 @@ def figures(arguments):
     images = train_set.get(list(range(min(8, train_set.num_images or 8))))
     count, steps = min(16, config.eval_batch_size), config.ddpm_num_inference_steps
     labels = [k % model.num_classes for k in range(count)] if model.num_classes else None
-    run_figures(run, model.unet, model.scheduler, images, config.seed, count, steps, class_labels=labels)
+    options = dict(num_images=count, num_inference_steps=steps, class_labels=labels)
+    run_figures(run, model.unet, model.scheduler, images, config.seed, **options)
     print(f"The figures are in {run / 'figures'}.")
 
 

@@ -64,17 +64,6 @@ def step_seconds(unet: nn.Module, batch_size: int = 1, dtype: torch.dtype = torc
     return seconds
 
 
-def affordable(unet: nn.Module, num_images: int, num_steps: int, seconds: float) -> int:
-    """Return how many of `num_images` can be drawn in `num_steps` within `seconds` here: one at the least.
-
-    Fewer images, never fewer steps: image k stays image k. A GPU draws a batch in little more than the time of one
-    image, and is never held back.
-    """
-    if unet.device.type != "cpu":
-        return num_images
-    return max(1, min(num_images, int(seconds / (step_seconds(unet) * num_steps))))
-
-
 def duration(seconds: float) -> str:
     """Return seconds in words of the size that matters: `a second`, `8 s`, `12 min`, `3.5 h`."""
     if seconds < 1.5:

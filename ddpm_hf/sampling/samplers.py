@@ -81,7 +81,9 @@ def sample(
                 x, previous = _dpmsolver_step(scheduler, pred_original_sample, x, t, prev_t, previous)
             else:
                 x = scheduler.q_posterior(pred_original_sample, x, t, prev_t)[0]
-                log_variance = scheduler.reverse_log_variance(x, t, prev_t, variance_type, predicted_variance)
+                log_variance = scheduler.reverse_log_variance(
+                    x, t, prev_t, variance_type, predicted_variance=predicted_variance
+                )
                 sigma = (0.5 * log_variance).exp()
             if prev_t >= 0 and (method == "ddpm" or eta > 0):
                 x = x + sigma * _noise(generators, shape, unet.device)
