@@ -8,20 +8,17 @@ from pathlib import Path
 
 from . import __version__
 from .commands import flags as options
-from .config.presets import PRESETS
+from .config.presets import PRESETS, find_preset
 from .errors import UserError
 
 
 def presets(arguments):
-    """Print the recipes, one line each, or all the flags of one as JSON."""
+    """Print the presets, one line each, or the description and flags of one preset as JSON."""
     if arguments.name is None:
         for name, preset in PRESETS.items():
             print(f"{name:15} {preset.about}")
-    elif arguments.name in PRESETS:
-        preset = PRESETS[arguments.name]
-        print(json.dumps({"about": preset.about, "flags": preset.flags, "unet": preset.unet}, indent=2))
     else:
-        raise UserError(f"there is no preset {arguments.name!r}: choose from {', '.join(PRESETS)}.")
+        print(json.dumps(find_preset(arguments.name)._asdict(), indent=2))
 
 
 def figures(arguments):

@@ -133,12 +133,24 @@ def test_the_front_matter_and_the_training_of_a_hub_dataset(tmp_path):
         "| Images seen | 128,000 |",
         "| Last training loss | 0.03125 |",
         "the preset `cifar10`: ",
+        "| `attention_head_dim` | 0 |",
+        "| `flip_sin_to_cos` | False |",
         "Not scored yet",
         "was not measured",
         "who state no licence",
     ):
         assert part in card.text, part
-    for word in ("alidation loss", "secret", "epoch_0999", "NAVER", "hub_", "None", "reverse.gif", "loss.png"):
+    for word in (
+        "center_crop",
+        "alidation loss",
+        "secret",
+        "epoch_0999",
+        "NAVER",
+        "hub_",
+        "None",
+        "reverse.gif",
+        "loss.png",
+    ):
         assert word not in card.text, word
 
 

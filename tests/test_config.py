@@ -1,6 +1,8 @@
 """Flags: the 45 of diffusers' example with its types and defaults; default < preset < command line; errors."""
 
 import dataclasses
+import doctest
+import json
 import os
 import subprocess
 import sys
@@ -100,6 +102,7 @@ def test_no_attention_is_an_empty_list(words):
     [
         ([], "nothing to train on"),
         (["--preset=cifar"], "there is no preset 'cifar': choose from digits, mnist"),
+        (["--preset=cifar"], "afhq-cat-512 (did you mean cifar10?)."),
         (["--preset=mnist", "--lerning_rate=1"], "there is no flag '--lerning_rate=1': did you mean --learning_rate?"),
         (["--preset=mnist", "stray"], "there is no flag 'stray': see --help"),
         (["--preset=mnist", "--train_batch_size=0"], "--train_batch_size is 0, but must be at least 1"),
@@ -109,6 +112,9 @@ def test_no_attention_is_an_empty_list(words):
         (["--preset=mnist", "--learning_rate=nan"], "--learning_rate is nan"),
         (["--preset=mnist", "--dropout=1.5"], "--dropout is 1.5, but must lie between 0 and 1"),
         (["--preset=mnist", "--ema_max_decay=1"], "--ema_max_decay is 1.0"),
+        (["--preset=mnist", f"--seed={10**400}"], "but must be at most 4294967295: give a smaller number"),
+        (["--preset=mnist", "--freq_shift=2"], "--freq_shift is 2, but must be at most 1"),
+        (["--preset=mnist", "--norm_eps=0"], "--norm_eps is 0.0, but must be positive, e.g. 1e-5."),
         (["--preset=mnist", "--snr_gamma=0"], "--snr_gamma is 0.0, but must be positive"),
         (["--preset=mnist", "--loss_type=l3"], "invalid choice: 'l3'"),
         (["--preset=mnist", "--use_ema=maybe"], "Truthy value expected"),
@@ -129,6 +135,82 @@ def test_in_python_a_bad_value_is_a_value_error():
     with pytest.raises(UserError, match="--num_epochs is 0"):
         TrainingConfig(dataset_name="digits", num_epochs=0)
     assert issubclass(UserError, ValueError)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_the_same_in_python_and_on_the_command_line(name):
+    assert TrainingConfig.from_preset(name) == parse_config([f"--preset={name}"])
+    given = TrainingConfig.from_preset(name, seed=7, num_epochs=3, validation_split=None, save_best=False)
+    assert (given.seed, given.num_epochs, given.max_train_steps, given.validation_split) == (7, 3, None, None)
+    assert given.base_channels == PRESETS[name].flags["base_channels"] and given.preset == name
+
+
+def test_without_a_preset_there_are_the_defaults_and_the_flags():
+    assert TrainingConfig.from_preset(None, dataset_name="x", seed=3) == TrainingConfig(dataset_name="x", seed=3)
+    assert TrainingConfig.from_preset("cifar10", num_epochs=2, max_train_steps=9).max_train_steps == 9
+    assert TrainingConfig.from_preset("cifar10", max_train_steps=None).max_train_steps is None
+
+
+def test_lists_and_paths_may_be_pythons_own(tmp_path):
+    one = TrainingConfig(dataset_name=tmp_path, class_names="cat", channel_mults=(1, 2), attention_resolutions="16, 8")
+    assert (one.class_names, one.channel_mults, one.attention_resolutions) == (["cat"], [1, 2], [16, 8])
+    assert one.dataset_name == str(tmp_path)
+    assert TrainingConfig(**json.loads(json.dumps(one.to_dict()))) == one
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "sentence"),
+    [
+        ("mnist_cpu", {}, "there is no preset 'mnist_cpu': choose from digits, .*did you mean mnist-cpu"),
+        ("zebra", {}, "there is no preset 'zebra': choose from digits, [^(]*$"),
+        ("mnist", {"lerning_rate": 1e-3}, "there is no flag 'lerning_rate': did you mean learning_rate?"),
+        (None, {"zebra": 1}, "there is no flag 'zebra': see the fields of TrainingConfig"),
+        ("mnist", {"train_batch_size": "8"}, "--train_batch_size is '8', but must be a whole number"),
+        ("mnist", {"train_batch_size": 8.5}, "--train_batch_size is 8.5, but must be a whole number"),
+        ("mnist", {"train_batch_size": None}, "--train_batch_size is None, but must be a whole number"),
+        ("mnist", {"train_batch_size": True}, "--train_batch_size is True, but must be a whole number"),
+        ("mnist", {"learning_rate": "fast"}, "--learning_rate is 'fast', but must be a number"),
+        ("mnist", {"use_ema": "no"}, "--use_ema is 'no', but must be true or false"),
+        ("mnist", {"loss_type": "l3"}, "--loss_type is 'l3', but must be l2 or l1 or huber"),
+        ("mnist", {"loss_type": ["l2"]}, "--loss_type is .*, but must be l2 or l1 or huber"),
+        ("mnist", {"validation_split": 0.1}, "--validation_split is 0.1, but must be text"),
+        ("mnist", {"class_names": 3}, "--class_names is 3, but must be a list"),
+        ("mnist", {"num_epochs": 0}, "--num_epochs is 0, but must be at least 1"),
+    ],
+)
+def test_what_no_run_can_have_is_one_sentence_in_python_too(preset, flags, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        TrainingConfig.from_preset(preset, **flags)
+    assert "\n" not in str(error.value)
+
+
+def outside(bounds):
+    """Return a value just outside each of a field's bounds."""
+    values = [bounds[name] + step for name, step in {"at_least": -1, "at_most": 1}.items() if name in bounds]
+    return values + [1.0, -0.1] * ("fraction" in bounds) + [0.0] * ("positive" in bounds)
+
+
+BOUNDED = [(field.name, value) for field in dataclasses.fields(TrainingConfig) for value in outside(field.metadata)]
+
+
+@pytest.mark.parametrize(("name", "value"), BOUNDED)
+def test_values_outside_the_bounds_of_their_field_are_refused(name, value):
+    with pytest.raises(UserError, match=f"--{name} is {value}, but must (be|lie) "):
+        TrainingConfig(dataset_name="digits", **{name: value})
+
+
+def test_all_numbers_have_bounds():
+    numbers = {
+        field.name
+        for field in dataclasses.fields(TrainingConfig)
+        if field.type in (int, float, int | None, float | None) and field.name != "local_rank"
+    }
+    assert numbers == {name for name, _ in BOUNDED}
+
+
+def test_the_examples_in_the_docstrings_are_true():
+    done = doctest.testmod(sys.modules[TrainingConfig.__module__])
+    assert done.attempted >= 2 and done.failed == 0
 
 
 def test_the_token_is_not_in_the_record():

@@ -176,7 +176,9 @@ def test_cheap_commands_run(arguments, capsys):
     with contextlib.suppress(SystemExit):
         package.main(arguments)
     said = capsys.readouterr().out
-    expected = {"--help": ["usage:"], "presets": list(PRESETS)}.get(arguments[-1], ["about", "flags", "unet"])
+    expected = {"--help": ["usage:"], "presets": list(PRESETS)}.get(
+        arguments[-1], ["about", "flags", "attention_head_dim"]
+    )
     assert all(word in said for word in expected)
 
 

@@ -140,7 +140,9 @@ def test_anyone_can_check_a_number_from_the_samples(record, tiny_run, digit_fold
     flags = ["--metrics", "fd_mnist,memorization", "--dataset_name", digit_folder, "--validation_split", "test"]
     evaluate(record.parent / "samples", *flags, "--output", tmp_path / "again.json")
     again, first = values(tmp_path / "again.json"), values(record)
-    assert again.items() <= first.items() and len(again) > 8
+    assert again.keys() <= first.keys() and len(again) > 8
+    # The batch has 64 images here and had 32 there: on some processors float32 then rounds differently.
+    assert again == pytest.approx({id: first[id] for id in again}, rel=1e-6)
     assert read_record(tmp_path / "again.json")["model"] == read_record(record)["model"]
 
 
@@ -176,7 +178,7 @@ def test_bits_per_dim_in_full_is_what_few_timesteps_estimate(tiny_run, tmp_path)
         return read_record(tmp_path / name)["metrics"][0]
 
     full, few = bits("full.json", 0), bits("few.json", 12)
-    assert full["extra"]["mode"] == "full" and full["extra"]["L0"] == pytest.approx(few["extra"]["L0"], rel=1e-12)
+    assert full["extra"]["mode"] == "full" and full["extra"]["L0"] == pytest.approx(few["extra"]["L0"], rel=1e-6)
     assert few["value"] == pytest.approx(full["value"], rel=0.1) and few["value"] != full["value"]
 
 

@@ -24,7 +24,9 @@ from ddpm_hf.training.run import make_accelerator
 # Flags that change the trajectory: the weights after four steps differ from those of the same run without them.
 TRAJECTORY = [
     "--seed=1", "--resolution=16", "--base_channels=16", "--channel_mults=1,1", "--layers_per_block=2",
-    "--attention_resolutions=8,4", "--dropout=0.5", "--ddpm_num_steps=20", "--ddpm_beta_schedule=squaredcos_cap_v2",
+    "--attention_resolutions=8,4", "--attention_head_dim=4", "--norm_num_groups=2", "--norm_eps=0.1",
+    "--resnet_time_scale_shift=scale_shift", "--flip_sin_to_cos=false", "--freq_shift=1", "--downsample_padding=0",
+    "--dropout=0.5", "--ddpm_num_steps=20", "--ddpm_beta_schedule=squaredcos_cap_v2",
     "--prediction_type=sample", "--prediction_type=v_prediction", "--variance_type=learned_range", "--loss_type=l1",
     "--loss_type=huber", "--snr_gamma=5", "--train_batch_size=4", "--gradient_accumulation_steps=2",
     "--num_epochs=1", "--max_train_steps=7", "--learning_rate=1e-2", "--lr_scheduler=constant", "--lr_warmup_steps=0",

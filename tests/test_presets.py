@@ -1,5 +1,8 @@
 """The recipes: parameter counts and configs against what their papers and published models have."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -7,8 +10,22 @@ from diffusers import UNet2DModel
 from ddpm_hf import UserError
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.presets import PRESETS
-from ddpm_hf.config.training_config import TrainingConfig
-from ddpm_hf.models.build import unet_kwargs
+from ddpm_hf.config.training_config import ModelOptions, TrainingConfig
+from ddpm_hf.models.build import build_classifier, build_unet, unet_kwargs
+
+
+# Parameters of each preset's UNet, and of the classifier of two classes that --objective classify trains with it.
+PARAMETERS = {
+    "digits": (1_001_729, 439_458),
+    "mnist": (1_623_169, 641_122),
+    "mnist-cpu": (686_769, 291_554),
+    "cifar10": (35_746_307, 13_412_738),
+    "cifar10-cosine": (52_545_926, 20_407_426),
+    "afhq-cat-64": (35_746_307, 13_412_738),
+    "afhq-cat-128": (85_602_691, 33_498_626),
+    "afhq-cat-256": (113_673_219, 42_615_042),
+    "afhq-cat-512": (111_533_955, 41_339_842),
+}
 
 
 def build(*argv, channels=3):
@@ -54,10 +71,100 @@ def test_afhq_256_has_the_size_of_hos_lsun_model():
     assert round(parameters(build("--preset=afhq-cat-256")) / 1e6) == 114
 
 
+def channels_of(name):
+    return 1 if name == "digits" or name.startswith("mnist") else 3
+
+
+def on_meta(config):
+    """Build the UNet of a config without its weights, for images of two classes."""
+    with torch.device("meta"):
+        return build_unet(config, channels_of(config.preset), ["cat", "dog"])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_keeps_its_size(name):
+    classify = TrainingConfig.from_preset(name, objective="classify", variance_type="fixed_small")
+    with torch.device("meta"):
+        classifier = build_classifier(classify, channels_of(name), ["cat", "dog"])
+    assert (parameters(on_meta(TrainingConfig.from_preset(name))), parameters(classifier)) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_record_of_a_run_says_all_of_its_unet(name):
+    config = parse_config([f"--preset={name}"])
+    record = TrainingConfig(**config.to_dict() | {"preset": None})
+    assert unet_kwargs(record, 3) == unet_kwargs(config, 3)
+
+
+@functools.cache
+def unet_of(name):
+    return on_meta(TrainingConfig.from_preset(name))
+
+
+def other_values(config):
+    """Return (flag, another legal value, what that changes in the UNet's config) for each flag of the architecture."""
+    mults, base, size = config.channel_mults, config.base_channels, config.resolution
+    attended = [level == 0 for level in range(len(mults))]
+    down = tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attended)
+    up = tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended))
+    plain = {"down_block_types": ("DownBlock2D",) * len(mults), "up_block_types": ("UpBlock2D",) * len(mults)}
+    scale = "default" if config.resnet_time_scale_shift == "scale_shift" else "scale_shift"
+    return [
+        ("base_channels", 96, {"block_out_channels": tuple(96 * mult for mult in mults)}),
+        ("channel_mults", [2 * m for m in mults], {"block_out_channels": tuple(2 * m * base for m in mults)}),
+        ("layers_per_block", 4, {"layers_per_block": 4}),
+        ("attention_resolutions", [size], {"down_block_types": down, "up_block_types": up}),
+        ("attention_resolutions", [], plain | {"add_attention": False}),
+        ("dropout", 0.45, {"dropout": 0.45}),
+        ("attention_head_dim", 16, {"attention_head_dim": 16}),
+        ("norm_num_groups", 4, {"norm_num_groups": 4}),
+        ("norm_eps", 1e-3, {"norm_eps": 1e-3}),
+        ("resnet_time_scale_shift", scale, {"resnet_time_scale_shift": scale}),
+        ("flip_sin_to_cos", not config.flip_sin_to_cos, {"flip_sin_to_cos": not config.flip_sin_to_cos}),
+        ("freq_shift", 1 - config.freq_shift, {"freq_shift": 1 - config.freq_shift}),
+        ("downsample_padding", 1 - config.downsample_padding, {"downsample_padding": 1 - config.downsample_padding}),
+        ("class_conditional", True, {"num_class_embeds": 3}),
+    ]
+
+
+ARCHITECTURE = [flag for flag, _, _ in other_values(TrainingConfig.from_preset("mnist"))]
+
+
+@pytest.mark.parametrize("k", range(len(ARCHITECTURE)), ids=ARCHITECTURE)
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_flag_of_the_architecture_wins_over_every_preset(name, k):
+    flag, value, expected = other_values(TrainingConfig.from_preset(name))[k]
+    written = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    config = parse_config([f"--preset={name}", f"--{flag}={written}"])
+    assert config == TrainingConfig.from_preset(name, **{flag: value}) and getattr(config, flag) == value
+    before, after = unet_of(name).config, on_meta(config).config
+    assert {key: after[key] for key in after if key[0] != "_" and after[key] != before[key]} == expected
+
+
+def test_no_flag_of_the_architecture_is_forgotten():
+    others = {"model_config_name_or_path", "label_dropout", "torch_compile"}  # none of them is a preset's
+    others |= {"enable_xformers_memory_efficient_attention"}
+    assert {field.name for field in dataclasses.fields(ModelOptions)} == others | set(ARCHITECTURE)
+
+
+def test_one_attention_head_wins_over_the_heads_of_a_preset():
+    unet = build("--preset=cifar10-cosine", "--attention_head_dim=0")
+    assert unet.config.attention_head_dim is None
+    assert {m.heads for m in unet.modules() if type(m).__name__ == "Attention"} == {1}
+
+
+def test_channels_that_eight_groups_do_not_divide_get_four():
+    unet = build_unet(parse_config(["--preset=mnist-cpu", "--base_channels", "12"]), 1)
+    assert (unet.config.block_out_channels, unet.config.norm_num_groups) == ((12, 24, 48), 4)
+    torch.nn.init.ones_(unet.conv_out.weight)
+    output = unet(torch.randn(2, 1, 28, 28), torch.tensor([1, 900])).sample
+    assert output.shape == (2, 1, 28, 28) and output.isfinite().all() and output.std() > 0
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_builds_and_says_what_it_is(name):
     config = parse_config([f"--preset={name}"])
-    channels = 1 if name == "digits" or name.startswith("mnist") else 3
+    channels = channels_of(name)
     unet = build(f"--preset={name}", channels=channels)
     assert (unet.config.sample_size, unet.config.in_channels) == (config.resolution, channels)
     assert len(PRESETS[name].about) > 40
@@ -110,6 +217,8 @@ def test_architecture_flags_act(flag, attribute, value):
         (dict(resolution=32, attention_resolutions=["14"]), "--attention_resolutions has 14, but the levels of this"),
         (dict(channel_mults=["0,1"]), "needs one positive number per level"),
         (dict(channel_mults=[""]), "needs one positive number per level"),
+        (dict(attention_head_dim=64, base_channels=12), "--attention_head_dim is 64, .* has only 48 channels"),
+        (dict(freq_shift=1, base_channels=2, attention_head_dim=0), "--freq_shift 1 needs at least 4: give more"),
     ],
 )
 def test_architectures_that_cannot_be_are_refused(flags, sentence):

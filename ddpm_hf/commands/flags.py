@@ -63,7 +63,7 @@ def sampler(parser: argparse.ArgumentParser, method="ddpm, ancestral sampling", 
     )
     add("--classifier", help="guide an unconditional model by this classifier: run of --objective classify, or Hub id")
     add("--weights", default="published", choices=["published", "raw"], help="raw: before averaging, of a checkpoint")
-    add("--batch_size", type=int, default=64, help="images per process at a time; changes nothing else; default: 64")
+    add("--batch_size", type=int, default=64, help="images per process at a time; changes rounding only; default: 64")
 
 
 def evaluate(parser: argparse.ArgumentParser):
@@ -213,7 +213,7 @@ def restore(parser: argparse.ArgumentParser):
         type=int,
         help="restorations that are averaged: many for fidelity, 1 for sharpness; default: the pipeline's",
     )
-    add("--batch_size", type=int, default=16, help="images at a time; changes nothing else; default: 16")
+    add("--batch_size", type=int, default=16, help="images at a time; changes rounding only; default: 16")
     add(
         "--seed",
         type=int,

@@ -1,6 +1,6 @@
-"""The recipes: each names a dataset, a UNet and a schedule, and every number says where it comes from.
+"""The presets: flags of complete runs, each number with its source.
 
-`--preset X` alone is a complete run; any flag after it wins. Sources:
+`--preset X` alone is a complete run, and every other flag wins over the preset. Sources:
 
     Ho        Ho et al. 2020, https://huggingface.co/papers/2006.11239, hojonathanho/diffusion `scripts/run_cifar.py`
     Nichol    Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672, and openai/improved-diffusion README
@@ -9,43 +9,41 @@
     Salimans  Salimans & Ho 2022, https://huggingface.co/papers/2202.00512
     P2        Choi et al. 2022, https://huggingface.co/papers/2204.00227, and jychoi118/P2-weighting issue 2
     course    huggingface/diffusion-models-class, units 1 and 2 (class-conditional MNIST at 28 px)
-    ours      measured here: docs/results.md
+    here      our own experiments: docs/results.md
 """
 
-from dataclasses import dataclass, field
+import difflib
+from typing import NamedTuple
 
 from ..errors import UserError
 
 
-@dataclass(frozen=True)
-class Preset:
-    """One recipe: a line of description, its flags, and what UNet2DModel needs beyond them."""
+class Preset(NamedTuple):
+    """A description in one line, and the flags that differ from the defaults of TrainingConfig."""
 
     about: str
     flags: dict
-    unet: dict = field(default_factory=dict)
 
 
 ADAM = dict(adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.0, adam_epsilon=1e-8)  # Ho, Nichol: TF/torch default
-# Ho's UNet in diffusers' words: the config of the published google/ddpm-cifar10-32 and its family. One attention head,
-# the sinusoids of Tensor2Tensor (sin before cos, log(10000)/(half - 1)), asymmetric padding when downsampling.
-HO_UNET = dict(
-    attention_head_dim=None, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_eps=1e-6
-)  # fmt: skip
-# Nichol's: 4 heads of 256 / 4 = 64 channels, and time as scale and shift in each block ("FiLM").
+
+# Ho's UNet as the published google/ddpm-cifar10-32 has it: one attention head, the sinusoids of Tensor2Tensor (sin
+# before cos, log(10000)/(half - 1)), and padding on the right and at the bottom before downsampling.
+HO_UNET = dict(attention_head_dim=0, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_eps=1e-6)
+# Nichol's UNet: 4 heads of 256 / 4 = 64 channels, and the timestep scales and shifts in each block ("FiLM").
 NICHOL_UNET = dict(attention_head_dim=64, resnet_time_scale_shift="scale_shift")
-# Decay 0.9999 from the first step (Ho `tpu_utils.py: make_ema`, Nichol `train_util.py`): no warm-up.
+# Decay 0.9999 from the first step (Ho `tpu_utils.py: make_ema`, Nichol `train_util.py`), without warm-up.
 CONSTANT_EMA = dict(use_ema=True, ema_inv_gamma=0.0, ema_max_decay=0.9999)
 AFHQ = dict(
     dataset_name="huggan/AFHQ",
     class_names=["cat"],
-    validation_split="500",  # as many as AFHQ v1's own test cats, which that repository has merged into train
+    validation_split="500",  # as many as the test cats of AFHQ v1, which huggan/AFHQ has merged into train
     center_crop=True,
-    random_flip=True,  # Ho: all sets but LSUN
-    save_best=True,  # 5,000 images can be overfitted
+    random_flip=True,  # Ho: all datasets but LSUN
+    save_best=True,  # the UNet can overfit 5,000 images
     attention_resolutions=[16],  # Ho
     ddpm_beta_schedule="nichol_cosine",
-    variance_type="fixed_large",  # Ho; at all T steps better than fixed_small
+    variance_type="fixed_large",  # Ho: better than fixed_small when all T steps are taken
     ddpm_num_inference_steps=100,  # previews only
     lr_scheduler="constant_with_warmup",
     lr_warmup_steps=5000,  # Ho
@@ -55,10 +53,11 @@ AFHQ = dict(
     checkpointing_steps=2000,
     checkpoints_total_limit=3,
     mixed_precision="auto",
+    **HO_UNET,
     **ADAM,
     **CONSTANT_EMA,
 )
-# 300,000 steps of batch 8 with dropout 0.1 on AFHQ at 256 px (P2); learning rate of Ho's 256 px models.
+# P2 on AFHQ at 256 px: 300,000 steps of batch 8 with dropout 0.1. Ho's 256 px models: the learning rate.
 AFHQ_LARGE = dict(AFHQ, train_batch_size=8, max_train_steps=300_000, dropout=0.1, learning_rate=2e-5)
 MNIST = dict(
     dataset_name="ylecun/mnist",
@@ -67,20 +66,21 @@ MNIST = dict(
     base_channels=32,  # course: channels 32, 64, 64 in three levels (28, 14, 7 px), two blocks each
     channel_mults=[1, 2, 2],
     layers_per_block=2,
-    attention_resolutions=[7],  # course: 14 and 7; at 14 it would cost a third of the time
+    attention_resolutions=[7],  # course: 14 and 7; attention at 14 would take a third of the time
+    attention_head_dim=0,
     ddpm_beta_schedule="nichol_cosine",
-    # Salimans: v, because errors of epsilon at the noisy end of cosine betas are amplified by 1/sqrt(abar):
-    # backgrounds stay grey for epochs (ours).
+    # Salimans: v, because at the noisy end of cosine betas 1/sqrt(abar) amplifies the errors of epsilon. With epsilon,
+    # backgrounds stay grey for several epochs (here).
     prediction_type="v_prediction",
     variance_type="fixed_large",
     ddpm_num_inference_steps=100,
-    train_batch_size=64,  # course: 128; twice the steps for the same time
-    num_epochs=5,  # course: 10; what an hour on one core allows
+    train_batch_size=64,  # course: 128; half of it gives twice the steps in the same time
+    num_epochs=5,  # course: 10; an hour on one core allows 5
     learning_rate=1e-3,  # course
     lr_warmup_steps=200,
     use_ema=True,
-    ema_max_decay=0.999,  # averages the last 1,000 of 4,688 steps
-    mixed_precision="auto",  # ours, as in all larger recipes: the same curve, sooner (docs/results.md)
+    ema_max_decay=0.999,  # averages about the last 1,000 of 4,688 steps
+    mixed_precision="auto",  # here: the same loss curve in less time; also in all larger presets
     save_images_epochs=1,
     save_model_epochs=1,
     checkpointing_steps=500,
@@ -90,7 +90,7 @@ MNIST = dict(
 )
 PRESETS = {
     "digits": Preset(
-        "scikit-learn's 1,797 digits of 8x8 px, bundled: a check of everything in two CPU minutes (ours)",
+        "scikit-learn's 1,797 digits of 8x8 px, bundled: tries out everything in two CPU minutes",
         dict(
             dataset_name="digits",
             resolution=8,
@@ -100,6 +100,7 @@ PRESETS = {
             channel_mults=[1, 2],
             layers_per_block=2,
             attention_resolutions=[4],
+            attention_head_dim=0,
             ddpm_beta_schedule="nichol_cosine",
             prediction_type="v_prediction",
             ddpm_num_inference_steps=250,
@@ -117,20 +118,19 @@ PRESETS = {
             output_dir="runs/digits",
             **ADAM,
         ),
-        dict(attention_head_dim=None),
     ),
     "mnist": Preset(
         "MNIST at its native 28x28 px, one channel: the course's UNet, cosine betas; under an hour on two cores",
         MNIST,
-        dict(attention_head_dim=None),
     ),
     "mnist-cpu": Preset(
-        "MNIST for those who have ten CPU minutes: a quarter of the channels' work, small batches, by trials (ours)",
+        "MNIST in ten CPU minutes: fewer channels and blocks, small batches, all found by experiment",
         dict(
             MNIST,
             base_channels=16,
             channel_mults=[1, 2, 4],
             layers_per_block=1,
+            norm_num_groups=8,
             train_batch_size=32,
             max_train_steps=2600,
             learning_rate=3e-3,
@@ -139,7 +139,6 @@ PRESETS = {
             ema_max_decay=0.99,
             output_dir="runs/mnist-cpu",
         ),
-        dict(attention_head_dim=None, norm_num_groups=8),
     ),
     "cifar10": Preset(
         "CIFAR-10 as Ho et al.: 35.7 M parameters, 800,000 steps of batch 128; FID 3.17, IS 9.46 there",
@@ -168,10 +167,10 @@ PRESETS = {
             checkpoints_total_limit=3,
             mixed_precision="auto",
             output_dir="runs/cifar10",
+            **HO_UNET,
             **ADAM,
             **CONSTANT_EMA,
         ),
-        HO_UNET,
     ),
     "cifar10-cosine": Preset(
         "CIFAR-10 as Nichol & Dhariwal's L_hybrid: cosine, T=4000, learned variance; FID 3.19, 3.17 bits/dim there; "
@@ -202,10 +201,10 @@ PRESETS = {
             checkpoints_total_limit=3,
             mixed_precision="auto",
             output_dir="runs/cifar10-cosine",
+            **NICHOL_UNET,
             **ADAM,
             **CONSTANT_EMA,
         ),
-        NICHOL_UNET,
     ),
     "afhq-cat-64": Preset(
         "AFHQ cats at 64 px: channels and dropout as EDM's AFHQv2-64, batch and learning rate as Ho's CIFAR-10",
@@ -217,43 +216,61 @@ PRESETS = {
             layers_per_block=2,  # Ho
             dropout=0.25,  # EDM
             train_batch_size=128,
-            max_train_steps=100_000,  # ours: 12.8 million images, 2,500 times the set
+            max_train_steps=100_000,  # here: 12.8 million images, 2,500 passes
             learning_rate=2e-4,
             output_dir="runs/afhq-cat-64",
         ),
-        HO_UNET,
     ),
     "afhq-cat-128": Preset(
         "AFHQ cats at 128 px: levels as ADM at that size, the rest as Ho's 256 px models and P2's AFHQ run",
-        dict(AFHQ_LARGE, resolution=128, base_channels=128, channel_mults=[1, 1, 2, 3, 4],
-             layers_per_block=2, output_dir="runs/afhq-cat-128"),
-        HO_UNET,
+        dict(
+            AFHQ_LARGE,
+            resolution=128,
+            base_channels=128,
+            channel_mults=[1, 1, 2, 3, 4],
+            layers_per_block=2,
+            output_dir="runs/afhq-cat-128",
+        ),
     ),
     "afhq-cat-256": Preset(
         "AFHQ cats at 256 px: Ho's 114 M parameter UNet for CelebA-HQ and LSUN, P2's batch, steps and dropout",
-        dict(AFHQ_LARGE, resolution=256, base_channels=128, channel_mults=[1, 1, 2, 2, 4, 4],
-             layers_per_block=2, output_dir="runs/afhq-cat-256"),
-        HO_UNET,
+        dict(
+            AFHQ_LARGE,
+            resolution=256,
+            base_channels=128,
+            channel_mults=[1, 1, 2, 2, 4, 4],
+            layers_per_block=2,
+            output_dir="runs/afhq-cat-256",
+        ),
     ),
     "afhq-cat-512": Preset(
         "AFHQ cats at their native 512 px: levels as ADM at that size (0.5, 1, 1, 2, 2, 4, 4 times 128)",
-        dict(AFHQ_LARGE, resolution=512, base_channels=64, channel_mults=[1, 2, 2, 4, 4, 8, 8],
-             layers_per_block=2, output_dir="runs/afhq-cat-512", dataloader_num_workers=4),
-        HO_UNET,
+        dict(
+            AFHQ_LARGE,
+            resolution=512,
+            base_channels=64,
+            channel_mults=[1, 2, 2, 4, 4, 8, 8],
+            layers_per_block=2,
+            output_dir="runs/afhq-cat-512",
+            dataloader_num_workers=4,
+        ),
     ),
-}  # fmt: skip
+}
 
 
-def split_list(words: list[str] | None, kind=str, example: str = "") -> list | None:
-    """Return `["1,2", "4"]` as `[1, 2, 4]`; None stays None (not given), and nothing but blanks is an empty list.
+def find_preset(name: str) -> Preset:
+    """Return the preset of this name.
 
     Raises:
-        UserError: if a part cannot be read as `kind`.
+        UserError: if there is none. The message lists the names.
     """
-    if words is None:
-        return None
-    parts = [part.strip() for word in words for part in str(word).split(",") if part.strip()]
-    try:
-        return [kind(part) for part in parts]
-    except ValueError:
-        raise UserError(f"{' '.join(map(str, words))!r} is not a list of whole numbers: write {example}.") from None
+    if name not in PRESETS:
+        advice = did_you_mean(name, PRESETS)
+        raise UserError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}{advice and f' ({advice})'}.")
+    return PRESETS[name]
+
+
+def did_you_mean(word: str, known) -> str:
+    """Return "did you mean X?" with the word of `known` that is most like `word`, or "" if none is like it."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else ""

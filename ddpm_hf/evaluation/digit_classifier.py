@@ -114,7 +114,8 @@ def train_digit_classifier(
     """Train on uint8 images (N, 1, 28, 28) with labels (N,) in 0..9, shifted at random by up to 2 pixels.
 
     AdamW with a one-cycle learning rate (Smith & Topin 2018, https://huggingface.co/papers/1708.07120) and label
-    smoothing 0.05 (Szegedy et al. 2016). On one thread, the same seed gives the same bits.
+    smoothing 0.05 (Szegedy et al. 2016). On one machine and one thread, the same seed gives the
+    same bits.
     """
     with torch.device("meta"):
         classifier = DigitClassifier()

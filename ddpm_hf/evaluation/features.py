@@ -43,8 +43,9 @@ def images_at(source, indices) -> torch.Tensor:
 def extract(extractor: nn.Module, source, indices=None, batch_size: int = 64, what: str = "images") -> Features:
     """Return the features of images `indices` (None: all) of a uint8 tensor or an ImageSet, on every process.
 
-    Every process must call this with the same arguments and takes its share of the batches, possibly none. A batch is
-    the same whoever takes it, so the number of processes does not change a bit.
+    Every process must call this with the same arguments and takes its share of the batches, possibly none. Every batch
+    has the same images for any number of processes, so that number changes no feature by itself. Another `batch_size`,
+    number of threads or make of processor rounds float32 differently, by up to 1e-6 of the largest feature.
     """
     state = PartialState()
     indices = range(len(source)) if indices is None else indices

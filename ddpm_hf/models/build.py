@@ -1,4 +1,4 @@
-"""The network of a run and the moving average of its weights: diffusers' UNet2DModel, torch's AveragedModel."""
+"""Build the network of a run, a diffusers UNet2DModel or our classifier, and the moving average of its weights."""
 
 import contextlib
 from pathlib import Path
@@ -7,7 +7,6 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from ..config.presets import PRESETS
 from ..diffusion.scheduler import make_scheduler
 from ..errors import UserError
 from .classifier import NoisyClassifier
@@ -17,12 +16,12 @@ def build_unet(config, channels: int, class_names: list[str] | None = None) -> U
     """Build the UNet that `config` asks for, with weights drawn from `config.seed`.
 
     Args:
-        channels: of the images; the UNet must take as many.
-        class_names: of the data. A conditional UNet has an embedding for each, and with --label_dropout one more, the
-            last, for images of no class.
+        channels: number of channels of the images.
+        class_names: the classes of the data. A class-conditional UNet has one embedding per class. With
+            --label_dropout it has one more, the last, for "no class".
 
     Raises:
-        UserError: if no UNet2DModel can be built so, saying which flag to change.
+        UserError: if such a UNet2DModel cannot be built. The message says which flag to change.
     """
     embeddings = len(class_names) + (config.label_dropout > 0) if config.class_conditional else None
     if config.model_config_name_or_path:
@@ -55,21 +54,14 @@ def build_unet(config, channels: int, class_names: list[str] | None = None) -> U
 
 
 def unet_kwargs(config, channels: int) -> dict:
-    """Return the arguments of the UNet2DModel that `config` asks for, for images of `channels` channels.
-
-    What neither preset nor flags say fits the data: upstream's six levels at 64 px (128, 128, 256, 256, 512, 512
-    channels, attention one level above the lowest), and as many of them as another resolution can be halved to.
+    """Return the UNet2DModel arguments that `config` asks for, for images of `channels` channels.
 
     Raises:
-        UserError: if the resolution cannot be halved once per level, or attention is asked for at a size no level has.
+        UserError: if the resolution cannot be halved once per level, if no level has a size that attention is asked
+            for at, or if an attention head has more channels than its level. The message names the flag to change.
     """
     resolution = config.resolution
-    mults = config.channel_mults
-    if mults is None:
-        halvings = 0
-        while halvings < 5 and resolution % 2 ** (halvings + 1) == 0 and resolution >> (halvings + 1) >= 2:
-            halvings += 1
-        mults = [1, 1, 2, 2, 4, 4][: halvings + 1]
+    mults = default_channel_mults(resolution) if config.channel_mults is None else config.channel_mults
     if not mults or min(mults) < 1:
         raise UserError(f"--channel_mults is {mults}, but needs one positive number per level, e.g. 1,2,2,2.")
     if resolution % 2 ** (len(mults) - 1):
@@ -79,9 +71,7 @@ def unet_kwargs(config, channels: int) -> dict:
             f"{2 ** (len(mults) - 1)}."
         )
     sizes = [resolution >> level for level in range(len(mults))]
-    attention = config.attention_resolutions
-    if attention is None:
-        attention = sizes[-2:-1]
+    attention = sizes[-2:-1] if config.attention_resolutions is None else config.attention_resolutions
     if unknown := sorted(set(attention) - set(sizes)):
         raise UserError(
             f"--attention_resolutions has {unknown[0]}, but the levels of this UNet are {sizes} pixels wide: "
@@ -90,7 +80,19 @@ def unet_kwargs(config, channels: int) -> dict:
     base = 128 if config.base_channels is None else config.base_channels
     block_out_channels = [base * mult for mult in mults]
     attended = [size in attention for size in sizes]
-    kwargs = dict(
+    add_attention = config.attention_resolutions != []  # in the middle block
+    widths = [width for width, a in zip(block_out_channels, attended) if a] + block_out_channels[-1:] * add_attention
+    if widths and config.attention_head_dim > min(widths):
+        raise UserError(
+            f"--attention_head_dim is {config.attention_head_dim}, but a level with attention has only {min(widths)} "
+            "channels: give a smaller number, or 0 for one head over all channels."
+        )
+    if config.freq_shift and base // 2 <= config.freq_shift:  # the frequencies divide by the difference
+        raise UserError(
+            f"--base_channels is {base}, but --freq_shift {config.freq_shift} needs at least "
+            f"{2 * config.freq_shift + 2}: give more channels."
+        )
+    return dict(
         sample_size=resolution,
         in_channels=channels,
         out_channels=channels * (2 if config.variance_type == "learned_range" else 1),
@@ -98,23 +100,46 @@ def unet_kwargs(config, channels: int) -> dict:
         block_out_channels=tuple(block_out_channels),
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attended),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended)),
-        add_attention=config.attention_resolutions != [],
+        add_attention=add_attention,
+        attention_head_dim=config.attention_head_dim or None,
         dropout=0.0 if config.dropout is None else config.dropout,
-        # 32 groups as everywhere; fewer only where tiny channel counts leave no choice.
-        norm_num_groups=max(g for g in (32, 16, 8, 4, 2, 1) if all(c % g == 0 for c in block_out_channels)),
+        norm_num_groups=common_groups(config.norm_num_groups, block_out_channels),
+        norm_eps=config.norm_eps,
+        resnet_time_scale_shift=config.resnet_time_scale_shift,
+        flip_sin_to_cos=config.flip_sin_to_cos,
+        freq_shift=config.freq_shift,
+        downsample_padding=config.downsample_padding,
     )
-    if config.preset is not None:
-        kwargs |= PRESETS[config.preset].unet
-    return kwargs
+
+
+def default_channel_mults(resolution: int) -> list[int]:
+    """Return the levels of diffusers' example script, or as many of its six levels as the resolution can be halved to.
+
+    With --base_channels 128 these are 128, 128, 256, 256, 512, 512 channels at 64 px.
+    """
+    halvings = 0
+    while halvings < 5 and resolution % 2 ** (halvings + 1) == 0 and resolution >> (halvings + 1) >= 2:
+        halvings += 1
+    return [1, 1, 2, 2, 4, 4][: halvings + 1]
+
+
+def common_groups(groups: int, channel_counts: list[int]) -> int:
+    """Return `groups`, halved (rounding down) until it divides all channel counts: 32 is 4 for 12, 24 and 48."""
+    while any(count % groups for count in channel_counts):
+        groups //= 2
+    return groups
 
 
 def build_classifier(config, channels: int, class_names: list[str]) -> NoisyClassifier:
-    """Build the classifier of noisy images: the downsampling half of the UNet that `config` asks for, seeded alike.
+    """Build the classifier of noisy images: the downsampling half of the UNet that `config` asks for.
+
+    Its weights are drawn from `config.seed`.
 
     Raises:
-        UserError: if no such UNet can be, saying which flag to change.
+        UserError: if there is no such UNet. The message says which flag to change.
     """
-    kwargs, scheduler = unet_kwargs(config, channels), make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps)
+    kwargs = unet_kwargs(config, channels)
+    scheduler = make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps)
     names = ["sample_size", "in_channels", "layers_per_block", "block_out_channels", "down_block_types", "dropout"]
     names += ["norm_num_groups", "attention_head_dim", "resnet_time_scale_shift", "add_attention"]
     with seeded(config.seed):
@@ -124,25 +149,27 @@ def build_classifier(config, channels: int, class_names: list[str]) -> NoisyClas
                 id2label=dict(enumerate(class_names)),
                 num_train_timesteps=config.ddpm_num_steps,
                 beta_schedule=scheduler.config.beta_schedule,
-                **{name: kwargs[name] for name in names if name in kwargs},
+                **{name: kwargs[name] for name in names},
             )
         except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-            raise UserError(f"this classifier cannot be ({error}): change the architecture flags.") from error
+            raise UserError(f"this classifier cannot be built ({error}): change the architecture flags.") from error
 
 
 @contextlib.contextmanager
 def seeded(seed: int):
-    """Seed the global generator, which networks draw their weights from, for a while: the caller's is left alone."""
+    """Seed torch's global generator inside a `with` block, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def unet_channels(config) -> int | None:
-    """Return the channels that images must be converted to for the given UNet config, or None: those of the data.
+    """Return the number of channels (1 or 3) of --model_config_name_or_path, or None without that flag.
+
+    Images are converted to this number of channels; None leaves them as they are.
 
     Raises:
-        UserError: if the config takes neither grey (1) nor RGB (3) images.
+        UserError: if the config is for images that are neither grey (1) nor RGB (3).
     """
     if config.model_config_name_or_path is None:
         return None
@@ -159,7 +186,7 @@ def read_unet_config(config) -> dict:
     """Return the UNet2DModel arguments of --model_config_name_or_path: a JSON file, a folder or a Hub id.
 
     Raises:
-        UserError: if there is no such config.
+        UserError: if there is no config, or if it is not one of a UNet2DModel that we can train.
     """
     name = config.model_config_name_or_path
     subfolder = "unet" if (Path(name) / "unet" / "config.json").is_file() else None
@@ -183,10 +210,10 @@ def read_unet_config(config) -> dict:
 
 @torch.no_grad()
 def initialise(unet: UNet2DModel):
-    """Initialise as Ho et al. (`nn.py: default_init`): Glorot-uniform weights, zero biases, zeros where a branch ends.
+    """Initialise the weights as Ho et al. do (`nn.py: default_init`): Glorot-uniform weights and zero biases.
 
-    Each residual block, each attention and the UNet itself then begin as what their shortcut passes on, which is
-    zero noise predicted for the whole.
+    The last layer of each residual block, of each attention and of the UNet is zero. At the start, blocks therefore
+    pass on their input unchanged, and the UNet predicts zero.
     """
     for module in unet.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

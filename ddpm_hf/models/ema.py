@@ -6,9 +6,10 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def ema_decay(config, updates: int) -> float:
-    """Return the decay of the update after `updates` earlier ones: 1 - (1 + updates/inv_gamma)^-power, at most max.
+    """Return the decay of the next update after `updates` updates: 1 - (1 + updates/inv_gamma)^-power.
 
-    The first update copies the weights, as Ho's and diffusers' do. With an inv_gamma of 0 the rest have the maximum.
+    It is at most --ema_max_decay. The first update copies the weights (decay 0), as in Ho's and diffusers' code. If
+    --ema_inv_gamma is 0, all others have --ema_max_decay.
     """
     if updates == 0:
         return 0.0
@@ -18,7 +19,7 @@ def ema_decay(config, updates: int) -> float:
 
 
 def make_ema(config, unet: UNet2DModel) -> AveragedModel | None:
-    """Return the moving average that --use_ema asks for; its `.module` is a UNet2DModel to sample from and to save."""
+    """Return the moving average that --use_ema asks for, or None. Its `.module` is a network like `unet`."""
     if not config.use_ema:
         return None
 

@@ -275,10 +275,15 @@ def training(folder: Path, run: dict) -> list[str]:
     rows = [[what, value if isinstance(value, str) else number(value)] for what, value in known.items() if value]
     preset = PRESETS.get(flags.get("preset"))
     recipe = f"The recipe is the preset `{flags['preset']}`: {preset.about}. " if preset else ""
-    recipe += "Sources of the presets' numbers are in `ddpm_hf/presets.py`."
+    recipe += "Sources of the presets' numbers are in `ddpm_hf/config/presets.py`."
     groups = [group for group in GROUPS if group not in (OutputOptions, EvaluationOptions, HubOptions)]
-    names = [field.name for group in groups for field in dataclasses.fields(group) if field.name != "local_rank"]
-    told = [[f"`{name}`", str(flags[name])] for name in names if flags.get(name) not in (None, False)]
+    fields = [field for group in groups for field in dataclasses.fields(group) if field.name in flags]
+    # 0, False and an empty list are told only where they say something: where the default is another.
+    told = [
+        [f"`{field.name}`", str(flags[field.name])]
+        for field in fields
+        if field.name != "local_rank" and (flags[field.name] or flags[field.name] != field.default)
+    ]
     curve = ["![Loss](figures/loss.png)"] if (folder / "figures" / "loss.png").is_file() else []
     return [
         f"## Training\n\n```bash\n{run['command']}\n```" if run.get("command") else "## Training",
