@@ -1,145 +1,71 @@
-"""python -m ddpm_hf COMMAND: what one does with recipes and with finished runs. Training is train_unconditional.py."""
+"""ddpm_hf COMMAND: train, sample, score, restore and share DDPMs that stock diffusers loads."""
 
 import argparse
-import json
 import os
 import sys
-from pathlib import Path
+from importlib import import_module
 
 from . import __version__
-from .commands import flags as options
-from .config.presets import PRESETS, find_preset
-from .errors import UserError
+from .commands import COMMANDS
+from .commands.flags import Parser
+from .errors import UserError, no_such
+from .provenance import program
 
 
-def presets(arguments):
-    """Print the presets, one line each, or the description and flags of one preset as JSON."""
-    if arguments.name is None:
-        for name, preset in PRESETS.items():
-            print(f"{name:15} {preset.about}")
+def module_of(command: str):
+    """Return the module of a command, e.g. ddpm_hf.commands.push_space of "push-space"."""
+    return import_module(f".commands.{command.replace('-', '_')}", __package__)
+
+
+def parse(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    """Return the flags of a command line, with its `command` and with `prog`, the name that its errors begin with.
+
+    Leaves with exit code 2 on bad input, and with 0 after --help and --version.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] not in COMMANDS:
+        refuse(words)
+    command, *words = words
+    prog, module = prog or f"{program()} {command}", module_of(command)
+    if command == "train":
+        arguments = module.parse(words, prog)
     else:
-        print(json.dumps(find_preset(arguments.name)._asdict(), indent=2))
+        parser = Parser(prog, module.__doc__)
+        module.add_flags(parser)
+        arguments = parser.parse_args(words)
+    arguments.command, arguments.prog = command, prog
+    return arguments
 
 
-def figures(arguments):
-    """Draw the figures of a finished run anew, from its pipeline, its metrics and its data."""
-    run = Path(arguments.run)
-    if (run / "classifier").is_dir() and not (run / "model_index.json").is_file():  # an export has both
-        raise UserError(f"{run} is the run of a classifier, whose only figure is {run / 'figures' / 'loss.png'}.")
-    if not (run / "train_config.json").is_file() or not (run / "model_index.json").is_file():
-        raise UserError(f"{run} is not a finished run: give the --output_dir of train_unconditional.py.")
-    from .config.training_config import TrainingConfig
-    from .data.dataset import load_images
-    from .models.pretrained import load_pretrained
-    from .training.figures import run_figures
-
-    model = load_pretrained(str(run))
-    try:
-        config = TrainingConfig(**model.run["flags"])
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{run}/train_config.json is not of this version ({error}): train the run anew.") from error
-    train_set, _ = load_images(config, model.unet.config.in_channels)
-    images = train_set.get(list(range(min(8, train_set.num_images or 8))))
-    count, steps = min(16, config.eval_batch_size), config.ddpm_num_inference_steps
-    labels = [k % model.num_classes for k in range(count)] if model.num_classes else None
-    options = dict(num_images=count, num_inference_steps=steps, class_labels=labels)
-    run_figures(run, model.unet, model.scheduler, images, config.seed, **options)
-    print(f"The figures are in {run / 'figures'}.")
-
-
-def sample(arguments):
-    """Draw images with any DDPM, into a folder of PNG files or one .npz; killed, it goes on where it was."""
-    from .commands.sample import sample_command
-
-    sample_command(arguments)
-
-
-def evaluate(arguments):
-    """Score a model, or samples, against real images; leave a record that says what each number is."""
-    from .commands.evaluate import evaluate_command
-
-    evaluate_command(arguments)
-
-
-def export(arguments):
-    """Write a model and the pipeline files it can use into one folder that needs diffusers alone."""
-    from .commands.export import export_command
-
-    export_command(arguments)
-
-
-def card(arguments):
-    """Write the model card of a run or an export anew, from its records."""
-    from .commands.card import card_command
-
-    card_command(arguments)
-
-
-def push(arguments):
-    """Publish a run or an export on the Hub: card, model, samples, figures and records; only what changed is sent."""
-    from .commands.push import push_command
-
-    push_command(arguments)
-
-
-def push_space(arguments):
-    """Publish the demo of a model that is on the Hub as a Gradio Space."""
-    from .commands.push_space import push_space_command
-
-    push_space_command(arguments)
-
-
-def restore(arguments):
-    """Denoise, inpaint, enlarge, colour or deblur images with a model that was trained on clean ones."""
-    from .commands.restore import restore_command
-
-    restore_command(arguments)
-
-
-def compare(arguments):
-    """Print records side by side; refuse those whose protocols differ, naming the field."""
-    from .commands.compare import compare_command
-
-    compare_command(arguments)
-
-
-COMMANDS = {presets: options.presets, figures: options.figures, sample: options.sample}
-COMMANDS |= {evaluate: options.evaluate, compare: options.compare, restore: options.restore, export: options.export}
-COMMANDS |= {card: options.card, push: options.push, push_space: options.push_space}
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without the page of usage before it."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}; see --help.\n")
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the flags of a command line, with the function that runs it as `run_command`."""
-    parser = Parser(prog="python -m ddpm_hf", description=__doc__)
+def refuse(words: list[str]):
+    """Answer --help and --version; else say that the first of `words` is not a command. Never returns."""
+    listing = [f"  {command:11} {module_of(command).__doc__.partition(chr(10))[0]}" for command in COMMANDS]
+    parser = Parser(
+        program(),
+        "\n".join([__doc__, "", "commands:", *listing]),
+        usage="%(prog)s COMMAND [flags]",
+        epilog="%(prog)s COMMAND --help shows the flags of a command, and examples.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for run_command, add_flags in COMMANDS.items():
-        about = run_command.__doc__
-        command = commands.add_parser(
-            run_command.__name__.replace("_", "-"), help=about, description=about, allow_abbrev=False
-        )
-        add_flags(command)
-        command.set_defaults(run_command=run_command)
-    return parser.parse_args(argv)
+    if words and not words[0].startswith("-"):
+        parser.error(no_such("command", words[0], COMMANDS))
+    parser.parse_args(words)
+    parser.error(f"a command is missing: choose from {', '.join(COMMANDS)}.")
 
 
-def main(argv=None):
-    arguments = parse(argv)
+def main(argv: list[str] | None = None, prog: str | None = None):
+    """Run a command line. Leaves with exit code 2 after a refusal, and with 130 after Ctrl-C."""
+    arguments = parse(argv, prog)
     try:
-        arguments.run_command(arguments)
+        module_of(arguments.command).run(arguments)
     except UserError as error:
         if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else one speaks for all
-            print(f"python -m ddpm_hf: error: {error}", file=sys.stderr)
+            print(f"{arguments.prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nStopped. What is drawn stays: the same command goes on with the missing images.", file=sys.stderr)
+        goes_on = arguments.command in ("sample", "evaluate", "restore")
+        more = " What is drawn stays: the same command goes on with the missing images." if goes_on else ""
+        print(f"\nStopped.{more}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,6 +1,7 @@
 """Write files whole or not at all."""
 
 import contextlib
+import json
 import shutil
 from pathlib import Path
 
@@ -38,3 +39,28 @@ def remove(path: Path):
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def read_json(path: Path, *, like: type = dict, missing=None):
+    """Return the content of a JSON file; `missing`, if it is given, where there is no such file.
+
+    Args:
+        like: what the file must hold: dict or list.
+
+    Raises:
+        UserError: for a file that cannot be read, or that holds something else.
+    """
+    if missing is not None and not path.is_file():
+        return missing
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): is the name right, and the file whole?") from error
+    if not isinstance(content, like):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a {like.__name__}: is it the right file?")
+    return content
+
+
+def write_json(path: Path, content):
+    """Write JSON with two spaces of indent, whole or not at all."""
+    write_beside(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))

@@ -4,17 +4,31 @@ import json
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from . import __version__
 
 
 PACKAGES = ["ddpm_hf", "torch", "diffusers", "accelerate", "datasets", "transformers", "numpy", "pillow"]
 
 
+def program() -> str:
+    """Return how to start a command of the package, as this process was: `python -m ddpm_hf`, else `ddpm_hf`."""
+    return "python -m ddpm_hf" if Path(sys.argv[0]).parts[-2:] == ("ddpm_hf", "__main__.py") else "ddpm_hf"
+
+
 def command() -> str:
     """Return the command line of this process as one may show it to anybody: no token, no path of this machine."""
-    program = Path(sys.argv[0])
-    name = "-m ddpm_hf" if program.name == "__main__.py" else program.name
-    return " ".join(["python", name, shlex.join(without_paths(without_token(sys.argv[1:])))]).strip()
+    script = Path(sys.argv[0])
+    ours = script.stem == "ddpm_hf" or script.parts[-2:] == ("ddpm_hf", "__main__.py")
+    name = program() if ours else f"python {script.name}"
+    return f"{name} {shlex.join(without_paths(without_token(sys.argv[1:])))}".strip()
+
+
+def version(package: str) -> str:
+    """Return the version of an installed package; ours is known where it is not installed, too."""
+    return __version__ if package == "ddpm_hf" else metadata.version(package)
 
 
 def without_paths(value):
@@ -39,13 +53,13 @@ def hide_paths(folder: Path):
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def without_token(arguments: list[str]) -> list[str]:
+def without_token(words: list[str]) -> list[str]:
     """Return the command line with the value of --hub_token blotted out."""
     shown, hide = [], False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
+    for word in words:
+        name, equals, _ = word.partition("=")
         is_token = name in ("--hub_token", "--hub-token")
-        shown.append("***" if hide else f"{name}=***" if is_token and equals else argument)
+        shown.append("***" if hide else f"{name}=***" if is_token and equals else word)
         hide = is_token and not equals
     return shown
 
@@ -53,9 +67,9 @@ def without_token(arguments: list[str]) -> list[str]:
 def git_commit() -> str | None:
     """Return the commit of the source tree that has this package, or None outside one or without git."""
 
-    def git(*arguments):
+    def git(*words):
         answer = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
         )
         return answer.stdout.strip() if answer.returncode == 0 else ""
 

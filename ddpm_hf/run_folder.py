@@ -30,6 +30,7 @@ def step_of(checkpoint: Path) -> int:
 PUBLISHED = ["model_index.json", "unet", "scheduler", "README.md", "train_config.json", "metrics.jsonl", "samples"]
 PUBLISHED += ["figures", "evaluations", "best", "classifier"]
 PUBLISHED += sorted(path.name for path in shipped("pipelines").glob("*.py"))
+PUBLISHED += ["class_conditional.py", "classifier_guided.py"]  # of folders saved before class_guided.py
 # These show training images, which the user may not be allowed to publish.
 PRIVATE = ["evaluations/*.png", "figures/forward.png"]
 # How the model was trained and how good it is: an export takes these along, but neither `best/` nor checkpoints.

@@ -1,9 +1,12 @@
-"""Real images to latents x_T and back, and the way between two of them, by DDIM without fresh noise.
+"""Turn images into latents x_T and back, and walk from one image to another, by DDIM without fresh noise.
 
 DDIM with eta = 0 (Song et al. 2021, https://huggingface.co/papers/2010.02502) is an ODE, so it also runs backwards,
-from an image to its latent (section 4.3). With cos(phi_t) = sqrt(abar_t) and v = cos(phi) eps - sin(phi) x_0 each step
-is a rotation, x_t' = cos(d) x_t - sin(d) v(x_t, t) with d = phi_t - phi_t' (Salimans & Ho 2022,
-https://huggingface.co/papers/2202.00512, appendix D), which stays well behaved where abar is 0 or 1.
+from an image to its latent (section 4.3). Here each step is written as a rotation, which stays well behaved where abar
+is 0 or 1 (Salimans & Ho 2022, https://huggingface.co/papers/2202.00512, appendix D):
+
+    x_t' = cos(d) x_t - sin(d) v(x_t, t),    d = phi_t - phi_t',
+
+where cos(phi_t) = sqrt(abar_t) and v = cos(phi) eps - sin(phi) x_0.
 
     from PIL import Image
     from diffusers import DiffusionPipeline
@@ -19,11 +22,12 @@ https://huggingface.co/papers/2202.00512, appendix D), which stays well behaved 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, numpy_to_pil
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -34,23 +38,22 @@ Labels = int | str | Sequence[int | str] | torch.Tensor | None
 
 @dataclass
 class ReconstructionOutput(BaseOutput):
-    """`images` in the output_type asked for; the latents x_T, float32 (B, C, H, W); the rest where it was asked for.
+    """`images` in the `output_type` that was asked for, and their latents x_T, float32 (B, C, H, W).
 
-    `psnr`, float32 (B,), is that of each image in [0, 1] against the one given, in dB, inf where they are equal;
-    `intermediates` the x_0 predictions on the way back from x_T: a list, one such batch as `images` a step.
+    `psnr`, float32 (B,), compares each image in [0, 1] with the one that was given, in dB, inf if they are equal. It
+    is None if no image was given.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
     latents: torch.Tensor | None = None
     psnr: torch.Tensor | None = None
-    intermediates: list | None = None
 
 
 class ReconstructionPipeline(DiffusionPipeline):
-    """Inverts images to latents, decodes latents, and walks between two; deterministic but for `generator`.
+    """Inverts images to latents, decodes latents, and walks between two of them.
 
-    `id2label`, K names from model_index.json, tells that the last of the K+1 embeddings of a class-conditional UNet
-    means "no class". x_0 is never clipped, whatever the config says: clipping has no inverse.
+    `id2label` in model_index.json names the K classes of a conditional UNet. If the UNet has K + 1 embeddings, the
+    last one means "no class". x_0 is never clipped, whatever the config says, because clipping has no inverse.
     """
 
     model_cpu_offload_seq = "unet"
@@ -60,55 +63,61 @@ class ReconstructionPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
 
-    def check_inputs(self, num_inference_steps, output_type="pt", tensor_inputs=()):
-        """Refuse with a ValueError what no method here can do."""
-        T = self.scheduler.config.num_train_timesteps
-        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= T:
-            raise ValueError(f"num_inference_steps is {num_inference_steps!r}; give a whole number from 1 to {T}.")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type is {output_type!r}; choose 'pil', 'np' or 'pt'.")
-        if not set(tensor_inputs) <= {"sample", "pred_original_sample"}:
-            raise ValueError(f"Callback inputs are {tensor_inputs}; choose from 'sample' and 'pred_original_sample'.")
-
     @torch.no_grad()
     def __call__(
-        self, image: Images, num_inference_steps: int = 100, num_fixed_point_iterations: int = 1,
-        class_labels: Labels = None, output_type: str = "pil", return_dict: bool = True,
-        return_intermediates: bool = False, callback_on_step_end: Callable | None = None,
+        self,
+        image: Images,
+        num_inference_steps: int = 100,
+        num_fixed_point_iterations: int = 1,
+        class_labels: Labels = None,
+        *,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
-    ) -> ReconstructionOutput | tuple:  # fmt: skip
-        """Invert `image` and decode it again, with the psnr of each; for the arguments see `invert` and `decode`."""
-        self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+    ) -> ReconstructionOutput | tuple:
+        """Invert `image` and decode it again; return the images with the PSNR of each. See `invert` and `decode`."""
+        check_output(output_type, callback_on_step_end_tensor_inputs)
         image = self.preprocess(image)
-        latents = self.invert(image, num_inference_steps, num_fixed_point_iterations, class_labels)
         output = self.decode(
-            latents, num_inference_steps, class_labels, output_type, return_intermediates,
-            callback_on_step_end, callback_on_step_end_tensor_inputs, reference=image,
-        )  # fmt: skip
+            self.invert(image, num_inference_steps, num_fixed_point_iterations, class_labels),
+            num_inference_steps,
+            class_labels,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            reference=image,
+        )
         return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
     def invert(
-        self, image: Images, num_inference_steps: int = 100, num_fixed_point_iterations: int = 1,
+        self,
+        image: Images,
+        num_inference_steps: int = 100,
+        num_fixed_point_iterations: int = 1,
         class_labels: Labels = None,
-    ) -> torch.Tensor:  # fmt: skip
-        """The latents x_T, float32 (B, C, H, W), that `decode` with the same steps and labels takes back to `image`.
+    ) -> torch.Tensor:
+        """Return the latents x_T, float32 (B, C, H, W), which `decode` turns back into `image`.
 
         Args:
             image: see `preprocess`.
-            num_inference_steps: S from 1 to T, at timesteps round((k+1) T/S) - 1.
+            num_inference_steps: S from 1 to T, at the timesteps round((k + 1) T / S) - 1. Decode with as many.
             num_fixed_point_iterations: evaluations of the UNet a step, at least 1.
-            class_labels: for a conditional UNet: a number or name for all images or one each; None is its "no class".
+            class_labels: for a conditional UNet, a number or a name for all images or one for each. None: "no class".
 
-        A step of DDIM is undone by iterating x_t <- (x_t' + sin(d) v(x_t, t)) / cos(d), as in AIDI (Pan et al. 2023,
-        https://huggingface.co/papers/2309.04907), from the v of the step before: one iteration is as dear as plain
-        inversion. Mean and least PSNR of four MNIST test digits by the mnist preset after 500 steps of training:
-        plain 41.2, 33.1 dB in 100 + 100 evaluations there and back; one iteration 55.8, 55.4 in 101 + 100; two 60.0,
-        59.6 in 201 + 100; Heun's method both ways 45.2, 44.2 in 100 + 100. In 20 steps plain has 23.9, 17.3, one
-        iteration 44.1, 41.3. The image counts as abar = 1, where DDIM ends.
+        Raises:
+            ValueError: for images or arguments that this model cannot serve.
+
+        A step of DDIM is undone by iterating x_t <- (x_t' + sin(d) v(x_t, t)) / cos(d), as AIDI does (Pan et al. 2023,
+        https://huggingface.co/papers/2309.04907), from the v of the step before. One iteration costs as much as plain
+        inversion and is much closer. PSNR (mean, least) of four MNIST test digits there and back, by the mnist preset
+        after 500 steps of training: plain 41.2, 33.1 dB in 100 + 100 evaluations; one iteration 55.8, 55.4 in 101 +
+        100; two 60.0, 59.6 in 201 + 100; Heun's method 45.2, 44.2 in 100 + 100. In 20 steps plain has 23.9, 17.3 and
+        one iteration 44.1, 41.3.
         """
-        self.check_inputs(num_inference_steps)
-        if not isinstance(num_fixed_point_iterations, int) or num_fixed_point_iterations < 1:
+        check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
+        if not isinstance(num_fixed_point_iterations, Integral) or num_fixed_point_iterations < 1:
             raise ValueError(f"num_fixed_point_iterations is {num_fixed_point_iterations!r}; give 1 or more.")
         x = self.preprocess(image).to(self._execution_device) * 2 - 1
         labels = self._labels(class_labels, len(x))
@@ -125,67 +134,79 @@ class ReconstructionPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def decode(
-        self, latents: torch.Tensor, num_inference_steps: int = 100, class_labels: Labels = None,
-        output_type: str = "pil", return_intermediates: bool = False, callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",), reference: Images | None = None,
-    ) -> ReconstructionOutput:  # fmt: skip
-        """The images of latents: plain DDIM with eta = 0 and no clipping, so standard normal noise gives new images.
+        self,
+        latents: torch.Tensor,
+        num_inference_steps: int = 100,
+        class_labels: Labels = None,
+        *,
+        output_type: str = "pil",
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
+        reference: Images | None = None,
+    ) -> ReconstructionOutput:
+        """Return the images of latents, by DDIM with eta = 0 and without clipping. Normal noise gives new images.
 
         Args:
             latents: x_T, floats (B, C, H, W).
             num_inference_steps, class_labels: see `invert`.
-            output_type: "pil"; "np", float (B, H, W, C) in [0, 1]; or "pt", float (B, C, H, W) in [0, 1], on the CPU.
-            return_intermediates: keep the x_0 prediction of every step.
-            callback_on_step_end: called as (pipeline, i, t, tensors) after step i; a "sample" in the dict that it
-                returns replaces x.
-            reference: images, as many, to take the psnr against.
+            output_type: "pil"; "np", float (B, H, W, C) in [0, 1]; or "pt", float (B, C, H, W) in [0, 1], on the
+                pipeline's device.
+            callback_on_step_end: called as (pipeline, i, t, tensors) after step i. `tensors` has those of "sample" and
+                "pred_original_sample" (B, C, H, W) that callback_on_step_end_tensor_inputs names. If it returns a dict
+                with a "sample", decoding goes on from that.
+            reference: as many images, to take the PSNR against.
+
+        Raises:
+            ValueError: for latents or arguments that this model cannot serve.
         """
-        self.check_inputs(num_inference_steps, output_type, callback_on_step_end_tensor_inputs)
+        check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
+        check_output(output_type, callback_on_step_end_tensor_inputs)
         channels = self.unet.config.in_channels
         if latents.ndim != 4 or latents.shape[1] != channels or not latents.isfinite().all():
             raise ValueError(f"latents have shape {tuple(latents.shape)}; give finite (B, {channels}, H, W).")
-        latents = latents.to(self._execution_device, torch.float32)
+        x = latents = latents.to(self._execution_device, torch.float32)
         labels = self._labels(class_labels, len(latents))
-        x, intermediates = latents, []
         for i, (t, phi, angle) in enumerate(self.progress_bar(self._steps(num_inference_steps))):
             v = self._velocity(x, t, phi, labels)
-            pred_original_sample = math.cos(phi) * x - math.sin(phi) * v
-            x = math.cos(angle) * x - math.sin(angle) * v
-            if callback_on_step_end is not None:
-                tensors = {"sample": x, "pred_original_sample": pred_original_sample}
-                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                x = (callback_on_step_end(self, i, t, tensors) or {}).get("sample", x)
-            if return_intermediates:
-                intermediates.append(self._to_output(pred_original_sample, output_type))
+            x0 = math.cos(phi) * x - math.sin(phi) * v
+            tensors = {"sample": math.cos(angle) * x - math.sin(angle) * v, "pred_original_sample": x0}
+            x = after_step(callback_on_step_end, callback_on_step_end_tensor_inputs, self, (i, t), tensors)
         self.maybe_free_model_hooks()
         psnr = None
         if reference is not None:
-            error = self._to_output(x, "pt") - self.preprocess(reference).cpu()
+            error = to_output(x, "pt") - self.preprocess(reference).to(x.device)
             psnr = -10 * error.square().mean(dim=(1, 2, 3)).log10()
-        intermediates = intermediates if return_intermediates else None
-        return ReconstructionOutput(self._to_output(x, output_type), latents, psnr, intermediates)
+        return ReconstructionOutput(to_output(x, output_type), latents, psnr)
 
     @torch.no_grad()
     def interpolate(
-        self, image_a: Images | None = None, image_b: Images | None = None, num_images: int = 8,
-        num_inference_steps: int = 100, num_fixed_point_iterations: int = 1, class_labels: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None, output_type: str = "pil",
-    ) -> ReconstructionOutput:  # fmt: skip
-        """`num_images` images from a to b, both included, along the great circle between their latents (see `slerp`).
+        self,
+        image_a: Images | None = None,
+        image_b: Images | None = None,
+        num_images: int = 8,
+        num_inference_steps: int = 100,
+        *,
+        num_fixed_point_iterations: int = 1,
+        class_labels: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+    ) -> ReconstructionOutput:
+        """Return `num_images` images from a to b, both included, along the great circle between their latents.
 
         Args:
-            image_a, image_b: one image each, of one size; None: a random latent.
-            num_images: at least 2. The first and last are reconstructions of a and b.
+            image_a, image_b: one image each, of one size. None: a random latent.
+            num_images: at least 2. The first and the last are reconstructions of a and b.
             num_inference_steps, num_fixed_point_iterations, output_type: see `invert` and `decode`.
-            class_labels: one number for all, or None; see `invert`.
-            generator: of the random latents: one, drawn from for a first, or a list of two.
+            class_labels: one number for all images, or None; see `invert`.
+            generator: draws the random latents, a's first; or a list of two, one for each end.
+
+        Raises:
+            ValueError: for images or arguments that this model cannot serve.
         """
-        self.check_inputs(num_inference_steps, output_type)
+        check_output(output_type, ())
+        check_generator(generator, 2)
         if num_images < 2:
             raise ValueError(f"num_images is {num_images}; give at least 2, for the two ends.")
-        generators = generator if isinstance(generator, list) else [generator] * 2
-        if len(generators) != 2:
-            raise ValueError(f"{len(generators)} generators were given for two latents; give one, or a list of two.")
         given = [None if image is None else self.preprocess(image) for image in (image_a, image_b)]
         size = self.unet.config.sample_size
         shape = 1, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
@@ -196,16 +217,16 @@ class ReconstructionPipeline(DiffusionPipeline):
             randn_tensor(shape, generator=end_generator, device=self._execution_device, dtype=torch.float32)
             if image is None
             else self.invert(image, num_inference_steps, num_fixed_point_iterations, class_labels)
-            for image, end_generator in zip(given, generators)
+            for image, end_generator in zip(given, generator if isinstance(generator, list) else [generator] * 2)
         ]
         latents = torch.cat([self.slerp(*ends, k / (num_images - 1)) for k in range(num_images)])
-        return self.decode(latents, num_inference_steps, class_labels, output_type)
+        return self.decode(latents, num_inference_steps, class_labels, output_type=output_type)
 
     @staticmethod
     def slerp(a: torch.Tensor, b: torch.Tensor, fraction: float) -> torch.Tensor:
-        """The point at `fraction` of the arc from a (0) to b (1), of their shape (Song et al. 2021, eq. 67).
+        """Return the point at `fraction` of the arc from a (0) to b (1), in their shape (Song et al. 2021, eq. 67).
 
-        Parallel ones, which span no arc, are mixed linearly.
+        Parallel tensors span no arc and are mixed linearly.
         """
         theta = math.acos(torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).clamp(-1, 1))
         if math.sin(theta) < 1e-6:
@@ -214,10 +235,11 @@ class ReconstructionPipeline(DiffusionPipeline):
         return weights[0] * a + weights[1] * b
 
     def preprocess(self, image: Images) -> torch.Tensor:
-        """Images as float32 (B, C, H, W) in [0, 1], C the channels of the UNet; what cannot be that is a ValueError.
+        """Return images as float32 (B, C, H, W) in [0, 1] with the UNet's channels. What cannot be is a ValueError.
 
-        `image` is a PIL image or a list of them; a numpy array ((B,) H, W(, C)); or a tensor ((B,) C, H, W): uint8, or
-        floats in [0, 1], of sizes that the UNet can halve. RGB PIL images become grey only if they have no colour.
+        `image` is a PIL image or a list of them, a numpy array ((B,) H, W(, C)), or a tensor ((B,) C, H, W). Numbers
+        are uint8, or floats in [0, 1]. The UNet must be able to halve the size. RGB PIL images become grey only if
+        they have no colour.
         """
         channels, multiple = self.unet.config.in_channels, 2 ** (len(self.unet.config.block_out_channels) - 1)
         if not isinstance(image, (Image.Image, list, np.ndarray, torch.Tensor)):
@@ -263,38 +285,84 @@ class ReconstructionPipeline(DiffusionPipeline):
         return torch.tensor(numbers, dtype=torch.int64, device=self._execution_device)
 
     def _steps(self, num_inference_steps: int) -> list[tuple[int, float, float]]:
-        """(t, phi_t, phi_t - phi_t') for t from T-1 down, t' the next t; the last t' is the clean image, of phi 0."""
-        # _use_default_values would have from_config replace the defaults of another class, betas too, by DDPM's.
-        config = {key: value for key, value in self.scheduler.config.items() if key != "_use_default_values"}
-        alpha_bar = DDPMScheduler.from_config(config).alphas_cumprod.double()
-        T, S = len(alpha_bar), num_inference_steps
-        timesteps = (np.round(np.arange(T, 0, -T / S)[:S]).astype(int) - 1).tolist()
+        """Return (t, phi_t, phi_t - phi_t') for each step from t to t'; the last goes to the clean image, of phi 0."""
+        alpha_bar = ddpm_scheduler(self.scheduler).alphas_cumprod.double()
+        timesteps = trailing_timesteps(len(alpha_bar), num_inference_steps)
         angles = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())[timesteps].tolist()
         return [(t, phi, phi - next_phi) for t, phi, next_phi in zip(timesteps, angles, [*angles[1:], 0.0])]
 
     def _velocity(self, x: torch.Tensor, t: int, phi: float, labels: torch.Tensor | None) -> torch.Tensor:
-        """v = cos(phi) eps - sin(phi) x_0 at x_t, in float32."""
+        """Return v = cos(phi) eps - sin(phi) x_0 at x_t, in float32."""
         timesteps = torch.full((len(x),), t, device=x.device)
         output = self.unet(x.to(self.unet.dtype), timesteps, class_labels=labels).sample.float()
-        output = output[:, : x.shape[1]]  # the rest, if any, is about the variance of ancestral sampling
+        output = output[:, : x.shape[1]]  # further channels predict the variance
         if self.scheduler.config.prediction_type == "epsilon":
             return (output - math.sin(phi) * x) / math.cos(phi)
         if self.scheduler.config.prediction_type == "sample":
             return (math.cos(phi) * x - output) / math.sin(phi)
         return output
 
-    def _to_output(self, x, output_type):
-        images = (x / 2 + 0.5).clamp(0, 1).cpu()
-        if output_type == "pt":
-            return images
-        images = images.permute(0, 2, 3, 1).numpy()
-        return images if output_type == "np" else self.numpy_to_pil(images)
-
 
 def _pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
-    """uint8 (H, W, channels), if nothing is lost by it."""
+    """Return uint8 (H, W, channels). A conversion that would lose colour or transparency is a ValueError."""
     mode = "L" if channels == 1 else "RGB"
     is_grey = image.mode in ("1", "L") or (image.mode == "RGB" and image.convert("L").convert("RGB") == image)
     if image.mode != mode and not is_grey:
-        raise ValueError(f"A PIL image has mode {image.mode}; give image.convert({mode!r}) if what that loses may go.")
+        raise ValueError(
+            f"A PIL image has mode {image.mode}; give image.convert({mode!r}) if its loss does not matter."
+        )
     return np.asarray(image.convert(mode)).reshape(image.height, image.width, channels)
+
+
+# What follows is the same in every pipeline file that has it; a test compares them.
+
+
+def ddpm_scheduler(scheduler) -> DDPMScheduler:
+    """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
+    # Without _use_default_values, whose fields from_config would replace by DDPMScheduler's defaults, betas included.
+    config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+    return DDPMScheduler.from_config(config)
+
+
+def trailing_timesteps(T: int, num_steps: int) -> list[int]:
+    """Return the timesteps round((k + 1) T / S) - 1, from T - 1 down (https://huggingface.co/papers/2305.08891)."""
+    return (np.round(np.arange(T, 0, -T / num_steps)[:num_steps]).astype(int) - 1).tolist()
+
+
+def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: tuple, tensors: dict):
+    """Call `callback_on_step_end` with the tensors that it asked for; return the sample to go on with."""
+    if callback is None:
+        return tensors["sample"]
+    returned = callback(pipeline, *step, {name: tensors[name] for name in names}) or {}
+    return returned.get("sample", tensors["sample"])
+
+
+def to_output(x: torch.Tensor, output_type: str):
+    """Return images (B, C, H, W) in [-1, 1] as `output_type`, in [0, 1]. "pt" stays on its device."""
+    images = (x / 2 + 0.5).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    images = images.permute(0, 2, 3, 1).cpu().numpy()
+    return images if output_type == "np" else numpy_to_pil(images)
+
+
+def check_steps(num_inference_steps: int, T: int):
+    if not isinstance(num_inference_steps, Integral) or not 1 <= num_inference_steps <= T:
+        raise ValueError(f"num_inference_steps is {num_inference_steps!r}; give a whole number from 1 to {T}.")
+
+
+def check_generator(generator, num_images: int):
+    generators = generator if isinstance(generator, list) else [generator] * (generator is not None)
+    if not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(f"generator is {generator!r}; give a torch.Generator, or a list with one per image.")
+    if isinstance(generator, list) and len(generator) != num_images:
+        raise ValueError(f"generator is a list of {len(generator)} for {num_images} images; give one per image.")
+
+
+def check_output(output_type: str, tensor_inputs: Sequence[str]):
+    if output_type not in ("pil", "np", "pt"):
+        raise ValueError(f"output_type is {output_type!r}; choose 'pil', 'np' or 'pt'.")
+    if not set(tensor_inputs) <= {"sample", "pred_original_sample"}:
+        raise ValueError(
+            f"callback_on_step_end_tensor_inputs is {tensor_inputs}; choose from 'sample' and 'pred_original_sample'."
+        )

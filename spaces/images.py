@@ -1,4 +1,4 @@
-"""Pictures in and out: a visitor's file or drawing to a tensor, tensors to PNGs, sheets and a zip."""
+"""Images in and out: a visitor's file or drawing to a tensor, tensors to PNGs, sheets and a zip."""
 
 import base64
 import binascii
@@ -9,18 +9,32 @@ import zipfile
 
 import numpy as np
 import torch
-from model import Refused
+from checks import Refused, one_of
 from PIL import Image, ImageOps
 
 
+SOURCES = ("The model's own", "Upload", "Draw")
 MAX_PIXELS = 16_000_000
 MAX_DRAWING = 2_000_000  # characters; the canvas of the page sends some 10,000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses twice as many, wherever it opens a file
 
 
+def visitor_image(model, source, upload, drawing, seed: int) -> torch.Tensor:
+    """Return the image that the visitor chose, as the model takes it: (1, C, H, W) in [-1, 1]."""
+    source = one_of("source", source, SOURCES)
+    if source == SOURCES[0]:
+        return model.example(seed)
+    if source == "Draw":
+        return to_tensor(read_drawing(drawing), model.size, model.channels)
+    path = upload.get("path") if isinstance(upload, dict) else None
+    if path is None:
+        raise Refused("No image is uploaded yet: upload one, or choose another source.")
+    return to_tensor(read_image(path), model.size, model.channels)
+
+
 def read_image(file) -> Image.Image:
-    """The first frame of an image file, upright, as L, RGB or RGBA; what is no image, or too large, is refused."""
+    """Return the first frame of an image file, upright, as L, RGB or RGBA. Refuse other files, and large images."""
     try:
         with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
@@ -28,13 +42,13 @@ def read_image(file) -> Image.Image:
                 return _as_8_bit(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError:
         width, height = "too many", "too many"
-    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+    except Exception as error:  # Pillow's decoders may raise anything for a broken file
         raise Refused("This file cannot be read as an image: give a PNG, JPEG, WebP, GIF, BMP or TIFF.") from error
     raise Refused(f"This image has {width} x {height} pixels: give one of at most {MAX_PIXELS // 10**6} million.")
 
 
 def _as_8_bit(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # 16 bits fill their range, 32 bits and floats whatever they have
+    if image.mode[0] in "IF":  # scaled from 16 bits, or from the largest value of 32 bits and floats
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         top = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
         return Image.fromarray((255 * values / top).clip(0, 255).astype(np.uint8))
@@ -44,7 +58,7 @@ def _as_8_bit(image: Image.Image) -> Image.Image:
 
 
 def read_drawing(data_url: str | None) -> Image.Image:
-    """The image of the page's canvas, which sends a PNG as a data URL; an empty one is refused."""
+    """Return the image of the page's canvas, which sends a PNG as a data URL. Refuse an empty one."""
     head, _, body = (data_url if isinstance(data_url, str) else "").partition(",")
     if not body:
         raise Refused("Nothing is drawn yet: draw something, or choose another source.")
@@ -57,7 +71,7 @@ def read_drawing(data_url: str | None) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """(1, C, H, W) in [-1, 1], the middle of the image; what shows through is black in grey images, else white."""
+    """Return the middle of an image as (1, C, H, W) in [-1, 1]. Transparent parts are black if grey, else white."""
     if image.mode == "RGBA":
         ground = Image.new("RGBA", image.size, "black" if channels == 1 else "white")
         image = Image.alpha_composite(ground, image)
@@ -67,7 +81,7 @@ def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> torch
 
 
 def to_images(x: torch.Tensor) -> list[Image.Image]:
-    """8-bit images of a tensor (B, C, H, W) in [-1, 1]; what is outside is clipped."""
+    """Return 8-bit images of a tensor (B, C, H, W) in [-1, 1], clipped to that range."""
     pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]
 
@@ -79,7 +93,7 @@ def enlarge(image: Image.Image, side: int = 160) -> Image.Image:
 
 
 def contact_sheet(images: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Images of one size, row by row, on white."""
+    """Return one image of several of one size, row by row, on white."""
     (width, height), rows = images[0].size, math.ceil(len(images) / columns)
     sheet = Image.new(images[0].mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for k, image in enumerate(images):
@@ -88,19 +102,26 @@ def contact_sheet(images: list[Image.Image], columns: int, gap: int = 4) -> Imag
 
 
 def png(image: Image.Image) -> bytes:
-    """The image as a PNG file."""
+    """Return the image as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def data_url(image: Image.Image) -> str:
-    """The image as a PNG in a URL."""
-    return "data:image/png;base64," + base64.b64encode(png(image)).decode()
+def picture(image, caption: str) -> dict[str, str]:
+    """Return a gallery's entry: a PNG as a data URL of an image, or of a tensor (1, C, H, W), and its caption."""
+    image = to_images(image)[0] if isinstance(image, torch.Tensor) else image
+    return {"image": "data:image/png;base64," + base64.b64encode(png(image)).decode(), "caption": caption}
+
+
+def as_large(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return a small or grey image as large as `like`, by repeating its pixels."""
+    factor = like.shape[-1] // x.shape[-1]
+    return x.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2).expand_as(like).cpu()
 
 
 def bundle(images: list[Image.Image], seeds: list[int], settings: dict) -> bytes:
-    """A zip of the images as they are, one enlarged sheet, and the settings that draw them again."""
+    """Return a zip of the images, one enlarged sheet of them, and the settings that draw them again."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         sheet = contact_sheet([enlarge(image) for image in images], columns=math.ceil(len(images) ** 0.5))
@@ -111,6 +132,6 @@ def bundle(images: list[Image.Image], seeds: list[int], settings: dict) -> bytes
 
 
 def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
-    """In dB, of tensors in [-1, 1]; inf where they are equal."""
+    """Return the PSNR in dB of tensors in [-1, 1], inf if they are equal."""
     error = ((x.clamp(-1, 1) - y.clamp(-1, 1)) / 2).square().mean().item()
     return 10 * math.log10(1 / error) if error else math.inf

@@ -30,6 +30,8 @@ from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.data.batches import training_batches
 from ddpm_hf.diffusion.losses import NUM_BANDS
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler, make_scheduler
+from ddpm_hf.models.classes import Classes
+from ddpm_hf.models.pretrained import Pretrained
 from ddpm_hf.models.saving import save_pipeline
 from ddpm_hf.training.loop import step, train
 from ddpm_hf.training.run import open_run, reset_accelerate
@@ -127,6 +129,12 @@ def make_run(folder, data, seed=0, **scheduler):
     flags = {"dataset_name": str(data), "resolution": 28, "validation_split": "test", "output_dir": str(folder)}
     (folder / "train_config.json").write_text(json.dumps({"flags": flags, "git_commit": None}))
     return folder
+
+
+def model_of(unet, scheduler, names=None):
+    """A model in memory, as `load_pretrained` returns one."""
+    classes = Classes.of_model(unet.config.num_class_embeds, dict(enumerate(names)) if names else None)
+    return Pretrained(unet, scheduler, {"name": "it", "revision": None, "unet_sha256": "0"}, {}, Path(), classes)
 
 
 def command(*arguments, code=0, **kwargs):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.models.saving import save_pipeline
 from ddpm_hf.provenance import command, hide_paths, without_paths
+from ddpm_hf.run_folder import PUBLISHED
 from ddpm_hf.sharing.card import write_card
 from ddpm_hf.training.loop import train
 
@@ -177,7 +179,7 @@ def test_the_cards_of_conditional_models_and_classifiers(guidance_models, tmp_pa
     text = ModelCard.load(guidance_models / "conditional" / "README.md").text
     assert "class-conditional" in text and "Its classes: 0, 1, 2," in text and "class_labels=[0]" in text
     assert (
-        'from_pretrained("conditional", custom_pipeline="class_conditional", ' in text
+        'from_pretrained("conditional", custom_pipeline="class_guided", ' in text
         and "DDPMPipeline" not in text
         and "DDIMPipeline" not in text
     )
@@ -185,6 +187,15 @@ def test_the_cards_of_conditional_models_and_classifiers(guidance_models, tmp_pa
     assert card.data.pipeline_tag == "image-classification"
     assert "A classifier of noisy images" in card.text and 'subfolder="classifier"' in card.text
     assert "| Last validation accuracy, over all noise levels |" in card.text
+
+
+def test_a_folder_saved_with_class_conditional_py_keeps_its_usage_and_its_file(guidance_models, tmp_path):
+    folder = shutil.copytree(guidance_models / "conditional", tmp_path / "earlier")
+    (folder / "class_guided.py").rename(folder / "class_conditional.py")
+    write_card(folder)
+    text = (folder / "README.md").read_text()
+    assert 'custom_pipeline="class_conditional", ' in text and "class_guided" not in text
+    assert "class_conditional.py" in PUBLISHED
 
 
 def test_a_card_written_by_hand_stays(tmp_path, capsys):

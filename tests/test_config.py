@@ -101,9 +101,8 @@ def test_no_attention_is_an_empty_list(words):
     ("argv", "sentence"),
     [
         ([], "nothing to train on"),
-        (["--preset=cifar"], "there is no preset 'cifar': choose from digits, mnist"),
-        (["--preset=cifar"], "afhq-cat-512 (did you mean cifar10?)."),
-        (["--preset=mnist", "--lerning_rate=1"], "there is no flag '--lerning_rate=1': did you mean --learning_rate?"),
+        (["--preset=cifar"], "there is no preset 'cifar': did you mean cifar10?"),
+        (["--preset=mnist", "--lerning_rate=1"], "there is no flag '--lerning_rate': did you mean --learning_rate?"),
         (["--preset=mnist", "stray"], "there is no flag 'stray': see --help"),
         (["--preset=mnist", "--train_batch_size=0"], "--train_batch_size is 0, but must be at least 1"),
         (["--preset=mnist", "--train_batch_size=many"], "invalid int value: 'many'"),
@@ -116,7 +115,7 @@ def test_no_attention_is_an_empty_list(words):
         (["--preset=mnist", "--freq_shift=2"], "--freq_shift is 2, but must be at most 1"),
         (["--preset=mnist", "--norm_eps=0"], "--norm_eps is 0.0, but must be positive, e.g. 1e-5."),
         (["--preset=mnist", "--snr_gamma=0"], "--snr_gamma is 0.0, but must be positive"),
-        (["--preset=mnist", "--loss_type=l3"], "invalid choice: 'l3'"),
+        (["--preset=mnist", "--loss_type=l3"], "there is no --loss_type 'l3': choose from l2, l1, huber."),
         (["--preset=mnist", "--use_ema=maybe"], "Truthy value expected"),
         (["--preset=mnist", "--channel_mults=1,x"], "is not a list of whole numbers: write --channel_mults 1,2,2,2"),
         (["--preset=mnist", "--ddpm_num_steps=10"], "--ddpm_num_inference_steps is 100, but a model"),
@@ -161,10 +160,10 @@ def test_lists_and_paths_may_be_pythons_own(tmp_path):
 @pytest.mark.parametrize(
     ("preset", "flags", "sentence"),
     [
-        ("mnist_cpu", {}, "there is no preset 'mnist_cpu': choose from digits, .*did you mean mnist-cpu"),
+        ("mnist_cpu", {}, "there is no preset 'mnist_cpu': did you mean mnist-cpu"),
         ("zebra", {}, "there is no preset 'zebra': choose from digits, [^(]*$"),
         ("mnist", {"lerning_rate": 1e-3}, "there is no flag 'lerning_rate': did you mean learning_rate?"),
-        (None, {"zebra": 1}, "there is no flag 'zebra': see the fields of TrainingConfig"),
+        (None, {"zebra": 1}, "there is no flag 'zebra': see --help"),
         ("mnist", {"train_batch_size": "8"}, "--train_batch_size is '8', but must be a whole number"),
         ("mnist", {"train_batch_size": 8.5}, "--train_batch_size is 8.5, but must be a whole number"),
         ("mnist", {"train_batch_size": None}, "--train_batch_size is None, but must be a whole number"),

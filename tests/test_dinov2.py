@@ -55,10 +55,9 @@ def by_hand(model, images):
         return model(torch.from_numpy(np.stack(pixels)).float()).last_hidden_state[:, 0]
 
 
-@pytest.mark.parametrize("pos_embed", ["hub", "transformers"])
-def test_features_are_those_of_pillow_and_transformers_when_the_grid_fits(native, images, pos_embed):
+def test_features_are_those_of_pillow_and_transformers_when_the_grid_fits(native, images):
     model, folder = native
-    extractor = load_dinov2(str(folder), pos_embed)
+    extractor = load_dinov2(str(folder))
     features, logits = extractor(images)
     assert logits is None and features.dtype == torch.float32 and features.shape == (2, 16)
     assert torch.allclose(features, by_hand(model, images), atol=1e-5)
@@ -68,9 +67,8 @@ def test_features_are_those_of_pillow_and_transformers_when_the_grid_fits(native
 
 def test_position_embeddings_are_interpolated_as_asked(published, images):
     model, folder = published
-    hub, stock = load_dinov2(str(folder)), load_dinov2(str(folder), "transformers")
-    assert torch.allclose(stock(images)[0], by_hand(model, images), atol=1e-5)
-    assert (hub.pipeline, stock.pipeline) == ("pil-bicubic-224", "pil-bicubic-224-transformers-pos")
+    hub = load_dinov2(str(folder))
+    assert hub.pipeline == "pil-bicubic-224"
 
     # The oracle: torch's own bicubic interpolation given the scale factor, as in DINOv2's code.
     table = model.embeddings.position_embeddings.detach()
@@ -84,7 +82,7 @@ def test_position_embeddings_are_interpolated_as_asked(published, images):
     twin = Dinov2Model(Dinov2Config.from_pretrained(folder, image_size=224)).eval()
     twin.load_state_dict(model.state_dict() | {"embeddings.position_embeddings": baked})
     assert torch.allclose(hub(images)[0], by_hand(twin, images), atol=1e-5)
-    assert (hub(images)[0] - stock(images)[0]).abs().max() > 1e-4
+    assert (hub(images)[0] - by_hand(model, images)).abs().max() > 1e-4
 
 
 def test_the_hub_reads_the_grid_where_its_scale_says():
@@ -154,8 +152,6 @@ def test_what_is_no_dinov2_is_refused(native, tmp_path, images):
         with pytest.raises(UserError, match=f"{name} .*: give a folder or Hub id with the config.json") as error:
             load_dinov2(str(tmp_path / name))
         assert not isinstance(error.value, MissingWeights) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match="pos_embed is 'timm'; choose hub or transformers"):
-        load_dinov2(str(native[1]), "timm")
     for wrong in [images.float(), images[:, :2], images[0]]:
         with pytest.raises(UserError, match="DINOv2 was given .* give uint8"):
             preprocess(wrong)

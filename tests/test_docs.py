@@ -34,11 +34,16 @@ from ddpm_hf.training.run import open_run
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
 FOLDERS = ("ddpm_hf", "benchmarks", "pipelines", "spaces")
-SOURCES = [ROOT / "train_unconditional.py", *(path for name in FOLDERS for path in sorted(ROOT.glob(f"{name}/*.py")))]
+SOURCES = [
+    ROOT / "train_unconditional.py",
+    *(path for name in FOLDERS for path in sorted(ROOT.glob(f"{name}/**/*.py"))),
+]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 HOW_IT_WORKS, SCALING = (ROOT / "docs" / name for name in ("how_it_works.md", "scaling.md"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PROGRAM = re.compile(r"([A-Z_]+=\S+ )*(python -m|python \S+\.py|accelerate (launch|config)|torchrun|make|pip|git|hf) ")
+PROGRAM = re.compile(
+    r"([A-Z_]+=\S+ )*(python -m|python \S+\.py|ddpm_hf|accelerate (launch|config)|torchrun|make|pip|git|hf) "
+)
 
 
 def name_of(path):
@@ -103,14 +108,15 @@ def parse_flags(parser, arguments):
 
 
 def parse_script(script, arguments, folder):
-    """Parse the arguments of a Python script, or of a module of ours; "..." stands for flags that suffice."""
+    """Parse the arguments of a Python script, or of a module of ours."""
+    # "..." stands for flags that suffice.
+    arguments = [word for flag in arguments for word in (["--preset", "mnist"] if flag == "..." else [flag])]
     if script == "ddpm_hf":
         return parse_flags(package.parse, arguments)
     module = script.replace(".", "/") + ".py" if script.startswith("ddpm_hf.") else script
     path = next((place / module for place in (ROOT, folder) if (place / module).is_file()), None)
     assert path, f"there is no {script}"
     if path.name == "train_unconditional.py":
-        arguments = [word for flag in arguments for word in (["--preset", "mnist"] if flag == "..." else [flag])]
         return parse_flags(parse_config, arguments)
     # What it imports need not be installed here, so its flags are read off its source.
     known = set(re.findall(r"\"(--[a-z][\w-]*)\"", path.read_text()))
@@ -131,6 +137,8 @@ def check_command(line, folder):
     elif program == "python":
         arguments = arguments[1:] if arguments[0] == "-m" else arguments
         parse_script(arguments[0], arguments[1:], folder)
+    elif program == "ddpm_hf":
+        parse_script(program, arguments, folder)
     elif program == "make":
         done = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -151,6 +159,8 @@ def test_the_collector_finds_and_the_parsers_catch():
         OMP_NUM_THREADS=1 accelerate launch train_unconditional.py --preset mnist \\
             --use_emma                                             # no such flag
         python -m ddpm_hf sample runs/mnist --sampler ddim         # a good one
+        ddpm_hf sample runs/mnist --smapler ddim                   # no such flag
+        accelerate launch -m ddpm_hf train --preset mnist --use_emma
         ```
         and `make nothing-of-the-kind --always-make`, `pip install --quiet -e ".[imaginary]"`, `accelerate
         launch --multi_gpus -m ddpm_hf presets`, `python benchmarks/restoration.py --speed`, `python gone.py --x`,
@@ -158,17 +168,18 @@ def test_the_collector_finds_and_the_parsers_catch():
     """)
     bad, good, *others = commands_in(page)
     check_command(good, ROOT)
-    assert len(others) == 7
+    assert len(others) == 9
     for line in [bad, *others]:
         with pytest.raises((AssertionError, pytest.fail.Exception)):
             check_command(line, ROOT)
     counts = {name_of(path): sum(path == other for other, _ in COMMANDS) for path, _ in COMMANDS}
     least = {"README.md": 20, "docs/scaling.md": 6, "docs/results.md": 9, "train_unconditional.py": 4}
+    least |= {f"ddpm_hf/commands/{name.replace('-', '_')}.py": 1 for name in package.COMMANDS}
     least |= {"notebooks/run_in_cloud.ipynb": 4, "benchmarks/speed.py": 2}
     assert all(counts[name] >= count for name, count in least.items()), counts
 
 
-HELP = [["--help"], *([name.__name__.replace("_", "-"), "--help"] for name in package.COMMANDS)]
+HELP = [["--help"], *([name, "--help"] for name in package.COMMANDS)]
 
 
 @pytest.mark.parametrize("arguments", [["presets"], *(["presets", name] for name in PRESETS), *HELP], ids=" ".join)

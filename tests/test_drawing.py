@@ -16,10 +16,9 @@ from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.pictures import to_uint8
-from ddpm_hf.sampling.generate import duration
-from ddpm_hf.sampling.sample_set import draw_samples, read_samples
-from ddpm_hf.sampling.samplers import image_generators, sample
-from ddpm_hf.sampling.settings import resolve_sampler
+from ddpm_hf.sampling.sample_set import draw_samples, duration, read_samples
+from ddpm_hf.sampling.samplers import draw, image_generators
+from ddpm_hf.sampling.settings import Sampler
 
 
 def files(folder):
@@ -34,32 +33,35 @@ def model(tiny_run):
 @pytest.fixture(scope="module")
 def unbroken(model, tmp_path_factory):
     """23 images drawn in one go."""
-    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=5, seed=3)
+    sampler = Sampler(name="ddim", num_inference_steps=5, seed=3).resolve(model)
     return draw_samples(model, sampler, 23, tmp_path_factory.mktemp("samples") / "a", batch_size=4, progress=False)
 
 
 def test_image_k_is_that_of_seed_plus_k(model, unbroken):
     generators = image_generators(3, [7])
-    alone = sample(model.unet, model.scheduler, generators, method="ddim", num_inference_steps=5, spacing="trailing")
+    alone = draw(model.unet, model.scheduler, generators, sampler="ddim", num_inference_steps=5, spacing="trailing")
     drawn = np.asarray(Image.open(unbroken / "000007.png")).astype(int)
     assert np.abs(to_uint8(alone)[0, 0].numpy().astype(int) - drawn).max() <= 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 23])
 def test_batch_size_changes_nothing(model, unbroken, tmp_path, batch_size):
-    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=5, seed=3)
-    other = read_samples(draw_samples(model, sampler, 23, tmp_path / "b", batch_size, progress=False)).images
+    sampler = Sampler(name="ddim", num_inference_steps=5, seed=3).resolve(model)
+    draw_samples(model, sampler, 23, tmp_path / "b", batch_size=batch_size, progress=False)
+    other = read_samples(tmp_path / "b").images
     difference = (other.int() - read_samples(unbroken).images.int()).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
 
 
 def test_killed_three_times_it_ends_with_the_same_bytes(model, tmp_path):
-    sampler, _ = resolve_sampler(model)
-    draw_samples(model, sampler, 60, tmp_path / "whole", 4, progress=False)
+    sampler = Sampler().resolve(model)
+    draw_samples(model, sampler, 60, tmp_path / "whole", batch_size=4, progress=False)
     moments, killed = random.Random(0), tmp_path / "killed"
     for _ in range(3):
         job = multiprocessing.get_context("fork").Process(
-            target=draw_samples, args=(model, sampler, 60, killed, 4, False)
+            target=draw_samples,
+            args=(model, sampler, 60, killed),
+            kwargs={"batch_size": 4, "progress": False},
         )
         job.start()
         wanted = len(files(killed)) + moments.randint(1, 12)
@@ -72,7 +74,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(model, tmp_path):
         assert wanted <= left < 60
         with pytest.raises(UserError, match=f"has {left} of 60 images"):
             read_samples(killed)
-    draw_samples(model, sampler, 60, killed, 4, progress=False)
+    draw_samples(model, sampler, 60, killed, batch_size=4, progress=False)
     assert files(killed) == files(tmp_path / "whole")
     assert not list(killed.glob(".*.tmp"))
 
@@ -90,14 +92,14 @@ def test_npz_has_the_same_images_and_says_how_they_were_drawn(tiny_run, unbroken
 
 
 def test_an_npz_goes_on_too_and_one_of_somebody_else_stays(model, tiny_run, tmp_path):
-    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=2)
-    path = draw_samples(model, sampler, 4, tmp_path / "a.npz", 4, progress=False)
+    sampler = Sampler(name="ddim", num_inference_steps=2).resolve(model)
+    path = draw_samples(model, sampler, 4, tmp_path / "a.npz", batch_size=4, progress=False)
     first = read_samples(path).images
-    draw_samples(model, sampler, 8, path, 4, progress=False)
+    draw_samples(model, sampler, 8, path, batch_size=4, progress=False)
     assert torch.equal(read_samples(path).images[:4], first) and len(read_samples(path).images) == 8
     np.savez(tmp_path / "b.npz", arr_0=np.zeros((3, 28, 28, 1), np.uint8))
     with pytest.raises(UserError, match="no samples of ours"):
-        draw_samples(model, sampler, 4, tmp_path / "b.npz", 4, progress=False)
+        draw_samples(model, sampler, 4, tmp_path / "b.npz", batch_size=4, progress=False)
 
 
 def test_somebody_else_s_samples_json_is_no_record(model, tmp_path):
@@ -105,62 +107,62 @@ def test_somebody_else_s_samples_json_is_no_record(model, tmp_path):
     Image.new("L", (28, 28)).save(tmp_path / "x.png")
     assert read_samples(tmp_path).sampler == {}
     with pytest.raises(UserError, match="no samples of ours"):
-        draw_samples(model, resolve_sampler(model)[0], 4, tmp_path, 4, progress=False)
+        draw_samples(model, Sampler().resolve(model), 4, tmp_path, batch_size=4, progress=False)
 
 
 def test_a_larger_number_goes_on_and_another_sampler_is_refused(model, unbroken, tmp_path):
-    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=2)
-    draw_samples(model, sampler, 4, tmp_path / "c", 4, progress=False)
+    sampler = Sampler(name="ddim", num_inference_steps=2).resolve(model)
+    draw_samples(model, sampler, 4, tmp_path / "c", batch_size=4, progress=False)
     first = files(tmp_path / "c")
-    draw_samples(model, sampler, 8, tmp_path / "c", 4, progress=False)
+    draw_samples(model, sampler, 8, tmp_path / "c", batch_size=4, progress=False)
     assert len(files(tmp_path / "c")) == 8 and first.items() <= files(tmp_path / "c").items()
-    draw_samples(model, sampler, 6, tmp_path / "c", 4, progress=False)
+    draw_samples(model, sampler, 6, tmp_path / "c", batch_size=4, progress=False)
     assert len(read_samples(tmp_path / "c").images) == 6
-    other, _ = resolve_sampler(model, method="ddim", num_inference_steps=3)
+    other = Sampler(name="ddim", num_inference_steps=3).resolve(model)
     with pytest.raises(UserError, match="num_inference_steps: 2 there, 3 here"):
-        draw_samples(model, other, 8, tmp_path / "c", 4, progress=False)
+        draw_samples(model, other, 8, tmp_path / "c", batch_size=4, progress=False)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(model, tmp_path):
     (tmp_path / "holiday.txt").write_text("mine")
-    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=2)
+    sampler = Sampler(name="ddim", num_inference_steps=2).resolve(model)
     with pytest.raises(UserError, match="no samples of ours"):
-        draw_samples(model, sampler, 2, tmp_path, 2, progress=False)
+        draw_samples(model, sampler, 2, tmp_path, batch_size=2, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
 
 
 def test_variance_unless_told_otherwise(tmp_path, digit_folder):
     model = load_pretrained(str(make_run(tmp_path / "large", digit_folder, variance_type="fixed_large")))
-    assert resolve_sampler(model)[0]["variance_type"] == "fixed_large"
-    assert resolve_sampler(model, num_inference_steps=5)[0]["variance_type"] == "fixed_small"
-    told = resolve_sampler(model, num_inference_steps=5, variance_type="fixed_large")[0]
-    assert told["variance_type"] == "fixed_large"
-    assert resolve_sampler(model, method="ddim")[0]["variance_type"] is None
+    assert Sampler().resolve(model).variance_type == "fixed_large"
+    assert Sampler(num_inference_steps=5).resolve(model).variance_type == "fixed_small"
+    told = Sampler(num_inference_steps=5, variance_type="fixed_large").resolve(model)
+    assert told.variance_type == "fixed_large"
+    assert Sampler(name="ddim").resolve(model).variance_type is None
 
 
 def test_a_first_step_far_from_noise_is_told(model):
-    assert resolve_sampler(model, method="ddim", num_inference_steps=5)[1] == []
-    (warning,) = resolve_sampler(model, method="ddim", num_inference_steps=5, timesteps="leading")[1]
+    assert Sampler(name="ddim", num_inference_steps=5).resolve(model).warnings(model) == []
+    (warning,) = Sampler(name="ddim", num_inference_steps=5, timesteps="leading").resolve(model).warnings(model)
     assert "t = 16" in warning and "trailing" in warning
 
 
 def test_timesteps_may_be_listed(model, tmp_path):
-    sampler, _ = resolve_sampler(model, method="ddim", timesteps="19,7,0")
-    assert sampler["timesteps"] == [19, 7, 0] and sampler["num_inference_steps"] == 3
-    drawn = read_samples(draw_samples(model, sampler, 2, tmp_path / "d", 2, progress=False)).images
-    steps = dict(method="ddim", spacing=[19, 7, 0])
-    assert torch.equal(drawn, to_uint8(sample(model.unet, model.scheduler, image_generators(0, [0, 1]), **steps)))
+    sampler = Sampler(name="ddim", timesteps="19,7,0").resolve(model)
+    assert sampler.timesteps == (19, 7, 0) and sampler.num_inference_steps == 3
+    drawn = read_samples(draw_samples(model, sampler, 2, tmp_path / "d", batch_size=2, progress=False)).images
+    steps = dict(sampler="ddim", spacing=[19, 7, 0])
+    assert torch.equal(drawn, to_uint8(draw(model.unet, model.scheduler, image_generators(0, [0, 1]), **steps)))
 
 
 @pytest.mark.parametrize("num_steps", [4, 20])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 def test_dpmsolver_is_that_of_diffusers(tmp_path, digit_folder, prediction_type, num_steps):
     model = load_pretrained(str(make_run(tmp_path / "run", digit_folder, prediction_type=prediction_type)))
-    ours = sample(
+    ours = draw(
         model.unet,
         model.scheduler,
         image_generators(0, [0, 1]),
-        method="dpmsolver++",
+        sampler="dpmsolver++",
         num_inference_steps=num_steps,
         spacing="trailing",
         clip=False,
@@ -178,18 +180,18 @@ def test_dpmsolver_is_that_of_diffusers(tmp_path, digit_folder, prediction_type,
 
 
 def test_low_precision_is_inside_the_unet_only(model):
-    options = dict(method="ddim", num_inference_steps=4, spacing="trailing")
-    full = sample(model.unet, model.scheduler, image_generators(0, [0]), **options)
-    low = sample(model.unet, model.scheduler, image_generators(0, [0]), dtype=torch.bfloat16, **options)
+    options = dict(sampler="ddim", num_inference_steps=4, spacing="trailing")
+    full = draw(model.unet, model.scheduler, image_generators(0, [0]), **options)
+    low = draw(model.unet, model.scheduler, image_generators(0, [0]), dtype=torch.bfloat16, **options)
     assert low.dtype == torch.float32 and 0 < (low - full).abs().mean() < 0.05
 
 
 def test_images_that_are_not_finite_are_refused(tmp_path, tiny_run):
     model = load_pretrained(str(tiny_run))
     model.unet.conv_out.bias.data.fill_(float("nan"))
-    sampler, _ = resolve_sampler(model, method="ddim", num_inference_steps=2)
+    sampler = Sampler(name="ddim", num_inference_steps=2).resolve(model)
     with pytest.raises(UserError, match="image 0 is not finite"):
-        draw_samples(model, sampler, 2, tmp_path / "nan", 2, progress=False)
+        draw_samples(model, sampler, 2, tmp_path / "nan", batch_size=2, progress=False)
     assert not files(tmp_path / "nan")
 
 
@@ -233,9 +235,9 @@ def test_ctrl_c_is_one_sentence_and_what_is_drawn_stays(tiny_run, tmp_path, caps
     def interrupted_at_the_third_batch(*arguments, **options):
         if len(files(tmp_path / "x")) >= 4:
             raise KeyboardInterrupt
-        return sample(*arguments, **options)
+        return draw(*arguments, **options)
 
-    monkeypatch.setattr("ddpm_hf.sampling.sample_set.sample", interrupted_at_the_third_batch)
+    monkeypatch.setattr("ddpm_hf.sampling.settings.draw", interrupted_at_the_third_batch)
     flags = f"sample {tiny_run} --num_images 8 --batch_size 2 --num_inference_steps 2 --output {tmp_path / 'x'}"
     with pytest.raises(SystemExit) as exit:
         main(flags.split())

@@ -58,8 +58,8 @@ CLASSLESS = [*TINY[1:], "--train_data_dir={root}/flat"]
 BAD = {
     # flags
     "nothing to train on": ([], "nothing to train on"),
-    "unknown preset": (["--preset=mnst"], "there is no preset 'mnst': choose from"),
-    "unknown flag": (["--preset=mnist", "--bach_size=3"], "there is no flag '--bach_size=3'"),
+    "unknown preset": (["--preset=mnst"], "there is no preset 'mnst': did you mean mnist?"),
+    "unknown flag": (["--preset=mnist", "--bach_size=3"], "there is no flag '--bach_size': did you mean"),
     "no number": ([*TINY, "--train_batch_size=lots"], "invalid int value: 'lots'"),
     "zero batch": ([*TINY, "--train_batch_size=0"], "--train_batch_size is 0"),
     "negative steps": ([*TINY, "--max_train_steps=-1"], "--max_train_steps is -1"),
@@ -73,7 +73,7 @@ BAD = {
         [*TINY, "--lr_scheduler=polynomial", "--learning_rate=0"],
         "polynomial cannot",
     ),
-    "unknown loss": ([*TINY, "--loss_type=l9"], "invalid choice: 'l9'"),
+    "unknown loss": ([*TINY, "--loss_type=l9"], "there is no --loss_type 'l9': choose from"),
     "unknown betas": ([*TINY, "--ddpm_beta_schedule=cosine"], "'cosine'; choose one of ho_linear, nichol_cosine"),
     "too few steps for ho": ([*TINY, "--ddpm_beta_schedule=ho_linear"], "take at least 21 timesteps"),
     "more steps than T": ([*TINY, "--ddpm_num_inference_steps=11"], "--ddpm_num_inference_steps is 11"),

@@ -162,15 +162,6 @@ def test_calibration_is_the_floor(digit_folder, tmp_path):
     assert entry["value"] == pytest.approx(entry["floor"]) and entry["value"] > 0
 
 
-def test_seed_ranges_have_a_mean_and_a_spread(tiny_run, tmp_path):
-    flags = [*SMALL, "--seed_ranges", 2, "--num_images", 45, "--metrics", "fd_mnist"]
-    evaluate(tiny_run, *flags, "--output", tmp_path / "s.json", "--samples_dir", tmp_path / "s")
-    entry = read_record(tmp_path / "s.json")["metrics"][0]
-    runs = entry["extra"]["seed_ranges"]
-    assert len(runs) == 2 and runs[0] != runs[1] and entry["n_gen"] == 45
-    assert entry["value"] == pytest.approx(sum(runs) / 2) and entry["extra"]["min"] == min(runs)
-
-
 def test_bits_per_dim_in_full_is_what_few_timesteps_estimate(tiny_run, tmp_path):
     def bits(name, timesteps):
         flags = ["--metrics", "bits_per_dim", "--bound_images", 30, "--bound_timesteps", timesteps]

@@ -25,7 +25,7 @@ files = [f"{sys.argv[3]}/{name}.py" for name in names]
 for name, custom_pipeline in [(names[0], None), *zip(names, names), *zip(names[:1], files)]:
     pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=custom_pipeline, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
-    if name in ("class_conditional", "classifier_guided"):
+    if name == "class_guided":
         images = pipeline(class_labels=["3"], guidance_scale=2.0, num_inference_steps=2).images
     elif name == "restoration":
         images = pipeline(image, task="inpaint", mask=image[0, 0] > 0.5, num_inference_steps=2).images
@@ -39,8 +39,8 @@ for name, custom_pipeline in [(names[0], None), *zip(names, names), *zip(names[:
 @pytest.mark.parametrize(
     "arguments, names",
     [
-        (["conditional"], "class_conditional,restoration,reconstruction"),
-        (["plain", "--classifier=classifier"], "classifier_guided,restoration,reconstruction"),
+        (["conditional"], "class_guided,restoration,reconstruction"),
+        (["plain", "--classifier=classifier"], "class_guided,restoration,reconstruction"),
     ],
 )
 def test_an_exported_folder_needs_nothing_of_ours(guidance_models, arguments, names, tmp_path, monkeypatch, capsys):
@@ -79,7 +79,7 @@ def test_a_plain_export_is_stock_unless_asked_and_brings_its_records(guidance_mo
     "arguments, sentence",
     [
         (["plain", "conditional"], "conditional is there already"),
-        (["plain", "new", "--pipeline=class_conditional"], "does not suit this model: choose from restoration,"),
+        (["plain", "new", "--pipeline=class_guided"], "does not suit this model: choose from restoration,"),
         (["conditional", "new", "--classifier=classifier"], "this one is conditional"),
         (["plain", "new", "--classifier=plain"], "has no classifier"),
     ],

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.pictures import to_uint8
-from ddpm_hf.sampling.samplers import image_generators, sample
+from ddpm_hf.sampling.samplers import draw, image_generators
 from ddpm_hf.training import figures
 
 
@@ -128,8 +128,8 @@ def test_gif_of_28_px_images_loops_rests_and_is_small(tmp_path):
 def test_ddim_sheets_are_ddim_samples_and_skip_what_T_cannot_give(tmp_path, unet, scheduler):
     paths = figures.ddim_sheets(unet, scheduler, tmp_path, seed=5, num_images=2)
     assert [path.name for path in paths] == ["ddim_5.png", "ddim_10.png"]
-    options = dict(method="ddim", num_inference_steps=5, spacing="trailing")
-    images = to_uint8(sample(unet, scheduler, image_generators(5, range(2)), **options))
+    options = dict(sampler="ddim", num_inference_steps=5, spacing="trailing")
+    images = to_uint8(draw(unet, scheduler, image_generators(5, range(2)), **options))
     assert paths[0].read_bytes() == figures.image_sheet(images, tmp_path / "expected.png").read_bytes()
 
 

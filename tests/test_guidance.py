@@ -15,12 +15,12 @@ from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.diffusion.scheduler import make_scheduler
 from ddpm_hf.evaluation import metrics
+from ddpm_hf.models.classes import Classes
 from ddpm_hf.models.classifier import NoisyClassifier
-from ddpm_hf.models.pretrained import load_pretrained, names_of
+from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.sampling.guidance import ClassifierFree, ClassifierGuided, guide
 from ddpm_hf.sampling.sample_set import read_samples
-from ddpm_hf.sampling.samplers import image_generators, sample
-from ddpm_hf.sampling.settings import label_number
+from ddpm_hf.sampling.samplers import draw, image_generators
 
 
 class Constant(torch.nn.Module):
@@ -108,11 +108,11 @@ def _with_config(unet):
 def test_scale_0_of_a_classifier_draws_what_the_model_draws():
     unet, scheduler = tiny_unet(), make_scheduler("nichol_cosine", 5)
     guided = ClassifierGuided(unet, scheduler, tiny_classifier(unet), 0.0)
-    plain = sample(unet, scheduler, image_generators(0, range(2)))
-    drawn = sample(guided, scheduler, image_generators(0, range(2)), class_labels=[0, 1])
+    plain = draw(unet, scheduler, image_generators(0, range(2)))
+    drawn = draw(guided, scheduler, image_generators(0, range(2)), class_labels=[0, 1])
     torch.testing.assert_close(drawn, plain, rtol=0, atol=1e-4)
     pushed = ClassifierGuided(unet, scheduler, tiny_classifier(unet), 50.0)
-    assert not torch.allclose(sample(pushed, scheduler, image_generators(0, range(2)), class_labels=[0, 1]), plain)
+    assert not torch.allclose(draw(pushed, scheduler, image_generators(0, range(2)), class_labels=[0, 1]), plain)
 
 
 def tiny_classifier(unet):
@@ -133,31 +133,32 @@ def tiny_classifier(unet):
 
 def test_what_cannot_be_guided_is_refused():
     plain, classes, scheduler = tiny_unet(), tiny_unet(num_class_embeds=3), make_scheduler("nichol_cosine", 5)
+    of_two, of_three = Classes(("a", "b"), 3), Classes(("a", "b", "c"), 3)
     with pytest.raises(UserError, match="timesteps are 5, the model's 9"):
-        guide(plain, make_scheduler("nichol_cosine", 9), None, 2.0, tiny_classifier(plain))
+        guide(plain, make_scheduler("nichol_cosine", 9), Classes(), 2.0, tiny_classifier(plain))
     with pytest.raises(UserError, match="betas are squaredcos_cap_v2, the model's linear"):
-        guide(plain, make_scheduler("linear", 5), None, 2.0, tiny_classifier(plain))
+        guide(plain, make_scheduler("linear", 5), Classes(), 2.0, tiny_classifier(plain))
     with pytest.raises(UserError, match="--guidance_scale is nan"):
-        guide(classes, scheduler, ["a", "b"], float("nan"))
+        guide(classes, scheduler, of_two, float("nan"))
     with pytest.raises(UserError, match="this model knows no classes"):
-        guide(plain, scheduler, None, 2.0)
+        guide(plain, scheduler, Classes(), 2.0)
     with pytest.raises(UserError, match="without --label_dropout"):
-        guide(classes, scheduler, ["a", "b", "c"], 2.0)
+        guide(classes, scheduler, of_three, 2.0)
     with pytest.raises(UserError, match="this one is conditional"):
-        guide(classes, scheduler, ["a", "b"], 2.0, tiny_classifier(plain))
-    assert guide(classes, scheduler, ["a", "b", "c"], 1.0) is classes
+        guide(classes, scheduler, of_two, 2.0, tiny_classifier(plain))
+    assert guide(classes, scheduler, of_three, 1.0) is classes
 
 
 def test_a_conditional_run_says_its_classes_and_how_to_ask_for_them(guidance_models):
     index = json.loads((guidance_models / "conditional" / "model_index.json").read_text())
     assert index["id2label"] == {str(digit): str(digit) for digit in range(10)}
-    assert load_pretrained(str(guidance_models / "conditional")).class_names == list("0123456789")
-    assert load_pretrained(str(guidance_models / "conditional" / "checkpoint-6")).class_names == list("0123456789")
+    assert load_pretrained(str(guidance_models / "conditional")).classes.names == tuple("0123456789")
+    assert load_pretrained(str(guidance_models / "conditional" / "checkpoint-6")).classes.names == tuple("0123456789")
     unet = UNet2DModel.from_pretrained(guidance_models / "conditional" / "unet")
     assert unet.config.num_class_embeds == 11
     assert unet.class_embedding.weight.shape == (11, 32)
     card = (guidance_models / "conditional" / "README.md").read_text()
-    assert 'custom_pipeline="class_conditional"' in card and "pipeline(class_labels=[0]" in card
+    assert 'custom_pipeline="class_guided"' in card and "pipeline(class_labels=[0]" in card
 
 
 def test_a_classifier_run_leaves_a_classifier_that_loads_without_ddpm_hf(guidance_models):
@@ -203,18 +204,19 @@ def test_sample_is_guided_as_asked(guidance_models, tmp_path, capsys):
 def test_a_checkpoint_knows_its_classes_wherever_it_lies(guidance_models, tmp_path):
     shutil.copytree(guidance_models / "conditional" / "checkpoint-6", tmp_path / "checkpoint-6")
     model = load_pretrained(str(tmp_path / "checkpoint-6"))
-    assert model.class_names == list("0123456789") and model.num_classes == 10
+    assert model.classes.names == tuple("0123456789") and len(model.classes) == 10
 
 
 def test_a_class_goes_by_its_name_before_its_number():
-    model = SimpleNamespace(class_names=["7", "3", "cat"], num_classes=3)
-    assert [label_number(label, model) for label in ("7", "3", "cat", "0", 1)] == [0, 1, 2, 0, 1]
+    classes = Classes(("7", "3", "cat"), 3)
+    assert [classes.number(label) for label in ("7", "3", "cat", "0", 1)] == [0, 1, 2, 0, 1]
     with pytest.raises(UserError, match="has 'dog', but this model knows 7, 3, cat"):
-        label_number("dog", model)
+        classes.number("dog")
 
 
 def test_names_of_classes_come_in_the_order_of_their_numbers():
-    assert names_of({"0": "a", "10": "k", "2": "c"}) == ["a", "c", "k"] and names_of(None) is None
+    assert Classes.of_model(3, {"0": "a", "10": "k", "2": "c"}).names == ("a", "c", "k")
+    assert Classes.of_model(3, None).names is None and not Classes.of_model(None, {"0": "a"})
 
 
 @pytest.mark.parametrize("of_train", [list("0123456789"), ["cat", "dog"]])
@@ -224,11 +226,11 @@ def test_class_accuracy_is_of_the_names_that_were_asked_for(of_train):
     real = SimpleNamespace(class_names=of_train, labels=torch.tensor([1, 0, -1, 1]))
     if of_train[0] == "0":
         real.labels = torch.tensor([3, 7, -1, 5])
-    evaluation = SimpleNamespace(asked=["3", "7"], held_out=real, extractors={"digits": None})
+    evaluation = SimpleNamespace(requested_classes=["3", "7"], held_out=real)
     held_out = SimpleNamespace(logits=torch.nn.functional.one_hot(torch.tensor([3, 1, 9, 0]), 10).float())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "extractor_id", lambda extractor: "it")
-        one = metrics.class_accuracy(evaluation, "digits", SimpleNamespace(logits=seen), held_out)
+    extractor, generated = SimpleNamespace(name="digits", pipeline="28px", sha256="0"), SimpleNamespace(logits=seen)
+    look = metrics.Look(evaluation, torch.zeros(6, 1, 28, 28), extractor, generated, None, held_out)
+    one = metrics.class_accuracy(look)
     assert one["value"] == pytest.approx(4 / 6) and one["se"] == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
     assert one["floor"] == (0.5 if of_train[0] == "0" else None)
 

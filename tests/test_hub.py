@@ -258,7 +258,7 @@ import sys
 sys.modules["ddpm_hf"] = None  # importing it fails
 from diffusers import DiffusionPipeline
 
-for name, which in {"me/conditional": {"custom_pipeline": "class_conditional"}, "me/guided": {}}.items():
+for name, which in {"me/conditional": {"custom_pipeline": "class_guided"}, "me/guided": {}}.items():
     try:
         DiffusionPipeline.from_pretrained(name, **which)
     except ValueError as error:
@@ -272,9 +272,9 @@ print(type(pipeline).__name__)
     printed, _ = client(hub, tmp_path, script, token=READ_TOKEN)
     assert printed == [
         "True",
-        "ClassConditionalPipeline (8, 8)",
+        "ClassGuidedPipeline (8, 8)",
         "True",
-        "ClassifierGuidedPipeline (8, 8)",
+        "ClassGuidedPipeline (8, 8)",
         "RestorationPipeline",
     ]
     assert "classifier/classifier.py" in hub.repos["me/guided"].files
@@ -313,8 +313,10 @@ except SystemExit as stopped:
     assert printed[0] == f"The Space is on {hub.url}/spaces/me/ddpm-mnist-demo."
     space = hub.repos["spaces/me/ddpm-mnist-demo"]
     ours = {path.name for path in (ROOT / "spaces").iterdir() if path.is_file()}
+    ours |= {f"tabs/{path.name}" for path in (ROOT / "spaces/tabs").glob("*.py")}
     ours |= {f"pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")}
     assert space.private and set(space.files) == ours and {"app.py", "README.md", "requirements.txt"} <= ours
+    assert {"tabs/generate.py", "pipelines/class_guided.py"} <= ours
     assert space.variables == {"DDPM_MODEL": "me/ddpm-mnist"}
     front = yaml.safe_load(space.files["README.md"].decode().split("---")[1])
     assert front["sdk"] == "gradio" and front["app_file"] == "app.py" and front["models"] == ["me/ddpm-mnist"]

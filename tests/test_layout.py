@@ -20,7 +20,8 @@ PACKAGE = ROOT / "ddpm_hf"
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__main__.py")
 PIPELINES = sorted((ROOT / "pipelines").glob("*.py"))
 WITHOUT_TORCH = [PACKAGE / "__init__.py", PACKAGE / "__main__.py", PACKAGE / "errors.py"]
-WITHOUT_TORCH += (PACKAGE / "config").glob("*.py")
+WITHOUT_TORCH += [*(PACKAGE / "config").glob("*.py"), *(PACKAGE / "commands").glob("*.py")]
+PARSERS = ["config/command_line.py", "evaluation/digit_classifier.py"]
 
 
 def room_of(path):
@@ -72,6 +73,16 @@ def test_flags_and_errors_need_no_torch(path):
         ahead += imports_of_ours(module, tree) - seen
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_command_lines_are_the_business_of_commands(path):
+    """Other modules take values, not argparse's namespace, so that a notebook can call them."""
+    if room_of(path) == "commands" or path.relative_to(PACKAGE).as_posix() in PARSERS:
+        return
+    tree = ast.parse(path.read_text())
+    assert "arguments" not in [node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)]
+    assert not re.search(r"^\s*(import|from) argparse", path.read_text(), re.MULTILINE)
+
+
 @pytest.mark.parametrize("path", [*PIPELINES, PACKAGE / "models" / "classifier.py"], ids=lambda path: path.stem)
 def test_what_travels_with_a_model_needs_nothing_of_ours(path):
     tree = ast.parse(path.read_text())
@@ -112,10 +123,10 @@ def test_commands_in_the_readme_are_parsed():
 @pytest.mark.parametrize("page", ["README.md", "docs/scores.md", "docs/results.md"])
 def test_commands_of_the_package_are_parsed(page):
     text = (ROOT / page).read_text().replace("\\\n", " ")
-    commands = [line.split("#")[0] for line in text.splitlines() if line.startswith("python -m ddpm_hf ")]
+    commands = re.findall(r"^(?:python -m |accelerate launch -m )?ddpm_hf ([^#\n]*)", text, re.MULTILINE)
     assert commands or page != "README.md"
     for command in commands:
-        parse(shlex.split(command)[3:])
+        parse(shlex.split(command))
 
 
 def test_nothing_pulls_torchvision():

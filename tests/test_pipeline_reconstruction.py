@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipel
 from PIL import Image
 
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
-from ddpm_hf.sampling.samplers import image_generators, sample
+from ddpm_hf.sampling.samplers import draw, image_generators
 
 
 CODE = str(ROOT / "pipelines/reconstruction.py")
@@ -127,11 +127,11 @@ def test_decoding_noise_is_ddim(tiny, prediction_type):
     pipeline = make(tiny, untrained(), cosine(DDIMScheduler, **config))
     noise = torch.cat([torch.randn(1, 1, 8, 8, generator=generator) for generator in image_generators(0, range(2))])
     images = pipeline.decode(noise, 3, output_type="pt").images
-    ours = sample(
+    ours = draw(
         pipeline.unet,
         cosine(PaperDDPMScheduler, **config),
         image_generators(0, range(2)),
-        method="ddim",
+        sampler="ddim",
         num_inference_steps=3,
         spacing="trailing",
         clip=False,
@@ -169,16 +169,20 @@ def test_interpolation(tiny):
 
 
 def test_outputs_and_callback(tiny):
-    """Every output_type shows the same images; a callback's sample goes on; intermediates end in the image."""
+    """Every output_type shows the same images; a callback's sample goes on; the last predicted x_0 is the image."""
     latents = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    tensors, arrays, pils = (
-        tiny.decode(latents, 3, output_type=kind, return_intermediates=True) for kind in ("pt", "np", "pil")
-    )
+    tensors, arrays, pils = (tiny.decode(latents, 3, output_type=kind) for kind in ("pt", "np", "pil"))
     np.testing.assert_array_equal(arrays.images, tensors.images.permute(0, 2, 3, 1))
     np.testing.assert_array_equal(np.stack(pils.images), (arrays.images[..., 0] * 255).round())
-    assert [len(output.intermediates) for output in (tensors, arrays, pils)] == [3, 3, 3]
-    torch.testing.assert_close(tensors.intermediates[-1], tensors.images)
-    assert tensors.psnr is None and not torch.equal(tensors.intermediates[0], tensors.images)
+    predicted = []
+    watch = dict(
+        callback_on_step_end=lambda pipeline, i, t, state: predicted.append(state["pred_original_sample"]),
+        callback_on_step_end_tensor_inputs=["pred_original_sample"],
+    )
+    assert torch.equal(tiny.decode(latents, 3, output_type="pt", **watch).images, tensors.images)
+    predicted = [(x_0 / 2 + 0.5).clamp(0, 1) for x_0 in predicted]
+    assert len(predicted) == 3 and tensors.psnr is None and not torch.equal(predicted[0], tensors.images)
+    torch.testing.assert_close(predicted[-1], tensors.images)
 
     seen = []
 
@@ -255,7 +259,7 @@ def test_refusals(tiny):
         (lambda: tiny.decode(good[0]), r"give finite \(B, 1, H, W\)"),
         (lambda: tiny.decode(good / 0), r"give finite \(B, 1, H, W\)"),
         (lambda: tiny.interpolate(num_images=1), "at least 2"),
-        (lambda: tiny.interpolate(generator=image_generators(0, [0])), "a list of two"),
+        (lambda: tiny.interpolate(generator=image_generators(0, [0])), "a list of 1 for 2 images"),
         (lambda: tiny.interpolate(good, pictures(2)), "one image each"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -185,7 +185,7 @@ def test_colour(colour_model, tmp_path, capsys):
         ("--task super_resolution --scale_factor 0", "scale_factor"),
         ("--task deblur --blur_sigma -1", "blur_sigma"),
         ("--task colorize", "cannot be restored with"),
-        ("--task sharpen", "invalid choice"),
+        ("--task sharpen", "there is no --task 'sharpen': choose from denoise, inpaint"),
     ],
 )
 def test_bad_flags_are_one_sentence_and_leave_nothing(tiny_run, images, tmp_path, capsys, flags, wanted):

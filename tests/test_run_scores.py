@@ -88,7 +88,7 @@ def test_missing_weights_are_told_before_training(flags, tmp_path, capsys):
 
     dry_run("--eval_metrics=fid,fd_mnist")
     assert "Warning: fid will be skipped" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--best_by fid cannot be had"):
+    with pytest.raises(UserError, match="--best_by fid is not available"):
         dry_run("--eval_metrics=fid", "--best_by=fid")
     (tmp_path / "broken.pth").write_bytes(b"not weights")
     with pytest.raises(UserError, match="broken.pth"):

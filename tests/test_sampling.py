@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import model_of
 from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
 from torch import nn
 
@@ -12,7 +13,8 @@ from ddpm_hf import UserError
 from ddpm_hf.diffusion.scheduler import make_scheduler
 from ddpm_hf.pictures import to_pil, to_uint8
 from ddpm_hf.sampling.generate import sample_images
-from ddpm_hf.sampling.samplers import image_generators, sample
+from ddpm_hf.sampling.samplers import draw, image_generators
+from ddpm_hf.sampling.settings import Sampler
 
 
 def tiny_unet(in_channels=1, out_channels=1, **config):
@@ -87,7 +89,7 @@ def assert_same_images(ours, stock):
 @pytest.mark.parametrize("name", ["ho_linear", "nichol_cosine"])
 def test_ddpm_on_all_steps_is_the_stock_pipeline(name, variance_type, prediction_type):
     scheduler = make_scheduler(name, 50, variance_type=variance_type, prediction_type=prediction_type)
-    ours = sample(UNET, scheduler, image_generators(7, range(2)))
+    ours = draw(UNET, scheduler, image_generators(7, range(2)))
     assert_same_images(ours, stock_images(DDPMPipeline, UNET, scheduler, 2, num_inference_steps=50))
 
 
@@ -96,7 +98,7 @@ def test_ddpm_on_a_thousand_steps_is_the_stock_pipeline(prediction_type):
     # With the float64 table an image ended 1e-4 away: near t = 0 stock's 1 - abar_t/abar_t' is off by a thousandth.
     scheduler = make_scheduler("nichol_cosine", 1000, variance_type="fixed_large", prediction_type=prediction_type)
     assert_same_images(
-        sample(UNET, scheduler, image_generators(7, range(2))),
+        draw(UNET, scheduler, image_generators(7, range(2))),
         stock_images(DDPMPipeline, UNET, scheduler, 2, num_inference_steps=1000),
     )
 
@@ -108,22 +110,22 @@ def test_ddpm_on_a_thousand_steps_is_the_stock_pipeline(prediction_type):
 def test_ddpm_on_fewer_steps_is_the_stock_pipeline(spacing, variance_type):
     scheduler = make_scheduler("ho_linear", 1000, variance_type=variance_type, timestep_spacing=spacing)
     kwargs = {"num_inference_steps": 30, "spacing": spacing, "variance_type": variance_type}
-    ours = sample(UNET, scheduler, image_generators(7, range(2)), **kwargs)
+    ours = draw(UNET, scheduler, image_generators(7, range(2)), **kwargs)
     assert_same_images(ours, stock_images(DDPMPipeline, UNET, scheduler, 2, num_inference_steps=30))
 
 
 @pytest.mark.parametrize("num_inference_steps", [50, 10])
 def test_learned_range_is_the_stock_pipeline(num_inference_steps):
     unet, scheduler = tiny_unet(3, 6), make_scheduler("nichol_cosine", 50, variance_type="learned_range")
-    ours = sample(unet, scheduler, image_generators(7, range(2)), num_inference_steps=num_inference_steps)
+    ours = draw(unet, scheduler, image_generators(7, range(2)), num_inference_steps=num_inference_steps)
     stock = stock_images(DDPMPipeline, unet, scheduler, 2, num_inference_steps=num_inference_steps)
     assert_same_images(ours, stock)
 
 
 def test_ddim_and_fixed_variances_leave_a_learned_variance_unused():
     unet, scheduler = tiny_unet(1, 2), make_scheduler("nichol_cosine", 10, variance_type="learned_range")
-    for kwargs in ({"method": "ddim"}, {"variance_type": "fixed_small"}):
-        images = sample(unet, scheduler, image_generators(7, range(2)), **kwargs)
+    for kwargs in ({"sampler": "ddim"}, {"variance_type": "fixed_small"}):
+        images = draw(unet, scheduler, image_generators(7, range(2)), **kwargs)
         assert images.shape == (2, 1, 8, 8) and images.isfinite().all()
 
 
@@ -143,7 +145,7 @@ def test_ddim_is_the_stock_pipeline(name, T, num_inference_steps, eta, predictio
     scheduler = make_scheduler(name, T, prediction_type=prediction_type)
     unet = GaussianModel(scheduler, disturbance=0.3) if prediction_type == "epsilon" else UNET
     kwargs = {"num_inference_steps": num_inference_steps, "eta": eta}
-    ours = sample(unet, scheduler, image_generators(7, range(2)), method="ddim", **kwargs)
+    ours = draw(unet, scheduler, image_generators(7, range(2)), sampler="ddim", **kwargs)
     assert_same_images(ours, stock_images(DDIMPipeline, unet, scheduler, 2, **kwargs))
 
 
@@ -153,10 +155,10 @@ def test_ddim_is_the_stock_pipeline(name, T, num_inference_steps, eta, predictio
 def test_clipping_follows_the_config_as_in_the_stock_pipeline(config):
     scheduler = make_scheduler("nichol_cosine", 50, **config)
     unet = GaussianModel(scheduler, disturbance=0.3)
-    ours = sample(unet, scheduler, image_generators(7, range(2)))
+    ours = draw(unet, scheduler, image_generators(7, range(2)))
     assert_same_images(ours, stock_images(DDPMPipeline, unet, scheduler, 2, num_inference_steps=50))
     if scheduler.config.clip_sample:
-        unclipped = sample(unet, scheduler, image_generators(7, range(2)), clip=False)
+        unclipped = draw(unet, scheduler, image_generators(7, range(2)), clip=False)
         assert (ours - unclipped).abs().max() > 0.01
 
 
@@ -164,28 +166,35 @@ def test_a_stock_user_redraws_image_k_alone():
     scheduler = make_scheduler("ho_linear", 50)
     pipeline = DDPMPipeline(UNET, scheduler.stock())
     pipeline.set_progress_bar_config(disable=True)
-    ours = sample(UNET, scheduler, image_generators(7, [5, 1000]))
+    ours = draw(UNET, scheduler, image_generators(7, [5, 1000]))
     stock = pipeline(
         generator=torch.Generator().manual_seed(7 + 1000), num_inference_steps=50, output_type="pt"
     ).images
     assert_same_images(ours[1:], stock * 2 - 1)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"method": "ddim", "eta": 1.0, "num_inference_steps": 5}])
+def in_batches(unet, scheduler, seed, indices, batch_size, settings=(), **kwargs):
+    """Call `sample_images` with the settings that `draw` has by default."""
+    settings = {"sampler": "ddpm", "timesteps": "leading", "seed": seed} | dict(settings)
+    model, sampler = model_of(unet, scheduler), Sampler(name=settings.pop("sampler"), **settings)
+    return sample_images(model, sampler.resolve(model), indices, batch_size=batch_size, **kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"sampler": "ddim", "eta": 1.0, "num_inference_steps": 5}])
 def test_image_k_is_image_k_whatever_the_batch(kwargs):
     scheduler, global_state = make_scheduler("nichol_cosine", 20), torch.get_rng_state()
-    together = sample(UNET, scheduler, image_generators(3, range(5)), **kwargs)
-    alone = torch.cat([sample(UNET, scheduler, image_generators(3, [k]), **kwargs) for k in range(5)])
+    together = draw(UNET, scheduler, image_generators(3, range(5)), **kwargs)
+    alone = torch.cat([draw(UNET, scheduler, image_generators(3, [k]), **kwargs) for k in range(5)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 0.1
     for indices, batch_size in ((range(5), 1), (range(5), 2), (range(5), 5), ([4, 2, 0], 2)):
-        images = sample_images(UNET, scheduler, 3, indices, batch_size, progress=False, **kwargs)
+        images = in_batches(UNET, scheduler, 3, indices, batch_size, progress=False, settings=kwargs)
         assert images.dtype == torch.uint8 and images.shape == (len(indices), 1, 8, 8)
         assert (images.int() - to_uint8(together[list(indices)]).int()).abs().max() <= 1
     assert torch.equal(torch.get_rng_state(), global_state)
 
 
-def gaussian_chain(scheduler, method, num_inference_steps, spacing, eta=0.0, variance_type=None):
+def gaussian_chain(scheduler, sampler, num_inference_steps, spacing, eta=0.0, variance_type=None):
     """Mean and standard deviation of what the sampler draws from the perfect model, by hand.
 
     With x_t ~ N(m, s^2) and x_0 predicted as E[x_0 | x_t], which is linear in x_t, every step keeps a Gaussian:
@@ -198,7 +207,7 @@ def gaussian_chain(scheduler, method, num_inference_steps, spacing, eta=0.0, var
         a = scheduler.alphas_cumprod64[t].item()
         b = scheduler.alphas_cumprod64[prev_t].item() if prev_t >= 0 else 1.0
         beta, beta_tilde = 1 - a / b, (1 - b) / (1 - a) * (1 - a / b)
-        sigma_squared = beta_tilde * (1.0 if method == "ddpm" else eta**2)
+        sigma_squared = beta_tilde * (1.0 if sampler == "ddpm" else eta**2)
         gain = np.sqrt(a) * STD**2 / (a * STD**2 + 1 - a)  # E[x_0 | x_t] = MEAN + gain (x_t - sqrt(a) MEAN)
         direction = np.sqrt((1 - b - sigma_squared) / (1 - a))  # x_t' = sqrt(b) x_0 + direction (x_t - sqrt(a) x_0)
         slope = (np.sqrt(b) - direction * np.sqrt(a)) * gain + direction
@@ -213,10 +222,10 @@ def gaussian_chain(scheduler, method, num_inference_steps, spacing, eta=0.0, var
 @pytest.mark.parametrize(
     "kwargs",
     [
-        {"method": "ddpm", "variance_type": "fixed_small"},
-        {"method": "ddpm", "variance_type": "fixed_large"},
-        {"method": "ddim", "eta": 0.0},
-        {"method": "ddim", "eta": 0.7},
+        {"sampler": "ddpm", "variance_type": "fixed_small"},
+        {"sampler": "ddpm", "variance_type": "fixed_large"},
+        {"sampler": "ddim", "eta": 0.0},
+        {"sampler": "ddim", "eta": 0.7},
     ],
     ids=["fixed_small", "fixed_large", "ddim", "eta"],
 )
@@ -226,7 +235,7 @@ def test_every_chain_has_the_distribution_worked_out_by_hand(name, spacing, kwar
     mean, std = gaussian_chain(scheduler, num_inference_steps=S, spacing=spacing, **kwargs)
     unet = GaussianModel(scheduler, sample_size=64)
     generators = image_generators(0, range(8))
-    images = sample(unet, scheduler, generators, num_inference_steps=S, spacing=spacing, clip=False, **kwargs)
+    images = draw(unet, scheduler, generators, num_inference_steps=S, spacing=spacing, clip=False, **kwargs)
     assert images.mean().item() == pytest.approx(mean, abs=0.006)
     assert images.std().item() == pytest.approx(std, rel=0.02)
 
@@ -238,15 +247,15 @@ def test_every_chain_has_the_distribution_worked_out_by_hand(name, spacing, kwar
         {"variance_type": "fixed_large"},
         {"variance_type": "fixed_small"},
         {"num_inference_steps": 300, "spacing": "trailing"},
-        {"num_inference_steps": 300, "spacing": "linspace", "method": "ddim"},
-        {"num_inference_steps": 300, "spacing": "trailing", "method": "ddim"},
-        {"num_inference_steps": 300, "spacing": "quad", "method": "ddim"},
+        {"num_inference_steps": 300, "spacing": "linspace", "sampler": "ddim"},
+        {"num_inference_steps": 300, "spacing": "trailing", "sampler": "ddim"},
+        {"num_inference_steps": 300, "spacing": "quad", "sampler": "ddim"},
     ],
     ids=str,
 )
 def test_a_perfect_model_gives_back_the_data(name, kwargs):
     scheduler = make_scheduler(name)
-    images = sample(GaussianModel(scheduler, sample_size=32), scheduler, image_generators(0, range(16)), **kwargs)
+    images = draw(GaussianModel(scheduler, sample_size=32), scheduler, image_generators(0, range(16)), **kwargs)
     assert images.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert images.std().item() == pytest.approx(STD, rel=0.06)  # 300 steps are off by up to 5 %, by the sums above
 
@@ -256,28 +265,28 @@ def test_ddim_with_eta_1_is_ddpm_where_nothing_is_clipped(spacing):
     scheduler = make_scheduler("ho_linear", 100)
     unet = GaussianModel(scheduler, disturbance=0.3)
     kwargs = {"num_inference_steps": 30, "spacing": spacing, "clip": False}
-    ddim = sample(unet, scheduler, image_generators(0, range(2)), method="ddim", eta=1.0, **kwargs)
-    ddpm = sample(unet, scheduler, image_generators(0, range(2)), variance_type="fixed_small", **kwargs)
+    ddim = draw(unet, scheduler, image_generators(0, range(2)), sampler="ddim", eta=1.0, **kwargs)
+    ddpm = draw(unet, scheduler, image_generators(0, range(2)), variance_type="fixed_small", **kwargs)
     torch.testing.assert_close(ddim, ddpm, rtol=0, atol=1e-5)
 
 
 def test_the_variance_when_none_is_named():
     scheduler = make_scheduler("nichol_cosine", 20, variance_type="fixed_large")
 
-    def draw(**kwargs):
-        return sample(UNET, scheduler, image_generators(0, range(1)), **kwargs)
+    def image_0(**kwargs):
+        return draw(UNET, scheduler, image_generators(0, range(1)), **kwargs)
 
-    assert torch.equal(draw(), draw(variance_type="fixed_large"))
-    assert torch.equal(draw(num_inference_steps=10), draw(num_inference_steps=10, variance_type="fixed_small"))
-    assert not torch.equal(draw(variance_type="fixed_small"), draw(variance_type="fixed_large"))
+    assert torch.equal(image_0(), image_0(variance_type="fixed_large"))
+    assert torch.equal(image_0(num_inference_steps=10), image_0(num_inference_steps=10, variance_type="fixed_small"))
+    assert not torch.equal(image_0(variance_type="fixed_small"), image_0(variance_type="fixed_large"))
 
 
 def test_repeated_timesteps_cost_no_step():
     scheduler, seen = make_scheduler("linear", 100), []
-    kwargs = {"num_inference_steps": 20, "spacing": "quad", "method": "ddim"}
+    kwargs = {"num_inference_steps": 20, "spacing": "quad", "sampler": "ddim"}
     pairs = scheduler.subsequence(20, "quad")
     assert (0, 0) in pairs
-    images = sample(UNET, scheduler, image_generators(0, [0]), on_step=lambda *step: seen.append(step), **kwargs)
+    images = draw(UNET, scheduler, image_generators(0, [0]), on_step=lambda *step: seen.append(step), **kwargs)
     num_steps = len({t for t, _ in pairs})
     assert [(i, n) for i, n, _, _ in seen] == [(i, num_steps) for i in range(num_steps)]
     assert all(x.shape == x_0.shape == (1, 1, 8, 8) and x_0.abs().max() <= 1 for _, _, x, x_0 in seen)
@@ -286,27 +295,27 @@ def test_repeated_timesteps_cost_no_step():
 
 def test_dropout_is_off_and_the_mode_comes_back():
     unet, scheduler = tiny_unet(dropout=0.5), make_scheduler("nichol_cosine", 10)
-    expected = sample(unet, scheduler, image_generators(0, range(2)))
+    expected = draw(unet, scheduler, image_generators(0, range(2)))
     assert not unet.training
     unet.train()
-    assert torch.equal(sample(unet, scheduler, image_generators(0, range(2))), expected)
+    assert torch.equal(draw(unet, scheduler, image_generators(0, range(2))), expected)
     assert unet.training and all(module.training for module in unet.modules())
 
     def stop(*step):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(unet, scheduler, image_generators(0, range(2)), on_step=stop)
+        draw(unet, scheduler, image_generators(0, range(2)), on_step=stop)
     assert unet.training
 
 
 def test_class_labels_reach_the_unet():
     unet, scheduler = tiny_unet(num_class_embeds=3), make_scheduler("nichol_cosine", 5)
-    images = sample(unet, scheduler, image_generators(0, range(3)), class_labels=[0, 2, 0])
-    zeros = sample(unet, scheduler, image_generators(0, range(3)), class_labels=torch.zeros(3, dtype=torch.long))
+    images = draw(unet, scheduler, image_generators(0, range(3)), class_labels=[0, 2, 0])
+    zeros = draw(unet, scheduler, image_generators(0, range(3)), class_labels=torch.zeros(3, dtype=torch.long))
     torch.testing.assert_close(images[[0, 2]], zeros[[0, 2]], rtol=0, atol=1e-5)
     assert (images[1] - zeros[1]).abs().max() > 1e-3
-    batched = sample_images(unet, scheduler, 0, range(3), 2, class_labels=[0, 2, 0], progress=False)
+    batched = in_batches(unet, scheduler, 0, range(3), 2, progress=False, settings={"class_labels": [0, 2, 0]})
     assert (batched.int() - to_uint8(images).int()).abs().max() <= 1
 
 
@@ -315,34 +324,34 @@ def test_half_precision_of_the_unet_leaves_the_chain_in_float32(prediction_type)
     scheduler, unet = make_scheduler("nichol_cosine", 10, prediction_type=prediction_type), tiny_unet()
     dtypes = set()
 
-    def draw():
+    def two_images():
         def note_dtypes(i, num_steps, x, x_0):
             dtypes.update((x.dtype, x_0.dtype))
 
-        return sample(unet, scheduler, image_generators(0, range(2)), on_step=note_dtypes)
+        return draw(unet, scheduler, image_generators(0, range(2)), on_step=note_dtypes)
 
-    expected = draw()
+    expected = two_images()
     with torch.autocast("cpu", torch.bfloat16):
-        autocast = draw()
+        autocast = two_images()
     unet.to(torch.bfloat16)
-    for images in (autocast, draw()):
+    for images in (autocast, two_images()):
         assert images.dtype == torch.float32
         assert 0 < (images - expected).abs().mean() < 0.02
     assert dtypes == {torch.float32}
 
 
 def test_images_end_in_range_even_unclipped():
-    images = sample(UNET, make_scheduler("nichol_cosine", 10), image_generators(0, range(2)), clip=False)
+    images = draw(UNET, make_scheduler("nichol_cosine", 10), image_generators(0, range(2)), clip=False)
     assert images.abs().max() == 1
 
 
 def test_sample_images_shows_progress_and_accepts_no_images(capsys):
     scheduler, seen = make_scheduler("nichol_cosine", 4), []
-    sample_images(UNET, scheduler, 0, range(5), 2, on_step=lambda i, *rest: seen.append(i))
+    in_batches(UNET, scheduler, 0, range(5), 2, on_step=lambda i, *rest: seen.append(i))
     progress = capsys.readouterr().err
     assert "Sampling 5 images" in progress and "12/12" in progress
     assert seen == [0, 1, 2, 3] * 3
-    assert sample_images(UNET, scheduler, 0, [], 2, progress=False).shape == (0, 1, 8, 8)
+    assert in_batches(UNET, scheduler, 0, [], 2, progress=False).shape == (0, 1, 8, 8)
 
 
 def test_to_uint8_rounds_and_clamps():
@@ -355,7 +364,7 @@ def test_to_uint8_rounds_and_clamps():
 def test_to_pil_has_the_stock_pipelines_modes_and_pixels():
     scheduler = make_scheduler("nichol_cosine", 5)
     for unet, mode in ((UNET, "L"), (tiny_unet(3, 3), "RGB")):
-        images = sample(unet, scheduler, image_generators(7, range(2)))
+        images = draw(unet, scheduler, image_generators(7, range(2)))
         pipeline = DDPMPipeline(unet, scheduler.stock())
         pipeline.set_progress_bar_config(disable=True)
         stock = pipeline(batch_size=2, generator=image_generators(7, range(2)), num_inference_steps=5).images
@@ -367,12 +376,12 @@ def test_to_pil_has_the_stock_pipelines_modes_and_pixels():
 @pytest.mark.parametrize(
     "kwargs, sentence",
     [
-        ({"method": "euler"}, "method is 'euler'; choose ddpm, ddim, dpmsolver++."),
-        ({"eta": 0.5}, "eta is 0.5 with method ddpm; it belongs to ddim and is from 0 to 1."),
-        ({"method": "ddim", "eta": 1.5}, "eta is 1.5 with method ddim; it belongs to ddim and is from 0 to 1."),
+        ({"sampler": "euler"}, "sampler is 'euler'; choose ddpm, ddim, dpmsolver++."),
+        ({"eta": 0.5}, "eta is 0.5 with sampler ddpm; it belongs to ddim and is from 0 to 1."),
+        ({"sampler": "ddim", "eta": 1.5}, "eta is 1.5 with sampler ddim; it belongs to ddim and is from 0 to 1."),
         (
-            {"method": "ddim", "variance_type": "fixed_large"},
-            "variance_type is fixed_large with method ddim; it belongs to ddpm; leave it out.",
+            {"sampler": "ddim", "variance_type": "fixed_large"},
+            "variance_type is fixed_large with sampler ddim; it belongs to ddpm; leave it out.",
         ),
         (
             {"variance_type": "learned"},
@@ -388,7 +397,7 @@ def test_to_pil_has_the_stock_pipelines_modes_and_pixels():
 )
 def test_refusals(kwargs, sentence):
     with pytest.raises(UserError) as error:
-        sample(UNET, make_scheduler("nichol_cosine", 10), image_generators(0, range(2)), **kwargs)
+        draw(UNET, make_scheduler("nichol_cosine", 10), image_generators(0, range(2)), **kwargs)
     assert str(error.value) == sentence
 
 
@@ -403,10 +412,10 @@ def test_refusals(kwargs, sentence):
 def test_class_label_refusals(class_labels, sentence):
     unet, scheduler = tiny_unet(num_class_embeds=3), make_scheduler("nichol_cosine", 10)
     with pytest.raises(UserError) as error:
-        sample(unet, scheduler, image_generators(0, range(2)), class_labels=class_labels)
+        draw(unet, scheduler, image_generators(0, range(2)), class_labels=class_labels)
     assert str(error.value) == sentence
 
 
 def test_a_batch_size_of_0_is_refused():
     with pytest.raises(UserError, match="^batch_size is 0; it must be at least 1.$"):
-        sample_images(UNET, make_scheduler("nichol_cosine", 10), 0, range(2), 0)
+        in_batches(UNET, make_scheduler("nichol_cosine", 10), 0, range(2), 0)

@@ -73,13 +73,13 @@ def test_a_kill_while_saving_leaves_a_pipeline_that_loads(tmp_path, unet, monkey
 def test_a_conditional_pipeline_has_its_code_beside_it(tmp_path):
     save_pipeline(tmp_path, tiny_unet(num_class_embeds=3), PaperDDPMScheduler.nichol_cosine(10), ["cat", "dog"])
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline="class_conditional")
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline="class_conditional", trust_remote_code=True)
-    assert type(pipeline).__name__ == "ClassConditionalPipeline"
-    assert sys.modules[type(pipeline).__module__].__file__ != str(shipped("pipelines") / "class_conditional.py")
+        DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline="class_guided")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline="class_guided", trust_remote_code=True)
+    assert type(pipeline).__name__ == "ClassGuidedPipeline"
+    assert sys.modules[type(pipeline).__module__].__file__ != str(shipped("pipelines") / "class_guided.py")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline(["dog"], num_inference_steps=2).images[0].size == (8, 8)
-    assert load_pretrained(str(tmp_path)).class_names == ["cat", "dog"]
+    assert load_pretrained(str(tmp_path)).classes.names == ("cat", "dog")
 
 
 def test_a_pipeline_with_its_parts_beside_the_index_loads(tmp_path, unet):

@@ -15,9 +15,13 @@ from space_server import pixels, save_model
 
 sys.path.insert(0, str(ROOT / "spaces"))
 
-from actions import Actions
+from checks import Refused
 from images import read_image, to_tensor
-from model import Refused, community_pipeline, open_model
+from model import Model, community_pipeline, open_model
+from tabs.compare import compare
+from tabs.generate import generate
+from tabs.how_it_works import forward
+from tabs.restore import damages, restore
 
 
 CLASSES = ("zero", "one", "<two>")
@@ -30,11 +34,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def conditional(folder):
-    return Actions(open_model(str(save_model(folder / "conditional", 10, CLASSES, prediction_type="v_prediction"))))
+    return open_model(str(save_model(folder / "conditional", 10, CLASSES, prediction_type="v_prediction")))
 
 
 def drawn(model, *arguments):
-    *_, x_0 = model.sample(*arguments)
+    *_, x_0 = model.draw(*arguments)
     return x_0
 
 
@@ -56,9 +60,9 @@ def test_all_steps_draw_what_stock_diffusers_draws(folder, kind, sampler, stock)
 @pytest.mark.parametrize("sampler", ["DDIM", "DDPM"])
 @pytest.mark.parametrize("steps, guidance", [(4, 1.0), (10, 1.0), (4, 3.0)])
 def test_a_class_is_drawn_as_by_the_community_pipeline(conditional, sampler, steps, guidance):
-    model = conditional.model
-    pipeline = community_pipeline("class_conditional").ClassConditionalPipeline(
-        model.unet, model.scheduler, dict(enumerate(CLASSES))
+    model = conditional
+    pipeline = community_pipeline("class_guided").ClassGuidedPipeline(
+        model.unet, model.scheduler, id2label=dict(enumerate(CLASSES))
     )
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
@@ -76,25 +80,25 @@ def test_learned_variance_and_ddim(folder):
 
 def test_classes_in_turn_one_class_and_none(conditional):
     assert conditional.classes == ["each class in turn", *CLASSES, "no class"]
-    *_, (shown, _, _) = conditional.generate(4, "DDIM", 2, 0, "each class in turn", 1.0)
+    *_, (shown, _, _) = generate(conditional, 4, "DDIM", 2, 0, "each class in turn", 1.0)
     names = ["zero · seed 0", "one · seed 1", "&lt;two&gt; · seed 2", "zero · seed 3"]  # no markup of a model's
     assert [one["caption"] for one in shown] == names
-    *_, (plain, _, _) = conditional.generate(1, "DDIM", 2, 0, "no class", 5.0)
-    *_, (guided, _, _) = conditional.generate(1, "DDIM", 2, 0, "zero", 5.0)
+    *_, (plain, _, _) = generate(conditional, 1, "DDIM", 2, 0, "no class", 5.0)
+    *_, (guided, _, _) = generate(conditional, 1, "DDIM", 2, 0, "zero", 5.0)
     assert plain[0]["caption"] == "seed 0" and plain[0]["image"] != guided[0]["image"]
 
 
 def test_a_request_is_bounded_and_guidance_counts_twice(conditional, monkeypatch):
     monkeypatch.setenv("DDPM_REQUEST_SECONDS", "0.0001")
-    assert Actions(conditional.model).max_evaluations == 1
+    assert Model(conditional.name, None, conditional.pipeline).max_evaluations == 1
     monkeypatch.setattr(conditional, "max_evaluations", 8)
-    assert next(conditional.generate(4, "DDIM", 2, 0, "zero", 1.0))
+    assert next(generate(conditional, 4, "DDIM", 2, 0, "zero", 1.0))
     with pytest.raises(Refused, match="4 images in 2 steps are 16 evaluations .* has 8 here: .* guidance 1"):
-        next(conditional.generate(4, "DDIM", 2, 0, "zero", 2.0))
+        next(generate(conditional, 4, "DDIM", 2, 0, "zero", 2.0))
 
 
 def test_compare_takes_what_one_request_may_cost(conditional, monkeypatch):
-    *_, (shown, _) = conditional.compare(0, "")
+    *_, (shown, _) = compare(conditional, 0, "")
     assert [one["caption"].partition(" ·")[0] for one in shown] == [
         "DDIM, 5 steps",
         "DDIM, 10 steps",
@@ -102,30 +106,30 @@ def test_compare_takes_what_one_request_may_cost(conditional, monkeypatch):
     ]
     assert pixels(shown[0]).shape == (324, 324)  # four images
     monkeypatch.setattr(conditional, "max_evaluations", 12)
-    *_, (shown, _) = conditional.compare(0, "")
+    *_, (shown, _) = compare(conditional, 0, "")
     assert pixels(shown[-1]).shape == (160, 160) and shown[-1]["caption"].startswith("DDPM, 7 steps")
 
 
 def test_a_conditional_model_restores_with_no_class(conditional):
-    shown, status = conditional.restore("The model's own", None, "", "Blur", "Medium", 1)
+    shown, status = restore(conditional, "The model's own", None, "", "Blur", "Medium", 1)
     assert len(shown) == 3 and re.search(r"[\d.]+ dB PSNR before", status)
-    assert len(conditional.forward("The model's own", None, "", 5, 1)[0]) == 3
+    assert len(forward(conditional, "The model's own", None, "", 5, 1)[0]) == 3
 
 
 def test_a_model_that_must_be_told_the_class_restores_nothing(folder):
-    actions = Actions(open_model(str(save_model(folder / "told", 10, CLASSES, has_null_class=False))))
-    assert actions.classes == ["each class in turn", *CLASSES]
-    *_, (shown, status, _) = actions.generate(2, "DDPM", 10, 0, "one", 4.0)
+    model = open_model(str(save_model(folder / "told", 10, CLASSES, has_null_class=False)))
+    assert model.classes == ["each class in turn", *CLASSES]
+    *_, (shown, status, _) = generate(model, 2, "DDPM", 10, 0, "one", 4.0)
     assert len(shown) == 2 and status.startswith("Done")
-    assert len(actions.forward("The model's own", None, "", 5, 0)[0]) == 2  # no guess
+    assert len(forward(model, "The model's own", None, "", 5, 0)[0]) == 2  # no guess
     with pytest.raises(Refused, match="only images of a class"):
-        actions.restore("The model's own", None, "", "Blur", "Light", 0)
+        restore(model, "The model's own", None, "", "Blur", "Light", 0)
 
 
 def test_a_colour_model_gets_its_colours_back(folder):
-    actions = Actions(open_model(str(save_model(folder / "colour", 10, channels=3))))
-    assert "No colour" in actions.damages
-    shown, _ = actions.restore("The model's own", None, "", "No colour", "Light", 0)
+    model = open_model(str(save_model(folder / "colour", 10, channels=3)))
+    assert "No colour" in damages(model)
+    shown, _ = restore(model, "The model's own", None, "", "No colour", "Light", 0)
     original, grey, restored = map(pixels, shown)
     assert original.shape == grey.shape == restored.shape == (8, 8, 3)
     assert (grey == grey[..., :1]).all() and not (restored == restored[..., :1]).all()
@@ -155,12 +159,10 @@ def test_no_model_is_one_sentence(tmp_path):
 def test_an_export_that_names_a_pipeline_opens_without_its_code(conditional, folder):
     index = folder / "conditional" / "model_index.json"
     plain = index.read_text()
-    index.write_text(
-        json.dumps(json.loads(plain) | {"_class_name": ["class_conditional", "ClassConditionalPipeline"]})
-    )
+    index.write_text(json.dumps(json.loads(plain) | {"_class_name": ["class_guided", "ClassGuidedPipeline"]}))
     try:
         model = open_model(str(folder / "conditional"))
     finally:
         index.write_text(plain)
     assert model.labels == list(CLASSES)
-    assert torch.equal(drawn(model, [7], "DDIM", 2, [1]), drawn(conditional.model, [7], "DDIM", 2, [1]))
+    assert torch.equal(drawn(model, [7], "DDIM", 2, [1]), drawn(conditional, [7], "DDIM", 2, [1]))

@@ -17,7 +17,7 @@ from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.models.ema import ema_decay
 from ddpm_hf.provenance import git_commit
-from ddpm_hf.sampling.samplers import image_generators, sample
+from ddpm_hf.sampling.samplers import draw, image_generators
 from ddpm_hf.training.loop import train
 
 
@@ -113,8 +113,8 @@ torch.save([torch.from_numpy(i) for i in images] + [ddim.scheduler.alphas_cumpro
     ddpm, ddim, alphas_cumprod = torch.load(tmp_path / "images.pt", weights_only=True)
     scheduler = PaperDDPMScheduler.from_pretrained(ran, subfolder="scheduler")
     unet = DDPMPipeline.from_pretrained(ran).unet
-    for images, how in ((ddpm, {}), (ddim, dict(method="ddim", num_inference_steps=20, spacing="trailing"))):
-        ours = sample(unet, scheduler, image_generators(7, range(3)), **how)
+    for images, how in ((ddpm, {}), (ddim, dict(sampler="ddim", num_inference_steps=20, spacing="trailing"))):
+        ours = draw(unet, scheduler, image_generators(7, range(3)), **how)
         assert (ours / 2 + 0.5 - images.permute(0, 3, 1, 2)).abs().max() < 1e-5
     assert torch.equal(scheduler.alphas_cumprod, alphas_cumprod)
     assert scheduler.config.variance_type == "fixed_large"

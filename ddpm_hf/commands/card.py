@@ -1,12 +1,22 @@
-"""`ddpm_hf card`."""
+"""Write the model card of a run or an export again, from its records.
+
+ddpm_hf card runs/mnist
+ddpm_hf card runs/mnist --hub_model_id me/ddpm-mnist
+"""
 
 from pathlib import Path
 
-from ..sharing.card import check_has_model, write_card
+
+def add_flags(parser):
+    parser.add_argument("run", help="--output_dir of a run, or an export")
+    parser.add_argument(
+        "--hub_model_id", help="repository that the card is for; default: the run's, or the folder's name"
+    )
 
 
-def card_command(arguments):
-    """Run `python -m ddpm_hf card` with its parsed flags."""
+def run(arguments):
+    from ..sharing.card import check_has_model, write_card
+
     check_has_model(Path(arguments.run))
     if write_card(arguments.run, arguments.hub_model_id):
         print(f"The card is {Path(arguments.run, 'README.md')}.")

@@ -1,24 +1,21 @@
-"""`ddpm_hf push`."""
+"""Publish a run or an export on the Hub.
 
-from pathlib import Path
+It sends the model, a new card, samples, figures and records. Only files that changed are sent.
 
-from ..errors import UserError
-from ..sharing.card import check_has_model, write_card
-from ..sharing.hub import API, create_repository, finish_push, push
+ddpm_hf push runs/mnist --hub_model_id me/ddpm-mnist
+ddpm_hf push my-export --hub_private_repo
+"""
+
+from .flags import add_repository_flags
 
 
-def push_command(arguments):
-    """Run `python -m ddpm_hf push` with its parsed flags: write the card anew and upload what changed.
+def add_flags(parser):
+    parser.add_argument("run", help="--output_dir of a run, or an export")
+    add_repository_flags(parser, "the name of the folder")
 
-    Raises:
-        UserError: for a folder that has no model, a repository that cannot be written to, or an upload that failed.
-    """
-    folder = Path(arguments.run)
-    check_has_model(folder)
-    name = arguments.hub_model_id or folder.resolve().name
-    repo_id = create_repository(name, arguments.hub_private_repo, arguments.hub_token)
-    if not write_card(folder, repo_id):
-        print(f"{folder / 'README.md'} was not written by ddpm_hf and is pushed as it is.")
-    if not finish_push(push(folder, repo_id, arguments.hub_token, "Upload by ddpm_hf")):
-        raise UserError(f"nothing new is on {repo_id}: see the warning above, then push again.")
-    print(f"The model is on {API.endpoint}/{repo_id}.")
+
+def run(arguments):
+    from ..sharing.publish import publish
+
+    url = publish(arguments.run, arguments.hub_model_id, private=arguments.hub_private_repo, token=arguments.hub_token)
+    print(f"The model is on {url}.")

@@ -1,54 +1,20 @@
-"""`ddpm_hf push-space`."""
+"""Publish the demo of a model that is on the Hub as a Gradio Space.
 
-import shutil
-import tempfile
-from pathlib import Path
+ddpm_hf push-space me/ddpm-mnist
+"""
 
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-
-from ..community_pipelines import shipped
-from ..errors import UserError
-from ..sharing.hub import API, create_repository, is_hub_id, persist, reason
+from .flags import add_repository_flags
 
 
-SUFFIXES = [".py", ".md", ".txt", ".css", ".html", ".js"]  # what a Space is made of
+def add_flags(parser):
+    parser.add_argument("model", help="that the Space shows: a Hub id, e.g. me/ddpm-mnist")
+    add_repository_flags(parser, "the model's name and -demo")
 
 
-def push_space_command(arguments):
-    """Run `python -m ddpm_hf push-space` with its parsed flags: upload spaces/ and pipelines/, naming the model.
+def run(arguments):
+    from ..sharing.space import push_space
 
-    Raises:
-        UserError: for a model that is not on the Hub, a Space that cannot be written to, or an upload that failed.
-    """
-    model, token = arguments.model, arguments.hub_token
-    if not is_hub_id(model):
-        raise UserError(f"{model} is no Hub id, and a Space cannot see this disk: push it first, give USER/NAME.")
-    try:
-        found = API.file_exists(model, "model_index.json", token=token)
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        raise UserError(f"{API.endpoint} does not answer ({reason(error)}): check the network.") from None
-    if not found:
-        raise UserError(f"{model} is no pipeline on {API.endpoint}, or not for you to see: push it first.")
-    name = arguments.hub_model_id or f"{model.rpartition('/')[2]}-demo"
-    private = arguments.hub_private_repo
-    space_id = create_repository(name, private, token, repo_type="space", space_sdk="gradio")
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "pipelines").mkdir()
-        for path in shipped("pipelines").glob("*.py"):
-            shutil.copyfile(path, Path(folder, "pipelines", path.name))
-        for path in shipped("spaces").iterdir():
-            if path.suffix in SUFFIXES:
-                shutil.copyfile(path, Path(folder, path.name))
-        card = Path(folder, "README.md")
-        card.write_text(card.read_text().replace("\n---\n", f"\nmodels:\n- {model}\n---\n", 1))
-
-        def upload():
-            API.add_space_variable(space_id, "DDPM_MODEL", model, token=token)
-            API.upload_folder(
-                repo_id=space_id, repo_type="space", folder_path=folder, token=token, commit_message=f"Show {model}"
-            )
-
-        if not persist(upload, space_id, f"`python -m ddpm_hf push-space {model}` tries again"):
-            raise UserError(f"the Space {space_id} is not up to date: see the warning above, then push again.")
-    print(f"The Space is on {API.endpoint}/spaces/{space_id}.")
+    model, private = arguments.model, arguments.hub_private_repo
+    url = push_space(model, arguments.hub_model_id, private=private, token=arguments.hub_token)
+    print(f"The Space is on {url}.")
     print(f"If {model} is private, give the Space a secret HF_TOKEN that may read it, in its settings.")

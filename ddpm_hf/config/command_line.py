@@ -6,21 +6,26 @@ import dataclasses
 
 from transformers.hf_argparser import HfArgumentParser
 
-from ..errors import UserError
-from .presets import did_you_mean
+from ..errors import UserError, no_such, no_such_flag, one_sentence
 from .training_config import GROUPS, TrainingConfig
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the lines of the description, which has examples."""
 
 
 class FlagParser(HfArgumentParser):
     """HfArgumentParser with a `--no_` form of every boolean, lists that may be empty, and errors of one sentence."""
 
-    def __init__(self):
+    def __init__(self, prog: str, description: str | None):
         super().__init__(
             GROUPS,
-            prog="train_unconditional.py",
-            usage="accelerate launch train_unconditional.py [--preset NAME] [--dataset_name ID_OR_FOLDER] [flags]",
-            description="Train a DDPM that stock diffusers can load. Flags win over the preset.",
-            epilog="Every boolean flag can be negated: --no_use_ema means --use_ema false.",
+            prog=prog,
+            usage="%(prog)s [--preset NAME] [--dataset_name ID_OR_FOLDER] [flags]",
+            description=description,
+            epilog="A flag given here wins over the preset, and a preset over the defaults.\n"
+            "Every boolean can be negated: --no_use_ema is --use_ema false.",
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         for group in GROUPS:
@@ -43,20 +48,25 @@ class FlagParser(HfArgumentParser):
         plain.metadata = {"help": field.metadata["help"]}
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            self.error(no_such(action.option_strings[0], value, action.choices))
+
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_sentence(message)}\n")
 
 
-def parse_config(argv: list[str] | None = None) -> TrainingConfig:
+def parse_config(
+    argv: list[str] | None = None, prog: str = "train_unconditional.py", description: str | None = None
+) -> TrainingConfig:
     """Return the TrainingConfig of a command line. Prints one sentence and exits with code 2 if the line is wrong."""
-    parser = FlagParser()
+    parser = FlagParser(prog, description)
     # With None for every flag in the namespace, argparse fills in no defaults: what is still None was not given.
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     flags, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names)))
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        advice = did_you_mean(unknown[0].split("=")[0], known) or "see --help."
-        parser.error(f"there is no flag {unknown[0]!r}: {advice}")
+        parser.error(no_such_flag(unknown[0], known))
     given = {name: value for name, value in vars(flags).items() if value is not None}
     try:
         return TrainingConfig.from_preset(**given)

@@ -12,10 +12,9 @@
     here      our own experiments: docs/results.md
 """
 
-import difflib
 from typing import NamedTuple
 
-from ..errors import UserError
+from ..errors import UserError, no_such
 
 
 class Preset(NamedTuple):
@@ -262,15 +261,8 @@ def find_preset(name: str) -> Preset:
     """Return the preset of this name.
 
     Raises:
-        UserError: if there is none. The message lists the names.
+        UserError: if there is none. The message suggests a name.
     """
     if name not in PRESETS:
-        advice = did_you_mean(name, PRESETS)
-        raise UserError(f"there is no preset {name!r}: choose from {', '.join(PRESETS)}{advice and f' ({advice})'}.")
+        raise UserError(no_such("preset", name, PRESETS))
     return PRESETS[name]
-
-
-def did_you_mean(word: str, known) -> str:
-    """Return "did you mean X?" with the word of `known` that is most like `word`, or "" if none is like it."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else ""

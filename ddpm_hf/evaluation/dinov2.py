@@ -26,7 +26,6 @@ from .inception import MissingWeights
 
 RESOLUTION = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, by channel, of pixels in [0, 1]
-POS_EMBEDS = ("hub", "transformers")
 
 
 class DINOv2(nn.Module):
@@ -72,20 +71,17 @@ def preprocess(images: Tensor) -> Tensor:
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def load_dinov2(source: str = "facebook/dinov2-large", pos_embed: str = "hub") -> DINOv2:
+def load_dinov2(source: str = "facebook/dinov2-large") -> DINOv2:
     """Load a folder or a Hub id, config.json and safetensors, in float32 and eval mode, on the CPU.
 
-    Args:
-        pos_embed: how the position embeddings, a 37x37 grid in the published models, come to the 16x16 patches of
-            224 pixels: "hub" as in the code of DINOv2, which published values of FD-DINOv2 were computed with, or
-            "transformers" as in transformers, which puts the samples elsewhere. A grid of 16x16 stays as it is.
+    The position embeddings, a 37x37 grid in the published models, are brought to the 16x16 patches of 224 pixels as in
+    the code of DINOv2, which published values of FD-DINOv2 were computed with. (transformers puts the samples
+    elsewhere.) A grid of 16x16 stays as it is.
 
     Raises:
         MissingWeights: if there is no such folder and the Hub does not give it.
-        UserError: for a folder that holds no DINOv2, or another `pos_embed`.
+        UserError: for a folder that does not hold a DINOv2.
     """
-    if pos_embed not in POS_EMBEDS:
-        raise UserError(f"pos_embed is {pos_embed!r}; choose {' or '.join(POS_EMBEDS)}.")
     folder = Path(source) if Path(source).exists() else _from_hub(source)
     wanted = "give a folder or Hub id with the config.json and safetensors of a Dinov2Model"
     try:
@@ -99,16 +95,13 @@ def load_dinov2(source: str = "facebook/dinov2-large", pos_embed: str = "hub") -
         raise UserError(f"{source} cannot be loaded ({' '.join(str(error).split())}): {wanted}.") from error
     if loading["missing_keys"]:  # transformers would leave them random
         raise UserError(f"{source} lacks weights, such as {min(loading['missing_keys'])}: {wanted}.")
-    if pos_embed == "hub":
-        embeddings = model.embeddings
-        side = RESOLUTION // model.config.patch_size
-        # The grid then fits, so that transformers takes it as it is.
-        embeddings.position_embeddings = nn.Parameter(hub_position_embeddings(embeddings.position_embeddings, side))
+    embeddings, side = model.embeddings, RESOLUTION // model.config.patch_size
+    # The grid then fits, so that transformers takes it as it is.
+    embeddings.position_embeddings = nn.Parameter(hub_position_embeddings(embeddings.position_embeddings, side))
     digest = hashlib.sha256()
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(path.read_bytes())
-    pipeline = f"pil-bicubic-{RESOLUTION}" + ("" if pos_embed == "hub" else "-transformers-pos")
-    return DINOv2(model, pipeline, digest.hexdigest()).requires_grad_(False).eval()
+    return DINOv2(model, f"pil-bicubic-{RESOLUTION}", digest.hexdigest()).requires_grad_(False).eval()
 
 
 def _from_hub(source: str) -> Path:

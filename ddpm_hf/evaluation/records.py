@@ -1,29 +1,34 @@
 """Records of evaluations: written, printed, and compared where their protocols are the same."""
 
 import hashlib
-import json
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 from accelerate import PartialState
+from torch import Tensor
 
 from ..errors import UserError
-from ..files import write_beside, writing
-from ..provenance import command
+from ..files import read_json, write_json, writing
+from ..provenance import command, version
 
 
 SCHEMA = "ddpm_hf.eval/1"
 PACKAGES = ["ddpm_hf", "torch", "diffusers", "transformers", "numpy", "pillow"]
 
 
-def make_record(evaluation, entries: list[dict], *, model: dict, sampler: dict, data_name: str, cost: dict) -> dict:
-    """Return the record of an Evaluation and its scores: whatever a number depends on, and nothing that is private."""
-    train, held_out, images = evaluation.train, evaluation.held_out, evaluation.images
+def make_record(evaluation, entries: list[dict], images: Tensor, cost: dict) -> dict:
+    """Return the record of an Evaluation: whatever its numbers depend on, and nothing that is private.
+
+    Args:
+        entries: of all metrics.
+        images: the generated ones, uint8 (N, C, H, W); empty where no metric looked at any.
+        cost: seconds of drawing and of scoring.
+    """
+    train, held_out, model = evaluation.train, evaluation.held_out, evaluation.model
     used = {name: module for name, module in evaluation.extractors.items() if not isinstance(module, str)}
     data = {
-        "name": data_name,
+        "name": evaluation.data_name,
         "class_names": train.class_names,
         "resolution": train.resolution,
         "channels": train.channels,
@@ -36,8 +41,8 @@ def make_record(evaluation, entries: list[dict], *, model: dict, sampler: dict, 
         "schema": SCHEMA,
         "command": command(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "model": model,
-        "sampler": sampler,
+        "model": evaluation.samples.model if model is None else model.facts,
+        "sampler": evaluation.sampler_record,
         "samples": {"n": len(images), "sha256": hashlib.sha256(images.numpy()).hexdigest()} if len(images) else {},
         "data": data,
         "extractors": {
@@ -64,33 +69,29 @@ def write_record(record: dict, path: Path):
     """Write a record as JSON, whole or not at all."""
     with writing("the record", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(path, lambda partial: partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8"))
+        write_json(path, record)
 
 
 def read_record(path) -> dict:
     """Read a record.
 
     Raises:
-        UserError: for a file that is none.
+        UserError: for a file that is not a record of this schema.
     """
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): give a record of `evaluate`.") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-        raise UserError(f"{path} is no record of the schema {SCHEMA}: give one that `evaluate` wrote.")
+    record = read_json(Path(path))
+    if record.get("schema") != SCHEMA:
+        raise UserError(f"{path} is not a record of the schema {SCHEMA}: give one that `evaluate` wrote.")
     return record
 
 
-def print_record(record: dict):
-    """Print the numbers of a record, each beside its error, its floor and its N, and what was skipped."""
+def record_table(record: dict) -> str:
+    """Return the numbers of a record, each beside its error, its floor and its N, and what was skipped."""
     rows = [["metric", "value", "+-", "floor (real)", "N", "N real"]]
     for entry in record["metrics"]:
         if entry.get("status") != "skipped":
             rows.append([entry["id"], *(number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))])
-    print(table(rows))
-    for ids, reason in by_reason({entry["id"]: entry.get("reason") for entry in record["metrics"]}):
-        print(f"skipped: {ids} ({reason})")
+    reasons = by_reason({entry["id"]: entry.get("reason") for entry in record["metrics"]})
+    return "\n".join([table(rows), *(f"skipped: {ids} ({reason})" for ids, reason in reasons)])
 
 
 def by_reason(reasons: dict[str, str | None]) -> list[tuple[str, str]]:

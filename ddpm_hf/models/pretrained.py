@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,9 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 
 from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ..errors import UserError
+from ..files import read_json
 from ..run_folder import checkpoints, step_of
+from .classes import Classes
 from .classifier import NoisyClassifier
 
 
@@ -31,12 +32,15 @@ PIPELINE_FILES += ["classifier/*.json", "classifier/*.safetensors"]
 
 @dataclass
 class Pretrained:
-    """A UNet in eval mode, float32, on the CPU; its scheduler; and what a record says about them.
+    """A UNet in eval mode, float32, on the CPU; its scheduler, its classes, and what a record says about them.
 
-    `facts` has "name" (a Hub id or the folder's name), "revision" (the Hub's commit, or None), "weights"
-    ("published", or "raw" for weights that no average was taken of), "unet_sha256", "parameters", "train_step" (of a
-    checkpoint) and "commit", None where the folder does not tell. `run` is the content of train_config.json, or {};
-    `folder` is where all was read from. `class_names` are those of a conditional UNet, None where none are known.
+    Attributes:
+        facts: "name" (a Hub id or the folder's name), "revision" (the Hub's commit, or None), "weights" ("published",
+            or "raw" for weights before averaging), "unet_sha256", "parameters", "train_step" (of a checkpoint) and
+            "commit", None where the folder does not tell.
+        run: the content of train_config.json, or {}.
+        folder: where all was read from.
+        classes: what a conditional UNet can be asked for; false for an unconditional one.
     """
 
     unet: UNet2DModel
@@ -44,23 +48,30 @@ class Pretrained:
     facts: dict
     run: dict
     folder: Path
-    class_names: list[str] | None = None
+    classes: Classes = Classes()
 
     @property
-    def num_classes(self) -> int:
-        """Classes that can be asked for: an embedding for "no class" is none of them."""
-        return len(self.class_names or []) or self.unet.config.num_class_embeds or 0
+    def run_folder(self) -> Path:
+        """The folder of the run that this is a model of: of a checkpoint, the one that it is in."""
+        return self.folder.parent if (self.folder / "state.pt").is_file() else self.folder
 
 
 def load_pretrained(name: str, weights: str = "published") -> Pretrained:
-    """Load a pipeline folder, a `checkpoint-<step>` of a run, or a Hub id such as `me/ddpm-mnist`.
+    """Load a DDPM: a pipeline folder, a `checkpoint-<step>` of a run, or a Hub id such as `me/ddpm-mnist`.
+
+    Any DDPM in diffusers' format will do, whoever trained it. Only safetensors are read, and no code is run.
 
     Args:
-        weights: "published", those that a pipeline holds (of a checkpoint: the EMA where it has one), or "raw", those
-            that were trained, before any averaging, of the checkpoint given or of a run's last one.
+        weights: "published" are those that a pipeline holds (of a checkpoint: the moving average where it has one).
+            "raw" are those that were trained, before averaging, of the checkpoint given or of a run's last one.
 
     Raises:
-        UserError: for a name that is nothing of this, a pipeline that is no DDPM, or weights that cannot be had.
+        UserError: for a name that is none of these, a pipeline that is not a DDPM, or weights that are not there.
+
+    Example:
+        >>> model = ddpm_hf.load("runs/digits")
+        >>> model.unet.config.sample_size, len(model.scheduler), model.facts["weights"]
+        (8, 1000, 'published')
     """
     if weights not in WEIGHTS:
         raise UserError(f"--weights is {weights!r}; choose {' or '.join(WEIGHTS)}.")
@@ -87,13 +98,13 @@ def load_pretrained(name: str, weights: str = "published") -> Pretrained:
         scheduler = PaperDDPMScheduler.from_config(DDPMScheduler.load_config(part(folder, "scheduler")))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{name} cannot be loaded ({' '.join(str(error).split())}): is it whole?") from error
-    of_run = folder.parent if folder.name == "best" else folder  # best/ of a run is a pipeline of its own
-    run = _read_json(of_run / "train_config.json") if (of_run / "train_config.json").is_file() else {}
     if unet.config.sample_size is None:
         raise UserError(f"{name} does not say the size of its images (sample_size): add it to unet/config.json.")
-    class_names = names_of(_read_json(folder / "model_index.json").get("id2label"))
-    class_names = class_names if unet.config.num_class_embeds else None
-    return _pretrained(unet, scheduler, name, revision, "published", run, folder, None, class_names)
+    of_run = folder.parent if folder.name == "best" else folder  # best/ of a run is a pipeline of its own
+    run = read_json(of_run / "train_config.json", missing={})
+    classes = Classes.of_model(unet.config.num_class_embeds, read_json(folder / "model_index.json").get("id2label"))
+    facts = {"name": name if revision else Path(name).resolve().name, "revision": revision, "weights": "published"}
+    return _pretrained(unet, scheduler, facts, run=run, folder=folder, classes=classes)
 
 
 def part(folder: Path, name: str) -> Path:
@@ -102,19 +113,14 @@ def part(folder: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def errors_only():
-    """Keep diffusers from warning for a while."""
+def quiet_diffusers():
+    """Keep diffusers from warning for a while; its errors stay."""
     level = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()
     try:
         yield
     finally:
         diffusers.utils.logging.set_verbosity(level)
-
-
-def names_of(id2label: dict | None) -> list[str] | None:
-    """Return the names of an `id2label` by their numbers, which may be text in any order; None for none."""
-    return [id2label[number] for number in sorted(id2label, key=int)] if id2label else None
 
 
 def _from_hub(name: str) -> Path:
@@ -134,7 +140,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _check_is_ddpm(name: str, folder: Path):
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     parts = {key: value for key, value in index.items() if not key.startswith("_")}
     found = {key: value[1] for key, value in parts.items() if isinstance(value, list) and len(value) == 2}
     if found.get("unet") != "UNet2DModel" or found.get("scheduler") not in SCHEDULERS or set(found) - set(PARTS):
@@ -143,7 +149,7 @@ def _check_is_ddpm(name: str, folder: Path):
 
 
 def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
-    saved = _read_json(checkpoint / "train_config.json")
+    saved = read_json(checkpoint / "train_config.json")
     averaged = weights == "published" and (checkpoint / "ema.safetensors").is_file()
     flags = saved["flags"]
     if flags.get("objective") == "classify":
@@ -158,25 +164,28 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
         prediction_type=flags["prediction_type"],
         variance_type=flags["variance_type"],
     )
-    record = checkpoint.parent / "train_config.json"
-    run = _read_json(record) if record.is_file() else saved
-    kind = "raw" if weights == "raw" or not flags["use_ema"] else "published"
-    class_names, of_run = saved.get("class_names"), str(checkpoint.parent)
-    return _pretrained(unet, scheduler, of_run, None, kind, run, checkpoint, step_of(checkpoint), class_names)
-
-
-def _pretrained(unet, scheduler, name, revision, weights, run, folder, step, class_names) -> Pretrained:
-    unet = unet.eval().requires_grad_(False)
+    names = saved.get("class_names")
     facts = {
-        "name": name if revision else Path(name).resolve().name,
-        "revision": revision,
-        "weights": weights,
-        "unet_sha256": weights_hash(unet),
-        "parameters": sum(parameter.numel() for parameter in unet.parameters()),
-        "train_step": step,
-        "commit": run.get("git_commit"),
+        "name": checkpoint.parent.resolve().name,
+        "revision": None,
+        "weights": "raw" if weights == "raw" or not flags["use_ema"] else "published",
+        "train_step": step_of(checkpoint),
     }
-    return Pretrained(unet, scheduler, facts, run, folder, class_names)
+    return _pretrained(
+        unet,
+        scheduler,
+        facts,
+        run=read_json(checkpoint.parent / "train_config.json", missing=saved),
+        folder=checkpoint,
+        classes=Classes.of_model(unet.config.num_class_embeds, dict(enumerate(names)) if names else None),
+    )
+
+
+def _pretrained(unet, scheduler, facts: dict, *, run: dict, folder: Path, classes: Classes) -> Pretrained:
+    unet = unet.eval().requires_grad_(False)
+    facts = {"train_step": None, **facts, "commit": run.get("git_commit")}
+    facts |= {"unet_sha256": weights_hash(unet), "parameters": sum(each.numel() for each in unet.parameters())}
+    return Pretrained(unet, scheduler, facts, run, folder, classes)
 
 
 def load_classifier(name: str) -> NoisyClassifier:
@@ -190,7 +199,7 @@ def load_classifier(name: str) -> NoisyClassifier:
         folder = _from_hub(name)
     folder = folder / "classifier" if (folder / "classifier").is_dir() else folder
     try:
-        with errors_only():  # nor has the class of the installed package for the auto_map of the one saved
+        with quiet_diffusers():  # nor has the class of the installed package for the auto_map of the one saved
             classifier = NoisyClassifier.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(
@@ -206,10 +215,3 @@ def weights_hash(module: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): is the folder whole?") from error

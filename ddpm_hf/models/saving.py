@@ -1,12 +1,11 @@
 """A network on disk: stock diffusers' `DDPMPipeline`, or the files of a classifier; a kill leaves a folder that loads.
 
-What is saved names diffusers' own classes only, so that whoever loads it needs nothing of ours. What stock diffusers
-has no pipeline for (a UNet that is told classes) has the file of ours that does beside its weights.
+What is saved names diffusers' own classes only, so that it loads where ddpm_hf is not installed. Stock diffusers has
+no class-conditional pipeline, so we save our own pipeline file next to the weights.
 """
 
 import contextlib
 import copy
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 
 from ..community_pipelines import pipeline_file
+from ..files import read_json, write_json
 
 
 def save_pipeline(
@@ -24,8 +24,8 @@ def save_pipeline(
     """Save the UNet (float32 safetensors) and the scheduler as stock diffusers' `DDPMPipeline`, over an older one.
 
     The names of a conditional UNet's classes go into model_index.json as `id2label`, as DiTPipeline has them, and
-    beside it lies class_conditional.py, for `DiffusionPipeline.from_pretrained(folder,
-    custom_pipeline="class_conditional", trust_remote_code=True)`. Other files in the folder, and the model, stay.
+    class_guided.py is saved beside it, for `DiffusionPipeline.from_pretrained(folder, custom_pipeline="class_guided",
+    trust_remote_code=True)`. Other files in the folder, and the model, stay.
 
     Args:
         pipeline: a pipeline file of ours that is to be saved too and named by the index, so that no `custom_pipeline`
@@ -37,15 +37,15 @@ def save_pipeline(
         # Trailing, as our own samplers: stock DDIM then begins in pure noise, and draws what was scored.
         published = DDPMScheduler.from_config(scheduler.stock().config, timestep_spacing="trailing")
         DDPMPipeline(in_float32(unet), published).save_pretrained(new)
-        index = json.loads((new / "model_index.json").read_text())
+        index = read_json(new / "model_index.json")
         if class_names is not None:
             index["id2label"] = dict(enumerate(class_names))
-        for name in {pipeline, "class_conditional" if conditional else None} - {None}:
+        for name in {pipeline, "class_guided" if conditional else None} - {None}:
             shutil.copyfile(pipeline_file(name), new / f"{name}.py")
         if pipeline is not None:
             code = pipeline_file(pipeline).read_text(encoding="utf-8")
             index["_class_name"] = [pipeline, re.search(r"^class (\w+)\(DiffusionPipeline\)", code, re.MULTILINE)[1]]
-        (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(new / "model_index.json", index)
 
 
 def save_classifier(folder: str | Path, classifier):

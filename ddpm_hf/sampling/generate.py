@@ -1,37 +1,84 @@
-"""Many images in batches, and how long they take."""
+"""Images of a model in Python: drawn in batches, or into a folder."""
 
-import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
-from torch import nn
+from PIL import Image
 from tqdm.auto import tqdm
 
-from ..diffusion.scheduler import PaperDDPMScheduler
 from ..errors import UserError
-from ..pictures import to_uint8
-from .samplers import _autocast, _class_labels, _image_shape, image_generators, sample
+from ..models.pretrained import Pretrained, load_pretrained
+from ..pictures import to_pil, to_uint8
+from .sample_set import draw_samples
+from .samplers import image_shape
+from .settings import Sampler, sampler_named
+
+
+def sample(
+    model: str | Path | Pretrained,
+    num_images: int = 16,
+    sampler: str | Sampler = "ddpm",
+    *,
+    output: str | Path | None = None,
+    batch_size: int = 64,
+    **settings,
+) -> list[Image.Image] | Path:
+    """Draw images 0 to num_images - 1 of a model, as PIL images or into a folder.
+
+    Image k is drawn from the generator seeded with seed + k: it is the same image in any batch, on any machine up to
+    round-off, and whatever was drawn before.
+
+    Args:
+        model: a folder, a checkpoint, a Hub id, or what `load` returned.
+        sampler: ddpm, ddim, dpmsolver++ or a `Sampler`.
+        output: a folder, or a file that ends in .npz: images are written there, killed jobs go on where they were.
+        batch_size: images at a time; it changes nothing else.
+        settings: the other fields of `Sampler`: num_inference_steps, seed, eta, class_labels, guidance_scale, ...
+
+    Returns:
+        Images of mode L or RGB at the model's own size, or the path of `output`.
+
+    Raises:
+        UserError: for a model that cannot be read, settings that it cannot follow, or an `output` in other use.
+
+    Example:
+        >>> images = ddpm_hf.sample("runs/digits", 4, "ddim", num_inference_steps=10, seed=1)
+        >>> len(images), images[0].size
+        (4, (8, 8))
+    """
+    if not isinstance(model, Pretrained):
+        model = load_pretrained(str(model))
+    resolved = sampler_named(sampler, settings).resolve(model)
+    if output is not None:
+        return draw_samples(model, resolved, num_images, output, batch_size=batch_size)
+    if num_images < 1:
+        raise UserError(f"num_images is {num_images}; it must be at least 1.")
+    return to_pil(sample_images(model, resolved, range(num_images), batch_size=batch_size))
 
 
 def sample_images(
-    unet: nn.Module,
-    scheduler: PaperDDPMScheduler,
-    seed: int,
+    model: Pretrained,
+    sampler: Sampler,
     indices: Sequence[int],
-    batch_size: int,
     *,
-    class_labels: Sequence[int] | torch.Tensor | None = None,  # one per index
-    on_step: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None,  # called for every batch
+    batch_size: int,
+    on_step: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None,
     progress: bool = True,
-    **kwargs,
 ) -> torch.Tensor:
-    """Images `indices` of `seed`, drawn in batches with a progress bar: uint8 (N, C, H, W) on the CPU.
+    """Draw images `indices` in batches, with a progress bar: uint8 (N, C, H, W) on the CPU.
 
-    `kwargs` are those of `sample`. The images do not depend on `batch_size`. A batch size below 1 is a UserError.
+    Args:
+        sampler: resolved for this model.
+        batch_size: changes neither images nor their order.
+        on_step: called after every step of every batch, as by `Sampler.draw`.
+
+    Raises:
+        UserError: for a batch size below 1.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
-    images = torch.empty(len(indices), *_image_shape(unet), dtype=torch.uint8)
+    images = torch.empty(len(indices), *image_shape(model.unet), dtype=torch.uint8)
     starts = range(0, len(indices), batch_size)
     with tqdm(desc=f"Sampling {len(indices)} images", unit="step", disable=not progress) as bar:
 
@@ -43,31 +90,5 @@ def sample_images(
 
         for start in starts:
             batch = slice(start, start + batch_size)
-            labels = None if class_labels is None else class_labels[batch]
-            generators = image_generators(seed, indices[batch])
-            images[batch] = to_uint8(
-                sample(unet, scheduler, generators, class_labels=labels, on_step=count_step, **kwargs)
-            )
+            images[batch] = to_uint8(sampler.draw(model, indices[batch], count_step))
     return images
-
-
-def step_seconds(unet: nn.Module, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> float:
-    """Return the seconds that one evaluation of a batch takes here, measured after one to warm up."""
-    shape = batch_size, *_image_shape(unet)
-    x, timesteps = torch.zeros(shape, device=unet.device), torch.zeros(batch_size, dtype=torch.int64)
-    labels = _class_labels(unet, None if unet.config.num_class_embeds is None else [0] * batch_size, batch_size)
-    with torch.no_grad(), _autocast(unet, dtype):
-        for _ in range(2):
-            start = time.perf_counter()
-            unet(x.to(unet.dtype), timesteps.to(unet.device), **labels).sample.sum().item()  # waits for a GPU
-            seconds = time.perf_counter() - start
-    return seconds
-
-
-def duration(seconds: float) -> str:
-    """Return seconds in words of the size that matters: `a second`, `8 s`, `12 min`, `3.5 h`."""
-    if seconds < 1.5:
-        return "a second"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

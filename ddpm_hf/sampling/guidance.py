@@ -10,6 +10,7 @@ from torch import nn
 
 from ..diffusion.scheduler import PaperDDPMScheduler
 from ..errors import UserError
+from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from .samplers import clipped
 
@@ -85,17 +86,29 @@ def predict(scheduler: PaperDDPMScheduler, original_samples, sample, timesteps) 
     return scheduler.training_target(original, epsilon, timesteps)
 
 
-def guide(unet: UNet2DModel, scheduler, class_names: list[str] | None, scale: float, classifier=None):
-    """Return the network to sample from under guidance; without a classifier and at scale 1 the UNet itself.
+def guide(
+    unet: UNet2DModel,
+    scheduler: PaperDDPMScheduler,
+    classes: Classes,
+    scale: float,
+    classifier: NoisyClassifier | None = None,
+) -> nn.Module:
+    """Return a network that predicts what `unet` does, pulled towards the class that it is told.
+
+    At scale 1 without a classifier this is the UNet itself. Any sampler takes the result for a UNet.
 
     Args:
-        class_names: of a conditional UNet; None if they are not known, or if it is unconditional.
-        classifier: a NoisyClassifier for an unconditional UNet, or None for classifier-free guidance.
+        classes: those of the UNet.
+        scale: 1 is the conditional model, larger is surer and less varied. With a classifier 0 is no guidance.
+        classifier: guides an unconditional UNet; None means classifier-free guidance of a conditional one.
 
     Raises:
-        UserError: for a UNet that cannot be guided so.
+        UserError: for a UNet or a classifier that guidance of this kind is impossible with.
+
+    Example:
+        >>> model = ddpm_hf.load("runs/mnist-conditional")
+        >>> network = guide(model.unet, model.scheduler, model.classes, scale=2.0)
     """
-    embeddings = unet.config.num_class_embeds
     if not math.isfinite(scale):
         raise UserError(f"--guidance_scale is {scale}, but must be a finite number.")
     if classifier is not None:
@@ -103,12 +116,12 @@ def guide(unet: UNet2DModel, scheduler, class_names: list[str] | None, scale: fl
         return ClassifierGuided(unet, scheduler, classifier, scale)
     if scale == 1:
         return unet
-    if embeddings is None:
+    if not classes:
         raise UserError(
             f"--guidance_scale is {scale:g}, but this model knows no classes: give --classifier, or a model trained "
             "with --class_conditional."
         )
-    if class_names is None or embeddings == len(class_names):
+    if classes.no_class is None:
         raise UserError("this model was trained without --label_dropout and cannot be guided: take scale 1.")
     return ClassifierFree(unet, scheduler, scale)
 

@@ -1,8 +1,8 @@
-"""Images restored by a model of clean ones: `python -m ddpm_hf restore`, the command line of pipelines/restoration.py.
+"""Images restored by a model of clean ones, through pipelines/restoration.py: in memory, or a folder of files.
 
 Image k, in the order of names, draws from `torch.Generator().manual_seed(seed + k)` alone, so it is the same (up to a
-grey level of round-off) in whatever batch. A folder is read whole before anything is written, and one that was
-interrupted goes on: its restoration.json says of which images, model and settings the finished ones are.
+grey level of round-off) in any batch. A folder is read whole before anything is written. An interrupted one goes on:
+its restoration.json says which images, model and settings the finished ones belong to.
 """
 
 import contextlib
@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 from ..community_pipelines import pipeline_file
 from ..data.decode import to_array
 from ..errors import UserError
-from ..files import write_beside, writing
-from ..models.pretrained import Pretrained, errors_only
+from ..files import read_json, write_beside, write_json, writing
+from ..models.pretrained import Pretrained, load_pretrained, quiet_diffusers
 from ..pictures import frame, image_sheet, to_uint8
 from .samplers import image_generators
 
@@ -31,8 +31,7 @@ from .samplers import image_generators
 SCHEMA = "ddpm_hf.restoration/1"
 RECORD = "restoration.json"
 ON_SHEET, COLUMNS = 16, 8  # images that are shown, and in a row
-TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": "deblur"}  # flags of one task alone
-SETTINGS = ["task", "noise_level", "scale_factor", "blur_sigma", "num_inference_steps", "num_samples"]
+TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": "deblur"}  # settings of one task alone
 
 
 @dataclass
@@ -46,40 +45,142 @@ class Item:
     size: tuple[int, int] = (0, 0)
 
 
+@dataclass(frozen=True)
+class Restored:
+    """What was written: how many images, a sheet of inputs above results, and the noise of each image drawn now.
+
+    `noise_levels` are standard deviations on pixels in [0, 1].
+    """
+
+    num_images: int
+    sheet: Path
+    noise_levels: list[float]
+
+
+def restore(
+    model: str | Path | Pretrained,
+    images,
+    output: str | Path | None = None,
+    *,
+    task: str,
+    mask=None,
+    batch_size: int = 16,
+    seed: int = 0,
+    overwrite: bool = False,
+    **settings,
+) -> list[Image.Image] | Restored:
+    """Denoise, inpaint, enlarge, colour or deblur images with a model that was trained on clean ones.
+
+    Args:
+        model: a folder, a checkpoint, a Hub id, or what `load` returned.
+        images: PIL images, arrays or tensors as pipelines/restoration.py takes them; or, with `output`, the path of an
+            image or of a folder of images.
+        output: a .png file, or a folder: each result has its input's name and ends in .png. None: results in memory.
+        task: denoise, inpaint, super_resolution, colorize or deblur: what has happened to the images.
+        mask: of inpaint, white where to paint: an image, or with `output` a path: one for all, or a folder of one
+            for each name.
+        batch_size: images at a time; it changes nothing else.
+        seed: image k is drawn from the generator seeded with seed + k.
+        overwrite: replace results that are in `output`.
+        settings: noise_level (standard deviation on pixels in [0, 1]), scale_factor, blur_sigma (pixels),
+            num_inference_steps, num_samples (how many restorations are averaged); None: the pipeline's own.
+
+    Returns:
+        PIL images, or with `output` what was written.
+
+    Raises:
+        UserError: for settings that do not go together, images that are missing or unreadable, an output that is
+            there already, and what the pipeline refuses.
+
+    Example:
+        >>> noisy = ddpm_hf.sample("runs/digits", 2, "ddim", num_inference_steps=10)
+        >>> len(ddpm_hf.restore("runs/digits", noisy, task="denoise"))
+        2
+    """
+    settings = {name: value for name, value in settings.items() if value is not None} | {"task": task}
+    check_task_settings(settings, mask, batch_size)
+    items = None if output is None else find_items(Path(images), Path(output), mask)
+    if not isinstance(model, Pretrained):
+        model = load_pretrained(str(model))
+    pipeline = open_pipeline(model, "restoration")
+    if items is not None:
+        return restore_files(
+            pipeline,
+            model,
+            items,
+            settings,
+            output=Path(output),
+            seed=seed,
+            batch_size=batch_size,
+            overwrite=overwrite,
+        )
+    several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+    images = list(images) if several else [images]
+    restored = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        generators = image_generators(seed, range(start, start + len(batch)))
+        of_batch = mask[start : start + batch_size] if isinstance(mask, (list, tuple)) else mask
+        masks = {} if mask is None else {"mask": of_batch}
+        with refused_as_user_error("images"):
+            restored += pipeline(batch, **masks, **settings, generator=generators).images
+    return restored
+
+
+def restore_files(
+    pipeline, model: Pretrained, items: list[Item], settings: dict, *, output: Path, seed: int, batch_size, overwrite
+) -> Restored:
+    """Restore images from files to files: refuse first, then restore those without a result, then draw a sheet."""
+    pipeline.set_progress_bar_config(disable=True)
+    record = {
+        "schema": SCHEMA,
+        "model": model.facts,
+        "pipeline_sha256": hashlib.sha256(pipeline_file("restoration").read_bytes()).hexdigest(),
+        "settings": settings | {"seed": seed},
+        "num_images": len(items),
+        "inputs_sha256": check_items(items, pipeline, settings, seed),
+    }
+    is_file = len(items) == 1 and items[0].output == output
+    to_do = begin(items, output, record, is_file=is_file, overwrite=overwrite)
+    noise_levels = restore_items(to_do, pipeline, settings, seed, batch_size)
+    with writing("the sheet", output):
+        sheet = draw_sheet(items[:ON_SHEET], output.resolve().with_name(f"{output.resolve().name}.sheet.png"))
+    return Restored(len(items), sheet, noise_levels)
+
+
 def open_pipeline(model: Pretrained, name: str) -> DiffusionPipeline:
     """Return our community pipeline `name` around a loaded model, on the device of this process."""
     plain = DDPMPipeline(model.unet, model.scheduler.stock())
-    names = {"id2label": dict(enumerate(model.class_names))} if model.class_names else {}
+    names = {"id2label": model.classes.id2label} if model.classes.names else {}
     # diffusers asks for this flag before it runs any file; this file was installed with the code that is running.
     options = dict(custom_pipeline=str(pipeline_file(name)), trust_remote_code=True)
-    with errors_only():  # it warns of its own cast, from float32 to float32
+    with quiet_diffusers():  # it warns of its own cast, from float32 to float32
         pipeline = DiffusionPipeline.from_pipe(plain, **options, **names)
     return pipeline.to(PartialState().device)
 
 
-def pipeline_options(arguments) -> dict:
-    """Return the flags that were given and that the pipeline takes, or refuse those of another task."""
-    for name, task in TASK_OF.items():
-        if getattr(arguments, name) is not None and arguments.task != task:
-            raise UserError(f"--{name} belongs to --task {task}, and --task is {arguments.task}: leave it out.")
-    if arguments.task == "inpaint" and arguments.mask is None:
+def check_task_settings(settings: dict, mask, batch_size: int):
+    """Refuse, with a UserError, settings that belong to another task, or that are out of range."""
+    task = settings["task"]
+    for name, owner in TASK_OF.items():
+        if (settings.get(name) is not None or name == "mask" and mask is not None) and task != owner:
+            raise UserError(f"--{name} belongs to --task {owner}, and --task is {task}: leave it out.")
+    if task == "inpaint" and mask is None:
         raise UserError("--task inpaint needs --mask: an image, or a folder of one per image, white where to paint.")
-    if arguments.noise_level is not None and not arguments.noise_level >= 0:
-        raise UserError(f"--noise_level is {arguments.noise_level}; it must be at least 0.")
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch_size is {arguments.batch_size}; it must be at least 1.")
-    return {name: getattr(arguments, name) for name in SETTINGS if getattr(arguments, name) is not None}
+    if not settings.get("noise_level", 0) >= 0:
+        raise UserError(f"--noise_level is {settings['noise_level']}; it must be at least 0.")
+    if batch_size < 1:
+        raise UserError(f"--batch_size is {batch_size}; it must be at least 1.")
 
 
-def find_items(arguments) -> list[Item]:
+def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]:
     """Return what is to be restored, by name: the images right inside a folder, or one file."""
-    place, output = Path(arguments.input), Path(arguments.output)
     if place.is_file():
         if output.resolve() == place.resolve():
             raise UserError(f"OUTPUT {output} is INPUT itself: give another name.")
         if output.suffix != ".png" or output.is_dir():
             raise UserError(f"OUTPUT is {output}, but an image is written as PNG: give a name ending in .png.")
-        return [Item(0, place, output, find_mask(place, arguments.mask))]
+        return [Item(0, place, output, find_mask(place, mask))]
     if not place.is_dir():
         raise UserError(f"INPUT {place} is neither a file nor a folder: give an image or a folder of images.")
     if output.is_file() or output.resolve() == place.resolve():
@@ -90,7 +191,7 @@ def find_items(arguments) -> list[Item]:
     names = [path.stem for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"INPUT {place} has several images named {min(twice)}, and results have names alike: rename.")
-    masks = [find_mask(path, arguments.mask) for path in paths]
+    masks = [find_mask(path, mask) for path in paths]
     return [Item(k, path, output / f"{path.stem}.png", mask) for k, (path, mask) in enumerate(zip(paths, masks))]
 
 
@@ -174,7 +275,7 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
         first.setdefault(item.size, item)
     for item in first.values():
         image, mask = read_for(pipeline, item, options["task"])
-        with contextlib.suppress(Accepted), told(item):
+        with contextlib.suppress(Accepted), refused_as_user_error(item.path.name):
             generators = image_generators(seed, [item.index])
             pipeline(image[None], **masks([mask]), **options, generator=generators, callback_on_step_end=accept)
     return digest.hexdigest()
@@ -185,29 +286,28 @@ def masks(of_images: list[torch.Tensor | None]) -> dict:
 
 
 @contextlib.contextmanager
-def told(item: Item):
-    """Tell what the pipeline refuses, which is a ValueError, with the name of the image."""
+def refused_as_user_error(what: str):
+    """Turn what the pipeline refuses, which is a ValueError, into a sentence that names the image."""
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{item.path.name} cannot be restored with these flags: {error}") from error
+        raise UserError(f"{what} cannot be restored with these flags: {error}") from error
 
 
-def begin(items: list[Item], arguments, record: dict) -> list[Item]:
+def begin(items: list[Item], output: Path, record: dict, *, is_file: bool, overwrite: bool) -> list[Item]:
     """Return the items without a result yet; begin the folder, or go on with it if its record is the same.
 
     Raises:
         UserError: if there is something else already, and no --overwrite; if nothing can be written there.
     """
-    output, text = Path(arguments.output), json.dumps(record, indent=2) + "\n"
-    if Path(arguments.input).is_file():
-        if output.exists() and not arguments.overwrite:
+    if is_file:
+        if output.exists() and not overwrite:
             raise UserError(f"{output} is there already: give another OUTPUT, or --overwrite to replace it.")
         with writing("the image", output):
             output.parent.mkdir(parents=True, exist_ok=True)
         return items
-    if output.is_dir() and any(output.iterdir()) and not arguments.overwrite:
-        if not (output / RECORD).is_file() or (output / RECORD).read_text() != text:
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        if read_json(output / RECORD, missing={}) != json.loads(json.dumps(record)):
             raise UserError(
                 f"{output} holds something else than results of this model, these images and these settings: give "
                 "another OUTPUT, or --overwrite to replace files of the same names."
@@ -217,7 +317,7 @@ def begin(items: list[Item], arguments, record: dict) -> list[Item]:
         output.mkdir(parents=True, exist_ok=True)
         for item in items:  # an old file would pass for a result of what is about to begin
             item.output.unlink(missing_ok=True)
-        write_beside(output / RECORD, lambda path: path.write_text(text))
+        write_json(output / RECORD, record)
     return items
 
 
@@ -232,7 +332,7 @@ def restore_items(items: list[Item], pipeline, options: dict, seed: int, batch_s
         for batch in batches:
             images, of_images = zip(*(read_for(pipeline, item, options["task"]) for item in batch))
             generators = image_generators(seed, [item.index for item in batch])
-            with told(batch[0]):
+            with refused_as_user_error(batch[0].path.name):
                 done = pipeline(torch.stack(images), **masks(of_images), **options, generator=generators)
             for item, image in zip(batch, done.images):
                 with writing("the image", item.output):

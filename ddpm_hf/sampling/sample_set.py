@@ -6,6 +6,7 @@ A folder has `000000.png`, `000001.png`, ... and `samples.json`, which says how 
 
 import json
 import shutil
+import time
 import zipfile
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +16,15 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..files import write_beside, writing
+from ..files import read_json, write_beside, write_json, writing
 from ..models.pretrained import Pretrained
 from ..pictures import to_pil, to_uint8
-from .generate import duration, step_seconds
-from .samplers import image_generators, sample
-from .settings import DTYPES
+from .samplers import autocast, class_arguments, image_shape
+from .settings import DTYPES, Sampler
 
 
 SCHEMA = "ddpm_hf.samples/1"
@@ -68,7 +69,7 @@ def read_samples(path) -> SampleSet:
     if path.suffix == ".npz":
         images, record = _read_npz(path)
     else:
-        record = read_record(path)
+        record = read_sample_record(path)
         images = _read_folder(path, record)
     record = record or {"sampler": {}, "model": {}}
     return SampleSet(images, record["sampler"], record["model"])
@@ -127,29 +128,39 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def read_record(folder: Path) -> dict | None:
+def read_sample_record(folder: Path) -> dict | None:
     """Return the samples.json of a folder; None without one, or with somebody else's."""
-    path = folder / "samples.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_json(folder / "samples.json")
+    except UserError:
         return None
-    return record if isinstance(record, dict) and record.get("schema") == SCHEMA else None
+    return record if record.get("schema") == SCHEMA else None
 
 
 def file_name(k: int) -> str:
     return f"{k:06d}.png"
 
 
-def draw_samples(model: Pretrained, sampler: dict, num_images: int, output, batch_size: int, progress=True) -> Path:
+def draw_samples(
+    model: Pretrained,
+    sampler: Sampler,
+    num_images: int,
+    output: str | Path,
+    *,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Path:
     """Draw images 0..num_images-1 into a folder, or into one .npz; every process of a launch calls this.
 
-    Image k lies in block k // batch_size, and a block is drawn by one process in one batch, whatever is there already:
-    so a job that was killed ends with the same bytes as one that was not, on any number of processes.
+    Image k is in block k // batch_size, and one process draws a block in one batch, whatever is there already. So a
+    job that was killed ends with the same bytes as one that was not, on any number of processes.
 
     Args:
-        sampler: as `resolve_sampler` returns it.
+        sampler: resolved for this model.
         output: a folder to begin or to go on with, or a file that ends in .npz.
+
+    Returns:
+        `output` as a Path.
 
     Raises:
         UserError: if the folder holds other samples or files, cannot be written, or if an image is not finite.
@@ -158,21 +169,22 @@ def draw_samples(model: Pretrained, sampler: dict, num_images: int, output, batc
         raise UserError(f"--num_images is {num_images} and --batch_size {batch_size}; both must be at least 1.")
     output, state = Path(output), PartialState()
     folder = output.with_name(output.name + ".parts") if output.suffix == ".npz" else output
-    record = {"schema": SCHEMA, "model": model.facts, "sampler": sampler, "num_images": num_images}
-    whole = read_samples(output) if output.suffix == ".npz" and output.is_file() else None
-    if whole is not None:
-        found = {"model": whole.model, "sampler": whole.sampler} if whole.model else None
-        check_same_samples(output, found, record)
-        if len(whole.images) >= num_images:
-            return output
-    check_same_samples(folder, read_record(folder), record)
+    record = {
+        "schema": SCHEMA,
+        "model": model.facts,
+        "sampler": sampler.record(model),
+        "num_images": num_images,
+    }
+    drawn = _find_samples(output, folder, record)
+    if len(drawn) >= num_images:
+        return output
     state.wait_for_everyone()  # nobody looks any more when the first file is written
     if state.is_main_process:
         with writing("samples", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for k, image in enumerate([] if whole is None else to_pil(whole.images)):
+            for k, image in enumerate(to_pil(drawn)):
                 write_beside(folder / file_name(k), partial(image.save, format="PNG"))
-            write_beside(folder / "samples.json", lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+            write_json(folder / "samples.json", record)
     state.wait_for_everyone()
     blocks = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
     mine = [
@@ -180,39 +192,37 @@ def draw_samples(model: Pretrained, sampler: dict, num_images: int, output, batc
         for block in blocks[state.process_index :: state.num_processes]
         if not all((folder / file_name(k)).is_file() for k in block)
     ]
-    if mine and progress and state.is_main_process:
-        left, steps = sum(map(len, mine)), sampler["num_inference_steps"]
-        one_step = step_seconds(model.unet.to(state.device), len(mine[0]), DTYPES[sampler["dtype"]])
-        cost = duration(one_step / len(mine[0]) * steps * left)
-        print(f"{left:,} images of {sampler['method']} in {steps} steps: about {cost}.", flush=True)
+    progress = progress and state.is_main_process
     if mine:
-        _draw_blocks(model, sampler, mine, folder, progress and state.is_main_process)
+        model.unet.to(state.device)
+        if progress:
+            _print_estimate(model, sampler, mine)
+        _draw_blocks(model, sampler, mine, folder, progress=progress)
     state.wait_for_everyone()
     if output.suffix == ".npz" and state.is_main_process:
-        images = read_samples(folder).images[:num_images].permute(0, 2, 3, 1).numpy()
-        with writing("samples", output):
-            # An open file: to a name numpy would append .npz once more.
-            def save(path):
-                with open(path, "wb") as file:
-                    np.savez(file, arr_0=images, meta=np.array(json.dumps(record)))
-
-            write_beside(output, save)
-            shutil.rmtree(folder)
+        _pack(folder, output, record)
     state.wait_for_everyone()
     return output
 
 
-def _draw_blocks(model: Pretrained, sampler: dict, blocks: list[range], folder: Path, progress: bool):
-    unet, labels = model.unet.to(PartialState().device), sampler["class_labels"]
-    listed = isinstance(sampler["timesteps"], list)
-    options = dict(
-        method=sampler["method"],
-        num_inference_steps=None if listed else sampler["num_inference_steps"],
-        spacing=sampler["timesteps"],
-        eta=sampler["eta"] or 0.0,
-        variance_type=sampler["variance_type"],
-        dtype=DTYPES[sampler["dtype"]],
-    )
+def _find_samples(output: Path, folder: Path, record: dict) -> torch.Tensor:
+    """Return the images of an .npz that is there already, or none; refuse samples of another record."""
+    whole = read_samples(output) if output.suffix == ".npz" and output.is_file() else None
+    if whole is not None:
+        found = {"model": whole.model, "sampler": whole.sampler} if whole.model else None
+        check_same_samples(output, found, record)
+    check_same_samples(folder, read_sample_record(folder), record)
+    return torch.empty(0, 1, 1, 1, dtype=torch.uint8) if whole is None else whole.images
+
+
+def _print_estimate(model: Pretrained, sampler: Sampler, blocks: list[range]):
+    left = sum(map(len, blocks))
+    one_step = step_seconds(sampler.network(model), len(blocks[0]), DTYPES[sampler.dtype]) / len(blocks[0])
+    cost = duration(one_step * sampler.num_inference_steps * left)
+    print(f"{left:,} images of {sampler.name} in {sampler.num_inference_steps} steps: about {cost}.", flush=True)
+
+
+def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folder: Path, *, progress: bool):
     num_images = sum(map(len, blocks))
     with tqdm(desc=f"Sampling {num_images:,} images", total=num_images, unit="image", disable=not progress) as bar:
 
@@ -220,19 +230,12 @@ def _draw_blocks(model: Pretrained, sampler: dict, blocks: list[range], folder: 
             bar.update(round(size * (i + 1) / num_steps) - round(size * i / num_steps))
 
         for block in blocks:
-            images = sample(
-                unet,
-                model.scheduler,
-                image_generators(sampler["seed"], block),
-                class_labels=None if labels is None else [labels[k % len(labels)] for k in block],
-                on_step=partial(count, len(block)),
-                **options,
-            )
+            images = sampler.draw(model, block, partial(count, len(block)))
             if not images.isfinite().all():
                 broken = block[int((~images.isfinite()).flatten(1).any(dim=1).nonzero()[0])]
                 error = UserError(
-                    f"image {broken} is not finite ({sampler['method']}, {sampler['dtype']}): take --dtype float32, "
-                    "or look whether the training of this model diverged."
+                    f"image {broken} is not finite ({sampler.name}, {sampler.dtype}): take --dtype float32, or check "
+                    "whether the training of this model diverged."
                 )
                 error.on_one_process = True
                 raise error
@@ -240,3 +243,38 @@ def _draw_blocks(model: Pretrained, sampler: dict, blocks: list[range], folder: 
                 for k, image in zip(block, to_pil(to_uint8(images))):
                     if not (folder / file_name(k)).is_file():
                         write_beside(folder / file_name(k), partial(image.save, format="PNG"))
+
+
+def _pack(folder: Path, output: Path, record: dict):
+    """Put the images of a folder into one .npz and remove the folder."""
+    images = read_samples(folder).images[: record["num_images"]].permute(0, 2, 3, 1).numpy()
+
+    def save(path):
+        with open(path, "wb") as file:  # an open file, because numpy would append .npz to a name once more
+            np.savez(file, arr_0=images, meta=np.array(json.dumps(record)))
+
+    with writing("samples", output):
+        write_beside(output, save)
+        shutil.rmtree(folder)
+
+
+def step_seconds(unet: nn.Module, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> float:
+    """Return the seconds that one evaluation of a batch takes here, measured after one to warm up."""
+    x = torch.zeros(batch_size, *image_shape(unet), device=unet.device, dtype=unet.dtype)
+    timesteps = torch.zeros(batch_size, dtype=torch.int64, device=unet.device)
+    labels = class_arguments(unet, None if unet.config.num_class_embeds is None else [0] * batch_size, batch_size)
+    with torch.no_grad(), autocast(unet, dtype):
+        for _ in range(2):
+            start = time.perf_counter()
+            unet(x, timesteps, **labels).sample.sum().item()  # waits for a GPU
+            seconds = time.perf_counter() - start
+    return seconds
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in words of the size that matters: `a second`, `8 s`, `12 min`, `3.5 h`."""
+    if seconds < 1.5:
+        return "a second"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

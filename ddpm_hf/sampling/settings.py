@@ -1,94 +1,172 @@
-"""All that decides how image k looks."""
+"""Sampler: all that decides how image k of a model looks, and the one place that writes it into a record."""
 
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
-from ..errors import UserError
-from ..models.pretrained import Pretrained
-from .samplers import check_method, default_variance
+from ..errors import UserError, no_such
+from ..models.classes import Classes
+from ..models.classifier import NoisyClassifier
+from ..models.pretrained import Pretrained, weights_hash
+from .guidance import guide
+from .samplers import SAMPLERS, check_settings, default_variance, distinct_steps, draw, image_generators, settings_of
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FAR_FROM_NOISE = 0.01  # abar of the first step: with more signal left than this, pure noise is no fair beginning
+FEW_STEPS = 50  # the default of every sampler but ddpm
+FAR_FROM_NOISE = 0.01  # abar of the first step: with more signal left than this, pure noise is a poor start
 
 
-def resolve_sampler(
-    model: Pretrained,
-    *,
-    method: str = "ddpm",
-    num_inference_steps: int | None = None,
-    timesteps: str = "trailing",
-    eta: float = 0.0,
-    variance_type: str | None = None,
-    dtype: str = "float32",
-    seed: int = 0,
-    class_labels: list[int | str] | None = None,
-    guidance_scale: float = 1.0,
-    classifier: str | None = None,
-) -> tuple[dict, list[str]]:
-    """Return all that decides how image k of `model` looks, nothing left to a default, and warnings to print.
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How images are drawn. Image k of a model depends on these settings and on nothing else.
 
-    Args:
-        timesteps: a spacing of `PaperDDPMScheduler.subsequence`, or timesteps joined by commas.
-        class_labels: image k has label `class_labels[k % len]`, a name or a number; None: all classes in turn, if any.
-        guidance_scale: see `guidance.guide`; `classifier` is the SHA-256 of the classifier that guides, if one does.
+    `resolve(model)` fills in the defaults and refuses what the model cannot do; the other methods want a resolved one.
+
+    Attributes:
+        name: ddpm, ddim, dpmsolver++, or another name of `SAMPLERS`.
+        num_inference_steps: from 1 to the model's T timesteps. None: all T for ddpm, 50 for the others, or as many as
+            `timesteps` lists.
+        timesteps: a spacing of `PaperDDPMScheduler.subsequence`, or the timesteps themselves, as numbers or as text
+            such as "999,500,0".
+        eta: DDIM's share of fresh noise, 0 to 1.
+        variance_type: of ddpm. None: the model's own on all T steps, fixed_small on fewer.
+        dtype: what the UNet computes in: float32, bfloat16 or float16. All else stays float32.
+        seed: image k is drawn from the generator seeded with seed + k.
+        class_labels: image k gets label `class_labels[k % len]`, a name or a number. None: all classes in turn.
+        guidance_scale: how strongly the class is followed; 1 is the conditional model itself. See `guidance.guide`.
+        classifier: guides an unconditional model towards a class.
+
+    Example:
+        >>> model = ddpm_hf.load("runs/digits")
+        >>> Sampler(name="ddim", num_inference_steps=10).resolve(model).record(model)["num_inference_steps"]
+        10
+    """
+
+    name: str = "ddpm"
+    num_inference_steps: int | None = None
+    timesteps: str | Sequence[int] = "trailing"
+    eta: float = 0.0
+    variance_type: str | None = None
+    dtype: str = "float32"
+    seed: int = 0
+    class_labels: Sequence[int | str] | None = None
+    guidance_scale: float = 1.0
+    classifier: NoisyClassifier | None = None
+
+    def resolve(self, model: Pretrained) -> "Sampler":
+        """Return these settings with nothing left to a default, as `model` will be drawn from.
+
+        Raises:
+            UserError: for settings that do not go together or that the model cannot do.
+        """
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}.")
+        check_settings(self.name, self.eta, self.variance_type, model.unet)
+        self.network(model)  # refuses guidance that this model cannot follow
+        timesteps, steps = self.timesteps, self.num_inference_steps
+        if isinstance(timesteps, str) and re.fullmatch(r"\d+(,\d+)*", timesteps):
+            timesteps = [int(t) for t in timesteps.split(",")]
+        if isinstance(timesteps, str) and steps is None:
+            steps = len(model.scheduler) if self.name == "ddpm" else min(FEW_STEPS, len(model.scheduler))
+        taken = distinct_steps(model.scheduler, steps, timesteps)
+        variance_type = self.variance_type or default_variance(model.scheduler, len(taken))
+        return replace(
+            self,
+            num_inference_steps=steps or len(taken),
+            timesteps=timesteps if isinstance(timesteps, str) else tuple(timesteps),
+            variance_type=variance_type if "variance_type" in settings_of(self.name) else None,
+            class_labels=self.classes(model).numbers(self.class_labels),
+        )
+
+    def classes(self, model: Pretrained) -> Classes:
+        """Return the classes that can be requested: the model's, or those of the classifier that guides it."""
+        if self.classifier is None:
+            return model.classes
+        config = self.classifier.config
+        return Classes.of_model(config.num_classes, config.id2label)
+
+    def network(self, model: Pretrained) -> nn.Module:
+        """Return what predicts: the model's UNet, under guidance where these settings ask for it."""
+        classifier = None if self.classifier is None else self.classifier.to(model.unet.device)
+        return guide(model.unet, model.scheduler, model.classes, self.guidance_scale, classifier)
+
+    def labels(self, indices: Sequence[int]) -> list[int] | None:
+        """Return the class of each image, or None for an unconditional model."""
+        wanted = self.class_labels
+        return None if wanted is None else [wanted[k % len(wanted)] for k in indices]
+
+    def draw(self, model: Pretrained, indices: Sequence[int], on_step: Callable | None = None) -> Tensor:
+        """Draw images `indices` in one batch: float32 (B, C, H, W) in [-1, 1], on the UNet's device.
+
+        `on_step(i, num_steps, sample, pred_original_sample)` is called after each step.
+        """
+        listed = not isinstance(self.timesteps, str)
+        return draw(
+            self.network(model),
+            model.scheduler,
+            image_generators(self.seed, indices),
+            sampler=self.name,
+            num_inference_steps=None if listed else self.num_inference_steps,
+            spacing=self.timesteps,
+            eta=self.eta,
+            variance_type=self.variance_type,
+            class_labels=self.labels(indices),
+            dtype=DTYPES[self.dtype],
+            on_step=on_step,
+        )
+
+    def record(self, model: Pretrained) -> dict:
+        """Return all that decides how image k of `model` looks, as records and samples.json hold it."""
+        config = model.scheduler.config
+        record = {
+            "method": self.name,
+            "num_inference_steps": self.num_inference_steps,
+            "timesteps": self.timesteps if isinstance(self.timesteps, str) else list(self.timesteps),
+            "eta": self.eta if "eta" in settings_of(self.name) else None,
+            "variance_type": self.variance_type,
+            "clip_sample": bool(config.clip_sample or config.thresholding),
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "class_labels": self.class_labels,
+            "quantize": "round-uint8",
+        }
+        if self.class_labels is not None:
+            names = self.classes(model).names
+            record["class_names"] = list(names) if names else None  # what the labels mean
+        if self.classifier is not None or self.guidance_scale != 1:
+            classifier = None if self.classifier is None else weights_hash(self.classifier)
+            record |= {"guidance_scale": self.guidance_scale, "classifier": classifier}
+        return record
+
+    def warnings(self, model: Pretrained) -> list[str]:
+        """Return sentences about settings that are possible but poor."""
+        spacing = self.timesteps
+        steps = distinct_steps(model.scheduler, self.num_inference_steps, spacing)
+        first, last = steps[0][0], len(model.scheduler) - 1
+        signal = float(model.scheduler.alphas_cumprod_at(first))
+        if signal <= FAR_FROM_NOISE or first == last:
+            return []
+        return [
+            f"Warning: the first step is t = {first}, where abar is {signal:.2g}: sampling begins in pure noise, but "
+            f"the model expects some image there; --timesteps trailing begins at t = {last}."
+        ]
+
+
+def sampler_named(sampler: "str | Sampler", settings: dict) -> Sampler:
+    """Return a Sampler from its name and settings, or the Sampler itself with settings replaced.
 
     Raises:
-        UserError: for what `sample` or the scheduler refuse.
+        UserError: for a name or a setting that does not exist.
     """
-    scheduler = model.scheduler
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}; choose {', '.join(DTYPES)}.")
-    check_method(method, eta, variance_type, model.unet)
-    listed = re.fullmatch(r"\d+(,\d+)*", timesteps)
-    spacing = [int(t) for t in timesteps.split(",")] if listed else timesteps
-    if num_inference_steps is None and not listed:
-        num_inference_steps = len(scheduler) if method == "ddpm" else min(50, len(scheduler))
-    steps = [(t, prev_t) for t, prev_t in scheduler.subsequence(num_inference_steps, spacing) if t != prev_t]
-    if class_labels is None and model.num_classes:
-        class_labels = range(model.num_classes)
-    class_labels = None if class_labels is None else [label_number(label, model) for label in class_labels]
-    clip = scheduler.config.clip_sample or scheduler.config.thresholding
-    sampler = {
-        "method": method,
-        "num_inference_steps": num_inference_steps or len(steps),
-        "timesteps": spacing,
-        "eta": eta if method == "ddim" else None,
-        "variance_type": (variance_type or default_variance(scheduler, len(steps))) if method == "ddpm" else None,
-        "clip_sample": bool(clip),
-        "dtype": dtype,
-        "seed": seed,
-        "class_labels": class_labels,
-        "quantize": "round-uint8",
-    }
-    if class_labels is not None:
-        sampler["class_names"] = model.class_names  # what the labels mean
-    if classifier is not None or guidance_scale != 1:
-        sampler |= {"guidance_scale": guidance_scale, "classifier": classifier}
-    warnings = []
-    signal = float(scheduler.alphas_cumprod_at(steps[0][0]))
-    if signal > FAR_FROM_NOISE and steps[0][0] < len(scheduler) - 1:
-        warnings.append(
-            f"Warning: the first step is t = {steps[0][0]}, where abar is {signal:.2g}: sampling begins in pure "
-            f"noise, but the model expects some image there; --timesteps trailing begins at t = {len(scheduler) - 1}."
-        )
-    return sampler, warnings
-
-
-def label_number(label: int | str, model: Pretrained) -> int:
-    """Return the number of a class given by its name, or by its number; an unknown one is a UserError."""
-    known = model.class_names or list(map(str, range(model.num_classes)))
-    if label in known:
-        return known.index(label)
-    if str(label).isdigit() and int(label) < model.num_classes:
-        return int(label)
-    if not known:
-        raise UserError("this model knows no classes: leave --class_labels out, or give a --classifier to guide it.")
-    raise UserError(f"--class_labels has {label!r}, but this model knows {', '.join(known)}: give names or numbers.")
-
-
-def sampler_flags(arguments) -> dict:
-    """Return the flags that `resolve_sampler` takes."""
-    names = ["num_inference_steps", "timesteps", "eta", "variance_type", "dtype", "seed", "class_labels"]
-    return {"method": arguments.sampler or "ddpm"} | {name: getattr(arguments, name) for name in names}
+    known = set(Sampler.__dataclass_fields__) - {"name"}
+    if unknown := set(settings) - known:
+        raise UserError(no_such("setting of a sampler", min(unknown), sorted(known)))
+    if isinstance(sampler, Sampler):
+        return replace(sampler, **settings)
+    if sampler not in SAMPLERS:
+        raise UserError(no_such("sampler", sampler, SAMPLERS))
+    return Sampler(name=sampler, **settings)

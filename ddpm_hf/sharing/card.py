@@ -6,7 +6,6 @@ said to be unknown.
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 
@@ -15,15 +14,12 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..config.presets import PRESETS
 from ..config.training_config import GROUPS, EvaluationOptions, HubOptions, OutputOptions
 from ..errors import UserError
+from ..evaluation.metrics import METRICS
 from ..evaluation.records import SCHEMA, data_name, number, read_record, table
+from ..files import read_json, write_beside
 from ..provenance import without_paths
 from .hub import is_hub_id
 from .licences import LICENCES, UNKNOWN_LICENCE
-
-
-# What the Hub calls what our ids begin with.
-METRIC_TYPES = {r"fid\d": "fid", r"kid\d": "kid", r"is\d": "inception_score"}
-METRIC_TYPES |= {"precision": "precision", "recall": "recall"}
 
 
 def eval_results(record: dict) -> list[EvalResult]:
@@ -31,7 +27,7 @@ def eval_results(record: dict) -> list[EvalResult]:
     data, sampler = record["data"], record["sampler"]
     results = []
     for entry in record["metrics"]:
-        kind = next((kind for start, kind in METRIC_TYPES.items() if re.match(start, entry["id"])), entry["id"])
+        kind = hub_name(entry["id"])
         if entry.get("status") == "skipped":
             continue
         results.append(
@@ -56,6 +52,12 @@ def eval_results(record: dict) -> list[EvalResult]:
     return results
 
 
+def hub_name(id: str) -> str:
+    """Return what the Hub calls the metric of an entry: the id itself where it has no name of its own."""
+    known = {start: name for metric in METRICS.values() for start, name in metric.hub_names.items()}
+    return next((name for start, name in known.items() if re.match(rf"{start}\d", id)), id)
+
+
 def without_none(values: dict) -> dict:
     """Return what YAML would keep."""
     return {key: value for key, value in values.items() if value is not None}
@@ -64,11 +66,12 @@ def without_none(values: dict) -> dict:
 MARKER = r"<!-- ddpm_hf: (\S+) -->"  # with the name that the card was written for
 # What each pipeline file does, and a call that shows it.
 PIPELINES = {
-    "class_conditional": ("Images of a class, with classifier-free guidance", "class_labels=[0], guidance_scale=2.0"),
-    "classifier_guided": ("Images of a class, by a classifier's guidance", "class_labels=[0], guidance_scale=2.0"),
+    "class_guided": ("Images of a class, guided towards it", "class_labels=[0], guidance_scale=2.0"),
     "restoration": ("Mends noisy, masked, small, grey or blurred images", 'Image.open("noisy.png"), task="denoise"'),
     "reconstruction": ("Images to noise and back, and between two images", 'Image.open("image.png")'),
 }
+# class_guided.py was two files once. Folders saved then hold one of these, which their cards go on showing.
+EARLIER = dict.fromkeys(["class_conditional", "classifier_guided"], PIPELINES["class_guided"])
 TRAINING = {
     "parameters": "Parameters",
     "num_images": "Training images",
@@ -107,7 +110,7 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
     before = re.search(MARKER, readme.read_text(encoding="utf-8")) if readme.exists() else None
     if readme.exists() and before is None:
         return False
-    run = without_paths(read_json(folder / "train_config.json"))
+    run = without_paths(read_json(folder / "train_config.json", missing={}))
     flags = run.get("flags", {})
     pushed_to = before[1] if before is not None and "/" in before[1] else None
     name = name or pushed_to or flags.get("hub_model_id") or folder.resolve().name
@@ -140,20 +143,17 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
         "## Limits\n\n" + limits(flags, data, records),
         f"## Data\n\nThe images: {of_data}" if data else "",
     ]
-    partial = folder / ".README.md"
-    partial.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
-    os.replace(partial, readme)
+    text = "\n\n".join(filter(None, parts)) + "\n"
+    write_beside(readme, lambda partial: partial.write_text(text, encoding="utf-8"))
     return True
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> str:
     """Return the sentence that says what the model is."""
-    unet = read_json(folder / "unet" / "config.json") or read_json(folder / "classifier" / "config.json")
-    size, classes = unet.get("sample_size"), read_json(folder / "model_index.json").get("id2label", {})
+    unet = read_json(folder / "unet" / "config.json", missing={}) or read_json(
+        folder / "classifier" / "config.json", missing={}
+    )
+    size, classes = unet.get("sample_size"), read_json(folder / "model_index.json", missing={}).get("id2label", {})
     kind = "A denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239))"
     if flags.get("objective") == "classify":
         kind = "A classifier of noisy images, to guide a DDPM of the same data and schedule,"
@@ -191,8 +191,11 @@ classifier = AutoModel.from_pretrained("{name}", subfolder="classifier", trust_r
             f"python -m ddpm_hf sample MODEL --classifier {name} --guidance_scale 10 --sampler ddim\n"
             f"python -m ddpm_hf export MODEL my-export --classifier {name}\n```",
         ]
-    unet, scheduler = read_json(folder / "unet" / "config.json"), read_json(folder / "scheduler/scheduler_config.json")
-    index, steps = read_json(folder / "model_index.json"), scheduler["num_train_timesteps"]
+    unet, scheduler = (
+        read_json(folder / "unet" / "config.json", missing={}),
+        read_json(folder / "scheduler/scheduler_config.json", missing={}),
+    )
+    index, steps = read_json(folder / "model_index.json", missing={}), scheduler["num_train_timesteps"]
     named, classes = index["_class_name"], index.get("id2label", {})
     parts = []
     if isinstance(named, str) and unet["num_class_embeds"] is None:
@@ -212,11 +215,12 @@ image = pipeline(num_inference_steps={steps}).images[0]
                 f"(num_inference_steps={min(50, steps)}).images[0]`."
             )
     has_no_class = (unet["num_class_embeds"] or 0) > len(classes)
-    for pipeline, (what, arguments) in PIPELINES.items():
+    for pipeline, (what, arguments) in (EARLIER | PIPELINES).items():
         if not (folder / f"{pipeline}.py").is_file():
             continue
         if unet["num_class_embeds"] and not has_no_class:
             only = {
+                "class_guided": "class_labels=[0]",
                 "class_conditional": "class_labels=[0]",
                 "reconstruction": 'Image.open("image.png"), class_labels=0',
             }

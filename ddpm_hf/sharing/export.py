@@ -1,12 +1,11 @@
 """A model and the pipeline files that it can use, in one folder: whoever loads it needs diffusers, nothing of ours."""
 
-import json
 import shutil
 from pathlib import Path
 
 from ..community_pipelines import pipeline_file
 from ..errors import UserError
-from ..files import writing
+from ..files import read_json, write_json, writing
 from ..models.pretrained import Pretrained
 from ..models.saving import save_classifier, save_pipeline
 from ..provenance import hide_paths
@@ -24,8 +23,8 @@ def export(model: Pretrained, output: str | Path, classifier=None, pipeline: str
 
     Args:
         classifier: a NoisyClassifier that travels with an unconditional model, for guidance, or None.
-        pipeline: that the index names; by default class_conditional for a conditional model, classifier_guided with a
-            classifier, else stock `DDPMPipeline`, which then needs no trust in code.
+        pipeline: that the index names; by default class_guided for a conditional model or with a classifier, else
+            stock `DDPMPipeline`, which needs no trust in code.
 
     Raises:
         UserError: if the folder is there already or cannot be written, for a classifier of other images, or a
@@ -38,9 +37,8 @@ def export(model: Pretrained, output: str | Path, classifier=None, pipeline: str
     if classifier is not None:
         check_classifier(classifier, model.unet, model.scheduler)
     suits = {
-        "class_conditional": conditional,
-        "classifier_guided": classifier is not None,
-        "restoration": not conditional or config.num_class_embeds > model.num_classes,  # it needs "no class"
+        "class_guided": conditional or classifier is not None,
+        "restoration": not conditional or model.classes.no_class is not None,
         "reconstruction": True,
     }
     names = [name for name in PIPELINES if suits[name]]
@@ -52,16 +50,15 @@ def export(model: Pretrained, output: str | Path, classifier=None, pipeline: str
     with writing("the export", output):
         shutil.rmtree(new, ignore_errors=True)  # left by a kill
         new.mkdir(parents=True)
-        save_pipeline(new, model.unet, model.scheduler, model.class_names, pipeline)
+        save_pipeline(new, model.unet, model.scheduler, model.classes.names, pipeline)
         if classifier is not None:
             save_classifier(new, classifier)
-            index = json.loads((new / "model_index.json").read_text())
+            index = read_json(new / "model_index.json")
             index["classifier"] = ["classifier", "NoisyClassifier"]  # the class in classifier/classifier.py
-            (new / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+            write_json(new / "model_index.json", index)
         for name in names:
             shutil.copyfile(pipeline_file(name), new / f"{name}.py")
-        of_run = model.folder.parent if (model.folder / "state.pt").is_file() else model.folder  # of a checkpoint
-        for path in (of_run / name for name in RECORDS):
+        for path in (model.run_folder / name for name in RECORDS):
             if path.is_dir():
                 patterns = [Path(private).name for private in PRIVATE if Path(private).parent.name == path.name]
                 shutil.copytree(path, new / path.name, ignore=shutil.ignore_patterns(*patterns))

@@ -13,10 +13,14 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..config.training_config import TrainingConfig
+from ..data.dataset import load_images
 from ..diffusion.scheduler import PaperDDPMScheduler
+from ..errors import UserError
+from ..models.pretrained import load_pretrained
 from ..pictures import evenly, image_sheet, near_square, resize, save_picture, strip, tile, to_uint8
 from ..randomness import keyed_generator
-from ..sampling.samplers import image_generators, sample
+from ..sampling.samplers import draw, image_generators
 
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
@@ -36,7 +40,7 @@ def forward_strip(scheduler: PaperDDPMScheduler, images: torch.Tensor, path, see
 def reverse_strip(frames: list[tuple[torch.Tensor, torch.Tensor]], labels: list[str], path) -> Path:
     """Draw the reverse process, one column per frame: the samples, each above the x_0 that was predicted from it.
 
-    `frames` are pairs (sample, pred_original_sample), each (N, C, H, W), as `sample` passes them to on_step.
+    `frames` are pairs (sample, pred_original_sample), each (N, C, H, W), as `draw` passes them to on_step.
     """
     samples, predictions = (to_uint8(torch.stack(part, dim=1)) for part in zip(*frames))
     rows = [row for pair in zip(samples, predictions) for row in pair]
@@ -67,9 +71,9 @@ def ddim_sheets(
     paths = []
     for count in [count for count in steps if count <= len(scheduler)]:
         options = dict(
-            method="ddim", num_inference_steps=count, spacing="trailing", on_step=on_step, class_labels=class_labels
+            sampler="ddim", num_inference_steps=count, spacing="trailing", on_step=on_step, class_labels=class_labels
         )
-        images = sample(unet, scheduler, image_generators(seed, range(num_images)), **options)
+        images = draw(unet, scheduler, image_generators(seed, range(num_images)), **options)
         paths.append(image_sheet(to_uint8(images), Path(folder, f"ddim_{count}.png")))
     return paths
 
@@ -175,7 +179,7 @@ def run_figures(
         images: real images (N, C, H, W) in [-1, 1]; up to 4 are shown as noise is added.
         num_images: samples to draw, from the same noise by DDPM and DDIM; the GIF shows up to 16 of them.
         num_inference_steps: DDPM steps of the reverse process; None: all T.
-        on_step: called after every step of sampling, as by `sample`.
+        on_step: called after every step of sampling, as by `draw`.
         class_labels: labels of the `num_images` samples, for a conditional UNet.
     """
     metrics, folder = Path(output_dir, "metrics.jsonl"), Path(output_dir, "figures")
@@ -210,7 +214,39 @@ def reverse_figures(unet, scheduler, folder, seed, *, steps, num_images, on_step
 
     generators = image_generators(seed, range(num_images))
     options = dict(num_inference_steps=len(steps), spacing="trailing", on_step=keep_frame)
-    sample(unet, scheduler, generators, class_labels=class_labels, **options)
+    draw(unet, scheduler, generators, class_labels=class_labels, **options)
     captions, pairs = zip(*evenly(frames, 9))
     reverse_strip([[part[:3] for part in pair] for pair in pairs], captions, folder / "reverse.png")
     reverse_gif([samples for _, (samples, _) in frames], folder / "reverse.gif")
+
+
+def redraw_figures(folder: str | Path):
+    """Draw the figures of a finished run again, from its pipeline, its metrics and its data.
+
+    Raises:
+        UserError: for a folder that is not a finished run of a DDPM, or data that cannot be read.
+    """
+    folder = Path(folder)
+    if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():  # an export has both
+        only = folder / "figures" / "loss.png"
+        raise UserError(f"{folder} is the run of a classifier, whose only figure is {only}.")
+    if not (folder / "train_config.json").is_file() or not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is not a finished run: give the --output_dir of a training.")
+    model = load_pretrained(str(folder))
+    try:
+        config = TrainingConfig(**model.run["flags"])
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder}/train_config.json is not of this version ({error}): train the run anew.") from error
+    train_set, _ = load_images(config, model.unet.config.in_channels)
+    images = train_set.get(list(range(min(8, train_set.num_images or 8))))
+    num_images = min(16, config.eval_batch_size)
+    run_figures(
+        folder,
+        model.unet,
+        model.scheduler,
+        images,
+        config.seed,
+        num_images=num_images,
+        num_inference_steps=config.ddpm_num_inference_steps,
+        class_labels=model.classes.in_turn(range(num_images)),
+    )

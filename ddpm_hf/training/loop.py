@@ -241,7 +241,7 @@ def print_summary(run: Run, finished: FinishedRun):
     else:
         use = f"DDPMPipeline.from_pretrained({str(folder)!r})"
         if config.class_conditional:
-            use = "for `python -m ddpm_hf sample` and pipelines/class_conditional.py"
+            use = "for `python -m ddpm_hf sample` and pipelines/class_guided.py"
         sheets = (folder / "samples").glob("epoch_*.png")
         found = {
             "pipeline": f"{folder}  ({use})",

@@ -20,6 +20,7 @@ from ..models.ema import ema_decay
 from ..models.saving import save_classifier, save_pipeline
 from ..pictures import image_sheet
 from ..sampling.generate import sample_images
+from ..sampling.settings import Sampler
 from ..sharing.card import write_card
 from ..sharing.hub import push
 from . import checkpoints
@@ -198,7 +199,7 @@ def draw_figures(run: Run, due: set[str], line: dict):
                 num_images=num_images,
                 num_inference_steps=config.ddpm_num_inference_steps,
                 on_step=stop_on_signal(run),
-                class_labels=run.class_labels(range(num_images)),
+                class_labels=run.classes.in_turn(range(num_images)),
             )
         except Interrupted:
             run.state.figures_missing = True
@@ -317,15 +318,13 @@ def draw_sheet_images(run: Run) -> np.ndarray:
     """
     config, accelerator = run.config, run.accelerator
     share = range(accelerator.process_index, config.eval_batch_size, accelerator.num_processes)
+    # A Sampler's timesteps are trailing: they begin in pure noise, where leading ones keep signal with cosine betas.
+    sampler = Sampler(num_inference_steps=config.ddpm_num_inference_steps, seed=config.seed).resolve(run.pretrained)
     images = sample_images(
-        run.published,
-        run.scheduler,
-        config.seed,
+        run.pretrained,
+        sampler,
         share,
         batch_size=config.eval_batch_size,
-        num_inference_steps=config.ddpm_num_inference_steps,
-        spacing="trailing",  # begins at T - 1, in pure noise; "leading" would begin where cosine betas leave signal
-        class_labels=run.class_labels(share),
         on_step=stop_on_signal(run),
         progress=accelerator.is_main_process,
     )

@@ -3,10 +3,9 @@
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,12 @@ from ..diffusion.timestep_sampling import new_history
 from ..errors import UserError
 from ..files import writing
 from ..models.build import build_classifier, build_unet, unet_channels
+from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.ema import make_ema
+from ..models.pretrained import Pretrained
 from ..processes import check_processes, has_bfloat16
-from ..provenance import PACKAGES, command, git_commit
+from ..provenance import PACKAGES, command, git_commit, version
 from ..sharing.hub import create_repository
 from . import checkpoints
 from .checkpoints import TrainState
@@ -69,13 +70,28 @@ class Run:
         return self.network if self.ema is None else self.ema.module
 
     @property
-    def class_names(self) -> list[str] | None:
-        """The classes of a conditional UNet; None for other networks."""
-        return self.train_set.class_names if self.config.class_conditional else None
+    def pretrained(self) -> Pretrained:
+        """The published weights, as samplers and scores take them."""
+        facts = {
+            "name": Path(self.config.output_dir).resolve().name,
+            "revision": None,
+            "weights": "published",
+            "parameters": self.facts["parameters"],
+            "commit": self.facts["git_commit"],
+        }
+        return Pretrained(self.published, self.scheduler, facts, {}, Path(self.config.output_dir), self.classes)
 
-    def class_labels(self, indices: Sequence[int]) -> list[int] | None:
-        """Return the labels to sample images with these numbers: all classes in turn; None without classes."""
-        return [k % len(self.class_names) for k in indices] if self.class_names else None
+    @property
+    def classes(self) -> Classes:
+        """The classes of a conditional UNet; no classes for other networks."""
+        if not self.config.class_conditional:
+            return Classes()
+        return Classes(tuple(self.train_set.class_names), self.network.config.num_class_embeds)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes of a conditional UNet; None for other networks."""
+        return self.train_set.class_names if self.config.class_conditional else None
 
     def epochs(self, step: int) -> int:
         """Return how many epochs are complete after `step` steps, counted by images seen."""
@@ -130,7 +146,6 @@ def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     num_images, total_steps = count_steps(config, train_set.num_images, global_batch)
     learning_rate = learning_rate_schedule(config, optimizer, total_steps)
-    evaluation, skipped = open_evaluation(config, network, scheduler, train_set, validation_set)
     model, optimizer = accelerator.prepare(network, optimizer)
     run = Run(
         config=config,
@@ -144,14 +159,16 @@ def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
         optimizer=optimizer,
         learning_rate=learning_rate,
         loss=OBJECTIVES[config.objective](scheduler, loss_type=config.loss_type, snr_gamma=config.snr_gamma),
-        evaluation=evaluation,
+        evaluation=None,
         num_images=num_images,
         global_batch=global_batch,
         total_steps=total_steps,
         facts={},
         state=TrainState(),
     )
-    return replace(run, facts=describe(run)), [*ema_warning(config, total_steps), *skipped]
+    run = replace(run, facts=describe(run))
+    evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
+    return replace(run, evaluation=evaluation), [*ema_warning(config, total_steps), *skipped]
 
 
 def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:

@@ -1,0 +1,82 @@
+"""The classes that a network can be told: their names, their numbers, and which embedding means "no class"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a conditional network; an unconditional one has none, and its Classes() is false.
+
+    Attributes:
+        names: the name of class k at k; None where a model does not tell them, and classes go by number alone.
+        num_embeddings: how many class embeddings the network has. One more than there are names means that the last
+            embedding stands for "no class".
+
+    Example:
+        >>> classes = Classes(("cat", "dog"), num_embeddings=3)
+        >>> len(classes), classes.no_class, classes.number("dog"), classes.in_turn([0, 1, 2])
+        (2, 2, 1, [0, 1, 0])
+    """
+
+    names: tuple[str, ...] | None = None
+    num_embeddings: int = 0
+
+    @classmethod
+    def of_model(cls, num_embeddings: int | None, id2label: dict | None) -> Classes:
+        """Return the classes of a UNet's `num_class_embeds` and an index's `id2label`, whose keys may be text."""
+        if not num_embeddings:
+            return cls()
+        names = tuple(id2label[number] for number in sorted(id2label, key=int)) if id2label else None
+        return cls(names, num_embeddings)
+
+    def __len__(self) -> int:
+        """Return how many classes can be requested: "no class" is not one of them."""
+        return len(self.names) if self.names else self.num_embeddings
+
+    @property
+    def no_class(self) -> int | None:
+        """The number that means "no class", which guidance needs; None where the network has no such embedding."""
+        return len(self) if self.num_embeddings > len(self) else None
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """The names as model_index.json has them, or None."""
+        return dict(enumerate(self.names)) if self.names else None
+
+    def number(self, label: int | str) -> int:
+        """Return the number of a class given by its name or its number, which may be text.
+
+        Raises:
+            UserError: for a label that is not one of these classes.
+        """
+        known = list(self.names or map(str, range(len(self))))
+        if label in known:
+            return known.index(label)
+        if str(label).isdigit() and int(label) < len(self):
+            return int(label)
+        if not known:
+            raise UserError(
+                "this model knows no classes: leave --class_labels out, or give a --classifier to guide it."
+            )
+        raise UserError(
+            f"--class_labels has {label!r}, but this model knows {', '.join(known)}: give names or numbers."
+        )
+
+    def numbers(self, labels: Iterable[int | str] | None) -> list[int] | None:
+        """Return the numbers of requested labels; None means all classes in turn, if there are any.
+
+        Raises:
+            UserError: for a label that is not one of these classes.
+        """
+        if labels is None:
+            return list(range(len(self))) or None
+        return [self.number(label) for label in labels]
+
+    def in_turn(self, indices: Sequence[int]) -> list[int] | None:
+        """Return the class of each image when all classes are drawn in turn; None for an unconditional network."""
+        return [index % len(self) for index in indices] if self else None

@@ -1,0 +1,64 @@
+"""The demo of a model, published as a Gradio Space on the Hub."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+from ..community_pipelines import shipped
+from ..errors import UserError
+from .hub import API, create_repository, is_hub_id, persist, reason
+
+
+SUFFIXES = [".py", ".md", ".txt", ".css", ".html", ".js"]  # what a Space is made of
+
+
+def push_space(model: str, name: str | None = None, *, private: bool = False, token: str | None = None) -> str:
+    """Upload spaces/ and pipelines/ as a Space that shows a model of the Hub; return the Space's address.
+
+    Args:
+        model: Hub id, e.g. "me/ddpm-mnist".
+        name: of the Space, NAME or USER/NAME; by default the model's name and -demo.
+        private: create it private; a Space that exists must be private then.
+        token: to push with; by default that of `hf auth login`.
+
+    Raises:
+        UserError: for a model that is not on the Hub, a Space that cannot be written to, or an upload that failed.
+    """
+    if not is_hub_id(model):
+        raise UserError(f"{model} is no Hub id, and a Space cannot see this disk: push it first, give USER/NAME.")
+    try:
+        found = API.file_exists(model, "model_index.json", token=token)
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        raise UserError(f"{API.endpoint} does not answer ({reason(error)}): check the network.") from None
+    if not found:
+        raise UserError(f"{model} is no pipeline on {API.endpoint}, or not for you to see: push it first.")
+    name = name or f"{model.rpartition('/')[2]}-demo"
+    space_id = create_repository(name, private, token, repo_type="space", space_sdk="gradio")
+    with tempfile.TemporaryDirectory() as folder:
+        write_space(Path(folder), model)
+
+        def upload():
+            API.add_space_variable(space_id, "DDPM_MODEL", model, token=token)
+            API.upload_folder(
+                repo_id=space_id, repo_type="space", folder_path=folder, token=token, commit_message=f"Show {model}"
+            )
+
+        if not persist(upload, space_id, f"`python -m ddpm_hf push-space {model}` tries again"):
+            raise UserError(f"the Space {space_id} is not up to date: see the warning above, then push again.")
+    return f"{API.endpoint}/spaces/{space_id}"
+
+
+def write_space(folder: Path, model: str):
+    """Write the files of the Space that shows `model` into an empty folder."""
+    (folder / "pipelines").mkdir()
+    for path in shipped("pipelines").glob("*.py"):
+        shutil.copyfile(path, folder / "pipelines" / path.name)
+    for path in shipped("spaces").rglob("*"):
+        if path.suffix in SUFFIXES:
+            target = folder / path.relative_to(shipped("spaces"))
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("\n---\n", f"\nmodels:\n- {model}\n---\n", 1))

@@ -1,0 +1,40 @@
+"""Check what a visitor sent, and word what the page answers."""
+
+import time
+
+
+MAX_IMAGES = 16
+MAX_SEED = 2**31 - 1
+
+
+class Refused(Exception):
+    """One sentence for the visitor, or for the person who starts the Space, on what cannot be done."""
+
+
+def whole(name: str, value, low: int, high: int) -> int:
+    """Return `value` as a whole number from low to high, or raise Refused."""
+    return int(between(name, value, low, high, kind=int))
+
+
+def between(name: str, value, low: float, high: float, *, kind: type = float) -> float:
+    """Return `value` as a number from low to high, or raise Refused."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or kind(value) != value:
+        wanted = "whole number" if kind is int else "number"
+        raise Refused(f"The {name} is {str(value)[:40]!r}: give a {wanted} from {low} to {high}.")
+    return kind(value)
+
+
+def one_of(name: str, value, choices) -> str:
+    """Return `value` if it is one of the choices, or raise Refused."""
+    if value not in choices:
+        raise Refused(f"The {name} is {str(value)[:40]!r}: choose {', '.join(choices)}.")
+    return value
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def seconds_since(start: float) -> str:
+    return f"{time.perf_counter() - start:.1f} s"

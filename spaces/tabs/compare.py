@@ -1,0 +1,58 @@
+"""Compare: one seed by each sampler, in few steps and in many."""
+
+import time
+from functools import partial
+
+import gradio as gr
+from checks import MAX_SEED, one_of, plural, seconds_since, whole
+from images import contact_sheet, enlarge, picture, to_images
+from model import Model
+from widgets import (
+    BUSY,
+    class_box,
+    gallery,
+    inputs_column,
+    outputs_column,
+    say_failure,
+    seed_box,
+    status_line,
+    two_buttons,
+)
+
+
+def compare(model: Model, seed, class_name):
+    """Stream (gallery, status): four images of one seed, or fewer of a large model, by each sampler in turn."""
+    seed = whole("seed", seed, 0, MAX_SEED)
+    class_name = one_of("class", class_name or model.classes[0], model.classes)
+    number = next((n for n in (4, 2) if n * (85 + model.T) <= model.max_evaluations), 1)
+    ways, left = [], model.max_evaluations // number
+    for steps in (5, 10, 20, 50):
+        if steps <= min(left, model.T):
+            ways.append(("DDIM", steps))
+            left -= steps
+    ways.append(("DDPM", max(1, min(left, model.T))))
+    seeds, labels = [seed + k for k in range(number)], model.class_numbers(class_name, number)
+    shown, begin = [], time.perf_counter()
+    for sampler, steps in ways:
+        name, start = f"{sampler}, {plural(steps, 'step')}", time.perf_counter()
+        for i, x_0 in model.draw_frames(seeds, sampler, steps, labels):
+            sheet = contact_sheet([enlarge(image) for image in to_images(x_0)], columns=min(2, number))
+            if i < steps:
+                yield [*shown, picture(sheet, name)], f"{name}: step {i}."
+        shown.append(picture(sheet, f"{name} · {seconds_since(start)}"))
+    what = f"seed{'s' * (number > 1)} {', '.join(map(str, seeds))}"
+    yield shown, f"Done: {what} in {seconds_since(begin)}. Every sheet begins with the same noise."
+
+
+def add(model: Model):
+    with gr.Tab("Compare"), gr.Row():
+        with inputs_column():
+            gr.Markdown("The same noise, drawn with DDIM in 5, 10, 20 and 50 steps and with DDPM.")
+            class_name, seed = class_box(model), seed_box()
+            start, stop = two_buttons("Compare", "Stop", primary="Compare")
+        with outputs_column():
+            status, shown = status_line("Ready."), gallery("Samplers", columns=3)
+    options = {"api_name": "compare", "show_progress_on": status, **BUSY}
+    event = start.click(partial(compare, model), [seed, class_name], [shown, status], **options)
+    stop.click(None, cancels=[event], api_visibility="private")
+    say_failure(event, status)

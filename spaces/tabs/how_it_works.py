@@ -1,0 +1,51 @@
+"""How it works: the forward process of the visitor's image, on a slider."""
+
+from functools import partial
+
+import gradio as gr
+from checks import MAX_SEED, whole
+from images import picture, visitor_image
+from model import Model
+from widgets import QUICK, gallery, image_inputs, inputs_column, outputs_column, say_failure, seed_box, status_line
+
+
+BAR = """<div class="bar" role="img" aria-label="${Math.round(value)} % image, the rest noise">
+<span class="signal" style="width: ${value}%">image ${Math.round(value)} %</span>
+<span class="noise" style="width: ${100 - value}%">noise ${100 - Math.round(value)} %</span></div>"""
+HOW = """**Forward.** The image is faded and noise is added, step by step, until only noise is left:
+x<sub>t</sub> = √ᾱ<sub>t</sub> · x₀ + √(1 − ᾱ<sub>t</sub>) · noise. Move t and watch.
+
+**The network** has learned one thing: to find the clean image in a noisy one. The more noise there is, the more it has
+to guess. At the end the image that it sees is its own invention.
+
+**Backward.** Drawing begins with pure noise. Each step asks the network which image it sees, and takes a little of the
+noise away. DDPM takes many small steps and adds some fresh noise in each; DDIM takes few large steps without it."""
+
+
+def forward(model: Model, source, upload, drawing, t, seed):
+    """Return (gallery, status, bar): x_t of the image, and the clean image that the network sees in it."""
+    t, seed = whole("t", t, 0, model.T), whole("seed", seed, 0, MAX_SEED)
+    x_0 = visitor_image(model, source, upload, drawing, seed)
+    x_t, alpha_bar = model.forward(x_0, t, seed + 1)  # another seed than the one that drew the model's own image
+    shown = [picture(x_0, "Image x₀"), picture(x_t, f"Noisy, t = {t}")]
+    if model.restoration is not None:  # the network can do without a class
+        shown.append(picture(model.guess(x_t, t) if t else x_0, "The network's guess"))
+    return shown, f"x at t = {t} is √{alpha_bar:.4f} · x₀ + √{1 - alpha_bar:.4f} · noise.", 100 * alpha_bar
+
+
+def add(model: Model):
+    with gr.Tab("How it works") as tab:
+        with gr.Row():
+            with inputs_column():
+                inputs, seed = image_inputs(model), seed_box()
+            with outputs_column():
+                t = gr.Slider(0, model.T, value=model.T // 3, step=1, label="Timestep t")
+                share = {"label": "Share of the image", "js_on_load": None, "apply_default_css": False}
+                bar = gr.HTML(100, html_template=BAR, **share)
+                status = status_line("One moment: an image to begin with.")
+                shown = gallery("Forward", columns=3)
+        gr.Markdown(HOW)
+    inputs, outputs = [*inputs, t, seed], [shown, status, bar]
+    triggers = [tab.select, *(part.change for part in inputs)]
+    options = {"api_name": "forward", "trigger_mode": "always_last", **QUICK}
+    say_failure(gr.on(triggers, partial(forward, model), inputs, outputs, **options), status)

@@ -1,0 +1,59 @@
+"""Pipeline files cannot import each other, so passages that several of them have are compared here."""
+
+import ast
+import importlib.util
+
+import pytest
+import torch
+from conftest import ROOT
+
+
+FILES = sorted((ROOT / "pipelines").glob("*.py"))
+SHARED = {
+    "ddpm_scheduler": 3,
+    "trailing_timesteps": 2,
+    "predict_original_sample": 2,
+    "ddim_step": 2,
+    "after_step": 3,
+    "to_output": 3,
+    "check_steps": 3,
+    "check_generator": 3,
+    "check_output": 3,
+}
+
+
+def functions():
+    """Name -> the code of every function that stands at the top of a pipeline file under that name."""
+    found = {}
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef):
+                found.setdefault(node.name, []).append(ast.unparse(node))
+    return found
+
+
+def test_what_is_shared_is_what_is_listed():
+    assert {name: len(codes) for name, codes in functions().items() if len(codes) > 1} == SHARED
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_it_is_the_same_in_every_file(name):
+    codes = functions()[name]
+    assert codes == codes[:1] * len(codes)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_no_method_has_more_than_five_positional_parameters(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            names = [one.arg for one in node.args.posonlyargs + node.args.args if one.arg != "self"]
+            assert len(names) <= 5, node.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_tensor_stays_on_its_device(path):
+    spec = importlib.util.spec_from_file_location(f"agree_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    images = module.to_output(torch.zeros(2, 3, 4, 5, device="meta"), "pt")
+    assert images.device.type == "meta" and images.shape == (2, 3, 4, 5)
