@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.models.pretrained import load_pretrained, quiet_diffusers
-from ddpm_hf.pictures import resized, saved, tiled
+from ddpm_hf.pictures import resize, save_picture, tile
 from ddpm_hf.randomness import keyed_generator
 from ddpm_hf.sampling.restoration import open_pipeline
 from ddpm_hf.sampling.samplers import image_generators
@@ -186,7 +186,7 @@ def draw_block(row: Row, pictures: dict, best: str | None) -> Image.Image:
     """Return the first images of a row: the truth, what became of it, the best classical method, ours."""
     names = ["truth", "degraded", *([best] if best else []), "ours"]
     images = [torch.tensor(pictures[name][:ON_SHEET]).permute(0, 3, 1, 2) for name in names]
-    body = tiled(resized((torch.cat(images).clamp(0, 1) * 255).round().to(torch.uint8), 64), len(images[0]))
+    body = tile(resize((torch.cat(images).clamp(0, 1) * 255).round().to(torch.uint8), 64), len(images[0]))
     font, left, top = ImageFont.load_default(16), 170, 36
     block = Image.new("RGB", (left + body.width, top + body.height + 24), "white")
     block.paste(body, (left, top))
@@ -273,7 +273,7 @@ def main():
         }
         arguments.output.write_text(json.dumps(record, indent=2) + "\n")
     if arguments.sheet:
-        saved(draw_page(blocks).save, arguments.sheet, optimize=True)
+        save_picture(draw_page(blocks).save, arguments.sheet, optimize=True)
 
 
 if __name__ == "__main__":

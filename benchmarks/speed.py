@@ -26,7 +26,7 @@ from ddpm_hf.data.batches import training_batches
 from ddpm_hf.models.build import build_unet
 from ddpm_hf.sampling.generate import sample_images
 from ddpm_hf.training.loop import progress_bar, step
-from ddpm_hf.training.periodic import reach, what_is_due
+from ddpm_hf.training.periodic import run_due_tasks, what_is_due
 from ddpm_hf.training.run import open_run
 
 
@@ -118,7 +118,7 @@ def training(run, arguments) -> dict:
             step(run, batches)
             bar.update()
             if due := what_is_due(run):
-                reach(run, due, 0.0, [])
+                run_due_tasks(run, due, 0.0)
 
         run.model.train()
         steps = {"ours": our_step} | {name: loop.step for name, loop in loops.items()}

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files whole or not at all."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from .errors import UserError
 
 @contextlib.contextmanager
 def writing(what: str, path):
-    """Turn the several errors of a full disk or a read-only folder into one sentence."""
+    """Raise a UserError in place of the errors of a full disk or a read-only folder while `what` is written."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -27,13 +27,14 @@ def writing(what: str, path):
 
 
 def write_beside(path: Path, write):
-    """Call `write` on a name beside `path`, then rename: a kill leaves a whole file or none."""
+    """Call `write` with a temporary name in the same folder, then rename it to `path`: a kill leaves no half file."""
     partial = path.with_name(f".{path.name}.tmp")
     write(partial)
     partial.replace(path)
 
 
 def remove(path: Path):
+    """Remove a file, a link, or a folder with all that is in it; a missing file is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

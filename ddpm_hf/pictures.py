@@ -1,4 +1,4 @@
-"""Tensors to pictures: sheets, strips and PNG files."""
+"""Turn tensors into pictures: sheets, strips and PNG files."""
 
 import math
 from functools import partial
@@ -14,22 +14,28 @@ from .files import write_beside
 GAP = 4  # white pixels between images
 
 
-def saved(write, path, **options) -> Path:
-    """Call `write` with another name, then rename: a kill leaves no half picture. Return the path."""
+def save_picture(write, path, **options) -> Path:
+    """Write a picture under a temporary name, then rename it, so that a kill leaves no half picture; return the path.
+
+    `write(path, format=..., **options)` is e.g. the `save` method of a PIL image.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The name that is written to tells no format.
+    # The temporary name has no extension to take the format from.
     write_beside(path, partial(write, format=path.suffix[1:], **options))
     return path
 
 
 def evenly(items: list, most: int) -> list:
-    """Return at most this many of the items, evenly spaced, the first and the last among them."""
+    """Return at most `most` of the items, evenly spaced, including the first and the last."""
     return [items[k] for k in np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)]
 
 
-def resized(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bring uint8 images (N, C, H, W) near to `size` pixels by a whole factor: squares up, means of squares down."""
+def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Scale uint8 images (N, C, H, W) by a whole factor so that the longer side is at most `size` pixels.
+
+    Enlarging repeats pixels, so that a pixel stays a square. Reducing averages squares of pixels.
+    """
     side = max(images.shape[-2:])
     if side > size:
         return torch.nn.functional.avg_pool2d(images.float(), math.ceil(side / size)).round().to(torch.uint8)
@@ -37,13 +43,13 @@ def resized(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def near_square(count: int) -> int:
-    """Return a number of columns, at least as many as rows, that leaves no hole unless the sheet gets too wide."""
+    """Return the columns of a sheet of `count` images: nearly as many as rows, without a gap if that is possible."""
     root = math.ceil(count**0.5)
     return next((columns for columns in range(root, 2 * root) if count % columns == 0), root)
 
 
-def tiled(images: torch.Tensor, columns: int) -> Image.Image:
-    """Lay uint8 images (N, C, H, W) out in rows on white, as a picture of mode L or RGB."""
+def tile(images: torch.Tensor, columns: int) -> Image.Image:
+    """Return uint8 images (N, C, H, W) laid out in rows on white, as a picture of mode L or RGB."""
     count, channels, height, width = images.shape
     size = math.ceil(count / columns) * (height + GAP) - GAP, columns * (width + GAP) - GAP
     canvas = np.full((*size, channels), 255, dtype=np.uint8)
@@ -54,13 +60,16 @@ def tiled(images: torch.Tensor, columns: int) -> Image.Image:
 
 
 def image_sheet(images: torch.Tensor, path, columns: int | None = None) -> Path:
-    """Draw uint8 images (N, C, H, W), C = 1 or 3, as a sheet; `columns` default to a near-square one."""
-    big = resized(images, max(128, *images.shape[-2:]))
-    return saved(tiled(big, columns or near_square(len(big))).save, path, optimize=True)
+    """Write uint8 images (N, C, H, W), C = 1 or 3, as a sheet and return its path; it is near-square by default."""
+    big = resize(images, max(128, *images.shape[-2:]))
+    return save_picture(tile(big, columns or near_square(len(big))).save, path, optimize=True)
 
 
-def framed(image: Image.Image | None, side: int) -> torch.Tensor:
-    """Return an RGB image, enlarged by a whole factor, in the middle of a white square: uint8 (3, side, side)."""
+def frame(image: Image.Image | None, side: int) -> torch.Tensor:
+    """Return a white square, uint8 (3, side, side), with the image (if any) in its middle.
+
+    The image is enlarged by the largest whole factor that fits.
+    """
     square = Image.new("RGB", (side, side), "white")
     if image is not None:
         factor = side // max(image.size)
@@ -70,9 +79,9 @@ def framed(image: Image.Image | None, side: int) -> torch.Tensor:
 
 
 def strip(rows: list[torch.Tensor], column_labels: list[str], row_labels: list[str], path) -> Path:
-    """Draw rows of uint8 images (K, C, H, W), with K labels above them and one to the left of each row."""
-    rows = [resized(row, 128) for row in rows]
-    body = tiled(torch.cat(rows), len(column_labels))
+    """Write rows of uint8 images (K, C, H, W) with K labels above and one left of each row; return the path."""
+    rows = [resize(row, 128) for row in rows]
+    body = tile(torch.cat(rows), len(column_labels))
     font = ImageFont.load_default(18)
     top, left = 32, max(math.ceil(font.getlength(label)) for label in row_labels) + 16 if row_labels else 0
     page = Image.new(body.mode, (body.width + left, body.height + top), "white")
@@ -83,15 +92,15 @@ def strip(rows: list[torch.Tensor], column_labels: list[str], row_labels: list[s
         draw.text((left + k * (width + GAP) + width / 2, top / 2), label, "black", font, "mm")
     for k, label in enumerate(row_labels):
         draw.text((left - 10, top + k * (height + GAP) + height / 2), label, "black", font, "rm")
-    return saved(page.save, path, optimize=True)
+    return save_picture(page.save, path, optimize=True)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] to uint8 of the same shape and device, rounded to the nearest level and clamped."""
+    """Return images in [-1, 1] as uint8 of the same shape and device, rounded to the nearest level and clamped."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """uint8 images, or floats in [-1, 1], of shape (B, C, H, W) as PIL images: mode L for C = 1, RGB for C = 3."""
+    """Return images (B, C, H, W), uint8 or floats in [-1, 1], as PIL images: mode L for C = 1, RGB for C = 3."""
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     return [Image.fromarray(image.squeeze(-1).numpy()) for image in images.permute(0, 2, 3, 1).cpu()]

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DModel
 from PIL import Image
 
@@ -35,7 +34,7 @@ from ddpm_hf.models.classes import Classes
 from ddpm_hf.models.pretrained import Pretrained
 from ddpm_hf.models.saving import save_pipeline
 from ddpm_hf.training.loop import step, train
-from ddpm_hf.training.run import open_run
+from ddpm_hf.training.run import open_run, reset_accelerate
 
 
 ROOT = Path(__file__).parent.parent
@@ -66,14 +65,9 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """accelerate keeps precision and accumulation for the life of a process; each test begins anew."""
+    """accelerate keeps its settings for the life of a process; training resets them, and so do tests without it."""
     yield
     reset_accelerate()
-
-
-def reset_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def steps(count, *flags):
@@ -84,7 +78,6 @@ def steps(count, *flags):
     for _ in range(count):
         step(run, batches)
     losses = [row[:NUM_BANDS].sum() for row in run.state.pending]
-    reset_accelerate()
     return run, losses
 
 
@@ -160,7 +153,6 @@ def guidance_models(tmp_path_factory):
     flags = [*TINY, "--max_train_steps=6", "--validation_split=0.1", "--eval_batch_size=10"]
     for name, more in {"conditional": ["--class_conditional"], "classifier": ["--objective=classify"]}.items():
         train(parse_config([*flags, *more, f"--output_dir={root}/{name}"]))
-        reset_accelerate()
     unet = UNet2DModel.from_pretrained(root / "conditional" / "unet")
     unet = UNet2DModel.from_config(unet.config, num_class_embeds=None)
     save_pipeline(root / "plain", unet, make_scheduler("linear", 10))

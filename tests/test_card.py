@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, reset_accelerate
+from conftest import ROOT, TINY
 from huggingface_hub import ModelCard
 from test_saving import tiny_unet
 
@@ -27,7 +27,6 @@ def scored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scored") / "digits-run"
     flags = ["--max_train_steps=6", "--validation_split=0.1", "--use_ema"]
     train(parse_config([*TINY, *flags, f"--output_dir={folder}"]))
-    reset_accelerate()
     what = ["--metrics=memorization,bits_per_dim", "--num_images=32", "--bound_images=16", "--bound_timesteps=5"]
     argv = ["evaluate", str(folder), *what, "--num_inference_steps=3", "--features=inception"]
     with pytest.MonkeyPatch.context() as patch:

@@ -85,8 +85,8 @@ BAD = {
     ),
     "weighted bound": ([*TINY, "--objective=vlb", "--snr_gamma=5"], "--objective vlb is a likelihood"),
     "bound of another distance": ([*TINY, "--objective=vlb", "--loss_type=l1"], "--objective vlb is a likelihood"),
-    "unknown objective": ([*TINY, "--objective=elbo"], "there is no --objective 'elbo': choose from"),
-    "fp16 on a CPU": ([*TINY, "--mixed_precision=fp16"], "--mixed_precision fp16 cannot act here"),
+    "unknown objective": ([*TINY, "--objective=elbo"], "--objective elbo is not known: choose from simple, hybrid"),
+    "fp16 on a CPU": ([*TINY, "--mixed_precision=fp16"], "--mixed_precision fp16 is not possible here"),
     "tracker not installed": ([*TINY, "--logger=wandb"], "--logger wandb is not installed: pip install wandb"),
     "best of nothing": ([*TINY, "--save_best"], "--save_best needs held-out images"),
     # the model
@@ -147,7 +147,7 @@ BAD = {
     "damaged checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-4"], "is damaged"),
     "checkpoint of another folder into a full one": (
         [*TINY, "--output_dir={root}/mine", "--resume_from_checkpoint={root}/run/checkpoint-2"],
-        "is not its own",
+        "belongs to another folder",
     ),
     "no such checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-9"], "is not a complete checkpoint"),
     "half a checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-3"], "is not a complete checkpoint"),

@@ -72,7 +72,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError):
-        figures.saved(fail, path)
+        figures.save_picture(fail, path)
     assert path.read_text() == "old"
 
 
@@ -85,8 +85,8 @@ def test_loss_figure_takes_any_run(tmp_path, lines, more):
 
 def test_the_moving_mean_keeps_a_straight_line_and_ends_on_a_mean_of_the_last_values():
     line = np.arange(300.0)
-    assert np.allclose(figures.smoothed(line)[:-5], line[:-5])
-    assert figures.smoothed(line)[-1] == line[-6:].mean()
+    assert np.allclose(figures.smooth(line)[:-5], line[:-5])
+    assert figures.smooth(line)[-1] == line[-6:].mean()
 
 
 @pytest.mark.parametrize("T", [10, 1000])
@@ -122,7 +122,7 @@ def test_gif_of_28_px_images_loops_rests_and_is_small(tmp_path):
     gif.seek(39)
     assert gif.info["duration"] == 2000
     last = np.asarray(gif.convert("L"))
-    assert (last == np.asarray(figures.tiled(figures.resized(to_uint8(digits[:16]), 84), 4))).all()
+    assert (last == np.asarray(figures.tile(figures.resize(to_uint8(digits[:16]), 84), 4))).all()
 
 
 def test_ddim_sheets_are_ddim_samples_and_skip_what_T_cannot_give(tmp_path, unet, scheduler):

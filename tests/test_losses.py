@@ -10,13 +10,15 @@ from ddpm_hf.diffusion.losses import (
     accuracy,
     by_band,
     classification_loss,
-    denoising_loss,
     draw_noise,
+    hybrid_loss,
     min_snr_weights,
-    told_labels,
+    simple_loss,
+    training_labels,
+    vlb_loss,
 )
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler, make_scheduler
-from ddpm_hf.diffusion.timestep_sampling import draw_timesteps, new_history, remember, timestep_probabilities
+from ddpm_hf.diffusion.timestep_sampling import draw_timesteps, new_history, timestep_probabilities, update_history
 
 
 class Answer(torch.nn.Module):
@@ -46,7 +48,7 @@ def test_the_true_target_costs_nothing_and_an_offset_what_it_should(loss_type, p
     scheduler = make_scheduler("ho_linear", 100, prediction_type=prediction_type)
     batch = a_batch()
     target = scheduler.training_target(batch["images"], batch["noise"], batch["timesteps"])
-    loss = denoising_loss(scheduler, loss_type)
+    loss = simple_loss(scheduler, loss_type=loss_type)
     assert loss(Answer(target), batch).abs().max() < 1e-6
     cost = {"l2": 9.0, "l1": 3.0, "huber": 2.5}[loss_type]  # of an error of 3: 3^2, 3, 3 - 1/2
     assert torch.allclose(loss(Answer(target + 3), batch), torch.full((6,), cost), rtol=1e-5)
@@ -62,7 +64,7 @@ def test_min_snr_is_one_weight_in_the_space_of_x0(prediction_type):
     output = target + 0.01
     x0_error = scheduler.predict_original_sample(output, noisy, batch["timesteps"]) - batch["images"]
     wanted = scheduler.snr(batch["timesteps"]).clamp(max=5) * x0_error.square().mean(dim=(1, 2, 3))
-    assert torch.allclose(denoising_loss(scheduler, "l2", 5.0)(Answer(output), batch), wanted.float(), rtol=2e-3)
+    assert torch.allclose(simple_loss(scheduler, snr_gamma=5.0)(Answer(output), batch), wanted.float(), rtol=2e-3)
     assert (min_snr_weights(scheduler, batch["timesteps"], 5.0) > 0).all()
 
 
@@ -70,7 +72,7 @@ def test_the_hybrid_loss_teaches_the_variance_and_leaves_the_mean_to_the_simple_
     scheduler = PaperDDPMScheduler.nichol_cosine(100, variance_type="learned_range")
     batch = a_batch()
     output = torch.cat([batch["noise"] + 0.1, torch.zeros_like(batch["noise"])], dim=1).requires_grad_()
-    denoising_loss(scheduler, objective="hybrid")(Answer(output), batch).sum().backward()
+    hybrid_loss(scheduler)(Answer(output), batch).sum().backward()
     mean_gradient, variance_gradient = output.grad.chunk(2, dim=1)
     # d/d eps of the pixels' mean of (eps - target)^2
     assert torch.allclose(mean_gradient, torch.full_like(mean_gradient, 2 * 0.1 / 16), rtol=1e-4)
@@ -87,7 +89,7 @@ def test_the_bound_as_a_loss_is_hos_weight_times_the_error_and_teaches_the_mean(
         answer = batch["noise"] + d
         if variance_type == "learned_range":
             answer = torch.cat([answer, torch.ones_like(answer)], dim=1)
-        return denoising_loss(scheduler, objective="vlb")(Answer(answer), batch)[1:]
+        return vlb_loss(scheduler)(Answer(answer), batch)[1:]
 
     t = batch["timesteps"][1:]
     beta, abar = scheduler.betas64[t], scheduler.alphas_cumprod64[t]
@@ -102,12 +104,12 @@ def test_timesteps_are_drawn_in_proportion_to_the_root_of_their_mean_squared_los
     history = new_history(4)
     assert timestep_probabilities(history).tolist() == [0.25] * 4
     for _ in range(9):
-        remember(history, torch.arange(4), torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 0.0]))
+        update_history(history, torch.arange(4), torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 0.0]))
     # The order is that of the ordinals: of t = 3 there are first five more zeros, then five of 4 sqrt(2).
     ordinals, losses = torch.tensor([45, 44, 43, 42, 41, 40, 39, 38, 37, 36]), torch.tensor([32**0.5] * 5 + [0.0] * 5)
-    remember(history, ordinals, torch.full((10,), 3), losses)
+    update_history(history, ordinals, torch.full((10,), 3), losses)
     assert timestep_probabilities(history).tolist() == [0.25] * 4  # each t needs ten
-    remember(history, torch.arange(3), torch.arange(3), torch.tensor([1.0, 2.0, 3.0]))
+    update_history(history, torch.arange(3), torch.arange(3), torch.tensor([1.0, 2.0, 3.0]))
     assert history[3].tolist() == pytest.approx([0.0] * 5 + [32**0.5] * 5)
     wanted = [0.999 * share + 0.001 / 4 for share in (0.1, 0.2, 0.3, 0.4)]  # rms of 1, 2, 3, 4
     assert timestep_probabilities(history).tolist() == pytest.approx(wanted)
@@ -131,10 +133,10 @@ def test_importance_weights_leave_the_mean_loss_as_it_is():
 def test_accumulation_does_not_change_which_timesteps_are_drawn(monkeypatch, tmp_path):
     def record(history, ordinals, timesteps, losses):
         drawn[-1].append((ordinals, timesteps))
-        remember(history, ordinals, timesteps, losses)
+        update_history(history, ordinals, timesteps, losses)
 
     drawn, histories = [], []
-    monkeypatch.setattr("ddpm_hf.training.loop.remember", record)
+    monkeypatch.setattr("ddpm_hf.training.loop.update_history", record)
     for batch, accumulation in ((8, 1), (4, 2)):
         drawn.append([])
         flags = [f"--train_batch_size={batch}", f"--gradient_accumulation_steps={accumulation}"]
@@ -205,11 +207,11 @@ def test_a_classifier_pays_its_cross_entropy_and_is_right_or_wrong():
 
 def test_a_share_of_the_labels_is_dropped_each_by_its_ordinal():
     labels, ordinals = torch.arange(2000) % 10, torch.arange(2000)
-    told = told_labels(labels, ordinals, 10, 0.2, seed=3)
+    told = training_labels(labels, ordinals, 10, 0.2, seed=3)
     dropped = told == 10
     assert torch.equal(told[~dropped], labels[~dropped])
     assert 0.2 * 2000 - 3 * 18 < int(dropped.sum()) < 0.2 * 2000 + 3 * 18  # deviation sqrt(2000 * 0.2 * 0.8) = 18
-    assert torch.equal(told_labels(labels[500:600], ordinals[500:600], 10, 0.2, seed=3), told[500:600])
-    assert not torch.equal(told_labels(labels, ordinals, 10, 0.2, seed=4), told)
-    assert torch.equal(told_labels(labels, ordinals, 10, 0.0, seed=3), labels)
-    assert told_labels(torch.tensor([-1]), torch.tensor([0]), 10, 0.0, seed=3).item() == 10  # an image of no class
+    assert torch.equal(training_labels(labels[500:600], ordinals[500:600], 10, 0.2, seed=3), told[500:600])
+    assert not torch.equal(training_labels(labels, ordinals, 10, 0.2, seed=4), told)
+    assert torch.equal(training_labels(labels, ordinals, 10, 0.0, seed=3), labels)
+    assert training_labels(torch.tensor([-1]), torch.tensor([0]), 10, 0.0, seed=3).item() == 10  # an image of no class

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import reset_accelerate, steps
+from conftest import steps
 from diffusers.training_utils import EMAModel
 
 from ddpm_hf import UserError
@@ -121,6 +121,5 @@ def test_bf16_follows_the_curve_of_float32(tmp_path):
         flags = [f"--output_dir={tmp_path}/{precision}", f"--mixed_precision={precision}", "--base_channels=16"]
         _, losses = steps(60, *flags)
         curves[precision] = torch.tensor([float(loss) for loss in losses])
-        reset_accelerate()
     differences = (curves["bf16"] - curves["no"]).abs()
     assert 0 < differences.max() < 0.03 * curves["no"].mean() < curves["no"].std()

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from conftest import reset_accelerate
 from diffusers import DDPMPipeline
 
 from ddpm_hf import UserError
@@ -34,7 +33,6 @@ def run(flags, tmp_path_factory):
     """A run of two epochs that was scored after each."""
     folder = tmp_path_factory.mktemp("scored") / "run"
     train(parse_config([*flags, f"--output_dir={folder}"]))
-    reset_accelerate()
     return folder
 
 

@@ -198,7 +198,7 @@ def test_reverse_log_variances_are_those_of_the_papers_code(name):
     sample = ONE_PIXEL.expand(100, -1, -1, -1)
 
     def log_variance(variance_type, v=None):
-        return scheduler.reverse_log_variance(sample, t, None, variance_type, v).flatten().numpy()
+        return scheduler.reverse_log_variance(sample, t, None, variance_type, predicted_variance=v).flatten().numpy()
 
     np.testing.assert_allclose(log_variance("fixed_small"), log_small)
     np.testing.assert_allclose(log_variance("fixed_small_log"), log_small)

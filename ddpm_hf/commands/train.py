@@ -22,6 +22,9 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
 
 
 def run(arguments):
+    """Train; leave with exit code 128 + the signal's number if a signal stopped it."""
     from ..training.loop import train
 
-    train(arguments.config)
+    finished = train(arguments.config)
+    if finished is not None and not finished.finished:
+        raise SystemExit(128 + finished.signal)

@@ -117,10 +117,10 @@ class DiffusionOptions:
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = flag(
         "fixed_small", "Variance of the reverse process; learned_range: predicted by the UNet [ours]"
     )
-    objective: Literal["simple", "hybrid", "vlb", "classify"] | None = flag(
+    objective: str | None = flag(
         None,
-        "Ho's L_simple, Nichol's L_hybrid (default with learned_range), the variational bound, or classify: train the "
-        "classifier of noisy images that guidance needs instead of a UNet [ours]",
+        "simple (Ho), hybrid (Nichol; default with learned_range), vlb (the variational bound), or classify: train a "
+        "classifier of noisy images, for guidance, instead of a UNet [ours]",
     )
     timestep_sampling: Literal["uniform", "loss_second_moment"] = flag(
         "uniform", "How timesteps are drawn; loss_second_moment: those with large losses more often [ours]"

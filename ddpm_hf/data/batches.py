@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from ..randomness import COINS, coins, epoch_order, successive
+from ..randomness import FLIP_BLOCK, draws_for, epoch_order, flips
 from .stream import StreamedSet, _generators
 
 
@@ -49,9 +49,9 @@ class TrainingStream(Dataset):
 
     def __getitems__(self, ordinals):
         """Return a batch, as `training_batches` describes it, for a range of ordinals."""
-        rows = successive(epoch_order, self.seed, self.images.num_images, ordinals)
+        rows = draws_for(ordinals, epoch_order, self.seed, self.images.num_images)
         generators = _generators(self.seed, ordinals) if self.images.random_crop else None
-        mirrored = successive(coins, self.seed, COINS, ordinals) if self.random_flip else None
+        mirrored = draws_for(ordinals, flips, self.seed, FLIP_BLOCK) if self.random_flip else None
         batch = {
             "ordinals": torch.arange(ordinals[0], ordinals[-1] + 1),
             "images": self.images.get(rows, generators, mirrored),

@@ -6,7 +6,7 @@ import itertools
 import torch
 from torch.utils.data import Dataset
 
-from ..randomness import COINS, coins, keyed_generator, successive
+from ..randomness import FLIP_BLOCK, draws_for, flips, keyed_generator
 from .decode import read_batch
 
 
@@ -76,7 +76,7 @@ class StreamedSet(Dataset):
         skipped = ordinals.start - self.state["block"] - self.state["taken"]
         rows = list(itertools.islice(self.shuffled, skipped, skipped + len(ordinals)))
         generators = None if self.config.center_crop else _generators(self.config.seed, ordinals)
-        mirrored = successive(coins, self.config.seed, COINS, ordinals) if self.config.random_flip else None
+        mirrored = draws_for(ordinals, flips, self.config.seed, FLIP_BLOCK) if self.config.random_flip else None
         images = read_batch(zip(ordinals, [row["image"] for row in rows]), self.read, generators, mirrored)
         batch = {"ordinals": torch.tensor(ordinals), "images": images}
         labels = [self.label_of.get(row.get("label"), -1) for row in rows]

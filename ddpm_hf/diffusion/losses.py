@@ -1,9 +1,11 @@
-"""What a batch costs: a loss is a callable `(model, batch) -> float32 (B,)`, one number per image.
+"""The objectives of training, one function each in OBJECTIVES, and what a batch needs for them.
 
-A batch is a dict: "images" (B, C, H, W) in [-1, 1], "noise" like it, "timesteps" (B,) int64 in [0, T), where the
-data has classes "labels" (B,) int64, -1 for none, and "class_labels", those that a conditional UNet is told, all on
-the model's device. Everything outside the network is float32 whatever the autocast: in bfloat16, 1 - abar rounds to 0
-for the first ten timesteps.
+A loss is a callable `(model, batch) -> float32 (B,)`, one number per image. A batch is a dict of tensors on the
+model's device: "images" (B, C, H, W) in [-1, 1], "noise" of the same shape and "timesteps" (B,) int64 in [0, T). Data
+with classes adds "labels" (B,) int64, -1 for none; a conditional UNet adds "class_labels", see `training_labels`.
+
+Only the network runs under autocast. All else is float32, because in bfloat16 1 - abar rounds to 0 for the first ten
+timesteps.
 """
 
 import torch
@@ -14,55 +16,60 @@ from .likelihood import variational_term
 from .scheduler import PaperDDPMScheduler
 
 
-NUM_BANDS = 4  # losses are told apart by quarter of the timesteps
+NUM_BANDS = 4  # losses are logged for each quarter of the timesteps
 DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
-def denoising_loss(
-    scheduler: PaperDDPMScheduler,
-    loss_type: str = "l2",
-    snr_gamma: float | None = None,
-    objective: str = "simple",
-):
-    """Return the loss of an objective, for the scheduler's prediction type and variance.
+def simple_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma: float | None = None):
+    """Return L_simple of Ho et al. 2020, eq. 14: the distance between prediction and target, averaged over pixels.
 
     Args:
-        objective: "simple", Ho et al. eq. 14; "hybrid", Nichol eq. 16, which adds the bound to teach a learned
-            variance; "vlb", the variational bound itself in bits/dim, one of its T terms times T.
-        loss_type: "l2", "l1" or "huber", the distance between prediction and target, averaged over pixels.
+        loss_type: "l2", "l1" or "huber".
         snr_gamma: weigh each image by Min-SNR with this gamma (Hang et al. 2023, https://huggingface.co/papers/2303.09556).
     """
-    T, variance_type = scheduler.config.num_train_timesteps, scheduler.config.variance_type
 
     def loss(model, batch):
-        images, noise, timesteps = batch["images"], batch["noise"], batch["timesteps"]
-        noisy = scheduler.q_sample(images, noise, timesteps)
-        output = model(noisy, timesteps, batch.get("class_labels")).sample.float()
-        prediction, variance = output.chunk(2, dim=1) if variance_type == "learned_range" else (output, None)
-        if objective == "vlb":
-            return T * variational_term(
-                scheduler, images, noisy, timesteps, prediction, variance, variance_type=variance_type
-            )
-        target = scheduler.training_target(images, noise, timesteps)
-        losses = DISTANCES[loss_type](prediction, target, reduction="none").mean(dim=(1, 2, 3))
-        if snr_gamma is not None:
-            losses = losses * min_snr_weights(scheduler, timesteps, snr_gamma)
-        if objective == "hybrid":
-            # L_hybrid = L_simple + 0.001 L_vlb (Nichol eq. 16). L_vlb sums over t, so its estimate by one t is T times
-            # that term: 0.001 T. The mean is detached: the bound teaches only the variance.
-            bound = variational_term(
-                scheduler, images, noisy, timesteps, prediction.detach(), variance, variance_type=variance_type
-            )
-            losses = losses + 0.001 * T * bound
-        return losses
+        _, prediction, _ = predict(scheduler, model, batch)
+        return prediction_error(scheduler, batch, prediction, loss_type, snr_gamma)
 
     return loss
 
 
-def classification_loss(scheduler: PaperDDPMScheduler):
+def hybrid_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma: float | None = None):
+    """Return L_hybrid of Nichol & Dhariwal 2021, eq. 16: `simple_loss` plus 0.001 of the variational bound.
+
+    The mean is detached in the bound, so the bound teaches only the variance.
+    """
+    T = len(scheduler)
+
+    def loss(model, batch):
+        noisy, prediction, variance = predict(scheduler, model, batch)
+        # L_vlb sums over t, so its estimate from one t is T times that term.
+        bound = bound_term(scheduler, batch, noisy, prediction.detach(), variance)
+        return prediction_error(scheduler, batch, prediction, loss_type, snr_gamma) + 0.001 * T * bound
+
+    return loss
+
+
+def vlb_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma: float | None = None):
+    """Return the variational bound in bits per dimension: T times one of its T terms.
+
+    A likelihood has no other distance and no weights: TrainingConfig refuses `loss_type` and `snr_gamma` here.
+    """
+    T = len(scheduler)
+
+    def loss(model, batch):
+        noisy, prediction, variance = predict(scheduler, model, batch)
+        return T * bound_term(scheduler, batch, noisy, prediction, variance)
+
+    return loss
+
+
+def classification_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma: float | None = None):
     """Return the loss of a classifier p(y | x_t, t): its cross-entropy in nats, 0 for images without a class.
 
-    Taught at all noise levels, for it will be asked at all of them (Dhariwal & Nichol 2021, section 4).
+    Guidance needs the classifier at all noise levels, so it is trained at all of them (Dhariwal & Nichol 2021,
+    section 4). TrainingConfig refuses `loss_type` and `snr_gamma` here.
     """
 
     def loss(model, batch):
@@ -73,8 +80,51 @@ def classification_loss(scheduler: PaperDDPMScheduler):
     return loss
 
 
+# By --objective: `(scheduler, *, loss_type, snr_gamma) -> loss`. "classify" trains a classifier, all others a UNet.
+OBJECTIVES = {"simple": simple_loss, "hybrid": hybrid_loss, "vlb": vlb_loss, "classify": classification_loss}
+
+
+def predict(scheduler: PaperDDPMScheduler, model, batch: dict):
+    """Return x_t, the UNet's prediction and its variance output (None for a fixed variance), all (B, C, H, W)."""
+    noisy = scheduler.q_sample(batch["images"], batch["noise"], batch["timesteps"])
+    output = model(noisy, batch["timesteps"], batch.get("class_labels")).sample.float()
+    if scheduler.config.variance_type == "learned_range":
+        return noisy, *output.chunk(2, dim=1)
+    return noisy, output, None
+
+
+def prediction_error(
+    scheduler: PaperDDPMScheduler, batch: dict, prediction: torch.Tensor, loss_type: str, snr_gamma: float | None
+) -> torch.Tensor:
+    """Return the distance (B,) between the prediction and the scheduler's target, weighted if `snr_gamma` is given."""
+    target = scheduler.training_target(batch["images"], batch["noise"], batch["timesteps"])
+    losses = DISTANCES[loss_type](prediction, target, reduction="none").mean(dim=(1, 2, 3))
+    if snr_gamma is not None:
+        losses = losses * min_snr_weights(scheduler, batch["timesteps"], snr_gamma)
+    return losses
+
+
+def bound_term(
+    scheduler: PaperDDPMScheduler,
+    batch: dict,
+    noisy: torch.Tensor,
+    prediction: torch.Tensor,
+    variance: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the term (B,) of the variational bound at the batch's timesteps, in bits per dimension."""
+    return variational_term(
+        scheduler,
+        batch["images"],
+        noisy,
+        batch["timesteps"],
+        prediction,
+        predicted_variance=variance,
+        variance_type=scheduler.config.variance_type,
+    )
+
+
 def accuracy(scheduler: PaperDDPMScheduler):
-    """Return what says of each image whether a classifier is right (1.0 or 0.0), called as a loss is."""
+    """Return a function, called as a loss is, that gives 1.0 for each image that a classifier gets right, else 0.0."""
 
     def right(model, batch):
         noisy = scheduler.q_sample(batch["images"], batch["noise"], batch["timesteps"])
@@ -83,20 +133,22 @@ def accuracy(scheduler: PaperDDPMScheduler):
     return right
 
 
-def told_labels(labels, ordinals, num_classes: int, dropout: float, seed: int) -> torch.Tensor:
-    """Return the labels (B,) that a conditional UNet is told: `num_classes` is "no class".
+def training_labels(labels, ordinals, num_classes: int, dropout: float, seed: int) -> torch.Tensor:
+    """Return the labels (B,) to train a conditional UNet with: the class, or `num_classes` for "no class".
 
-    That is what images have that have none, and the share `dropout` of all, each by its (seed, ordinal): so one UNet
-    learns the conditional and the unconditional noise (Ho & Salimans 2022, Algorithm 1).
+    Unlabelled images, and a random share `dropout` of all images, get the label "no class". One UNet thus learns the
+    conditional and the unconditional noise (Ho & Salimans 2022, Algorithm 1). The draw of an image is keyed by
+    (seed, ordinal).
     """
     draws = [torch.rand((), generator=keyed_generator(seed, "label", n)) for n in ordinals.tolist()]
     return labels.masked_fill((torch.stack(draws) < dropout) | (labels < 0), num_classes)
 
 
 def min_snr_weights(scheduler: PaperDDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Return the Min-SNR weight (B,) of each timestep: min(SNR, gamma) in the space of x_0, per prediction type.
+    """Return the Min-SNR weight (B,) of each timestep for the scheduler's prediction type.
 
-    A squared error of epsilon counts 1/SNR of it in x_0, one of v 1/(SNR + 1).
+    The weight of an error of x_0 is min(SNR, gamma). An error of epsilon is SNR times that of x_0, an error of v
+    SNR + 1 times, so their weights are divided by that.
     """
     snr = scheduler.snr(timesteps).float()
     in_x0 = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[scheduler.config.prediction_type]
@@ -104,9 +156,9 @@ def min_snr_weights(scheduler: PaperDDPMScheduler, timesteps: torch.Tensor, gamm
 
 
 def draw_noise(ordinals: torch.Tensor, shape, num_train_timesteps: int, seed: int):
-    """Return noise (B, *shape) and timesteps (B,) int64, those of image number `ordinal` keyed by (seed, ordinal).
+    """Return noise (B, *shape) and timesteps (B,) int64 for the images numbered `ordinals`.
 
-    What the n-th image of a run is taught thus depends on neither batch size, processes, accumulation nor resuming.
+    Each draw is keyed by (seed, ordinal), so batch size, processes, accumulation and resuming do not change it.
     """
     noise = torch.empty(len(ordinals), *shape)
     timesteps = torch.empty(len(ordinals), dtype=torch.int64)
@@ -120,8 +172,8 @@ def draw_noise(ordinals: torch.Tensor, shape, num_train_timesteps: int, seed: in
 def by_band(losses: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int, weights=1.0) -> torch.Tensor:
     """Return (2, 4): the sum of the losses and the count of images in each quarter of the timesteps.
 
-    With `weights` (B,), those of importance sampling, sums of weighted losses and of weights: their ratio is what it
-    would be for uniform timesteps.
+    With the `weights` (B,) of importance sampling, return the sums of the weighted losses and of the weights. Their
+    ratio then estimates the mean loss under uniform timesteps.
     """
     band = timesteps * NUM_BANDS // num_train_timesteps
     sums = torch.zeros(2, NUM_BANDS, device=losses.device)

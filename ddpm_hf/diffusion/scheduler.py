@@ -1,9 +1,10 @@
-"""The noise schedule: the papers' betas, q(x_t|x_0), q(x_t'|x_t,x_0) and the subsequences that sampling walks.
+"""The noise schedule: the papers' betas, q(x_t|x_0), q(x_t'|x_t,x_0) and the timesteps that a sampler takes.
 
-`PaperDDPMScheduler` is diffusers' DDPMScheduler with methods added; its config and its betas are stock, so whatever it
-is turned into (DDPMScheduler, DDIMScheduler, a folder) has the same betas. Publish `scheduler.stock()`.
-A trap of names: diffusers' "linear" keeps beta in [1e-4, 0.02] whatever T is, so at T=100 a third of the signal
-survives the last step; "ho_linear" scales both ends by 1000/T.
+`PaperDDPMScheduler` is diffusers' DDPMScheduler with methods added. Its config and its betas are stock, so a
+DDPMScheduler, a DDIMScheduler or a folder made from it has the same betas. Publish `scheduler.stock()`.
+
+Do not confuse the names: diffusers' "linear" keeps beta in [1e-4, 0.02] for every T, so at T=100 a third of the signal
+survives the last step. "ho_linear" scales both ends by 1000/T.
 
 Timesteps count from 0, as in diffusers: t here is t+1 in the papers, and t = -1 is the clean image.
 """
@@ -30,14 +31,14 @@ Timesteps = Tensor | int  # a LongTensor of shape (B,), or one timestep for all
 class PaperDDPMScheduler(DDPMScheduler):
     """DDPMScheduler plus float64 tables, posteriors and subsequences.
 
-    It has no `__init__` of its own: the stock signature stays the config schema, so a stock folder loads as ours.
-    Coefficients are computed in float64 and cast once, to the dtype of the images but never below float32, because in
-    bfloat16 1 - abar_t is 0 for the first ten timesteps.
+    It has no `__init__` of its own, so the stock signature stays the schema of the config, and a stock folder loads as
+    this class. Coefficients are computed in float64 and cast once, to the dtype of the images but never below float32,
+    because in bfloat16 1 - abar_t is 0 for the first ten timesteps.
     """
 
     @classmethod
     def ho_linear(cls, num_train_timesteps: int = 1000, **config) -> "PaperDDPMScheduler":
-        """Betas linear from 1e-4 to 0.02 (Ho et al. 2020, section 4), times 1000/T (Nichol & Dhariwal's code).
+        """Return a scheduler with linear betas from 1e-4 to 0.02 (Ho et al. 2020), times 1000/T (Nichol's code).
 
         `config` holds further arguments of DDPMScheduler, e.g. `prediction_type`. T < 21 is a UserError.
         """
@@ -50,7 +51,7 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     @classmethod
     def nichol_cosine(cls, num_train_timesteps: int = 1000, **config) -> "PaperDDPMScheduler":
-        """The cosine schedule: s = 0.008, betas of at most 0.999 (Nichol & Dhariwal 2021, eq. 17).
+        """Return a scheduler with cosine betas: s = 0.008, each at most 0.999 (Nichol & Dhariwal 2021, eq. 17).
 
         `config` holds further arguments of DDPMScheduler. T < 1 is a UserError.
         """
@@ -58,15 +59,15 @@ class PaperDDPMScheduler(DDPMScheduler):
         return cls(num_train_timesteps=num_train_timesteps, beta_schedule="squaredcos_cap_v2", **config)
 
     def stock(self) -> DDPMScheduler:
-        """The same scheduler as diffusers' own class, with equal betas: what is saved and published."""
-        # from_config would drop what _use_default_values lists, and that includes arguments given by position.
+        """Return the same scheduler as diffusers' own class, with equal betas, to be saved and published."""
+        # from_config drops the arguments that _use_default_values lists, even those that were given by position.
         return DDPMScheduler.from_config({k: v for k, v in self.config.items() if k != "_use_default_values"})
 
     def in_stock_precision(self) -> "PaperDDPMScheduler":
-        """A copy that computes from diffusers' own float32 table, for steps that equal those of stock pipelines.
+        """Return a copy that computes from diffusers' float32 table, so that its steps equal those of stock pipelines.
 
-        Near t = 0 stock loses three digits of 1 - abar_t/abar_t', 1e-4 of an image after 1000 steps: float64 is truer,
-        but an image that anyone can redraw is worth more.
+        Near t = 0 that table loses three digits of 1 - abar_t/abar_t', which is 1e-4 of an image after 1000 steps.
+        Float64 is more accurate, but with this copy anyone can draw the same image with stock diffusers.
         """
         twin = copy.copy(self)
         twin.alphas_cumprod64 = self.alphas_cumprod
@@ -74,7 +75,7 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     @cached_property
     def betas64(self) -> Tensor:
-        """Betas in float64, shape (T,), from the config's formula, or the stock float32 ones for other schedules."""
+        """The betas in float64, shape (T,), from the config's formula; the stock float32 ones for other schedules."""
         config, T = self.config, self.config.num_train_timesteps
         formula = None if config.trained_betas is not None or config.rescale_betas_zero_snr else config.beta_schedule
         if formula == "linear":
@@ -93,7 +94,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         return torch.cumprod(1 - self.betas64, dim=0)
 
     def alphas_cumprod_at(self, timesteps: Timesteps) -> Tensor:
-        """abar_t in float64, in the shape and on the device of `timesteps`; 1 at t = -1."""
+        """Return abar_t in float64, in the shape and on the device of `timesteps`; 1 at t = -1."""
         timesteps = torch.as_tensor(timesteps)
         if timesteps.device.type == "mps":  # has no float64
             timesteps = timesteps.cpu()
@@ -101,17 +102,17 @@ class PaperDDPMScheduler(DDPMScheduler):
         return table.to(timesteps.device, non_blocking=True)[timesteps + 1]
 
     def snr(self, timesteps: Timesteps) -> Tensor:
-        """Signal-to-noise ratio abar_t / (1 - abar_t) (Kingma et al. 2021), float32 in the shape of `timesteps`."""
+        """Return the SNR abar_t / (1 - abar_t) (Kingma et al. 2021), float32 in the shape of `timesteps`."""
         alpha_bar = self.alphas_cumprod_at(timesteps)
         return (alpha_bar / (1 - alpha_bar)).float()
 
     def q_sample(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
-        """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4), in at least float32."""
+        """Return x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4), in at least float32."""
         signal, sigma = self._signal_and_sigma(timesteps, original_samples)
         return signal * original_samples + sigma * noise
 
     def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
-        """What the model learns, by `prediction_type`: eps, x_0 or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0.
+        """Return the target of `prediction_type`: eps, x_0 or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0.
 
         v is from https://huggingface.co/papers/2202.00512, appendix D.
         """
@@ -123,7 +124,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         return signal * noise - sigma * original_samples
 
     def predict_original_sample(self, model_output: Tensor, sample: Tensor, timesteps: Timesteps) -> Tensor:
-        """x_0 as the model's eps, x_0 or v implies it at x_t = `sample` (Ho et al. 2020, eq. 15); not clipped."""
+        """Return the unclipped x_0 that a model's eps, x_0 or v implies at x_t = `sample` (Ho et al., eq. 15)."""
         signal, sigma = self._signal_and_sigma(timesteps, sample)
         if self._prediction_type == "epsilon":
             return (sample - sigma * model_output) / signal
@@ -132,7 +133,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         return signal * sample - sigma * model_output
 
     def predict_epsilon(self, model_output: Tensor, sample: Tensor, timesteps: Timesteps) -> Tensor:
-        """The noise as the model's eps, x_0 or v implies it at x_t = `sample`."""
+        """Return the noise that the eps, x_0 or v of a model implies at x_t = `sample`."""
         signal, sigma = self._signal_and_sigma(timesteps, sample)
         if self._prediction_type == "epsilon":
             return model_output
@@ -143,10 +144,11 @@ class PaperDDPMScheduler(DDPMScheduler):
     def posterior_coefficients(
         self, timesteps: Timesteps, prev_timesteps: Timesteps | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """c_0, c_t and beta~ of q(x_t' | x_t, x_0) = N(c_0 x_0 + c_t x_t, beta~) (Ho et al. 2020, eq. 6 and 7).
+        """Return c_0, c_t and beta~ of q(x_t' | x_t, x_0) = N(c_0 x_0 + c_t x_t, beta~) (Ho et al. 2020, eq. 6 and 7).
 
-        t' is `prev_timesteps`, by default t - 1; for an earlier one alpha_t stands for abar_t / abar_t', as in a
-        respaced chain (Nichol & Dhariwal 2021, section 4). Float64, in the shape and on the device of `timesteps`.
+        t' is `prev_timesteps`, by default t - 1. For an earlier t', alpha_t is replaced by abar_t / abar_t', as in a
+        respaced chain (Nichol & Dhariwal 2021, section 4). All are float64, in the shape and on the device of
+        `timesteps`.
         """
         alpha_bar = self.alphas_cumprod_at(timesteps)
         alpha_bar_prev = self.alphas_cumprod_at(timesteps - 1 if prev_timesteps is None else prev_timesteps)
@@ -159,10 +161,11 @@ class PaperDDPMScheduler(DDPMScheduler):
     def q_posterior(
         self, original_samples: Tensor, sample: Tensor, timesteps: Timesteps, prev_timesteps: Timesteps | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, variance and clipped log-variance of q(x_t' | x_t = `sample`, x_0), t' as in `posterior_coefficients`.
+        """Return mean, variance and clipped log-variance of q(x_t' | x_t = `sample`, x_0).
 
-        The mean has the shape of `sample`, the other two are (B, 1, 1, 1), or (1, 1, 1, 1) for an int. At t' = -1 the
-        variance is 0, and its clipped log is that of step 1, as in Nichol & Dhariwal's code.
+        t' is as in `posterior_coefficients`. The mean has the shape of `sample`; the other two are (B, 1, 1, 1), or
+        (1, 1, 1, 1) for an int. At t' = -1 the variance is 0, and the clipped log-variance is that of step 1, as in
+        Nichol & Dhariwal's code.
         """
         coefficient_0, coefficient_t, variance = self.posterior_coefficients(timesteps, prev_timesteps)
         mean = _like(coefficient_0, sample) * original_samples + _like(coefficient_t, sample) * sample
@@ -175,15 +178,20 @@ class PaperDDPMScheduler(DDPMScheduler):
         timesteps: Timesteps,
         prev_timesteps: Timesteps | None,
         variance_type: str,
+        *,
         predicted_variance: Tensor | None = None,
     ) -> Tensor:
-        """log sigma^2 of the model's step p(x_t' | x_t), for images like `sample`; finite at t' = -1 too.
+        """Return log sigma^2 of the model's step p(x_t' | x_t), shaped to add to `sample`; finite at t' = -1 too.
 
         - fixed_small: log beta~, clipped as in `q_posterior`;
         - fixed_large: log beta, but log beta~ of step 1 at t' = -1 (Ho et al. 2020, section 3.2 and code);
-        - learned_range: between the two by `predicted_variance`, the v in [-1, 1] of the second half of the model's
-          channels (Nichol & Dhariwal 2021, eq. 15); the result has the shape of v.
-        diffusers' fixed_small_log and fixed_large_log mean the same as without _log. Other names are a UserError.
+        - learned_range: between log beta~ and log beta, at the fraction (v + 1) / 2. v is `predicted_variance`, the
+          second half of the model's channels, in [-1, 1] (Nichol & Dhariwal 2021, eq. 15).
+
+        diffusers' fixed_small_log and fixed_large_log mean the same as without _log.
+
+        Raises:
+            UserError: for another variance_type, or learned_range without `predicted_variance`.
         """
         timesteps = torch.as_tensor(timesteps)
         prev_timesteps = timesteps - 1 if prev_timesteps is None else prev_timesteps
@@ -208,16 +216,18 @@ class PaperDDPMScheduler(DDPMScheduler):
     def subsequence(
         self, num_inference_steps: int | None = None, spacing: str | Sequence[int] = "leading"
     ) -> list[tuple[int, int]]:
-        """The steps (t, t') a sampler takes: t descends, each t' is the next t, and the last t' is -1.
+        """Return the steps (t, t') of a sampler: t descends, each t' is the next t, and the last t' is -1.
 
         With S = `num_inference_steps` (None: all T) and k = 0..S-1, `spacing` is
-        - "quad": int(0.8 T k^2 / (S-1)^2), or "uniform": every (T//S)-th, more than S where S does not divide T; as in
-          the DDIM paper's code. quad repeats small t when S is large: (t, t) changes nothing, and samplers skip it;
+        - "quad": int(0.8 T k^2 / (S-1)^2), or "uniform": every (T//S)-th, more than S if S does not divide T; both as
+          in the DDIM paper's code. quad repeats small t if S is large; a step (t, t) changes nothing, so skip it;
         - "leading": k (T//S), diffusers' default; "trailing": round((k+1) T/S) - 1; "linspace": round(k (T-1)/(S-1));
           as in Table 2 of https://huggingface.co/papers/2305.08891. The config's `steps_offset` is not used;
         - or the timesteps themselves, strictly rising or falling.
-        trailing begins at T-1, and so does linspace for S > 1; the other three begin lower when S < T.
-        What cannot be a subsequence is a UserError.
+        trailing begins at T-1, and so does linspace for S > 1; the other three begin lower if S < T.
+
+        Raises:
+            UserError: for an unknown spacing, S outside 1..T, or timesteps that are not a subsequence of 0..T-1.
         """
         T, S = self.config.num_train_timesteps, num_inference_steps
         if not isinstance(spacing, str):
@@ -232,7 +242,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         if spacing == "leading":
             return _pairs(range(0, S * (T // S), T // S))
         if spacing == "trailing":
-            # [:S]: for some S (61 at T=1000) round-off makes arange one longer, and diffusers steps at t = -1.
+            # [:S], because for some S (61 at T=1000) round-off makes arange longer by one, and t = -1 follows.
             return _pairs(np.round(np.arange(T, 0, -T / S)[:S])[::-1] - 1)
         if spacing == "linspace":
             return _pairs(np.linspace(0, T - 1, S).round())
@@ -253,9 +263,12 @@ class PaperDDPMScheduler(DDPMScheduler):
 
 
 def make_scheduler(beta_schedule: str, num_train_timesteps: int = 1000, **config) -> PaperDDPMScheduler:
-    """A scheduler by the name of its betas: ho_linear, nichol_cosine, or a name of diffusers with its meaning there.
+    """Return a scheduler by the name of its betas: ho_linear, nichol_cosine, or a name of diffusers.
 
-    `config` holds further arguments of DDPMScheduler. An unknown name and T < 1 (ho_linear: 21) are a UserError.
+    A name of diffusers has the same meaning as there. `config` holds further arguments of DDPMScheduler.
+
+    Raises:
+        UserError: for an unknown name, or T < 1 (ho_linear: T < 21).
     """
     if beta_schedule not in BETA_SCHEDULES:
         raise UserError(f"beta_schedule is {beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}.")
@@ -264,7 +277,7 @@ def make_scheduler(beta_schedule: str, num_train_timesteps: int = 1000, **config
     if beta_schedule == "nichol_cosine":
         return PaperDDPMScheduler.nichol_cosine(num_train_timesteps, **config)
     _check_num_timesteps(num_train_timesteps)
-    # Said though they are the defaults here: HeunDiscreteScheduler, for one, made from this config, has others.
+    # Give these although they are the defaults: HeunDiscreteScheduler, for one, has other defaults for this config.
     config = {"beta_start": 1e-4, "beta_end": 0.02, **config}
     return PaperDDPMScheduler(num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule, **config)
 
@@ -275,7 +288,7 @@ def _check_num_timesteps(num_train_timesteps: int) -> None:
 
 
 def _checked_timesteps(timesteps: Sequence[int], T: int, num_inference_steps: int | None) -> list[int]:
-    """The timesteps in rising order, if they can be a subsequence."""
+    """Return the timesteps in rising order; refuse, with a UserError, what is not a subsequence of 0..T-1."""
     given, last = list(timesteps), T - 1
     rising = sorted(given)
     is_usable = given in (rising, rising[::-1]) and all(isinstance(t, Integral) and 0 <= t <= last for t in rising)
@@ -294,6 +307,6 @@ def _pairs(rising_timesteps) -> list[tuple[int, int]]:
 
 
 def _like(coefficient: Tensor, sample: Tensor) -> Tensor:
-    """A float64 coefficient per image, cast once (never below float32) and shaped to multiply `sample`."""
+    """Return float64 coefficients, one per image, cast once (never below float32) and shaped to multiply `sample`."""
     dtype = torch.promote_types(sample.dtype, torch.float32)
     return coefficient.to(dtype).to(sample.device, non_blocking=True).reshape(-1, *[1] * (sample.ndim - 1))

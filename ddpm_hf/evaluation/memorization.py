@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..pictures import GAP, evenly, resized, saved, tiled
+from ..pictures import GAP, evenly, resize, save_picture, tile
 
 
 CHUNK = 2**23  # distances that are held at a time: 64 MB
@@ -88,7 +88,7 @@ def pairs_sheet(generated: Tensor, train: Tensor, pairs: list[tuple[int, int, fl
     Images are uint8 (N, C, H, W), C = 1 or 3. Below each pair stands its distance. Returns the path.
     """
     columns = min(4, len(pairs))
-    sheets = [tiled(resized(torch.stack([generated[g], train[t]]), 128), columns=2) for g, t, _ in pairs]
+    sheets = [tile(resize(torch.stack([generated[g], train[t]]), 128), columns=2) for g, t, _ in pairs]
     width, height = sheets[0].size
     font, margin, title, caption = ImageFont.load_default(17), 24, 64, 44
     rows = math.ceil(len(pairs) / columns)
@@ -105,7 +105,7 @@ def pairs_sheet(generated: Tensor, train: Tensor, pairs: list[tuple[int, int, fl
                 x = left + (width - GAP) / 4 + side * (width + GAP) / 2
                 draw.text((x, title - 8), text, "black", ImageFont.load_default(13), "ms")
     draw.text((margin, 12), "distance: RMSE in grey levels", "black", font, "la")
-    return saved(page.save, path, optimize=True)
+    return save_picture(page.save, path, optimize=True)
 
 
 def _check(name: str, images: Tensor, train: Tensor, least: int):

@@ -24,7 +24,7 @@ from ..data.decode import to_array
 from ..errors import UserError, no_such
 from ..files import read_json, write_beside, write_json, writing
 from ..models.pretrained import Pretrained, load_pretrained
-from ..pictures import framed, image_sheet, to_uint8
+from ..pictures import frame, image_sheet, to_uint8
 from .samplers import image_generators
 
 
@@ -352,5 +352,5 @@ def draw_sheet(items: list[Item], path: Path) -> Path:
     cells = []
     for start in range(0, len(pairs), columns):
         row = pairs[start : start + columns] + [(None, None)] * (start + columns - len(pairs))
-        cells += [framed(image, side) for kind in zip(*row) for image in kind]
+        cells += [frame(image, side) for kind in zip(*row) for image in kind]
     return image_sheet(torch.stack(cells), path, columns)

@@ -1,8 +1,9 @@
-"""The run folder and its checkpoints: a checkpoint is complete or absent, and the last good one is never touched.
+"""Prepare the run folder; save, find, check and load its checkpoints.
 
-accelerate writes the weights, the optimizer and the gradient scaler; the EMA goes beside them as safetensors and the
-counters as plain tensors and numbers, all read back with `weights_only`. It is written to `checkpoint-<step>.tmp` and
-renamed when every process is done, so a kill leaves at worst a `.tmp` that the next run sweeps away.
+A checkpoint is complete or absent, and saving one never touches the ones before it. accelerate writes the weights, the
+optimizer and the gradient scaler. We add the EMA as safetensors and the counters as plain tensors and numbers, which
+are read back with `weights_only`. All files go to `checkpoint-<step>.tmp`, which is renamed when every process is
+done. A kill leaves at worst that folder, and the next run removes it.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,22 +22,31 @@ from ..files import remove, writing
 from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoints, step_of
 
 
-# Flags that a checkpoint fixes, for the weights mean nothing under others; a change of the next ones is told.
+# A checkpoint can only be resumed with these flags as they were: with others its weights mean something else.
 FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
-TOLD = ["seed", "dataset_name", "class_names", "label_dropout", "random_flip", "objective", "timestep_sampling"]
-TOLD += ["loss_type"]
-TOLD += ["snr_gamma", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler", "use_ema"]
-TOLD += ["ema_max_decay", "mixed_precision"]
+# A change of these flags is allowed, and a warning names it.
+WARNED = ["seed", "dataset_name", "class_names", "label_dropout", "random_flip", "objective", "timestep_sampling"]
+WARNED += ["loss_type", "snr_gamma", "train_batch_size", "gradient_accumulation_steps", "learning_rate"]
+WARNED += ["lr_scheduler", "use_ema", "ema_max_decay", "mixed_precision"]
+# The fields of TrainState in state.pt. Checkpoints of earlier versions have exactly these.
+SAVED = ["step", "images_seen", "seconds", "best_score", "best_measure", "pending", "stream", "loss_history"]
 
 
 @dataclass
 class TrainState:
-    """Where a run stands, in optimizer steps and images seen.
+    """Everything that changes during a run, counted in optimizer steps and images seen.
 
-    `pending` holds one row per optimizer step that metrics.jsonl has not averaged yet; `stream` is the position of a
-    streamed dataset; `seconds` is the time spent training so far, over all interruptions. `best_score` is that of
-    best/, in what `best_measure` names; `loss_history` is that of --timestep_sampling loss_second_moment, the same in
-    every process.
+    Saved in state.pt (the fields in SAVED):
+        seconds: time spent training so far, over all interruptions.
+        best_score, best_measure: the score of best/, lower is better, and the name of what was measured.
+        pending: one row per optimizer step that metrics.jsonl has not averaged yet.
+        stream: the position in a streamed dataset.
+        loss_history: of --timestep_sampling loss_second_moment, equal in every process; see timestep_sampling.py.
+
+    Not saved, because it means nothing to another process:
+        signals: the numbers of the signals caught so far.
+        figures_missing: a signal came while the last sheet or figures were drawn, so the run is not finished.
+        push: the last push to the Hub, which runs in the background.
     """
 
     step: int = 0
@@ -47,16 +58,20 @@ class TrainState:
     stream: dict | None = None
     loss_history: torch.Tensor | None = None
 
+    signals: list[int] = field(default_factory=list)
+    figures_missing: bool = False
+    push: Any = None
+
 
 def find_checkpoint(config) -> Path | None:
-    """Return the checkpoint to resume from, or None to start afresh. Writes nothing.
+    """Return the checkpoint to resume from, or None to start a new run. Nothing is written.
 
     Raises:
-        UserError: if the run folder is in use and neither resuming nor overwriting is asked for, or if the checkpoint
-            to resume from does not exist or is not complete.
+        UserError: if the run folder is in use and the flags neither resume nor overwrite it, or if the checkpoint to
+            resume from does not exist or is not complete.
     """
     output_dir = Path(config.output_dir)
-    with writing("the run", output_dir):  # a name too long shows itself here
+    with writing("the run", output_dir):  # a name that is too long raises here
         is_file = output_dir.exists() and not output_dir.is_dir()
     if is_file:
         raise UserError(f"--output_dir {output_dir} is a file: give the name of a folder.")
@@ -71,13 +86,15 @@ def find_checkpoint(config) -> Path | None:
             )
         elsewhere = checkpoint.parent.resolve() != output_dir.resolve()
         if elsewhere and output_dir.is_dir() and any(output_dir.iterdir()):
-            raise UserError(f"--output_dir {output_dir} is not empty, and {checkpoint} is not its own: give another.")
+            raise UserError(
+                f"--output_dir {output_dir} is not empty, and {checkpoint} belongs to another folder: give a new one."
+            )
         return checkpoint
     if config.resume_from_checkpoint == "latest" and (found := checkpoints(output_dir)):
         return found[-1]
     in_use = output_dir.is_dir() and any(output_dir.iterdir())
     if in_use and config.resume_from_checkpoint == "latest" and (output_dir / "train_config.json").exists():
-        # `latest` may meet what a run left that was killed before its first checkpoint, which precedes any pipeline.
+        # A run killed before its first checkpoint leaves no pipeline; `latest` starts it again.
         in_use = (output_dir / "model_index.json").exists()
     if in_use and not config.overwrite_output_dir:
         raise UserError(
@@ -88,10 +105,10 @@ def find_checkpoint(config) -> Path | None:
 
 
 def prepare_output_dir(config, checkpoint: Path | None):
-    """Make the run folder ready to be written to: sweep away what an overwritten or abandoned run left in it.
+    """Create the run folder, or remove from it the files of the run that is overwritten or abandoned.
 
     Raises:
-        UserError: if it cannot be written to.
+        UserError: if the folder cannot be written to.
     """
     output_dir = Path(config.output_dir)
     with writing("the run", output_dir):
@@ -101,28 +118,28 @@ def prepare_output_dir(config, checkpoint: Path | None):
             for stale in output_dir.glob(pattern):
                 remove(stale)
         if checkpoint is None and (output_dir / "train_config.json").exists():
-            # Only what a run writes goes: anything else in the folder is the user's.
+            # Remove only the files that a run writes: all others are the user's.
             for pattern in [*RUN_FILES, config.logging_dir, "train_config.json"]:
                 for old in output_dir.glob(pattern):
                     remove(old)
             for old in checkpoints(output_dir):
                 remove(old)
         elif checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve():
-            # Going on from an earlier checkpoint abandons what was trained after it.
+            # Resuming from an earlier checkpoint abandons the later ones.
             for later in checkpoints(output_dir):
                 if step_of(later) > step_of(checkpoint):
                     remove(later)
 
 
-def save_checkpoint(accelerator, config, network: dict, ema, state: TrainState, pending: list):
-    """Write `checkpoint-<step>`, then forget the oldest beyond --checkpoints_total_limit. Every process calls this.
+def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, ema, rows: list):
+    """Write `checkpoint-<step>`, then remove the oldest beyond --checkpoints_total_limit. Every process calls this.
 
     Args:
-        network: "unet", the config of the network, and "class_names", those of a conditional one or None.
-        pending: the rows of `state.pending`, each summed over the processes.
+        network: "unet", the config of the network, and "class_names", the classes of a conditional UNet or None.
+        rows: the rows of `state.pending`, each summed over the processes.
 
     Raises:
-        UserError: if it cannot be written; the checkpoints before it are untouched then.
+        UserError: if it cannot be written; the earlier checkpoints are untouched then.
     """
     final = Path(config.output_dir) / f"checkpoint-{state.step}"
     partial = final.with_name(final.name + ".tmp")
@@ -134,7 +151,8 @@ def save_checkpoint(accelerator, config, network: dict, ema, state: TrainState, 
                     safetensors.torch.save_file(ema.module.state_dict(), partial / "ema.safetensors")
                 record = {"flags": config.to_dict()} | network
                 (partial / "train_config.json").write_text(json.dumps(record))
-                torch.save({**vars(state), "pending": pending}, partial / "state.pt")
+                saved = {name: getattr(state, name) for name in SAVED} | {"pending": rows}
+                torch.save(saved, partial / "state.pt")
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 partial.rename(final)
@@ -143,69 +161,82 @@ def save_checkpoint(accelerator, config, network: dict, ema, state: TrainState, 
                         remove(old)
     finally:
         if accelerator.is_main_process:
-            remove(partial)  # what a full disk left of it
+            remove(partial)  # a full disk can leave part of it
     accelerator.wait_for_everyone()
 
 
-def check_same_run(checkpoint: Path, config, unet_config: dict, total_steps: int) -> list[str]:
-    """Refuse a checkpoint that this run cannot go on from; return a sentence about flags that differ, if any do.
+def check_same_run(checkpoint: Path, config, network_config: dict, total_steps: int) -> list[str]:
+    """Refuse a checkpoint that this run cannot continue; return a list of one warning if other flags changed, else [].
 
     Raises:
-        UserError: if it is of another model or process, has no average where one is asked for, is past the end of
-            this run, or cannot be read.
+        UserError: if the checkpoint is of another model or diffusion process, has no EMA though --use_ema is given, is
+            past the end of this run, or cannot be read.
     """
     with reading(checkpoint):
         saved = json.loads((checkpoint / "train_config.json").read_text())
+        was, network = saved["flags"], saved["unet"]
         step = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)["step"]
-    for name, value in json.loads(json.dumps(unet_config)).items():
-        # Names with an underscore are diffusers' own notes, in an order that differs from process to process.
-        if not name.startswith("_") and saved["unet"].get(name) != value:
-            raise UserError(
-                f"{checkpoint} is of another model: its network has {name} {saved['unet'].get(name)}, this run's has "
-                f"{value}: give the flags it was trained with, or another --output_dir."
-            )
-    was, now = saved["flags"], config.to_dict()
+    check_same_network(checkpoint, network, network_config)
+    now = config.to_dict()
     for name in FIXED:
         if was[name] != now[name]:
-            raise UserError(f"{checkpoint} was trained with --{name} {was[name]}, not {now[name]}: give that.")
+            raise UserError(
+                f"{checkpoint} was trained with --{name} {was[name]}, not {now[name]}: give --{name} {was[name]}."
+            )
     if config.use_ema and not (checkpoint / "ema.safetensors").is_file():
-        raise UserError(f"{checkpoint} was trained without --use_ema: leave --use_ema out, or start afresh.")
+        raise UserError(f"{checkpoint} was trained without --use_ema: leave --use_ema out, or start a new run.")
     if step > total_steps:
-        raise UserError(f"{checkpoint} is past the {total_steps} steps of this run: give more --max_train_steps.")
-    # A flag that is newer than the checkpoint has not been changed.
-    changed = [f"{name} {was[name]} -> {now[name]}" for name in TOLD if was.get(name, now[name]) != now[name]]
-    return [f"Warning: the checkpoint had other flags, so this run is a new one: {', '.join(changed)}."] * bool(
-        changed
-    )
+        raise UserError(f"{checkpoint} is past the {total_steps} steps of this run: give a larger --max_train_steps.")
+    # A flag that is newer than the checkpoint counts as unchanged.
+    changed = [f"{name} {was[name]} -> {now[name]}" for name in WARNED if was.get(name, now[name]) != now[name]]
+    if not changed:
+        return []
+    return [f"Warning: the checkpoint had other flags, so this run is a new one: {', '.join(changed)}."]
+
+
+def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
+    """Refuse, with a UserError, a checkpoint whose network has another config than this run's."""
+    for name, value in json.loads(json.dumps(network_config)).items():
+        # diffusers' own notes have names with an underscore, and their order differs between processes.
+        if not name.startswith("_") and saved.get(name) != value:
+            raise UserError(
+                f"{checkpoint} is of another model: its network has {name} {saved.get(name)}, this run's has "
+                f"{value}: give the flags it was trained with, or another --output_dir."
+            )
 
 
 @contextlib.contextmanager
 def reading(checkpoint: Path):
-    """Turn the several errors of a damaged file into one sentence."""
+    """Raise a UserError in place of the errors of a damaged file."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{checkpoint} is damaged ({reason}): remove it and take an earlier one.") from error
+        raise UserError(f"{checkpoint} is damaged ({reason}): remove it and resume from an earlier one.") from error
 
 
-def load_checkpoint(accelerator, checkpoint: Path, ema) -> TrainState:
-    """Put weights, optimizer and EMA back to where they were and return the counters. Every process calls this."""
+def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema):
+    """Restore the weights, the optimizer, the EMA and `state`, in place. Every process calls this.
+
+    Raises:
+        UserError: if a file is damaged.
+    """
     with reading(checkpoint):
         accelerator.load_state(str(checkpoint))
         saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-    if not accelerator.is_main_process:
-        saved["pending"] = [torch.zeros_like(row) for row in saved["pending"]]
-    state = TrainState(**saved)
-    state.pending = [row.to(accelerator.device) for row in state.pending]
+        for name in SAVED:
+            setattr(state, name, saved[name])
+    # The rows are sums over all processes, so only one process may add them again.
+    device, keep = accelerator.device, accelerator.is_main_process
+    state.pending = [(row if keep else torch.zeros_like(row)).to(device) for row in state.pending]
     if ema is not None:
-        ema.module.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
+        with reading(checkpoint):
+            ema.module.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
         ema.n_averaged.fill_(state.step)
-    return state
 
 
 def keep_metrics_up_to(output_dir, step: int):
-    """Drop the lines of metrics.jsonl after `step`: the resumed run writes them again."""
+    """Remove the lines of metrics.jsonl after `step`, because the resumed run writes them again."""
     path = Path(output_dir) / "metrics.jsonl"
     if path.is_file():
         lines = [

@@ -1,7 +1,7 @@
-"""Pictures of a run: sample sheets, the loss, the schedule, the forward and the reverse process.
+"""The figures of a run: the loss, the schedule, the forward and the reverse process, and few-step samples.
 
-Each function writes one file, under another name first and renamed when whole, and returns its path. Small images are
-enlarged by whole factors without smoothing, so that a pixel stays a square. Plots use no pyplot, so no global state.
+Most functions write one file under a temporary name, rename it and return its path. Small images are enlarged by whole
+factors without smoothing, so that a pixel stays a square. Plots do without pyplot, which keeps global state.
 """
 
 import json
@@ -18,20 +18,19 @@ from ..data.dataset import load_images
 from ..diffusion.scheduler import PaperDDPMScheduler
 from ..errors import UserError
 from ..models.pretrained import load_pretrained
-from ..pictures import evenly, image_sheet, near_square, resized, saved, strip, tiled, to_uint8
+from ..pictures import evenly, image_sheet, near_square, resize, save_picture, strip, tile, to_uint8
 from ..randomness import keyed_generator
 from ..sampling.samplers import draw, image_generators
 
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
 BANDS = {"0 to T/4": "#12355b", "T/4 to T/2": "#2a78b8", "T/2 to 3T/4": "#5fb6c9", "3T/4 to T": "#a8d5a2"}
-FRAMES = 40  # of the GIF; more are smoother and cost bytes
-PATIENCE = 180  # seconds that a sample sheet, or all figures, may take on a CPU
+FRAMES = 40  # of the GIF; more would be smoother but cost bytes
 DDIM_STEPS = (5, 10, 20, 50)  # divisors of 1000, so that trailing spacing is even
 
 
 def forward_strip(scheduler: PaperDDPMScheduler, images: torch.Tensor, path, seed: int) -> Path:
-    """Draw images (N, C, H, W) in [-1, 1] as x_t for t = 0, T/8, ... T-1; a row has one noise, from `seed`."""
+    """Draw images (N, C, H, W) in [-1, 1] as x_t for t = 0, T/8, ... T-1; each row has one noise, keyed by `seed`."""
     timesteps = sorted({k * len(scheduler) // 8 for k in range(8)} | {len(scheduler) - 1})
     noise = [torch.randn(images.shape[1:], generator=keyed_generator(seed, "forward", k)) for k in range(len(images))]
     rows = [scheduler.q_sample(x[None], e[None], torch.tensor(timesteps)) for x, e in zip(images.cpu(), noise)]
@@ -39,9 +38,9 @@ def forward_strip(scheduler: PaperDDPMScheduler, images: torch.Tensor, path, see
 
 
 def reverse_strip(frames: list[tuple[torch.Tensor, torch.Tensor]], labels: list[str], path) -> Path:
-    """Draw the reverse process, a frame a column: the sample, and below it the image that was predicted then.
+    """Draw the reverse process, one column per frame: the samples, each above the x_0 that was predicted from it.
 
-    `frames` are pairs (sample, pred_original_sample) as `sample` hands them to on_step, each (N, C, H, W).
+    `frames` are pairs (sample, pred_original_sample), each (N, C, H, W), as `draw` passes them to on_step.
     """
     samples, predictions = (to_uint8(torch.stack(part, dim=1)) for part in zip(*frames))
     rows = [row for pair in zip(samples, predictions) for row in pair]
@@ -49,25 +48,25 @@ def reverse_strip(frames: list[tuple[torch.Tensor, torch.Tensor]], labels: list[
 
 
 def reverse_gif(frames: list[torch.Tensor], path) -> Path:
-    """Draw images forming from noise: a looping GIF of up to 40 frames, 16 images each, that rests on the last one.
+    """Draw a looping GIF of images forming from noise: up to 40 frames of 16 images, the last one shown for 2 s.
 
-    `frames` are samples (N, C, H, W) in [-1, 1], in the order they are drawn.
+    `frames` are samples (N, C, H, W) in [-1, 1], from noise to image.
     """
-    sheets = [resized(to_uint8(frame[:16]), 84) for frame in evenly(frames, FRAMES)]
-    # Noise is what costs bytes, and few colours do for it; the images at the end get all there are.
+    sheets = [resize(to_uint8(frame[:16]), 84) for frame in evenly(frames, FRAMES)]
+    # Noise takes most of the bytes and needs few colours. The images at the end get all 256.
     few, columns = 16 if sheets[0].shape[1] == 1 else 64, near_square(len(sheets[0]))
     colors = [few if k < 0.8 * len(sheets) else 256 for k in range(len(sheets))]
-    pictures = [tiled(sheet, columns).quantize(n, dither=Image.Dither.NONE) for sheet, n in zip(sheets, colors)]
+    pictures = [tile(sheet, columns).quantize(n, dither=Image.Dither.NONE) for sheet, n in zip(sheets, colors)]
     options = dict(duration=[100] * (len(pictures) - 1) + [2000], loop=0, optimize=True)
-    return saved(pictures[0].save, path, save_all=True, append_images=pictures[1:], **options)
+    return save_picture(pictures[0].save, path, save_all=True, append_images=pictures[1:], **options)
 
 
 def ddim_sheets(
-    unet, scheduler, folder, seed, num_images=16, steps=DDIM_STEPS, on_step=None, class_labels=None
+    unet, scheduler, folder, seed, *, num_images=16, steps=DDIM_STEPS, on_step=None, class_labels=None
 ) -> list[Path]:
-    """Draw the same images by DDIM in few steps, a sheet `ddim_<steps>.png` each; more steps than T are left out.
+    """Draw the same images by DDIM in few steps, one sheet `ddim_<steps>.png` each; more steps than T are left out.
 
-    Trailing spacing, because it starts from the noisiest timestep, as the noise that it is given.
+    The spacing is trailing, which begins at the noisiest timestep, because the samples begin as pure noise.
     """
     paths = []
     for count in [count for count in steps if count <= len(scheduler)]:
@@ -80,7 +79,7 @@ def ddim_sheets(
 
 
 def plot(mosaic, titles: list[str], height: float, **ratios):
-    """Return an empty matplotlib Figure and its axes by name."""
+    """Return an empty matplotlib Figure and a dict of its axes by their letter in `mosaic`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, height), dpi=120, layout="constrained")
@@ -92,13 +91,13 @@ def plot(mosaic, titles: list[str], height: float, **ratios):
     return figure, axes
 
 
-def smoothed(values: np.ndarray) -> np.ndarray:
-    """Return the moving mean over a thirtieth of the curve; narrow at its start, where losses fall steeply."""
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Return the moving mean over a thirtieth of the curve; over less at its start, where losses fall steeply."""
     total = np.concatenate([[0], np.cumsum(values)])
     at = np.arange(len(values))
-    reach = np.minimum(at // 2, math.ceil(len(values) / 60))
-    end = np.minimum(at + reach + 1, len(values))
-    return (total[end] - total[at - reach]) / (end - at + reach)
+    half_width = np.minimum(at // 2, math.ceil(len(values) / 60))
+    end = np.minimum(at + half_width + 1, len(values))
+    return (total[end] - total[at - half_width]) / (end - at + half_width)
 
 
 def loss_figure(metrics_path, path) -> Path:
@@ -116,7 +115,7 @@ def loss_figure(metrics_path, path) -> Path:
         marker = "o" if not training and len(values) < 60 else ""
         if training:
             ax.plot(steps, values, ".", color=color, alpha=np.clip(60 / len(values), 0.02, 0.5), markersize=4)
-            values = smoothed(values)
+            values = smooth(values)
         ax.plot(steps, values, marker=marker, color=color, label=f"{label}: {values[-1]:.4f}", markersize=4)
 
     curve(axes["A"], [line.get("loss") for line in lines], "training", BLUE)
@@ -131,7 +130,7 @@ def loss_figure(metrics_path, path) -> Path:
         axes[name].locator_params(axis="x", nbins=6)
         axes[name].xaxis.set_major_formatter("{x:,.0f}")
     for name in "AB":
-        # In the first fiftieth the loss falls from 1, which would flatten all that follows: let it enter from above.
+        # Fit the axis to all but the first fiftieth: there the loss falls from 1, which would flatten the rest.
         late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 50 :] for line in axes[name].lines])
         low, high = late.min() / 1.1, late.max() * 1.1
         if name == "B" or high > 5 * low:
@@ -140,11 +139,11 @@ def loss_figure(metrics_path, path) -> Path:
         axes[name].yaxis.set_major_formatter("{x:g}")
         axes[name].set_ylim(low, high if name == "A" else high * (high / low) ** 0.35)  # room for B's legend
         axes[name].legend(edgecolor="none", loc="upper right", ncols="AB".index(name) + 1)
-    return saved(figure.savefig, path)
+    return save_picture(figure.savefig, path)
 
 
 def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
-    """Plot beta, abar and log-SNR over t/T; faintly beside them the other of the two papers' schedules."""
+    """Plot beta, abar and log-SNR over t/T, and for comparison, dashed, Ho's linear or Nichol's cosine schedule."""
     T, own = len(scheduler), scheduler.config.beta_schedule
     other, name = PaperDDPMScheduler.nichol_cosine(T), "Nichol's cosine"
     if own == "squaredcos_cap_v2":
@@ -159,7 +158,7 @@ def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
         axes["C"].plot(t, np.log(signal) - np.log1p(-signal), **look)
     figure.supxlabel("t / T", fontsize="medium")
     axes["A"].legend(frameon=False, loc="lower right")
-    return saved(figure.savefig, path)
+    return save_picture(figure.savefig, path)
 
 
 def run_figures(
@@ -168,6 +167,7 @@ def run_figures(
     scheduler,
     images,
     seed,
+    *,
     num_images=16,
     num_inference_steps=None,
     on_step=None,
@@ -176,19 +176,19 @@ def run_figures(
     """Draw every figure of a run into `output_dir`/figures; without a metrics.jsonl there is no loss.png.
 
     Args:
-        images: real images (N, C, H, W) in [-1, 1], of which up to 4 are shown drowning in noise.
-        num_images: images drawn from `seed`, from the same noise by DDPM and DDIM; the GIF has 16 of them at most. On
-            a CPU there are fewer if they would take longer than PATIENCE.
+        images: real images (N, C, H, W) in [-1, 1]; up to 4 are shown as noise is added.
+        num_images: samples to draw, from the same noise by DDPM and DDIM; the GIF shows up to 16 of them.
         num_inference_steps: DDPM steps of the reverse process; None: all T.
-        on_step: called after every step of sampling, with what `sample` passes.
-        class_labels: of the `num_images`, for a conditional UNet.
+        on_step: called after every step of sampling, as by `draw`.
+        class_labels: labels of the `num_images` samples, for a conditional UNet.
     """
     metrics, folder = Path(output_dir, "metrics.jsonl"), Path(output_dir, "figures")
+    if metrics.exists():
+        loss_figure(metrics, folder / "loss.png")
+    schedule_figure(scheduler, folder / "schedule.png")
+    forward_strip(scheduler, images[:4], folder / "forward.png", seed)
     steps = scheduler.subsequence(num_inference_steps, "trailing")
-    kept = evenly(range(len(steps)), FRAMES)
     total = len(steps) + sum(n for n in DDIM_STEPS if n <= len(scheduler))
-    labels = None if class_labels is None else class_labels[:num_images]
-    frames = []
     with tqdm(total=total, desc="Figures", unit="step") as bar:
 
         def count(*step):
@@ -196,22 +196,28 @@ def run_figures(
             if on_step is not None:
                 on_step(*step)
 
-        def keep_frame(i, num_steps, *pair):
-            count(i, num_steps, *pair)
-            if i in kept:
-                label = f"t = {steps[i][1]}" if i < num_steps - 1 else "image"
-                frames.append((label, [part.cpu() for part in pair]))
+        options = dict(num_images=num_images, on_step=count, class_labels=class_labels)
+        reverse_figures(unet, scheduler, folder, seed, steps=steps, **options)
+        ddim_sheets(unet, scheduler, folder, seed, **options)
 
-        if metrics.exists():
-            loss_figure(metrics, folder / "loss.png")
-        schedule_figure(scheduler, folder / "schedule.png")
-        forward_strip(scheduler, images[:4], folder / "forward.png", seed)
-        options = dict(num_inference_steps=num_inference_steps, spacing="trailing", on_step=keep_frame)
-        draw(unet, scheduler, image_generators(seed, range(num_images)), class_labels=labels, **options)
-        captions, pairs = zip(*evenly(frames, 9))
-        reverse_strip([[part[:3] for part in pair] for pair in pairs], captions, folder / "reverse.png")
-        reverse_gif([samples for _, (samples, _) in frames], folder / "reverse.gif")
-        ddim_sheets(unet, scheduler, folder, seed, num_images, on_step=count, class_labels=labels)
+
+def reverse_figures(unet, scheduler, folder, seed, *, steps, num_images, on_step, class_labels):
+    """Sample by DDPM over `steps`, as `subsequence` gives them, and draw reverse.png and reverse.gif."""
+    kept = evenly(range(len(steps)), FRAMES)
+    frames = []
+
+    def keep_frame(i, num_steps, *pair):
+        on_step(i, num_steps, *pair)
+        if i in kept:
+            label = f"t = {steps[i][1]}" if i < num_steps - 1 else "image"
+            frames.append((label, [part.cpu() for part in pair]))
+
+    generators = image_generators(seed, range(num_images))
+    options = dict(num_inference_steps=len(steps), spacing="trailing", on_step=keep_frame)
+    draw(unet, scheduler, generators, class_labels=class_labels, **options)
+    captions, pairs = zip(*evenly(frames, 9))
+    reverse_strip([[part[:3] for part in pair] for pair in pairs], captions, folder / "reverse.png")
+    reverse_gif([samples for _, (samples, _) in frames], folder / "reverse.gif")
 
 
 def redraw_figures(folder: str | Path):
@@ -233,6 +239,14 @@ def redraw_figures(folder: str | Path):
         raise UserError(f"{folder}/train_config.json is not of this version ({error}): train the run anew.") from error
     train_set, _ = load_images(config, model.unet.config.in_channels)
     images = train_set.get(list(range(min(8, train_set.num_images or 8))))
-    count, steps = min(16, config.eval_batch_size), config.ddpm_num_inference_steps
-    labels = [k % model.num_classes for k in range(count)] if model.num_classes else None
-    run_figures(folder, model.unet, model.scheduler, images, config.seed, count, steps, class_labels=labels)
+    num_images = min(16, config.eval_batch_size)
+    run_figures(
+        folder,
+        model.unet,
+        model.scheduler,
+        images,
+        config.seed,
+        num_images=num_images,
+        num_inference_steps=config.ddpm_num_inference_steps,
+        class_labels=model.classes.in_turn(range(num_images)),
+    )

@@ -1,71 +1,115 @@
-"""The training loop, to be read downwards; what comes before the first step is in run.py, what is due now and then in
-milestones.py. Everything counts optimizer steps and images seen, never micro-batches or processes.
+"""The training loop, to be read from top to bottom.
+
+What comes before the first step is in run.py, what is due now and then in periodic.py. Everything counts optimizer
+steps and images seen, never micro-batches or processes.
 """
 
 import contextlib
+import json
 import math
 import os
 import signal
+import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from ..config.training_config import TrainingConfig
 from ..data.batches import training_batches
-from ..diffusion.losses import NUM_BANDS, by_band, draw_noise, told_labels
-from ..diffusion.timestep_sampling import draw_timesteps, remember
+from ..diffusion.losses import NUM_BANDS, by_band, draw_noise, training_labels
+from ..diffusion.timestep_sampling import draw_timesteps, update_history
 from ..errors import UserError
+from ..models.pretrained import Pretrained, load_pretrained
 from ..sharing.hub import finish_push
-from .periodic import reach, what_is_due
+from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
 from .run import Run, open_run
 
 
-def train(config):
-    """Train as `config` (a TrainingConfig) says; leave the run folder that the README describes behind.
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """What `train` leaves behind.
+
+    Args:
+        folder: the run folder.
+        step: the last optimizer step.
+        finished: whether all steps were taken and all figures drawn; False after a signal.
+        signal: the number of the signal that stopped the run, or None.
+        losses: the losses in the last line of metrics.jsonl: "loss", "loss_by_band" and, where they were measured,
+            "validation_loss" and "validation_loss_ema"; {} if no line was written.
+    """
+
+    folder: Path
+    step: int
+    finished: bool
+    signal: int | None
+    losses: dict
+
+    def load(self) -> Pretrained:
+        """Return the model of the run, loaded from its folder: float32, on the CPU, in eval mode.
+
+        Raises:
+            UserError: for a classifier, which draws no images.
+        """
+        if (self.folder / "classifier").is_dir():
+            raise UserError(
+                f"{self.folder} is the run of a classifier, which draws no images: give it as the classifier that "
+                "guides a model."
+            )
+        return load_pretrained(str(self.folder))
+
+
+def train(config: TrainingConfig) -> FinishedRun | None:
+    """Train as `config` says, and return the finished run; None after a --dry_run, which writes nothing.
+
+    SIGINT and SIGTERM end the run after the current step, with a checkpoint and the pipeline so far. It can be called
+    several times in one process, and in any thread; only in the main thread can it catch signals.
 
     Raises:
-        UserError: for input that cannot be trained on (nothing is written then), for a loss that is no number any
-            more, or a disk that takes no more; the last checkpoint is good in every case.
-        SystemExit: 128 + the signal's number, when SIGINT or SIGTERM was answered with a checkpoint and the pipeline.
+        UserError: for input that cannot be trained on (nothing is written then), for a loss that is not finite, or if
+            a file cannot be written. The last checkpoint is good in every case.
     """
     run = open_run(config)
     if run is None:
-        return
+        return None
     accelerator, state = run.accelerator, run.state
     batches = training_batches(
         run.train_set, config, state.images_seen, accelerator.process_index, accelerator.num_processes
     )
     run.model.train()
     due, timed_steps, started = set(), 0, time.perf_counter()
-    with catching_signals() as signals, progress_bar(run) as bar:
+    with catching_signals(state.signals), progress_bar(run) as bar:
         if state.step == run.total_steps:
-            # Resumed at its end: what a kill may have kept from being written then.
-            reach(run, {"sheet", "pipeline", "end"}, 0.0, signals)
+            run_due_tasks(run, due_when_resumed_at_the_end(run), 0.0)
         while state.step < run.total_steps and "stop" not in due:
             try:
                 step(run, batches)
             except UserError as error:
-                error.on_one_process = True  # an image that only this one was to read
+                error.on_one_process = True  # an image that only this process reads
                 raise
             bar.update()
             timed_steps += 1
             due = what_is_due(run)
-            if stop_agreed(run, signals, due):
+            if all_agree_to_stop(run, due):
                 due |= {"stop", "checkpoint", "pipeline"}
             if due:
                 seconds = time.perf_counter() - started
                 state.seconds += seconds
                 speed = timed_steps * run.global_batch / seconds
-                line = reach(run, due, speed, signals)
+                line = run_due_tasks(run, due, speed)
                 if "log" in due:
                     bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_second=f"{speed:.0f}")
                 timed_steps, started = 0, time.perf_counter()
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    if run.pushing is not None:
-        finish_push(run.pushing)
-    close(run, signals)
+    if state.push is not None:
+        finish_push(state.push)
+    finished = finished_run(run)
+    if accelerator.is_main_process:
+        print_summary(run, finished)
+    return finished
 
 
 def step(run: Run, batches):
@@ -76,18 +120,18 @@ def step(run: Run, batches):
     bands, seen = torch.zeros(2, NUM_BANDS, device=accelerator.device), []
     for _ in range(config.gradient_accumulation_steps):
         with accelerator.accumulate(run.model):
-            # Draw images, and a timestep and noise for each.
+            # Draw images, and noise and a timestep for each.
             batch = next(batches)
             ordinals, shape = batch["ordinals"], batch["images"].shape[1:]
             batch["noise"], batch["timesteps"] = draw_noise(ordinals, shape, config.ddpm_num_steps, config.seed)
             if state.loss_history is not None:
                 batch["timesteps"], batch["weights"] = draw_timesteps(state.loss_history, ordinals, config.seed)
             if config.class_conditional:
-                batch["class_labels"] = told_labels(
+                batch["class_labels"] = training_labels(
                     batch["labels"], ordinals, len(run.train_set.class_names), config.label_dropout, config.seed
                 )
             batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
-            # Dropout knows only the global generator: it is keyed by the first image of the batch.
+            # Dropout draws from the global generator, so seed that by the first image of the batch.
             torch.manual_seed(config.seed + int(ordinals[0]))
             # Predict the noise and compare.
             losses = run.loss(run.model, batch)
@@ -101,20 +145,21 @@ def step(run: Run, batches):
             bands += by_band(losses.detach(), batch["timesteps"], config.ddpm_num_steps, weights)
             seen.append((batch["ordinals"], batch["timesteps"], losses.detach()))
     if state.loss_history is not None:
-        # All processes learn of all losses, so that they go on drawing by one history.
-        remember(state.loss_history, *accelerator.gather([torch.cat(column) for column in zip(*seen)]))
+        # Every process adds the losses of all processes, so that their histories stay equal.
+        update_history(state.loss_history, *accelerator.gather([torch.cat(column) for column in zip(*seen)]))
     # Update the moving average.
     if run.ema is not None:
         run.ema.update_parameters(run.network)
-    # Keep the losses where they are: to read them now would make a GPU wait. The gradient's norm is the same
-    # everywhere, so one process reports it.
+    # Keep the losses on their device, because reading them now would make the GPU wait. The rows will be summed over
+    # the processes. The gradient's norm is equal in all of them, so only the main process reports it.
     norm = grad_norm.detach().float().reshape(1) * accelerator.is_main_process
     state.pending.append(torch.cat([bands.flatten(), norm]))
     state.step += 1
     state.images_seen += run.global_batch
 
 
-def progress_bar(run: Run):
+def progress_bar(run: Run) -> tqdm:
+    """Return the bar of optimizer steps; only the main process shows it."""
     return tqdm(
         desc="train",
         total=run.total_steps,
@@ -126,62 +171,87 @@ def progress_bar(run: Run):
 
 
 @contextlib.contextmanager
-def catching_signals():
-    """Collect SIGINT and SIGTERM in a list instead of dying of them; the second one of a kind acts as ever."""
-    caught, before = [], {}
+def catching_signals(caught: list[int]):
+    """Append SIGINT and SIGTERM to `caught` instead of dying of them; the second one of a kind acts as usual.
 
-    process = os.getpid()
+    In a thread that is not the main one Python allows no handlers, so signals act as usual there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, process = {}, os.getpid()
 
     def note(number, frame):
         caught.append(number)
         signal.signal(number, before[number])
-        if os.getpid() == process:  # not a worker that decodes images
+        if os.getpid() == process:  # and not a worker that decodes images
             print(f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint.", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, note)
     try:
-        yield caught
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def stop_agreed(run: Run, signals: list, due: set) -> bool:
-    """Return whether to stop after this step. Several processes ask each other, when they meet for a log line."""
-    if run.accelerator.num_processes == 1:
-        return bool(signals)
+def all_agree_to_stop(run: Run, due: set) -> bool:
+    """Return whether to stop after this step, because a process caught a signal.
+
+    Several processes ask each other only when a log line is due, since asking after every step would slow them down.
+    """
+    accelerator, count = run.accelerator, len(run.state.signals)
+    if accelerator.num_processes == 1:
+        return count > 0
     if "log" not in due:
         return False
-    return bool(run.accelerator.reduce(torch.tensor(len(signals), device=run.accelerator.device), "sum") > 0)
+    return bool(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum") > 0)
 
 
-def close(run: Run, signals: list):
-    """Say where everything lies, or how to go on."""
-    folder = Path(run.config.output_dir)
-    finished = run.state.step == run.total_steps and not run.unfinished
-    if run.accelerator.is_main_process and finished:
-        found = {"pipeline": f"{folder}  (DDPMPipeline.from_pretrained({str(folder)!r}))"}
-        if run.config.class_conditional:
-            found = {"pipeline": f"{folder}  (for `python -m ddpm_hf sample` and pipelines/class_guided.py)"}
-        if run.config.objective == "classify":
-            found = {"classifier": f"{folder / 'classifier'}  (for --classifier {folder} of `sample` and `evaluate`)"}
-        else:
-            sheets = (folder / "samples").glob("epoch_*.png")
-            found["sample sheet"] = max(sheets, key=lambda path: (len(path.name), path.name))
-            found["reverse GIF"] = folder / "figures" / "reverse.gif"
-        found |= {"loss curve": folder / "figures" / "loss.png", "all figures": folder / "figures"}
+def finished_run(run: Run) -> FinishedRun:
+    """Return what `train` returns, from the state of a run that has ended."""
+    state, folder = run.state, Path(run.config.output_dir)
+    finished = state.step == run.total_steps and not state.figures_missing
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    last = json.loads(lines[-1]) if lines else {}
+    number = state.signals[0] if state.signals else signal.SIGTERM  # another process may have caught it
+    return FinishedRun(
+        folder=folder,
+        step=state.step,
+        finished=finished,
+        signal=None if finished else int(number),
+        losses={name: value for name, value in last.items() if "loss" in name},
+    )
+
+
+def print_summary(run: Run, finished: FinishedRun):
+    """Print where the pipeline, the samples and the figures are, or how to continue a run that was stopped."""
+    folder, config = finished.folder, run.config
+    if not finished.finished:
         print(
-            f"\nTrained {run.state.step:,} steps in {run.state.seconds / 60:.1f} minutes.",
-            *(f"  {what:12}  {where}" for what, where in found.items()),
-            sep="\n",
-            flush=True,
-        )
-    elif run.accelerator.is_main_process:
-        print(
-            f"\nStopped after step {run.state.step:,} of {run.total_steps:,}: checkpoint and pipeline so far are "
+            f"\nStopped after step {finished.step:,} of {run.total_steps:,}: checkpoint and pipeline so far are "
             f"in {folder}; add --resume_from_checkpoint latest to go on.",
             flush=True,
         )
-    if not finished:
-        raise SystemExit(128 + (signals[0] if signals else signal.SIGTERM))
+        return
+    if config.objective == "classify":
+        found = {"classifier": f"{folder / 'classifier'}  (for --classifier {folder} of `sample` and `evaluate`)"}
+    else:
+        use = f"DDPMPipeline.from_pretrained({str(folder)!r})"
+        if config.class_conditional:
+            use = "for `python -m ddpm_hf sample` and pipelines/class_guided.py"
+        sheets = (folder / "samples").glob("epoch_*.png")
+        found = {
+            "pipeline": f"{folder}  ({use})",
+            "sample sheet": max(sheets, key=lambda path: (len(path.name), path.name)),
+            "reverse GIF": folder / "figures" / "reverse.gif",
+        }
+    found |= {"loss curve": folder / "figures" / "loss.png", "all figures": folder / "figures"}
+    print(
+        f"\nTrained {finished.step:,} steps in {run.state.seconds / 60:.1f} minutes.",
+        *(f"  {what:12}  {where}" for what, where in found.items()),
+        sep="\n",
+        flush=True,
+    )

@@ -1,4 +1,7 @@
-"""What a run does besides steps: log lines, validation, sample sheets, checkpoints, pipelines, pushes, the end."""
+"""What a run does besides steps: log lines, validation, scores, sample sheets, checkpoints, pipelines and pushes.
+
+`what_is_due` says what is due after a step, and `run_due_tasks` does it: the functions in TASKS, one after another.
+"""
 
 import contextlib
 import json
@@ -28,7 +31,7 @@ from .validation import per_band, validate
 
 
 def what_is_due(run: Run) -> set[str]:
-    """Return what is due after this step. An epoch is over when the images seen pass a multiple of the set."""
+    """Return what is due after this step. An epoch is complete when the images seen pass a multiple of the set."""
     config, step = run.config, run.state.step
     every = {
         "validation": config.validation_epochs,
@@ -47,133 +50,239 @@ def what_is_due(run: Run) -> set[str]:
         due.discard("sheet")
     if due & {"validation", "scores", "end"} or step % config.logging_steps == 0:
         due.add("log")
-    # A pipeline never lies there without a checkpoint to go on from.
+    # A pipeline is never saved without a checkpoint to continue from.
     if "pipeline" in due or step % config.checkpointing_steps == 0:
         due.add("checkpoint")
     return due
 
 
+def due_when_resumed_at_the_end(run: Run) -> set[str]:
+    """Return what a kill may have left undone after the last checkpoint of the last step."""
+    return {"pipeline", "end"} if run.config.objective == "classify" else {"sheet", "pipeline", "end"}
+
+
+def run_due_tasks(run: Run, due: set[str], images_per_second: float) -> dict:
+    """Do what is due, in the order of TASKS, and return the log line. Every process calls this.
+
+    Raises:
+        UserError: if a loss is not finite, or if a file cannot be written.
+    """
+    pending_rows(run)  # refuses a loss that is not finite, before anything is drawn or saved from it
+    state = run.state
+    line = {
+        "step": state.step,
+        "epoch": round(state.images_seen / run.num_images, 4),
+        "images_seen": state.images_seen,
+        "images_per_second": round(images_per_second, 2),
+        "seconds": round(state.seconds, 1),
+    }
+    for name, task in TASKS:
+        if name in due:
+            task(run, due, line)
+    return line
+
+
+def add_averages(run: Run, due: set[str], line: dict):
+    """Add the mean losses since the last log line to `line`, with learning rate and EMA decay."""
+    state = run.state
+    line |= averages(pending_rows(run))
+    line["lr"] = run.learning_rate(state.step - 1)
+    line["ema_decay"] = ema_decay(run.config, state.step - 1) if run.ema is not None else None
+    state.pending.clear()
+
+
+def add_validation_loss(run: Run, due: set[str], line: dict):
+    """Add the validation loss to `line`; with --best_by validation_loss, save best/ if it is the lowest so far."""
+    line |= validate(run)
+    if run.config.best_by == "validation_loss":
+        keep_best(run, "validation_loss", line["validation_loss" if run.ema is None else "validation_loss_ema"])
+
+
+def add_scores(run: Run, due: set[str], line: dict):
+    """Add the scores to `line`; if --best_by is one of them, save best/ if it is the best so far.
+
+    After a signal no more images are drawn, and there are no scores.
+    """
+    config = run.config
+    with contextlib.suppress(Interrupted):
+        line["scores"], score = score_run(run, stop_on_signal(run))
+        keep_best(run, f"{config.best_by} {config.eval_num_images}", score)
+        if run.accelerator.is_main_process:
+            numbers = ", ".join(f"{id} {value:.4g}" for id, value in line["scores"].items())
+            tqdm.write(f"Step {run.state.step}: {numbers}")
+
+
+def keep_best(run: Run, measure: str, value: float | None):
+    """Save the pipeline in best/ if `value` (None: not measured) is the lowest of this measure so far."""
+    config, state = run.config, run.state
+    if not config.save_best or value is None or not run.accelerator.is_main_process:
+        return
+    if state.best_measure != measure:  # a resumed run may choose by another measure
+        state.best_measure = measure
+        state.best_score = float("inf")
+    if value < state.best_score:
+        state.best_score = value
+        folder = Path(config.output_dir, "best")
+        with writing("the best pipeline", folder):
+            save_network(run, folder)
+
+
+def write_log_line(run: Run, due: set[str], line: dict):
+    """Append `line` to metrics.jsonl, and give its numbers to the tracker."""
+    folder = Path(run.config.output_dir)
+    if run.accelerator.is_main_process:
+        with writing("metrics.jsonl", folder), open(folder / "metrics.jsonl", "a") as metrics:
+            metrics.write(json.dumps(line) + "\n")
+        numbers = {k: v for k, v in (line | line.get("scores", {})).items() if isinstance(v, (int, float))}
+        run.accelerator.log(numbers, step=run.state.step)
+
+
+def add_sheet(run: Run, due: set[str], line: dict):
+    """Draw the sample sheet samples/epoch_<n>.png, from the same noise each time; after a signal there is none."""
+    config, accelerator = run.config, run.accelerator
+    try:
+        images = draw_sheet_images(run)
+    except Interrupted:
+        run.state.figures_missing = "end" in due
+        return
+    if accelerator.is_main_process:
+        epoch = run.epochs(run.state.step - 1) + 1  # the epoch that this step belongs to
+        path = Path(config.output_dir) / "samples" / f"epoch_{epoch:04d}.png"
+        with writing("a sample sheet", path):
+            path.parent.mkdir(exist_ok=True)
+            # One column per class, if they are few enough.
+            columns = len(run.class_names) if run.class_names and len(run.class_names) <= 16 else None
+            image_sheet(torch.from_numpy(images), path, columns)
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": images.transpose(0, 2, 3, 1)}, step=run.state.step, dataformats="NHWC")
+
+
+def save_checkpoint(run: Run, due: set[str], line: dict):
+    """Write checkpoint-<step>, with all that an exact resume needs."""
+    run.state.stream = run.train_set.state_dict() if run.config.streaming else None
+    checkpoints.save_checkpoint(
+        run.accelerator,
+        run.config,
+        run.state,
+        network={"unet": dict(run.network.config), "class_names": run.class_names},
+        ema=run.ema,
+        rows=pending_rows(run),
+    )
+
+
+def save_published(run: Run, due: set[str], line: dict):
+    """Save the pipeline, or the classifier, in the run folder."""
+    folder = Path(run.config.output_dir)
+    if run.accelerator.is_main_process:
+        with writing("the pipeline", folder):
+            save_network(run, folder)
+
+
+def draw_figures(run: Run, due: set[str], line: dict):
+    """Draw the figures of the finished run (of a classifier the loss curve alone); a signal stops that."""
+    config, folder = run.config, Path(run.config.output_dir)
+    if not run.accelerator.is_main_process:
+        return
+    with writing("the figures", folder):
+        if config.objective == "classify":
+            loss_figure(folder / "metrics.jsonl", folder / "figures" / "loss.png")
+            return
+        num_images = min(16, config.eval_batch_size)
+        try:
+            run_figures(
+                folder,
+                run.published,
+                run.scheduler,
+                run.train_set.get(list(range(min(8, run.num_images)))),
+                config.seed,
+                num_images=num_images,
+                num_inference_steps=config.ddpm_num_inference_steps,
+                on_step=stop_on_signal(run),
+                class_labels=run.classes.in_turn(range(num_images)),
+            )
+        except Interrupted:
+            run.state.figures_missing = True
+
+
+def write_run_card(run: Run, due: set[str], line: dict):
+    """Write the model card, README.md."""
+    if run.accelerator.is_main_process:
+        with writing("the model card", run.config.output_dir):
+            write_card(Path(run.config.output_dir), run.repo_id)
+
+
+def start_push(run: Run, due: set[str], line: dict):
+    """Start to push the run folder to the Hub, if --push_to_hub is given; only the main process has a repository."""
+    if run.repo_id is not None:
+        message = "End of training" if "end" in due else f"Step {run.state.step}"
+        run.state.push = push(Path(run.config.output_dir), run.repo_id, run.config.hub_token, message)
+
+
+# (what is due, the function that does it), called as `task(run, due, line)`.
+#
+# A kill can come at any point. A resumed run then repeats the steps after the last checkpoint and all that was due in
+# them, with the same results. So whatever belongs to a step is done before its checkpoint.
+TASKS = [
+    # First the numbers of the log line: the losses, then what validation and scores add to them.
+    ("log", add_averages),
+    ("validation", add_validation_loss),
+    ("scores", add_scores),
+    # Before the checkpoint, which no longer has the losses of this line: a kill between the two would lose it. In this
+    # order such a kill leaves one line too many, and the resumed run removes it.
+    ("log", write_log_line),
+    # Before the checkpoint, because a run killed between the two would never draw this sheet.
+    ("sheet", add_sheet),
+    # Before the pipeline, because a folder with a pipeline but no checkpoint cannot be resumed.
+    ("checkpoint", save_checkpoint),
+    # Before the figures, which take minutes. A run that is resumed at its last step does the rest of the list again.
+    ("pipeline", save_published),
+    ("end", draw_figures),
+    # The card shows the figures, and the push publishes all of these.
+    ("pipeline", write_run_card),
+    ("pipeline", start_push),
+]
+
+
 class Interrupted(Exception):
-    """A signal came while pictures were being drawn."""
+    """A signal came while images were being drawn."""
 
 
-def yielding_to(signals: list, run: Run):
-    """Return an `on_step` for sampling that raises Interrupted once there is a signal.
+def stop_on_signal(run: Run):
+    """Return an `on_step` for sampling that raises Interrupted after a signal.
 
-    Several processes would lose each other: there the picture is finished first.
+    With several processes it does nothing: a process that stops alone would leave the others waiting for it.
     """
 
     def on_step(*step):
-        if signals and run.accelerator.num_processes == 1:
+        if run.state.signals and run.accelerator.num_processes == 1:
             raise Interrupted
 
     return on_step
 
 
-def reach(run: Run, due: set[str], images_per_second: float, signals: list) -> dict:
-    """Do what is due, in an order that a kill at any point cannot upset; return the log line. All processes call this.
-
-    `signals` has the signals caught so far: one that comes while a sheet is drawn ends the sheet.
-
-    Raises:
-        UserError: if a loss is no number any more, or if something cannot be written.
-    """
-    config, state, main = run.config, run.state, run.accelerator.is_main_process
-    folder = Path(config.output_dir)
-    rows = pending_rows(run)
-    line = {
-        "step": state.step,
-        "epoch": round(state.images_seen / run.num_images, 4),
-        "images_seen": state.images_seen,
-    }
-    if "log" in due:
-        line |= averages(rows) | {
-            "lr": run.learning_rate(state.step - 1),
-            "ema_decay": ema_decay(config, state.step - 1) if run.ema is not None else None,
-            "images_per_second": round(images_per_second, 2),
-            "seconds": round(state.seconds, 1),
-        }
-        state.pending.clear()
-        rows = []
-    compared = None  # what best/ is chosen by, lower is better
-    if "validation" in due:
-        line |= validate(run)
-        if config.best_by == "validation_loss":
-            compared = line["validation_loss" if run.ema is None else "validation_loss_ema"]
-    if "scores" in due:
-        with contextlib.suppress(Interrupted):
-            line["scores"], by_score = score_run(run, yielding_to(signals, run))
-            compared = compared if by_score is None else by_score
-            if main:
-                numbers = ", ".join(f"{id} {value:.4g}" for id, value in line["scores"].items())
-                tqdm.write(f"Step {state.step}: {numbers}")
-    measure = config.best_by if config.best_by == "validation_loss" else f"{config.best_by} {config.eval_num_images}"
-    if state.best_measure != measure:  # a resumed run may go on by another
-        state.best_measure, state.best_score = measure, float("inf")
-    if config.save_best and main and compared is not None and compared < state.best_score:
-        state.best_score = compared
-        with writing("the best pipeline", folder / "best"):
-            save_network(run, folder / "best")
-    if "log" in due and main:
-        with writing("metrics.jsonl", folder), open(folder / "metrics.jsonl", "a") as metrics:
-            metrics.write(json.dumps(line) + "\n")
-        numbers = {k: v for k, v in (line | line.get("scores", {})).items() if isinstance(v, (int, float))}
-        run.accelerator.log(numbers, step=state.step)
-    if "sheet" in due:
-        try:
-            draw_sheet(run, signals)
-        except Interrupted:
-            run.unfinished = "end" in due
-    if "checkpoint" in due:
-        state.stream = run.train_set.state_dict() if config.streaming else None
-        network = {"unet": dict(run.network.config), "class_names": run.told_names}
-        checkpoints.save_checkpoint(run.accelerator, config, network, run.ema, state, rows)
-    if "pipeline" in due and main:
-        with writing("the pipeline", folder):
-            save_network(run, folder)
-            if "end" in due and config.objective == "classify":
-                loss_figure(folder / "metrics.jsonl", folder / "figures" / "loss.png")
-            elif "end" in due:
-                images = run.train_set.get(list(range(min(8, run.num_images))))
-                count = min(16, config.eval_batch_size)
-                steps = config.ddpm_num_inference_steps
-                try:
-                    give_way = yielding_to(signals, run)
-                    labels = run.class_labels(range(count))
-                    run_figures(
-                        folder, run.published, run.scheduler, images, config.seed, count, steps, give_way, labels
-                    )
-                except Interrupted:
-                    run.unfinished = True
-            write_card(folder, run.repo_id)
-        if run.repo_id is not None:
-            message = "End of training" if "end" in due else f"Step {state.step}"
-            run.pushing = push(folder, run.repo_id, config.hub_token, message)
-    return line
-
-
 def save_network(run: Run, folder: Path):
-    """Save what is published: the pipeline, or the classifier in a folder `classifier`."""
+    """Save the published weights in `folder`: a pipeline, or a classifier in its subfolder `classifier`."""
     if run.config.objective == "classify":
         save_classifier(folder, run.published)
     else:
-        save_pipeline(folder, run.published, run.scheduler, run.told_names)
+        save_pipeline(folder, run.published, run.scheduler, run.class_names)
 
 
 def pending_rows(run: Run) -> list[torch.Tensor]:
-    """Return one row per step since the last log line, summed over the processes, on the CPU.
+    """Return one row for each step since the last log line, summed over the processes, on the CPU.
 
-    Each process has its share. Summed row by row, the rows can be given back to one process alone by a checkpoint
-    and still add up to the same, bit for bit.
+    A checkpoint saves these sums. One process alone takes them back when it is loaded, and the sums over all processes
+    are the same again, bit for bit.
 
     Raises:
-        UserError: naming the first step whose loss or gradient was no finite number.
+        UserError: with the first step whose loss or gradient is not finite.
     """
     state, config = run.state, run.config
     if not state.pending:
         return []
     table = run.accelerator.reduce(torch.stack(state.pending), "sum").cpu()
-    # With fp16 an overflowing gradient is everyday life: the scaler skips that step.
+    # With fp16 gradients overflow now and then, and the gradient scaler skips those steps.
     checked = table[:, :-1] if config.mixed_precision == "fp16" else table
     if not checked.isfinite().all():
         first = int((~checked.isfinite().all(dim=1)).nonzero()[0])
@@ -182,53 +291,42 @@ def pending_rows(run: Run) -> list[torch.Tensor]:
         last_good = run_folder.checkpoints(config.output_dir)[-1:]
         raise UserError(
             f"{what} became nan or infinite at step {step} (learning rate {run.learning_rate(step - 1):.2g}): "
-            "lower --learning_rate, lengthen --lr_warmup_steps or take --mixed_precision no; "
+            "lower --learning_rate, lengthen --lr_warmup_steps or give --mixed_precision no; "
             + (f"the last good checkpoint is {last_good[0]}." if last_good else "there was no checkpoint yet.")
         )
     return list(table)
 
 
 def averages(rows: list[torch.Tensor]) -> dict:
-    """Return the log line's means over all images since the last line."""
+    """Return the means of the losses over all images, and of the gradient's norm over all steps, in these rows."""
     table = torch.stack(rows).double()
     sums, counts = table[:, :-1].sum(dim=0).view(2, NUM_BANDS)
     norms = table[:, -1][table[:, -1].isfinite()]
     return {
         "loss": float(sums.sum() / counts.sum()),
         "loss_by_band": per_band(sums, counts),
-        # Under fp16 some overflow, and infinity is no JSON.
+        # With fp16 every norm may have overflowed, and JSON has no infinity.
         "grad_norm": float(norms.mean()) if len(norms) else None,
     }
 
 
-def draw_sheet(run: Run, signals: list):
-    """Write samples/epoch_<n>.png from the same noise each time; every process draws its share of the images.
+def draw_sheet_images(run: Run) -> np.ndarray:
+    """Return the images of a sample sheet, uint8 (N, C, H, W); every process draws its share and gets all.
 
     Raises:
-        Interrupted: if a signal comes. (Not on several processes, which would lose each other.)
+        Interrupted: after a signal, see `stop_on_signal`.
     """
     config, accelerator = run.config, run.accelerator
     share = range(accelerator.process_index, config.eval_batch_size, accelerator.num_processes)
-    # Trailing timesteps begin at T - 1, in pure noise; leading ones would begin where cosine betas leave signal.
+    # A Sampler's timesteps are trailing: they begin in pure noise, where leading ones keep signal with cosine betas.
     sampler = Sampler(num_inference_steps=config.ddpm_num_inference_steps, seed=config.seed).resolve(run.pretrained)
     images = sample_images(
         run.pretrained,
         sampler,
         share,
         batch_size=config.eval_batch_size,
-        on_step=yielding_to(signals, run),
+        on_step=stop_on_signal(run),
         progress=accelerator.is_main_process,
     )
     drawn = gather_object(list(zip(share, images.cpu().numpy())))
-    if accelerator.is_main_process:
-        images = np.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])
-        epoch = run.epochs(run.state.step - 1) + 1  # the one that this step belongs to
-        path = Path(config.output_dir) / "samples" / f"epoch_{epoch:04d}.png"
-        with writing("a sample sheet", path):
-            path.parent.mkdir(exist_ok=True)
-            # A class a column, if there is room.
-            columns = len(run.train_set.class_names) if config.class_conditional else None
-            image_sheet(torch.from_numpy(images), path, columns if columns is None or columns <= 16 else None)
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"samples": images.transpose(0, 2, 3, 1)}, step=run.state.step, dataformats="NHWC")
+    return np.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])

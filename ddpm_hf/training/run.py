@@ -1,9 +1,10 @@
-"""A run before its first step: everything that can be refused is refused here, before anything is written."""
+"""Everything before the first step: build the parts of a run, refuse bad input, then prepare the run folder."""
 
 import json
 import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin
 from diffusers import UNet2DModel
 from torch.optim.swa_utils import AveragedModel
 
 from ..config.training_config import TrainingConfig
 from ..data.dataset import load_images
-from ..diffusion.losses import classification_loss, denoising_loss
+from ..diffusion.losses import OBJECTIVES
 from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ..diffusion.timestep_sampling import new_history
 from ..errors import UserError
@@ -36,51 +38,40 @@ from .schedule import count_steps, ema_warning, learning_rate_schedule
 from .scoring import open_evaluation
 
 
-@dataclass
-class Run:
-    """All that the loop works with.
+PROCESS_TIMEOUT = timedelta(hours=2)  # the other processes wait while one draws the figures; as in diffusers' script
 
-    `network` holds the raw weights of the UNet, or of the classifier with --objective classify; `model` is it as
-    accelerate prepared it.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The parts of a run. They stay the same from the first step to the last; what changes is in `state`."""
 
     config: TrainingConfig
     accelerator: Accelerator
     train_set: Any
-    validation_set: Any
-    network: UNet2DModel | NoisyClassifier
+    validation_set: Any  # None without --validation_split
     scheduler: PaperDDPMScheduler
+    network: UNet2DModel | NoisyClassifier  # the raw weights; a classifier with --objective classify
+    model: Any  # `network` as accelerate prepared it: this is what a step calls
+    ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
-    learning_rate: Any  # optimizer step -> learning rate
-    loss: Any
+    learning_rate: Callable[[int], float]  # of an optimizer step, from 0
+    loss: Callable[[Any, dict], torch.Tensor]  # (model, batch) -> (B,), see OBJECTIVES
+    evaluation: Any  # the inputs of --eval_metrics, or None
     num_images: int  # in an epoch
     global_batch: int  # images per optimizer step, over all processes
     total_steps: int
+    facts: dict  # for train_config.json, and the "summary" for people
     state: TrainState
-    facts: dict
-    model: Any = None
-    ema: AveragedModel | None = None
-    repo_id: str | None = None
-    evaluation: Any = None  # what --eval_metrics are computed from
-    sheet_images: int | None = None  # on a sample sheet, as many as this machine draws in bearable time
-    unfinished: bool = False  # a signal came while the last figures were drawn
-    pushing: Any = None  # the last push, under way in the background
+    repo_id: str | None = None  # on the Hub, in the main process, with --push_to_hub
 
     @property
     def published(self) -> UNet2DModel | NoisyClassifier:
-        """The weights that are sampled from and saved: the EMA's where there is one."""
+        """The weights to sample from and to save: the EMA if there is one, else the raw weights."""
         return self.network if self.ema is None else self.ema.module
 
     @property
-    def classes(self) -> Classes:
-        """The classes that the UNet is told; none of an unconditional one or of a classifier."""
-        if not self.config.class_conditional:
-            return Classes()
-        return Classes(tuple(self.train_set.class_names), self.network.config.num_class_embeds)
-
-    @property
     def pretrained(self) -> Pretrained:
-        """The published weights as samplers and scores take them."""
+        """The published weights, as samplers and scores take them."""
         facts = {
             "name": Path(self.config.output_dir).resolve().name,
             "revision": None,
@@ -91,112 +82,155 @@ class Run:
         return Pretrained(self.published, self.scheduler, facts, {}, Path(self.config.output_dir), self.classes)
 
     @property
-    def told_names(self) -> list[str] | None:
-        """The names of the classes that a conditional UNet is told; None of others."""
+    def classes(self) -> Classes:
+        """The classes of a conditional UNet; no classes for other networks."""
+        if not self.config.class_conditional:
+            return Classes()
+        return Classes(tuple(self.train_set.class_names), self.network.config.num_class_embeds)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes of a conditional UNet; None for other networks."""
         return self.train_set.class_names if self.config.class_conditional else None
 
-    def class_labels(self, indices) -> list[int] | None:
-        """Return the labels of sampled images: all classes in turn; None of an unconditional UNet."""
-        return [k % len(self.told_names) for k in indices] if self.told_names else None
-
     def epochs(self, step: int) -> int:
-        """Return how many epochs are over after `step` steps, by images seen."""
+        """Return how many epochs are complete after `step` steps, counted by images seen."""
         return step * self.global_batch // self.num_images
 
 
 def open_run(config: TrainingConfig) -> Run | None:
-    """Build all of a run and put it where its checkpoint left it; None after a --dry_run, which writes nothing.
+    """Return a run that is ready for its next step; None after a --dry_run, which writes nothing.
 
     Raises:
-        UserError: for whatever cannot be trained on, with nothing written.
+        UserError: for input that cannot be trained on; nothing is written then.
     """
     checkpoint = checkpoints.find_checkpoint(config)
+    run, warnings = build_run(config)
+    if checkpoint is not None:
+        warnings += checkpoints.check_same_run(checkpoint, config, dict(run.network.config), run.total_steps)
+    is_main = run.accelerator.is_main_process
+    if is_main:
+        print(run.facts["summary"], *warnings, sep="\n", flush=True)
+    if config.dry_run:
+        if is_main:
+            print(json.dumps(config.to_dict() | {"network": dict(run.network.config)}, indent=2))
+        return None
+    if config.push_to_hub and is_main:
+        name = config.hub_model_id or Path(config.output_dir).resolve().name
+        run = replace(run, repo_id=create_repository(name, config.hub_private_repo, config.hub_token))
+    prepare_folder(run, checkpoint)
+    restore_state(run, checkpoint)
+    return run
+
+
+def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
+    """Return the parts of a run, and warnings to print. Nothing is written.
+
+    Raises:
+        UserError: for input that cannot be trained on.
+    """
+    check_objective(config)
     accelerator = make_accelerator(config)
     with accelerator.local_main_process_first():
         train_set, validation_set = load_images(config, unet_channels(config))
     check_classes(config, train_set)
-    classify = config.objective == "classify"
-    network = (build_classifier if classify else build_unet)(config, train_set.channels, train_set.class_names)
+    build = build_classifier if config.objective == "classify" else build_unet
+    network = build(config, train_set.channels, train_set.class_names)
     scheduler = make_scheduler(
         config.ddpm_beta_schedule,
         config.ddpm_num_steps,
         prediction_type=config.prediction_type,
         variance_type=config.variance_type,
     )
-    optimizer = torch.optim.AdamW(
-        network.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=accelerator.device.type in ("cpu", "cuda"),  # a quarter of the time of the default on a CPU
-    )
+    optimizer = make_optimizer(config, network, accelerator.device)
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     num_images, total_steps = count_steps(config, train_set.num_images, global_batch)
+    learning_rate = learning_rate_schedule(config, optimizer, total_steps)
+    model, optimizer = accelerator.prepare(network, optimizer)
     run = Run(
         config=config,
         accelerator=accelerator,
         train_set=train_set,
         validation_set=validation_set,
-        network=network,
         scheduler=scheduler,
+        network=network,
+        model=model,
+        ema=make_ema(config, network),
         optimizer=optimizer,
-        learning_rate=learning_rate_schedule(config, optimizer, total_steps),
-        loss=classification_loss(scheduler)
-        if classify
-        else denoising_loss(scheduler, config.loss_type, config.snr_gamma, config.objective),
+        learning_rate=learning_rate,
+        loss=OBJECTIVES[config.objective](scheduler, loss_type=config.loss_type, snr_gamma=config.snr_gamma),
+        evaluation=None,
         num_images=num_images,
         global_batch=global_batch,
         total_steps=total_steps,
-        state=TrainState(),
         facts={},
+        state=TrainState(),
     )
-    run.facts = describe(run)
-    run.evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
-    said = [run.facts["summary"], *ema_warning(config, total_steps), *skipped]
-    if checkpoint is not None:
-        said += checkpoints.check_same_run(checkpoint, config, dict(network.config), total_steps)
-    if accelerator.is_main_process:
-        print(*said, sep="\n", flush=True)
-    if config.dry_run:
-        if accelerator.is_main_process:
-            print(json.dumps(config.to_dict() | {"network": dict(network.config)}, indent=2))
-        return None
-    if config.push_to_hub and accelerator.is_main_process:
-        run.repo_id = create_repository(
-            config.hub_model_id or Path(config.output_dir).resolve().name, config.hub_private_repo, config.hub_token
-        )
+    run = replace(run, facts=describe(run))
+    evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
+    return replace(run, evaluation=evaluation), [*ema_warning(config, total_steps), *skipped]
 
-    # From here on the folder is ours.
+
+def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:
+    """Return the AdamW optimizer of a network."""
+    return torch.optim.AdamW(
+        network.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=device.type in ("cpu", "cuda"),  # on a CPU it takes a quarter of the time of the default
+    )
+
+
+def prepare_folder(run: Run, checkpoint: Path | None):
+    """Prepare the run folder, start the tracker and write train_config.json. Every process calls this.
+
+    Raises:
+        UserError: if the folder cannot be written to, or the tracker cannot start.
+    """
+    accelerator, config = run.accelerator, run.config
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         checkpoints.prepare_output_dir(config, checkpoint)
         start_tracker(config, accelerator)
         write_record(run)
     accelerator.wait_for_everyone()
-    run.model, run.optimizer = accelerator.prepare(network, optimizer)
-    run.ema = make_ema(config, network)
+
+
+def restore_state(run: Run, checkpoint: Path | None):
+    """Put the run where its checkpoint left it, or at its beginning without one. Every process calls this.
+
+    Raises:
+        UserError: if the checkpoint is damaged.
+    """
+    config, state = run.config, run.state
     if checkpoint is not None:
-        run.state = checkpoints.load_checkpoint(accelerator, checkpoint, run.ema)
-        if accelerator.is_main_process:
-            checkpoints.keep_metrics_up_to(config.output_dir, run.state.step)
-        if run.state.stream is not None:
-            train_set.load_state_dict(run.state.stream)
+        checkpoints.load_checkpoint(run.accelerator, checkpoint, state, run.ema)
+        if run.accelerator.is_main_process:
+            checkpoints.keep_metrics_up_to(config.output_dir, state.step)
+        if state.stream is not None:
+            run.train_set.load_state_dict(state.stream)
     if config.timestep_sampling == "uniform":
-        run.state.loss_history = None
-    elif run.state.loss_history is None:
-        run.state.loss_history = new_history(config.ddpm_num_steps)
-    return run
+        state.loss_history = None
+    elif state.loss_history is None:
+        state.loss_history = new_history(config.ddpm_num_steps)
+
+
+def check_objective(config):
+    """Refuse, with a UserError, an --objective that is not in OBJECTIVES."""
+    if config.objective not in OBJECTIVES:
+        raise UserError(f"--objective {config.objective} is not known: choose from {', '.join(OBJECTIVES)}.")
 
 
 def check_classes(config, train_set):
-    """Refuse, with a UserError, images without the classes that a conditional UNet or a classifier is taught."""
-    wanted = "--class_conditional" if config.class_conditional else "--objective classify"
+    """Refuse, with a UserError, images without the classes that a conditional UNet or a classifier needs."""
     if not config.class_conditional and config.objective != "classify":
         return
     if train_set.class_names is None:
+        flag = "--class_conditional" if config.class_conditional else "--objective classify"
         raise UserError(
-            f"{wanted} needs images with classes, and these have none: name their --label_column, or give a folder "
+            f"{flag} needs images with classes, and these have none: name their --label_column, or give a folder "
             "with a subfolder for each class."
         )
     if (
@@ -205,27 +239,26 @@ def check_classes(config, train_set):
         and (train_set.labels is None or train_set.labels.min() < 0)
     ):
         raise UserError(
-            "--label_dropout 0 leaves no place for images without a class, which these may have: give 0.1."
+            "--label_dropout 0 trains no embedding for images without a class, and these may have some: give 0.1."
         )
 
 
 def make_accelerator(config) -> Accelerator:
-    """Return the Accelerator of a run; it alone knows of devices, processes and precision.
+    """Return the Accelerator of a run, which holds the device, the processes and the precision.
 
     Raises:
-        UserError: if the precision or the tracker asked for is not to be had here.
+        UserError: if this machine does not have the precision or the tracker that the flags name.
     """
     if config.logger in ("wandb", "trackio") and find_spec(config.logger) is None:
         raise UserError(
-            f"--logger {config.logger} is not installed: pip install {config.logger}, or take tensorboard or none."
+            f"--logger {config.logger} is not installed: pip install {config.logger}, or give tensorboard or none."
         )
     if config.local_rank != -1 and "WORLD_SIZE" in os.environ:
-        # Launchers before torchrun pass this rank as a flag and the others as variables; accelerate reads variables.
+        # Launchers older than torchrun pass the local rank as a flag, but accelerate reads it from the environment.
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
-    # Whoever waits while the figures are drawn must not give up: two hours, as upstream.
-    patience = timedelta(hours=2)
+    reset_accelerate()
     if config.mixed_precision == "auto":
-        config.mixed_precision = "bf16" if has_bfloat16(PartialState(timeout=patience).device) else "no"
+        config.mixed_precision = "bf16" if has_bfloat16(PartialState(timeout=PROCESS_TIMEOUT).device) else "no"
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -234,42 +267,54 @@ def make_accelerator(config) -> Accelerator:
             project_config=ProjectConfiguration(
                 project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
             ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
             dynamo_plugin=TorchDynamoPlugin(backend="inductor") if config.torch_compile else None,
         )
     except ValueError as error:
         if config.mixed_precision == "no":
             raise UserError(f"accelerate cannot start ({error}): check the launcher's settings.") from error
-        raise UserError(f"--mixed_precision {config.mixed_precision} cannot act here ({error}): take no.") from error
+        raise UserError(
+            f"--mixed_precision {config.mixed_precision} is not possible here ({error}): give no."
+        ) from error
     check_processes()
-    # A variable in the environment would win over the flag.
+    # Set it again, because accelerate prefers a variable of the environment to its argument.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # accelerate lets it pass, without the gradient scaler that fp16 needs.
-        raise UserError("--mixed_precision fp16 cannot act here (it needs a GPU): take bf16 or no.")
+        # accelerate accepts this, but without the gradient scaler that fp16 needs.
+        raise UserError("--mixed_precision fp16 is not possible here (it needs a GPU): give bf16 or no.")
     return accelerator
 
 
+def reset_accelerate():
+    """Forget the settings of earlier Accelerators, so that a process can train twice with different flags.
+
+    accelerate keeps precision, accumulation and processes for the life of a process. It offers no public way to change
+    them; its own tests use these methods. A process group that is still open is used again.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 def start_tracker(config, accelerator):
-    """Start --logger, if any, with the flags of the run in it.
+    """Start the tracker of --logger, if any, and give it the flags of the run.
 
     Raises:
-        UserError: if it cannot start, e.g. for want of a login.
+        UserError: if it cannot start, e.g. because nobody is logged in.
     """
     if config.logger == "none":
         return
     folder = Path(config.output_dir) / config.logging_dir
-    folder.mkdir(parents=True, exist_ok=True)  # wandb takes another where this is missing
-    # Trackers take numbers and text only.
+    folder.mkdir(parents=True, exist_ok=True)  # wandb uses another folder if this one is missing
+    # Trackers accept only numbers and text.
     flags = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.to_dict().items()}
     try:
         accelerator.init_trackers("ddpm_hf", config=flags, init_kwargs={"wandb": {"dir": str(folder)}})
-    except Exception as error:  # each has errors of its own
-        raise UserError(f"--logger {config.logger} cannot start ({error}): set it up, or take none.") from error
+    except Exception as error:  # each tracker raises its own errors
+        raise UserError(f"--logger {config.logger} cannot start ({error}): set it up, or give none.") from error
 
 
-def describe(run) -> dict:
-    """Return the facts of a Run before its first step, with a "summary" for people."""
+def describe(run: Run) -> dict:
+    """Return the facts of a run for train_config.json, with a "summary" for people."""
     config, accelerator, data = run.config, run.accelerator, run.train_set
     parameters = sum(parameter.numel() for parameter in run.network.parameters())
     held_out = 0 if run.validation_set is None else run.validation_set.num_images
@@ -300,8 +345,8 @@ def describe(run) -> dict:
     }
 
 
-def write_record(run):
-    """Write train_config.json: {"flags": ..., and the facts}. The token is in neither."""
+def write_record(run: Run):
+    """Write train_config.json: "flags" and the facts. It never contains the token."""
     path = Path(run.config.output_dir) / "train_config.json"
     with writing("train_config.json", path):
         partial = path.with_suffix(".tmp")

@@ -12,14 +12,15 @@ from ..models.ema import ema_decay
 def count_steps(config, num_images: int | None, global_batch: int) -> tuple[int, int]:
     """Return images per epoch and optimizer steps of the whole run.
 
-    The last step may reach into the epoch after: every step has exactly `global_batch` images.
+    Every step has exactly `global_batch` images, so the last step may take some from the next epoch.
 
     Raises:
-        UserError: if a batch is larger than the set, or if the length of a stream is not known and none is given.
+        UserError: if a batch is larger than the set, or if the length of a stream is unknown and --max_train_steps is
+            not given.
     """
     if num_images is None:
         if config.max_train_steps is None:
-            raise UserError("the length of this stream is not known: give --max_train_steps instead of --num_epochs.")
+            raise UserError("the length of this stream is unknown: give --max_train_steps instead of --num_epochs.")
         return config.max_train_steps * global_batch, config.max_train_steps
     if global_batch > num_images:
         raise UserError(
@@ -30,34 +31,36 @@ def count_steps(config, num_images: int | None, global_batch: int) -> tuple[int,
 
 
 def learning_rate_schedule(config, optimizer, total_steps: int):
-    """Return the function from optimizer step (0-based) to learning rate: diffusers' schedules, stateless.
+    """Return one of diffusers' schedules as a function from optimizer step (0-based) to learning rate, without state.
 
     Raises:
-        UserError: for a name that diffusers has not, or whose schedule needs more than a warm-up and a length.
+        UserError: for a name that diffusers does not know, or a schedule that these flags cannot give.
     """
     names = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     if config.lr_scheduler not in names:
         raise UserError(f"--lr_scheduler {config.lr_scheduler} is not known: choose from {', '.join(names)}.")
-    # The schedule would set the rate of the optimizer it is given.
+    # The schedule sets the learning rate of its optimizer, so give it one that nothing else uses.
     throwaway = torch.optim.SGD(optimizer.param_groups[0]["params"][:1], lr=config.learning_rate)
     try:
         schedule = get_scheduler(
             config.lr_scheduler, throwaway, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total_steps
         )
     except ValueError as error:
-        raise UserError(f"--lr_scheduler {config.lr_scheduler} cannot be ({error}): raise --learning_rate.") from error
+        raise UserError(
+            f"--lr_scheduler {config.lr_scheduler} cannot be used ({error}): raise --learning_rate."
+        ) from error
     factor = schedule.lr_lambdas[0]
     return lambda step: config.learning_rate * factor(step)
 
 
 def ema_warning(config, total_steps: int) -> list[str]:
-    """Return a sentence to print if the average would still hold a good part of the initial weights at the end."""
+    """Return a list of one warning if the EMA at the end is still 5 % or more the initial weights, else []."""
     if not config.use_ema or ema_decay(config, 1) == 0:
         return []
     left = math.exp(sum(math.log(ema_decay(config, step)) for step in range(1, min(total_steps, 100_000))))
     if left < 0.05:
         return []
     return [
-        f"Warning: after {total_steps} steps the EMA still is {left:.0%} the weights of the first step, and its "
-        "samples are mostly noise: give --ema_inv_gamma 1 for a warm-up, or a lower --ema_max_decay."
+        f"Warning: after {total_steps} steps {left:.0%} of the EMA are still the initial weights, and its samples are "
+        "mostly noise: give --ema_inv_gamma 1 for a warm-up, or a lower --ema_max_decay."
     ]

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..diffusion.losses import NUM_BANDS, accuracy, by_band, draw_noise, told_labels
+from ..diffusion.losses import NUM_BANDS, accuracy, by_band, draw_noise, training_labels
 from ..randomness import keyed_generator
 from .run import Run
 
@@ -10,62 +10,56 @@ from .run import Run
 VALIDATION_IMAGES = 1024  # enough for three digits, and a few percent of the cost of an epoch
 
 
-@torch.no_grad()
-def validation_loss(
-    model, loss, image_set, num_train_timesteps: int, batch_size: int, accelerator, class_conditional: bool = False
-) -> torch.Tensor:
-    """Return (2, 4), as `by_band`: the loss on at most 1,024 held-out images, each with its own fixed t and noise.
+def validate(run: Run) -> dict:
+    """Return the validation losses for the log line: of the raw weights, and of the EMA if there is one.
 
-    The timesteps are spread evenly, so that two runs, or two epochs of one, differ only by their weights. Every
-    process takes its share. A conditional UNet is told every class.
+    A classifier adds the accuracy of its published weights on the noisy images.
     """
+    line = {}
+    measures = {"validation_loss": (run.network, run.loss)}
+    if run.ema is not None:
+        measures["validation_loss_ema"] = run.ema.module, run.loss
+    if run.config.objective == "classify":
+        measures["validation_accuracy"] = run.published, accuracy(run.scheduler)
+    for name, (network, measure) in measures.items():
+        sums, counts = validation_loss(run, network, measure)
+        line[name] = float(sums.sum() / counts.sum())
+        line[f"{name}_by_band"] = per_band(sums, counts)
+    return line
+
+
+@torch.no_grad()
+def validation_loss(run: Run, network, measure) -> torch.Tensor:
+    """Return (2, 4), as `by_band`: the sums of `measure(network, batch)` over at most 1,024 held-out images.
+
+    Each image has its own fixed noise and timestep, and the timesteps are spread evenly. Two runs, or two epochs, thus
+    differ only by their weights. Every process takes its share. A conditional UNet gets the class of each image.
+    """
+    config, accelerator, image_set = run.config, run.accelerator, run.validation_set
     count = min(len(image_set), VALIDATION_IMAGES)
     rows = torch.linspace(0, len(image_set) - 1, count).round().long()
     spread = (torch.randperm(count, generator=keyed_generator(0, "validation")) + 0.5) / count
     sums = torch.zeros(2, NUM_BANDS, device=accelerator.device)
-    training = model.training
-    model.eval()
+    was_training = network.training
+    network.eval()
     share = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
-    for ordinals in share.split(batch_size):
+    for ordinals in share.split(config.train_batch_size):
         images = image_set.get(rows[ordinals].tolist())
-        noise, _ = draw_noise(ordinals, images.shape[1:], num_train_timesteps, seed=-1)
-        timesteps = (spread[ordinals] * num_train_timesteps).long()
+        noise, _ = draw_noise(ordinals, images.shape[1:], config.ddpm_num_steps, seed=-1)
+        timesteps = (spread[ordinals] * config.ddpm_num_steps).long()
         batch = {"images": images, "noise": noise, "timesteps": timesteps}
         if image_set.labels is not None:
             batch["labels"] = image_set.labels[rows[ordinals]]
-        if class_conditional:
-            batch["class_labels"] = told_labels(batch["labels"], ordinals, len(image_set.class_names), 0.0, 0)
+        if config.class_conditional:
+            batch["class_labels"] = training_labels(batch["labels"], ordinals, len(image_set.class_names), 0.0, 0)
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with accelerator.autocast():
-            losses = loss(model, batch)
-        sums += by_band(losses, batch["timesteps"], num_train_timesteps)
-    model.train(training)
+            losses = measure(network, batch)
+        sums += by_band(losses, batch["timesteps"], config.ddpm_num_steps)
+    network.train(was_training)
     return accelerator.reduce(sums, "sum").cpu()
 
 
-def per_band(sums, counts) -> list[float | None]:
+def per_band(sums: torch.Tensor, counts: torch.Tensor) -> list[float | None]:
+    """Return the mean loss of each quarter of the timesteps; None for one without images."""
     return [float(s / n) if n else None for s, n in zip(sums, counts)]
-
-
-def validate(run: Run) -> dict:
-    """Return the validation loss of the raw weights and of their moving average, where there is one; of a classifier
-    also its accuracy on the noisy images, by published weights."""
-    config, line = run.config, {}
-    measures = {"validation_loss": (run.network, run.loss)}
-    if run.ema is not None:
-        measures["validation_loss_ema"] = run.ema.module, run.loss
-    if config.objective == "classify":
-        measures["validation_accuracy"] = run.published, accuracy(run.scheduler)
-    for name, (network, measure) in measures.items():
-        sums, counts = validation_loss(
-            network,
-            measure,
-            run.validation_set,
-            config.ddpm_num_steps,
-            config.train_batch_size,
-            run.accelerator,
-            config.class_conditional,
-        )
-        line[name] = float(sums.sum() / counts.sum())
-        line[f"{name}_by_band"] = per_band(sums, counts)
-    return line
