@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoModel, UNet2DModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
-from test_sampling import tiny_unet
+from test_samplers import tiny_unet
 
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
