@@ -28,7 +28,7 @@ _PUBLIC = {
     "evaluate": ("evaluation.evaluate", "evaluate"),
     "restore": ("sampling.restoration", "restore"),
     "export": ("sharing.export", "export"),
-    "push": ("sharing.publish", "publish"),
+    "push": ("sharing.push", "push"),
     "PaperDDPMScheduler": ("diffusion.scheduler", "PaperDDPMScheduler"),
     "Sampler": ("sampling.settings", "Sampler"),
     "Classes": ("models.classes", "Classes"),

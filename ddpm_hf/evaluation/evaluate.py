@@ -19,22 +19,10 @@ from ..randomness import keyed_generator
 from ..sampling.generate import sample_images
 from ..sampling.sample_set import SampleSet, draw_samples, read_samples
 from ..sampling.settings import Sampler
+from . import inputs
 from .extractor import load_extractor
 from .features import extract, images_at
 from .inception import MissingWeights
-from .inputs import (
-    DATA_FLAGS,
-    check_labels,
-    check_metrics,
-    check_shapes,
-    choose_sampler,
-    choose_suite,
-    name_of_sampler,
-    open_data,
-    open_subject,
-    record_path,
-    run_subfolder,
-)
 from .metrics import FEWEST, METRICS, Look, has_floor, is_digits
 from .records import by_reason, make_record, record_table, write_record
 from .reference import Reference, read_reference, reference_of
@@ -111,11 +99,6 @@ class Evaluation:
         """Return why a metric is skipped, or None if it is not. Call `open_extractors` first."""
         extractor = self.extractors.get(self.extractor_of(metric))
         return extractor if isinstance(extractor, str) else None
-
-    @property
-    def needs_images(self) -> bool:
-        """True if any metric uses generated images, which bits_per_dim does not."""
-        return any(name != "bits_per_dim" and not self.why_skipped(name) for name in self.metrics)
 
 
 @dataclass(frozen=True)
@@ -208,32 +191,32 @@ def evaluate(
         0
     """
     started = time.perf_counter()
-    check_metrics(metrics or [])
-    data = {name: flags.pop(name) for name in DATA_FLAGS if name in flags}
-    numbers = choose_suite(suite, num_images, bound_images, bound_timesteps, batch_size)
-    model, found = open_subject(subject, samples, calibrate=calibrate, weights=weights, num_images=num_images)
-    train, held_out, name = open_data(data, model, found, calibrate=calibrate, resolution=resolution)
+    inputs.check_metrics(metrics or [])
+    data = {name: flags.pop(name) for name in inputs.DATA_FLAGS if name in flags}
+    numbers = inputs.choose_suite(suite, num_images, bound_images, bound_timesteps, batch_size)
+    model, found = inputs.open_subject(subject, samples, calibrate=calibrate, weights=weights, num_images=num_images)
+    train, held_out, dataset = inputs.open_data(data, model, found, calibrate=calibrate, resolution=resolution)
     if calibrate:
         rows = torch.randperm(len(held_out), generator=keyed_generator(0, "floor"))[: numbers["num_images"]]
         found = SampleSet(images_at(held_out, rows), {"method": "real", "split": "held_out"}, {})
     if found is not None:
-        check_shapes(found.images, train)
-    resolved = None if found is not None else choose_sampler(model, sampler, flags, numbers)
-    short_name = name_of_sampler(model, found.sampler if found is not None else resolved.record(model))
+        inputs.check_shapes(found.images, train)
+    resolved = None if found is not None else inputs.choose_sampler(model, sampler, flags, numbers)
+    short_name = inputs.name_of_sampler(model, found.sampler if found is not None else resolved.record(model))
     stem = f"{short_name}-{numbers['num_images']}"
     if model is None:
         stem = Path(subject or samples or "calibration").stem
-    path = record_path(output, overwrite, run_subfolder(model, "evaluations"), stem)
+    path = inputs.record_path(output, overwrite, inputs.run_subfolder(model, "evaluations"), stem)
     evaluation = Evaluation(
         metrics=metrics or [name for name, metric in METRICS.items() if metric.suits(train, model)],
         train=train,
         held_out=held_out,
-        data_name=name,
+        data_name=dataset,
         model=model,
         sampler=resolved,
         samples=found,
         num_images=numbers["num_images"] if found is None else len(found.images),
-        samples_dir=Path(samples_dir or run_subfolder(model, "evaluation_samples") / short_name),
+        samples_dir=Path(samples_dir or inputs.run_subfolder(model, "evaluation_samples") / short_name),
         features=features or ("digits" if is_digits(train) else "inception"),
         options={
             "inception": {"weights": inception, "pipeline": inception_pipeline},
@@ -267,9 +250,11 @@ def run_evaluation(evaluation: Evaluation, started: float | None = None) -> dict
         started: the value of time.perf_counter() when the work began. None: now.
     """
     started = time.perf_counter() if started is None else started
-    images = evaluation.samples.images if evaluation.samples is not None else torch.empty(0, dtype=torch.uint8)
-    if evaluation.samples is None and evaluation.needs_images:
-        images = _draw(evaluation)
+    images = torch.empty(0, dtype=torch.uint8)
+    if evaluation.samples is not None:
+        images = evaluation.samples.images
+    elif any(name != "bits_per_dim" and not evaluation.why_skipped(name) for name in evaluation.metrics):
+        images = _draw(evaluation)  # bits_per_dim needs none
     drawn = time.perf_counter()
     entries = score(evaluation, images)
     if not PartialState().is_main_process:
@@ -280,7 +265,9 @@ def run_evaluation(evaluation: Evaluation, started: float | None = None) -> dict
 
 def _draw(evaluation: Evaluation) -> torch.Tensor:
     """Return images 0..num_images-1 of the model, uint8 (N, C, H, W), on every process; each draws its share."""
-    model, sampler, count = evaluation.model, evaluation.sampler, evaluation.num_images
+    model = evaluation.model
+    sampler = evaluation.sampler
+    count = evaluation.num_images
     if evaluation.samples_dir is not None:
         draw_samples(model, sampler, count, evaluation.samples_dir, batch_size=evaluation.batch_size)
         return read_samples(evaluation.samples_dir).images[:count]
@@ -328,11 +315,12 @@ def score(evaluation: Evaluation, images: torch.Tensor) -> list[dict]:
 def _real_features(evaluation: Evaluation, name: str) -> tuple[Reference, Reference | None]:
     """Return the References of the training and of the held-out images (None without floors), computed once."""
     if name not in evaluation.real:
-        extractor, size, cache = evaluation.extractors[name], evaluation.batch_size, evaluation.cache_dir
-        train = reference_of(extractor, evaluation.train, "training images", size, cache)
+        extractor = evaluation.extractors[name]
+        options = {"batch_size": evaluation.batch_size, "cache_dir": evaluation.cache_dir}
+        train = reference_of(extractor, evaluation.train, "training images", **options)
         held_out = None
         if has_floor(evaluation):
-            held_out = reference_of(extractor, evaluation.held_out, "held-out images", size, cache)
+            held_out = reference_of(extractor, evaluation.held_out, "held-out images", **options)
         evaluation.real[name] = train, held_out
     return evaluation.real[name]
 
@@ -344,7 +332,7 @@ def open_extractors(evaluation: Evaluation):
         UserError: for too few images, images that an extractor does not accept, statistics of another pipeline, or
             bits_per_dim without a model or without the classes of its images.
     """
-    check_metrics(evaluation.metrics)
+    inputs.check_metrics(evaluation.metrics)
     for name in evaluation.metrics:
         if name == "bits_per_dim" and evaluation.model is None:
             raise UserError(
@@ -360,7 +348,7 @@ def open_extractors(evaluation: Evaluation):
             module = str(error)
         evaluation.extractors[extractor] = module
     if "bits_per_dim" in evaluation.metrics:
-        check_labels(evaluation.model, evaluation.train, evaluation.held_out)
+        inputs.check_labels(evaluation.model, evaluation.train, evaluation.held_out)
     if evaluation.reference_file is not None:
         if "fid" not in evaluation.metrics:
             raise UserError("--reference is for fid: add it to --metrics, or leave the file out.")

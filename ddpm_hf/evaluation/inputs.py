@@ -149,7 +149,8 @@ def open_data(
         )
     channels = None  # those of the data
     if model is not None:
-        size, channels = model.unet.config.sample_size, model.unet.config.in_channels
+        size = model.unet.config.sample_size
+        channels = model.unet.config.in_channels
         if not isinstance(size, int) and size[0] != size[1]:
             name = model.facts["name"]
             raise UserError(
