@@ -21,7 +21,6 @@ CHUNK = 2**23  # distances in memory at a time: 64 MB
 EXACT = 1023  # float32 adds this many products of two numbers from -128 to 127 without rounding
 
 
-# Longer than 60 lines, because half of it describes the measures.
 def memorization_report(
     generated: Tensor,
     train: Tensor,

@@ -15,7 +15,6 @@ from ..sampling.guidance import check_classifier
 from .card import PIPELINES, write_card
 
 
-# Longer than 60 lines, because a third of it describes the arguments.
 def export(
     model: str | Path | Pretrained,
     output: str | Path,

@@ -22,6 +22,10 @@ def push(folder: str | Path, name: str | None = None, *, private: bool = False, 
 
     Raises:
         UserError: for a folder without a model, a repository that cannot be written to, or an upload that failed.
+
+    Example:
+        >>> ddpm_hf.push("runs/digits", "me/ddpm-digits")
+        'https://huggingface.co/me/ddpm-digits'
     """
     folder = Path(folder)
     check_has_model(folder)
