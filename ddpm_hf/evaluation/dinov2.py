@@ -25,7 +25,8 @@ from .inception import MissingWeights
 
 
 RESOLUTION = 224
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], by channel, like STD
+# The mean and the standard deviation of ImageNet's pixels in [0, 1], by channel.
+MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 

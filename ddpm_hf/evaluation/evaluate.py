@@ -254,7 +254,7 @@ def run_evaluation(evaluation: Evaluation, started: float | None = None) -> dict
     if evaluation.samples is not None:
         images = evaluation.samples.images
     elif any(name != "bits_per_dim" and not evaluation.why_skipped(name) for name in evaluation.metrics):
-        images = _draw(evaluation)  # bits_per_dim needs none
+        images = _draw(evaluation)  # bits_per_dim alone needs no generated images
     drawn = time.perf_counter()
     entries = score(evaluation, images)
     if not PartialState().is_main_process:

@@ -85,7 +85,7 @@ def choose_sampler(model: Pretrained, sampler: str | Sampler | None, settings: d
 def open_subject(
     subject, samples, *, calibrate: bool, weights: str, num_images: int | None
 ) -> tuple[Pretrained | None, SampleSet | None]:
-    """Return the model and the samples to score; one of them may be None, and both are with `calibrate`.
+    """Return the model and the samples to score. One of them may be None; with `calibrate`, both are.
 
     Raises:
         UserError: if there is nothing to score, or if the model and the samples do not belong together.
@@ -147,7 +147,7 @@ def open_data(
         raise UserError(
             "no real images are named to compare with: give --dataset_name, a Hub id or a folder of images."
         )
-    channels = None  # those of the data
+    channels = None  # as many as the data has
     if model is not None:
         size = model.unet.config.sample_size
         channels = model.unet.config.in_channels

@@ -25,8 +25,8 @@ from .statistics import mean_and_covariance
 
 
 FEWEST = 40  # images: an error is estimated from 20 blocks of at least 2
-NEIGHBOURS = 3  # k of precision, recall, density and coverage, as Kynkaanniemi et al. 2019 and ADM
-SPLITS = 10  # the Inception score is a mean over so many
+NEIGHBOURS = 3  # k of precision, recall, density and coverage, as in Kynkäänniemi et al. 2019 and ADM
+SPLITS = 10  # the Inception score is the mean over this many parts
 ENOUGH_TO_EXTRAPOLATE = 5000  # images; with fewer, FID at infinity is mostly noise
 
 
@@ -125,8 +125,8 @@ def class_accuracy(look: Look) -> dict:
         digits = torch.tensor([int(digit) for digit in real.class_names])[real.labels]
         comparable = torch.isin(digits, requested) & (real.labels >= 0)
         floor = (look.held_out.logits.argmax(dim=1) == digits)[comparable].double().mean().item()
-    one = look.entry("class_accuracy", value, lower_is_better=False, floor=floor)
-    return one | {"se": (value * (1 - value) / n) ** 0.5, "se_method": "binomial"}
+    entry = look.entry("class_accuracy", value, lower_is_better=False, floor=floor)
+    return entry | {"se": (value * (1 - value) / n) ** 0.5, "se_method": "binomial"}
 
 
 def are_digits(names: list[str] | None) -> bool:
@@ -161,8 +161,8 @@ def kid(look: Look) -> list[dict]:
     if look.held_out is not None:
         floor = distance(random_rows(look.held_out.features, len(look.generated.features)))[0]
     id = f"kid{look.count}_full" + ("" if name == "inception" else f"_{name}")
-    one = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=len(train))
-    return [one | {"se": error, "se_method": "disjoint blocks"}]
+    entry = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=len(train))
+    return [entry | {"se": error, "se_method": "disjoint blocks"}]
 
 
 def precision_recall(look: Look) -> list[dict]:
@@ -188,8 +188,8 @@ def inception_score(look: Look) -> list[dict]:
     if look.held_out is not None:
         logits = random_rows(look.held_out.logits, len(look.generated.logits))
         floor = statistics.inception_score(logits, SPLITS)[0]
-    one = look.entry(f"is{look.count}", value, lower_is_better=False, floor=floor)
-    return [one | {"se": deviation / SPLITS**0.5, "se_method": "splits", "extra": {"std_over_splits": deviation}}]
+    entry = look.entry(f"is{look.count}", value, lower_is_better=False, floor=floor)
+    return [entry | {"se": deviation / SPLITS**0.5, "se_method": "splits", "extra": {"std_over_splits": deviation}}]
 
 
 def frechet(look: Look, stem: str, tail: str = "", train: Reference | None = None) -> list[dict]:
@@ -216,9 +216,9 @@ def frechet(look: Look, stem: str, tail: str = "", train: Reference | None = Non
         if len(features) >= ENOUGH_TO_EXTRAPOLATE:
             extra["at_infinity"] = statistics.frechet_at_infinity(features, *target)
         id = f"{stem}_{kind}{tail}"
-        one = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=reference.num_samples)
+        entry = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=reference.num_samples)
         error = statistics.frechet_standard_error(features, *target)
-        entries.append(one | {"se": error, "se_method": "jackknife, 20 blocks", "extra": extra})
+        entries.append(entry | {"se": error, "se_method": "jackknife, 20 blocks", "extra": extra})
     return entries
 
 

@@ -82,8 +82,8 @@ def push_in_background(output_dir: str | Path, repo_id: str, token: str | None, 
     """Start to upload a run as one commit. Return a future, whose result is whether the upload succeeded.
 
     The files are copied first, so that training can go on writing. A file that holds a token is left out with a
-    warning. Local paths are cut to their last parts. A push that fails is tried again. If it fails in the end, that is
-    only a warning, because a network must not end hours of training. Files that the Hub has are not sent again.
+    warning. Local paths are cut to their last parts. Files that the Hub has are not sent again. A push that fails is
+    tried again; in the end it is only a warning, because a network failure must not end hours of training.
     """
     secrets = "|".join([TOKEN, *map(re.escape, filter(None, [token, get_token()]))]).encode()
     paths = [path for name in PUBLISHED for path in [Path(output_dir, name), *Path(output_dir, name).rglob("*")]]
