@@ -132,8 +132,7 @@ def run(arguments):
     )
     if evaluated is None:  # this is not the main process
         return
-    print(evaluated)
-    print(f"\nThe record is {evaluated.path}.")
+    print(f"{evaluated}\n\nThe record is {evaluated.path}.")
     folder = evaluated.path.parent
     if folder.name == "evaluations" and (folder.parent / "README.md").is_file():
         write_card(folder.parent)
