@@ -84,7 +84,10 @@ BAD = {
         "does not train --variance_type learned_range: give --objective hybrid or vlb",
     ),
     "weighted bound": ([*TINY, "--objective=vlb", "--snr_gamma=5"], "--objective vlb cannot be combined with"),
-    "bound of another distance": ([*TINY, "--objective=vlb", "--loss_type=l1"], "--objective vlb cannot be combined with"),
+    "bound of another distance": (
+        [*TINY, "--objective=vlb", "--loss_type=l1"],
+        "--objective vlb cannot be combined with",
+    ),
     "unknown objective": ([*TINY, "--objective=elbo"], "--objective elbo is not known: choose from simple, hybrid"),
     "fp16 on a CPU": ([*TINY, "--mixed_precision=fp16"], "--mixed_precision fp16 is not possible here"),
     "tracker not installed": ([*TINY, "--logger=wandb"], "--logger wandb is not installed: pip install wandb"),
@@ -101,7 +104,10 @@ BAD = {
     ),
     "classes of none": ([*CLASSLESS, "--class_conditional"], "--class_conditional needs images with classes"),
     "a classifier of none": ([*CLASSLESS, "--objective=classify"], "--objective classify needs images with classes"),
-    "a conditional classifier": ([*TINY, "--objective=classify", "--class_conditional"], "classify cannot use --class_conditional"),
+    "a conditional classifier": (
+        [*TINY, "--objective=classify", "--class_conditional"],
+        "classify cannot use --class_conditional",
+    ),
     "all labels dropped": ([*TINY, "--label_dropout=1"], "--label_dropout is 1.0, but must lie between 0 and 1"),
     # the data
     "no such folder": (["--dataset_name=./nowhere"], "nowhere"),
