@@ -202,7 +202,7 @@ def test_a_card_written_by_hand_stays(tmp_path, capsys):
     (tmp_path / "README.md").write_text("# By hand")
     (tmp_path / "model_index.json").write_text("{}")
     main(["card", str(tmp_path)])
-    assert "was not written by ddpm_hf and stays" in capsys.readouterr().out
+    assert "was not written by ddpm_hf and is kept" in capsys.readouterr().out
     assert (tmp_path / "README.md").read_text() == "# By hand"
 
 
