@@ -223,7 +223,7 @@ def test_bad_flags_are_one_sentence_and_leave_nothing(tiny_run, tmp_path, capsys
 def test_what_is_no_ddpm_is_refused(tmp_path, tiny_run):
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="is no DDPM .it has unet: UNet2DConditionModel"):
+    with pytest.raises(UserError, match="is not a DDPM .it has unet: UNet2DConditionModel"):
         load_pretrained(str(tmp_path))
     with pytest.raises(UserError, match="no model_index.json"):
         load_pretrained(str(tiny_run / "unet"))
