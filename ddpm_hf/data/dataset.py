@@ -130,10 +130,7 @@ def _find_columns(rows, config):
 
 
 def _select_rows(rows, columns, classes, config):
-    """Return the rows of the wanted classes, with the columns `image` (not decoded) and `label`.
-
-    Rows that are not streamed get a column `row`, their number, by which messages name a broken image.
-    """
+    """Return the rows of the wanted classes, with columns `image` (not decoded), `label` and `row` (its number)."""
     # Cast first, because every other step of a stream would decode the images and encode them again.
     rows = rows.cast_column(next(iter(columns)), datasets.Image(decode=False)).select_columns(list(columns))
     rows = rows.rename_columns({column: name for column, name in columns.items() if column != name})
@@ -144,10 +141,7 @@ def _select_rows(rows, columns, classes, config):
 
 
 def _split_by_hash(rows, held_out, splits, config):
-    """Return (training rows, validation rows) for a --validation_split that is a count or a share.
-
-    The images with the lowest hashes are held out, whatever their order. Copies of an image stay together.
-    """
+    """Return (training rows, validation rows): images with the lowest hashes are held out, so copies stay together."""
     try:
         share = 0 if config.streaming else float(held_out) / (len(rows) if held_out.isdigit() else 1)
     except ValueError:

@@ -94,9 +94,6 @@ def read_batch(items, read, crop_generators=None, mirrored=None):
     Args:
         crop_generators: one per image, from which the place of its crop is drawn; None crops the middle.
         mirrored: (B,) bool, which images to mirror before the crop; None mirrors no image.
-
-    Raises:
-        UserError: for an image that cannot be read.
     """
     with ThreadPoolExecutor(1 if get_worker_info() else None) as pool:  # Pillow decodes outside the GIL
         mirrored = repeat(False) if mirrored is None else mirrored
@@ -105,10 +102,7 @@ def read_batch(items, read, crop_generators=None, mirrored=None):
 
 
 def decode_all(rows, read, center_crop, pixels):
-    """Decode all rows into the array `pixels` (N,C,H,W) and return it as a tensor.
-
-    Return None if an image is not square and `center_crop` is false: it is then cropped anew at each use.
-    """
+    """Decode all rows into `pixels` (N,C,H,W) and return it as a tensor; None if an image needs random crops."""
     started = time.perf_counter()
     read(next(undecoded(rows, [0])))
     is_fast = time.perf_counter() - started < THREADS_PAY_FROM
@@ -131,11 +125,7 @@ def undecoded(rows, indices):
 
 
 def use_file(use, item):
-    """Return `use(file)` for the open image file of an item.
-
-    Raises:
-        UserError: with the row and the path, for any error of `use` or of opening the file.
-    """
+    """Return `use(file)` for the image file of an item; turn any error into a UserError with the row and the path."""
     row, encoded = item[0], item[1] or {"bytes": b"", "path": None}
     try:
         if encoded["bytes"] is not None:

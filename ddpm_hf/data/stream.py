@@ -72,11 +72,8 @@ class StreamedSet(Dataset):
             state.update(epoch=state["epoch"] + 1, source=None)
 
     def __getitems__(self, ordinals):
-        """Return the batch of a range of ordinals, as `training_batches` describes it.
-
-        A range before the current position is slow, because the stream is read again from its beginning.
-        """
-        if ordinals.start < self.state["block"] + self.state["taken"]:
+        """Return the batch of a range of ordinals, as `training_batches` describes it."""
+        if ordinals.start < self.state["block"] + self.state["taken"]:  # slow: read the stream again
             self.load_state_dict(None)
         skipped = ordinals.start - self.state["block"] - self.state["taken"]
         rows = list(itertools.islice(self.shuffled, skipped, skipped + len(ordinals)))

@@ -41,11 +41,8 @@ def build_unet(config, channels: int, class_names: list[str] | None = None) -> U
                 )
     else:
         kwargs = unet_kwargs(config, channels) | {"num_class_embeds": embeddings}
-    with seeded(config.seed):
-        try:
-            unet = UNet2DModel(**kwargs)
-        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-            raise UserError(f"diffusers cannot build this UNet ({error}): change the architecture flags.") from error
+    with building("UNet", config.seed):
+        unet = UNet2DModel(**kwargs)
         initialize(unet)
     if config.enable_xformers_memory_efficient_attention:
         try:
@@ -153,25 +150,25 @@ def build_classifier(config, channels: int, class_names: list[str]) -> NoisyClas
     scheduler = make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps)
     names = ["sample_size", "in_channels", "layers_per_block", "block_out_channels", "down_block_types", "dropout"]
     names += ["norm_num_groups", "attention_head_dim", "resnet_time_scale_shift", "add_attention"]
-    with seeded(config.seed):
-        try:
-            return NoisyClassifier(
-                num_classes=len(class_names),
-                id2label=dict(enumerate(class_names)),
-                num_train_timesteps=config.ddpm_num_steps,
-                beta_schedule=scheduler.config.beta_schedule,
-                **{name: kwargs[name] for name in names},
-            )
-        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-            raise UserError(f"this classifier cannot be built ({error}): change the architecture flags.") from error
+    with building("classifier", config.seed):
+        return NoisyClassifier(
+            num_classes=len(class_names),
+            id2label=dict(enumerate(class_names)),
+            num_train_timesteps=config.ddpm_num_steps,
+            beta_schedule=scheduler.config.beta_schedule,
+            **{name: kwargs[name] for name in names},
+        )
 
 
 @contextlib.contextmanager
-def seeded(seed: int):
-    """Seed torch's global generator inside a `with` block, and restore its state afterwards."""
+def building(kind: str, seed: int):
+    """Seed torch's global generator inside a `with` block, and turn errors of the network's class into a UserError."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        yield
+        try:
+            yield
+        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            raise UserError(f"this {kind} cannot be built ({error}): change the architecture flags.") from error
 
 
 def unet_channels(config) -> int | None:

@@ -29,7 +29,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
     _auto_class = "AutoModel"  # writes an auto_map to config.json, so that AutoModel finds this class in this file
 
-    @register_to_config
+    @register_to_config  # the arguments are the content of config.json, so they make a long list
     def __init__(
         self,
         sample_size: int | tuple[int, int] | None = None,
@@ -64,7 +64,6 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
                 "give more channels, or None for one head."
             )
         width = block_out_channels[0]
-        last_width = block_out_channels[-1]
         shared = {
             "temb_channels": 4 * width,
             "resnet_eps": 1e-5,
@@ -90,10 +89,10 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             for i, block_type in enumerate(down_block_types)
         )
         self.mid_block = UNetMidBlock2D(
-            in_channels=last_width, add_attention=add_attention, attention_head_dim=heads_of[-1], **shared
+            in_channels=block_out_channels[-1], add_attention=add_attention, attention_head_dim=heads_of[-1], **shared
         )
-        self.norm_out = nn.GroupNorm(norm_num_groups, last_width, eps=1e-5)
-        self.head = nn.Linear(last_width, num_classes)
+        self.norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[-1], eps=1e-5)
+        self.head = nn.Linear(block_out_channels[-1], num_classes)
 
     def forward(self, sample: Tensor, timestep: Tensor | int) -> Tensor:
         """Return logits (B, num_classes) of noisy images (B, C, H, W) of any size.

@@ -34,7 +34,7 @@ class ClassifierFree(nn.Module):
     dtype = property(lambda self: self.unet.dtype)
 
     def forward(self, sample, timesteps, class_labels) -> UNet2DOutput:
-        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,). A variance is kept."""
+        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,). Leave a variance as is."""
         labels = torch.cat([class_labels, torch.full_like(class_labels, self.no_class)])
         output = self.unet(sample.repeat(2, 1, 1, 1), timesteps.repeat(2), labels).sample.float()
         conditional, unconditional = output.chunk(2)
@@ -63,7 +63,7 @@ class ClassifierGuided(nn.Module):
     dtype = property(lambda self: self.unet.dtype)
 
     def forward(self, sample, timesteps, class_labels) -> UNet2DOutput:
-        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,). A variance is kept."""
+        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,). Leave a variance as is."""
         output = self.unet(sample, timesteps).sample.float()
         with torch.enable_grad():
             noisy = sample.detach().float().requires_grad_()

@@ -115,8 +115,7 @@ def draw(
     """Draw one image per CPU generator: float32 (B, C, H, W) in [-1, 1], on the UNet's device.
 
     Args:
-        unet: a UNet2DModel, or a module with the same call, `config`, `device` and `dtype`. It is in eval mode during
-            the call.
+        unet: a UNet2DModel, or a module with its call, `config`, `device` and `dtype`; in eval mode during the call.
         sampler: a name of `SAMPLERS`.
         on_step: called after each step as on_step(i, num_steps, sample, pred_original_sample).
 
@@ -209,11 +208,7 @@ def _noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int], d
 
 
 def class_arguments(unet: nn.Module, class_labels, num_images: int) -> dict[str, Tensor]:
-    """Return `{"class_labels": (num_images,) int64}` on the UNet's device; for an unconditional UNet return {}.
-
-    Raises:
-        UserError: for labels that the UNet does not have or that it lacks.
-    """
+    """Return `{"class_labels": (num_images,) int64}` on the UNet's device; for an unconditional UNet return {}."""
     num_classes = unet.config.num_class_embeds
     if num_classes is None and class_labels is None:
         return {}
