@@ -7,6 +7,11 @@ class UserError(ValueError):
     """An error that the user can correct, in one sentence: what was given, what is wanted, what to do.
 
     Commands print the sentence and exit with code 2. In Python it is a `ValueError`.
+
+    Example:
+        >>> ddpm_hf.TrainingConfig(dataset_name="digits", train_batch_size=0)
+        Traceback (most recent call last):
+        ddpm_hf.errors.UserError: --train_batch_size is 0, but must be at least 1: give a larger number.
     """
 
     on_one_process = False  # True if only this process may have hit the error and must print it itself

@@ -240,6 +240,22 @@ except SystemExit as stopped:
     assert len(changed[0]) > 10 and changed[1:] == [["README.md", "samples/epoch_0002.png"]]
 
 
+def test_the_example_of_push_runs(hub, tmp_path, run):
+    shutil.copytree(run, tmp_path / "runs" / "digits")
+    script = f"""
+import doctest, os
+import ddpm_hf
+
+os.chdir("{tmp_path}")
+example = ddpm_hf.push.__doc__.replace("https://huggingface.co", "{hub.url}")
+test = doctest.DocTestParser().get_doctest(example, {{"ddpm_hf": ddpm_hf}}, "push", None, 0)
+print(doctest.DocTestRunner().run(test))
+"""
+    printed, _ = client(hub, tmp_path, script, token=WRITE_TOKEN)
+    assert printed == ["TestResults(failed=0, attempted=1)"]
+    assert "README.md" in hub.repos["me/ddpm-digits"].files
+
+
 def test_exports_load_from_the_hub_with_their_code(hub, tmp_path, guidance_models):
     """A conditional run, and a plain model with a classifier, as who trusts their code loads them."""
     guided = tmp_path / "guided"

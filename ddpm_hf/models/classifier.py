@@ -29,9 +29,11 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
     _auto_class = "AutoModel"  # writes an auto_map to config.json, so that AutoModel finds this class in this file
 
-    @register_to_config  # the arguments are the content of config.json, so they make a long list
+    # More than 60 lines because each argument is a field of config.json and has a line of its own.
+    @register_to_config
     def __init__(
         self,
+        *,
         sample_size: int | tuple[int, int] | None = None,
         in_channels: int = 3,
         num_classes: int = 10,

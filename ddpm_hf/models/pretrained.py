@@ -57,11 +57,12 @@ class Pretrained:
 
 
 def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
-    """Load a DDPM from a pipeline folder, a run's `checkpoint-<step>`, or a Hub id such as `me/ddpm-mnist`.
+    """Load a DDPM to sample from, to score or to restore with.
 
     Any DDPM in diffusers' format can be loaded. Only safetensors are read, and code in the folder is not run.
 
     Args:
+        name: a pipeline folder, a run's `checkpoint-<step>`, or a Hub id such as `me/ddpm-mnist`.
         weights: "published" loads the weights of the pipeline, or the moving average of a checkpoint if it has one.
             "raw" loads the weights before averaging, from the given checkpoint or from a run's last checkpoint.
 
@@ -191,7 +192,10 @@ def _pretrained(unet, scheduler, facts: dict, *, run: dict, folder: Path, classe
 
 
 def load_classifier(name: str | Path) -> NoisyClassifier:
-    """Load a classifier from a run with --objective classify, from its `classifier` folder, or from a Hub id.
+    """Load a classifier that guides models.
+
+    Args:
+        name: a run with --objective classify, its `classifier` folder, or a Hub id.
 
     Raises:
         UserError: for a folder or a repository without a classifier.
@@ -201,11 +205,10 @@ def load_classifier(name: str | Path) -> NoisyClassifier:
         10
     """
     name, folder, _ = _find_folder(name)
+    folder = _part_folder(folder, "classifier")
     try:
         with quiet_diffusers():  # it warns that our class does not use the config's auto_map
-            classifier = NoisyClassifier.from_pretrained(
-                _part_folder(folder, "classifier"), local_files_only=True, use_safetensors=True
-            )
+            classifier = NoisyClassifier.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(
             f"{name} has no classifier ({' '.join(str(error).split())[:200]}): train one with --objective classify."

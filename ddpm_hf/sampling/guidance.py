@@ -130,9 +130,7 @@ def guide(
             "was trained with --class_conditional."
         )
     if classes.no_class is None:
-        raise UserError(
-            "this model was trained without --label_dropout and cannot be guided: give --guidance_scale 1."
-        )
+        raise UserError("this model was trained without --label_dropout, so give --guidance_scale 1: no guidance.")
     return ClassifierFree(unet, scheduler, scale)
 
 

@@ -53,9 +53,7 @@ def check_same_samples(place: Path, found: dict | None, wanted: dict):
     pairs += [(key, found["sampler"].get(key), wanted["sampler"].get(key)) for key in keys]
     for what, there, here in pairs:
         if there != here:
-            raise UserError(
-                f"{place} holds other samples ({what}: {there} there, {here} here): give another --output."
-            )
+            raise UserError(f"{place} has other samples ({what}: {there} there, {here} here): give another --output.")
 
 
 def read_samples(path) -> SampleSet:

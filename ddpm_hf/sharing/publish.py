@@ -22,6 +22,10 @@ def publish(folder: str | Path, name: str | None = None, *, private: bool = Fals
 
     Raises:
         UserError: for a folder that has no model, a repository that cannot be written to, or an upload that failed.
+
+    Example:
+        >>> ddpm_hf.push("runs/digits", "me/ddpm-digits")
+        'https://huggingface.co/me/ddpm-digits'
     """
     folder = Path(folder)
     check_has_model(folder)

@@ -70,6 +70,14 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     Raises:
         UserError: for input that cannot be trained on (nothing is written then), for a loss that is not finite, or if
             a file cannot be written. The last checkpoint is good in every case.
+
+    Example:
+        >>> smaller = {"base_channels": 8, "ddpm_num_inference_steps": 10, "eval_batch_size": 4}
+        >>> config = TrainingConfig.from_preset("digits", max_train_steps=2, output_dir="runs/short", **smaller)
+        >>> run = ddpm_hf.train(config)
+        1,617 images of 8x8x1 (180 held out), ...
+        >>> run.step, run.finished
+        (2, True)
     """
     run = open_run(config)
     if run is None:

@@ -22,6 +22,7 @@ to guess. At the end the image that it sees is its own invention.
 noise away. DDPM takes many small steps and adds some fresh noise in each; DDIM takes few large steps without it."""
 
 
+# Gradio passes these by position, and their names are the names in its API.
 def forward(model: Model, source, upload, drawing, t, seed):
     """Return (gallery, status, bar): x_t of the image, and the clean image that the network sees in it."""
     t, seed = whole("t", t, 0, model.T), whole("seed", seed, 0, MAX_SEED)
