@@ -130,7 +130,9 @@ def guide(
             "was trained with --class_conditional."
         )
     if classes.no_class is None:
-        raise UserError("this model was trained without --label_dropout, so give --guidance_scale 1: no guidance.")
+        raise UserError(
+            "this model was trained without --label_dropout, which guidance needs: give --guidance_scale 1."
+        )
     return ClassifierFree(unet, scheduler, scale)
 
 

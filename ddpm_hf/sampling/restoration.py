@@ -48,11 +48,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Restored:
-    """The files that `restore` wrote."""
+    """The files that `restore` wrote.
 
-    num_images: int  # including the results of earlier calls
-    sheet: Path  # shows inputs above results
-    noise_levels: list[float]  # of the images restored by this call: standard deviations on pixels in [0, 1]
+    Attributes:
+        num_images: how many results there are, including those of earlier calls.
+        sheet: the picture that shows inputs above results.
+        noise_levels: the noise of each image that this call restored: standard deviations on pixels in [0, 1].
+    """
+
+    num_images: int
+    sheet: Path
+    noise_levels: list[float]
 
 
 def restore(
