@@ -1,7 +1,8 @@
-"""What benchmarks/restoration.py measures, and the classical methods for it, of scikit-image, Pillow and bm3d.
+"""List the degradations of benchmarks/restoration.py, and the classical methods that it compares with.
 
-A classical method takes a degraded image (H, W, C) float64, what is known of its degradation (a dict: noise_level,
-mask, scale_factor, blur_sigma) and its own parameters, and returns (H, W, C).
+The methods are those of scikit-image, Pillow and bm3d. Each takes a degraded image (H, W, C) float64, a dict of what
+is known about the degradation (noise_level, mask, scale_factor, blur_sigma) and its own parameters, and returns (H, W,
+C).
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from skimage import restoration
 from ddpm_hf.randomness import keyed_generator
 
 
-OURS = ("ours", "ours, noise estimated")
+DIFFUSION = ("ddpm_hf", "ddpm_hf, noise estimated")
 
 
 @dataclass
@@ -27,12 +28,13 @@ class Row:
     classical: tuple[str, ...] = ()
 
     @property
-    def ours(self) -> tuple[str, ...]:
-        return OURS if self.task == "denoise" else OURS[:1]
+    def diffusion(self) -> tuple[str, ...]:
+        """The names of the rows for our pipeline: a second one for "denoise", where it estimates the noise level."""
+        return DIFFUSION if self.task == "denoise" else DIFFUSION[:1]
 
 
 def rows(side: int, channels: int, with_bm3d: bool) -> list[Row]:
-    """Return what is measured on images of side x side pixels."""
+    """Return the degradations to measure on images of side x side pixels."""
     denoisers = ("non-local means", "TV-Chambolle") + ("BM3D",) * with_bm3d
     found = [
         Row(f"denoise, sigma {sigma}", "denoise", {"noise_level": sigma}, denoisers) for sigma in (0.1, 0.25, 0.5)
@@ -82,7 +84,7 @@ def bicubic(image, known):
 
 
 def deconvolution(method):
-    """Return `method(plane, kernel)` for an image and its blur, by planes, with the borders mirrored out of sight."""
+    """Return a classical method that applies `method(plane, kernel)` to each channel, with mirrored borders."""
 
     def restore(image, known, **parameters):
         sigma = known["blur_sigma"]
@@ -109,7 +111,7 @@ def richardson_lucy(plane, kernel, num_iter):
     return restoration.richardson_lucy(plane.clip(0), kernel, num_iter, clip=False)
 
 
-# Each with the values that are tried of its parameters.
+# Name -> (method, the values to try for each of its parameters).
 CLASSICAL = {
     "non-local means": (non_local_means, {"strength": [0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.7], "patch_size": [5, 7, 9]}),
     "TV-Chambolle": (total_variation, {"strength": [0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.7, 2.2]}),

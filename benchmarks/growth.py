@@ -1,10 +1,10 @@
-"""How start-up, data path and memory grow with the number and the size of the images; nothing may outgrow the work.
+"""Measure how start-up, data loading and memory grow with the number and the size of the images.
 
     python benchmarks/growth.py --json growth.json --plot growth.png
 
-Images are smooth noise, PNG in Parquet as on the Hub; a thousand different ones, repeated. Each size is measured in a
-process of its own: seconds until a run is open, batches of 128 drawn per second, peak memory. Training itself costs
-the same whatever the number of images.
+The images are smooth noise, stored as PNG in Parquet, as on the Hub: a thousand different ones, repeated. Each size is
+measured in its own process: seconds until a run is open, images per second in batches of 128, and peak memory. The
+training itself costs the same for any number of images.
 """
 
 import argparse
@@ -34,10 +34,10 @@ SIZES = [(1_000, 32), (10_000, 32), (60_000, 32), (1_000_000, 32), (1_000, 64), 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", help="file to write the numbers to")
-    parser.add_argument("--plot", help="PNG file to draw them to")
-    parser.add_argument("--one", help="measure this folder of Parquet files and print the numbers (used by itself)")
-    parser.add_argument("--resolution", type=int, default=32, help="of --one")
+    parser.add_argument("--json", help="file to write the numbers to; default: only print them")
+    parser.add_argument("--plot", help="PNG file to plot the numbers in; default: no plot")
+    parser.add_argument("--one", help="only measure this folder of Parquet files; the program calls itself so")
+    parser.add_argument("--resolution", type=int, default=32, help="height and width in pixels for --one; default: 32")
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.resolution)))
@@ -84,7 +84,7 @@ def measure(folder: str, side: int) -> dict:
     while time.perf_counter() - started_drawing < 3:
         drawn += len(next(batches)["images"])
     speed = drawn / (time.perf_counter() - started_drawing)
-    # Not getrusage(): that counts the memory of the process that started this one.
+    # getrusage() would include the memory of the process that started this one.
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
     held = int(run.train_set.pixels is not None)
     return {"seconds to open": opened - started, "images/s": speed, "in memory": held, "peak MiB": peak}

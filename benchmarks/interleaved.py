@@ -1,4 +1,4 @@
-"""Times things that do the same in turns, in one process, so that all of them meet the same machine."""
+"""Time several ways to do the same work in turns, in one process, so that all run under the same conditions."""
 
 import json
 import statistics
@@ -8,18 +8,21 @@ import torch
 
 
 def wall() -> float:
-    """Return the time in seconds, once the GPU, if there is one, has done what it was told."""
+    """Return the time in seconds, after waiting for the GPU, if there is one, to finish its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def race(contenders: dict, rounds: int, units: int, unit: str = "image") -> dict:
-    """Call each contender `rounds` times in turns, after once to warm up; return its speed and its ratio to the first.
+    """Time each contender `rounds` times in turns, after one call to warm up.
 
     Args:
-        contenders: name -> function that processes `units` units, e.g. images. Ratios are of their medians of time
-            over that of the first, which is ours: 2 means that ours takes half as long.
+        contenders: name -> function that processes `units` units, e.g. images.
+
+    Returns:
+        For each name, its speed and the ratio of its median time to that of the first contender, with the lowest and
+        highest ratio of a round. A ratio of 2 means that the first contender takes half as long.
     """
     seconds = {name: [] for name in contenders}
     for turn in range(rounds + 1):
@@ -28,13 +31,13 @@ def race(contenders: dict, rounds: int, units: int, unit: str = "image") -> dict
             contender()
             if turn:
                 seconds[name].append(wall() - start)
-    ours = next(iter(seconds.values()))
+    first = next(iter(seconds.values()))
     result = {}
     for name, times in seconds.items():
-        ratios = [theirs / mine for theirs, mine in zip(times, ours)]
+        ratios = [taken / reference for taken, reference in zip(times, first)]
         result[name] = {
             f"{unit}s_per_second": units / statistics.median(times),
-            "ratio": statistics.median(times) / statistics.median(ours),
+            "ratio": statistics.median(times) / statistics.median(first),
             "ratio_from": min(ratios),
             "ratio_to": max(ratios),
         }
@@ -42,7 +45,7 @@ def race(contenders: dict, rounds: int, units: int, unit: str = "image") -> dict
 
 
 def report(results: dict, path: str | None):
-    """Print results, name -> contender -> numbers, as Markdown tables, and write them to a JSON file."""
+    """Print results (name -> contender -> numbers) as Markdown tables; also write them to the JSON file `path`."""
     for what, rows in results.items():
         columns = list(next(iter(rows.values())))
         print(f"\n**{what}**\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")

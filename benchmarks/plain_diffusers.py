@@ -1,7 +1,7 @@
-"""What a user would write instead: the loop of diffusers' unconditional example, as plain as it is there.
+"""Train with the plain loop of diffusers' unconditional example, for comparison.
 
-PIL transforms in the loader, float32, eager, AdamW, its EMA after every step, the loss read after every step. (Written
-from its documentation; torchvision's transforms are PIL's here, which do the same.)
+It has PIL transforms in the loader, float32, no compilation, AdamW, and diffusers' EMA and a read of the loss after
+every step. It is written from the example's documentation. PIL replaces torchvision's transforms, which do the same.
 """
 
 import random
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 
 def loader(rows, resolution: int, batch_size: int, grey: bool = False, flip: bool = False) -> DataLoader:
-    """Return a shuffling loader of {"input": (B, C, H, W) in [-1, 1]} of `datasets` rows, decoded when asked for."""
+    """Return a shuffling loader of {"input": (B, C, H, W) in [-1, 1]}, which decodes rows of `datasets` as it goes."""
     column = next(name for name in rows.column_names if name in ("image", "img"))
 
     def transform(examples):
@@ -31,15 +31,15 @@ def loader(rows, resolution: int, batch_size: int, grey: bool = False, flip: boo
             images.append((pixels[None] if grey else pixels.permute(2, 0, 1)).sub(0.5).div(0.5))
         return {"input": images}
 
-    rows = rows.cast_column(column, datasets.Image())  # decoded by `datasets` when asked for, as the example has it
+    rows = rows.cast_column(column, datasets.Image())  # `datasets` decodes on access, as in the example
     return DataLoader(rows.with_transform(transform), batch_size=batch_size, shuffle=True, drop_last=True)
 
 
 class PlainLoop:
-    """The example's training loop over a UNet; `step()` takes one optimizer step and returns its loss."""
+    """The example's training loop over a UNet. `step()` takes one optimizer step and returns its loss."""
 
-    def __init__(self, unet, batches: DataLoader, total_steps: int, learning_rate=1e-4, device="cpu", dtype=None):
-        """Take `dtype` torch.bfloat16 for autocast; None is the example's default, float32."""
+    def __init__(self, unet, batches: DataLoader, total_steps: int, *, learning_rate=1e-4, device="cpu", dtype=None):
+        """Set up the loop. `dtype` is torch.bfloat16 for autocast, or None for the example's default, float32."""
         self.unet, self.loader, self.device, self.dtype = unet.to(device).train(), batches, device, dtype
         self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
         self.optimizer = torch.optim.AdamW(

@@ -1,13 +1,14 @@
-"""Our restoration beside classical methods, on held-out real images, in one run.
+"""Compare pipelines/restoration.py with classical methods on held-out real images.
 
     pip install -e ".[benchmark]"
     python benchmarks/restoration.py MODEL --dataset_name FOLDER --split test --num_images 500
 
-Every method gets the same degraded images, as floats (noise is neither clipped nor rounded), and what is known of the
-degradation: noise level, mask, factor, blur. The classical ones are given the parameters that score best in PSNR on
-images of the training set, for each row anew. PSNR and SSIM are scikit-image's on [0, 1], of results clipped to that,
-and means over the images (SSIM with the Gaussian window of Wang et al. 2004). In `degraded` a masked pixel is 0.5, a
-small image is enlarged by repeating its pixels, a grey one has its grey in all channels.
+Every method gets the same degraded images, as floats (noise is neither clipped nor rounded), and the same facts about
+the degradation: noise level, mask, factor, blur. For each row, the classical methods get the parameters that score
+best in PSNR on images of the training set. PSNR and SSIM are means over the images. scikit-image computes them on [0,
+1], with results clipped to that range, and SSIM with the Gaussian window of Wang et al. 2004. For the method
+`degraded` a masked pixel is 0.5, a small image is enlarged by repeating its pixels, and a grey one has its grey in all
+channels.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from classical_restoration import CLASSICAL, OURS, Row, rows
+from classical_restoration import CLASSICAL, DIFFUSION, Row, rows
 from PIL import Image, ImageDraw, ImageFont
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm.auto import tqdm
@@ -56,7 +57,7 @@ def as_arrays(images: torch.Tensor) -> np.ndarray:
 
 
 def shown(degraded: np.ndarray, truth: np.ndarray, row: Row) -> np.ndarray:
-    """Return degraded images (N, h, w, c) as what one sees of them, of the truth's shape."""
+    """Return degraded images (N, h, w, c) in the shape of the originals, as the method `degraded` scores them."""
     if row.task == "inpaint":
         return np.where(row.arguments["mask"].numpy()[..., None], 0.5, degraded)
     factor = truth.shape[1] // degraded.shape[1]
@@ -64,13 +65,13 @@ def shown(degraded: np.ndarray, truth: np.ndarray, row: Row) -> np.ndarray:
 
 
 def degrade(pipeline, images: torch.Tensor, row: Row, seed: int) -> torch.Tensor:
-    """Return the degraded images (N, C, h, w), neither clipped nor rounded; image k has noise of its own."""
+    """Return the degraded images (N, C, h, w), neither clipped nor rounded. Each image has its own noise generator."""
     generators = [keyed_generator(seed, "degrade", row.task, k) for k in range(len(images))]
     return pipeline.degrade(images, row.task, **row.arguments, generator=generators, output_type="pt")
 
 
 def tune(pipeline, images: torch.Tensor, row: Row, name: str) -> dict:
-    """Return the parameters of the classical method that have the best mean PSNR on these images."""
+    """Return the parameters of a classical method with the best mean PSNR on these images."""
     method, grid = CLASSICAL[name]
     choices = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     if len(choices) == 1:
@@ -79,8 +80,8 @@ def tune(pipeline, images: torch.Tensor, row: Row, name: str) -> dict:
     return max(choices, key=lambda p: np.mean([scores(x, method(y, row.arguments, **p))[0] for x, y in pairs]))
 
 
-def by_ours(pipeline, degraded: torch.Tensor, row: Row, arguments, bar, **unknown):
-    """Return our restorations (N, H, W, C) and the noise levels that were told or found (N,)."""
+def by_diffusion(pipeline, degraded: torch.Tensor, row: Row, arguments, bar, **unknown):
+    """Return the pipeline's restorations (N, H, W, C), and the given or estimated noise levels (N,)."""
     images, noise_levels = [], []
     for start in range(0, len(degraded), arguments.batch_size):
         batch = degraded[start : start + arguments.batch_size]
@@ -93,7 +94,7 @@ def by_ours(pipeline, degraded: torch.Tensor, row: Row, arguments, bar, **unknow
 
 
 def by_classical(name: str, degraded: np.ndarray, row: Row, parameters: dict, bar):
-    """Return the restorations (N, H, W, C) of a classical method, and no noise levels."""
+    """Return the restorations (N, H, W, C) of a classical method, and None, because it gives no noise levels."""
     images = []
     for image in degraded:
         images.append(CLASSICAL[name][0](image, row.arguments, **parameters))
@@ -101,23 +102,23 @@ def by_classical(name: str, degraded: np.ndarray, row: Row, parameters: dict, ba
     return np.stack(images), None
 
 
-def measure(pipeline, row: Row, images: torch.Tensor, parameters: dict, arguments, bar) -> tuple[dict, dict]:
-    """Return what all methods score, `{method: {"psnr": (N,), "ssim": (N,), "seconds": per image}}`, and pictures."""
+def measure(pipeline, row: Row, images: torch.Tensor, *, parameters: dict, arguments, bar) -> tuple[dict, dict]:
+    """Return the scores `{method: {"psnr": (N,), "ssim": (N,), "seconds": per image}}` and images of all methods."""
     truth, degraded = as_arrays(images), degrade(pipeline, images, row, arguments.seed)
     arrays = as_arrays(degraded)
     methods = {"degraded": lambda: (shown(arrays, truth, row), None)}
     for name in row.classical:
         methods[name] = functools.partial(by_classical, name, arrays, row, parameters[name], bar)
-    for name in row.ours:
-        unknown = {} if name == OURS[0] else {"noise_level": None}
-        methods[name] = functools.partial(by_ours, pipeline, degraded, row, arguments, bar, **unknown)
+    for name in row.diffusion:
+        unknown = {} if name == DIFFUSION[0] else {"noise_level": None}
+        methods[name] = functools.partial(by_diffusion, pipeline, degraded, row, arguments, bar, **unknown)
     found, pictures = {}, {"truth": truth}
     for name, method in methods.items():
         started = time.perf_counter()
         pictures[name], noise_levels = method()
         found[name] = {"seconds": (time.perf_counter() - started) / len(images)}
         found[name]["psnr"], found[name]["ssim"] = map(np.array, zip(*map(scores, truth, pictures[name])))
-        if name == OURS[1]:
+        if name == DIFFUSION[1]:
             error = noise_levels / row.arguments["noise_level"] - 1
             found[name]["noise_estimate"] = {
                 "median_relative_error": error.abs().median().item(),
@@ -132,7 +133,7 @@ def best_classical(row: Row, found: dict, measure: str) -> str | None:
 
 
 def summary(row: Row, found: dict, parameters: dict) -> dict:
-    """Return what JSON holds of a row: means, their standard errors, and ours less the best classical one's."""
+    """Return the JSON of a row: means, standard errors, and the pipeline's scores less the best classical ones."""
     root, methods = len(found["degraded"]["psnr"]) ** 0.5, {}
     for name, values in found.items():
         report = methods[name] = {"seconds_per_image": values["seconds"]}
@@ -143,7 +144,7 @@ def summary(row: Row, found: dict, parameters: dict) -> dict:
         for measure in ("psnr", "ssim"):
             report[measure] = values[measure].mean()
             report[f"{measure}_standard_error"] = values[measure].std(ddof=1) / root
-            if name in OURS and row.classical:
+            if name in DIFFUSION and row.classical:
                 rival = best_classical(row, found, measure)
                 difference = values[measure] - found[rival][measure]
                 report[f"{measure}_less_best_classical"] = {
@@ -157,7 +158,7 @@ def summary(row: Row, found: dict, parameters: dict) -> dict:
 
 
 def table_rows(report: dict) -> str:
-    """Return a degradation's lines of the Markdown table, one per method, the best in bold."""
+    """Return the lines of a degradation in the Markdown table, one per method, with the best score in bold."""
     lines, methods, first = [], report["methods"], report["row"]
     for name, values in methods.items():
         cells = [first, name]
@@ -173,18 +174,18 @@ def table_rows(report: dict) -> str:
 
 
 def estimates(reports: list[dict]) -> str:
-    """Return the Markdown table of how well the noise levels were estimated."""
+    """Return a Markdown table of the errors of the estimated noise levels."""
     lines = ["| noise | median error | mean bias | images within 10 % |", "|---|---|---|---|"]
     for report in reports:
-        if noise := report["methods"].get(OURS[1], {}).get("noise_estimate"):
+        if noise := report["methods"].get(DIFFUSION[1], {}).get("noise_estimate"):
             error, bias, share = (100 * value for value in noise.values())
             lines.append(f"| {report['known']['noise_level']} | {error:.1f} % | {bias:+.1f} % | {share:.1f} % |")
     return "\n".join(lines)
 
 
 def draw_block(row: Row, pictures: dict, best: str | None) -> Image.Image:
-    """Return the first images of a row: the truth, what became of it, the best classical method, ours."""
-    names = ["truth", "degraded", *([best] if best else []), "ours"]
+    """Return the first images of a row: original, degraded, best classical method, pipeline."""
+    names = ["truth", "degraded", *([best] if best else []), DIFFUSION[0]]
     images = [torch.tensor(pictures[name][:ON_SHEET]).permute(0, 3, 1, 2) for name in names]
     body = tile(resize((torch.cat(images).clamp(0, 1) * 255).round().to(torch.uint8), 64), len(images[0]))
     font, left, top = ImageFont.load_default(16), 170, 36
@@ -212,15 +213,15 @@ def parse():
     add("model", help="folder of a pipeline, checkpoint of a run, or Hub id")
     add("--dataset_name", required=True, help="Hub id or folder")
     add("--split", default="test", help="held-out images: a split's name, a count or a share; default: test")
-    add("--num_images", type=int, default=500, help="drawn at random from them; default: 500")
-    add("--tuning_images", type=int, default=20, help="of the training set, for the classical methods; default: 20")
-    add("--rows", help="only rows whose name contains this, e.g. denoise")
-    add("--bm3d", action="store_true", help="BM3D too: pip install bm3d (for research only), about 1 s an image")
-    add("--batch_size", type=int, default=50)
-    add("--dtype", choices=DTYPES, default="float32", help="of the UNet")
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, metavar="JSON")
-    add("--sheet", type=Path, metavar="PNG")
+    add("--num_images", type=int, default=500, help="number of held-out images, drawn at random; default: 500")
+    add("--tuning_images", type=int, default=20, help="training images to tune the classical methods on; default: 20")
+    add("--rows", help="only rows whose name contains this, e.g. denoise; default: all")
+    add("--bm3d", action="store_true", help="also BM3D: pip install bm3d (for research only); about 1 s per image")
+    add("--batch_size", type=int, default=50, help="images that the pipeline restores together; default: 50")
+    add("--dtype", choices=DTYPES, default="float32", help="precision of the UNet; default: float32")
+    add("--seed", type=int, default=0, help="seed of the choice of images, the noise and the sampling; default: 0")
+    add("--output", type=Path, metavar="JSON", help="file for the numbers; default: only print them")
+    add("--sheet", type=Path, metavar="PNG", help="file for a picture of the first images; default: none")
     return parser.parse_args()
 
 
@@ -239,7 +240,7 @@ def main():
         ]
     )
     pipeline = open_pipeline(model)
-    with quiet_diffusers():  # diffusers warns of any cast
+    with quiet_diffusers():  # diffusers warns about any cast
         pipeline.unet.to(DTYPES[arguments.dtype])
     pipeline.set_progress_bar_config(disable=True)
 
@@ -247,16 +248,16 @@ def main():
     chosen = [row for row in rows(side, images.shape[1], arguments.bm3d) if (arguments.rows or "") in row.name]
     print(f"{len(images)} held-out images, means of each image's score, ± standard errors; seed {arguments.seed}.\n")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
-    total = len(images) * sum(len(row.classical) + len(row.ours) for row in chosen)
+    total = len(images) * sum(len(row.classical) + len(row.diffusion) for row in chosen)
     with tqdm(total=total, unit="image") as bar:
         for row in chosen:
             bar.set_description(row.name)
             parameters = {name: tune(pipeline, tuning, row, name) for name in row.classical}
-            found, pictures = measure(pipeline, row, images, parameters, arguments, bar)
+            found, pictures = measure(pipeline, row, images, parameters=parameters, arguments=arguments, bar=bar)
             reports.append(summary(row, found, parameters))
             blocks.append(draw_block(row, pictures, best_classical(row, found, "psnr")))
             bar.write(table_rows(reports[-1]))
-    if any(row.ours == OURS for row in chosen):
+    if any(row.diffusion == DIFFUSION for row in chosen):
         print(f"\n{estimates(reports)}")
     if arguments.output:
         packages = ["torch", "diffusers", "numpy", "scikit-image", *(["bm3d"] if arguments.bm3d else [])]

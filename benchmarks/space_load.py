@@ -1,10 +1,10 @@
-"""Many visitors at once: what the Space serves, refuses and keeps in memory.
+"""Send many visitors to the Space at once, and print its answers, refusals, errors and memory.
 
     python benchmarks/space_load.py --model runs/digits --visitors 50 --seconds 120
 
-starts the Space on that model and ends it. A visitor asks over and over for one thing out of four, waits for the end
-of it, and thinks for a moment; who is refused by the full queue comes back a little later. Every other failure counts
-as an error, and makes the exit code 1.
+The program starts the Space on that model and stops it at the end. Each visitor repeats three things: send one of four
+requests at random, wait for the result, pause for a moment. When the queue is full, a visitor is refused and comes
+back a little later. Every other failure is an error, and makes the exit code 1.
 """
 
 import argparse
@@ -35,8 +35,8 @@ REQUESTS = {
 }
 
 
-async def visit(url: str, k: int, end: float, served: Counter, errors: list, waits: list):
-    """One visitor until `end`: counts in `served`, "refused" by the queue among them, and lists errors and waits."""
+async def visit(url: str, k: int, end: float, *, served: Counter, errors: list, waits: list):
+    """Be visitor k until `end`. Count answers and "refused" in `served`, and add to `errors` and `waits` (seconds)."""
     choose, photo = random.Random(k), io.BytesIO()
     Image.fromarray(np.random.default_rng(k).integers(0, 256, (600, 800, 3), dtype=np.uint8)).save(photo, "JPEG")
     async with httpx.AsyncClient(base_url=f"{url}/gradio_api", timeout=300) as client:
@@ -66,21 +66,21 @@ async def visit(url: str, k: int, end: float, served: Counter, errors: list, wai
 
 async def visit_all(url: str, visitors: int, seconds: float):
     end, served, errors, waits = time.monotonic() + seconds, Counter(), [], []
-    await asyncio.gather(*(visit(url, k, end, served, errors, waits) for k in range(visitors)))
+    await asyncio.gather(*(visit(url, k, end, served=served, errors=errors, waits=waits) for k in range(visitors)))
     return served, errors, waits
 
 
 def memory(pid: int, field: str = "VmRSS") -> float:
-    """MB of a process, by the kernel: VmRSS now, VmHWM at its peak."""
+    """Return the memory of a process in MB: VmRSS is the memory now, VmHWM the peak."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="runs/digits", help="folder or Hub id")
-    parser.add_argument("--visitors", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=120)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/digits", help="folder or Hub id of the model; default: runs/digits")
+    parser.add_argument("--visitors", type=int, default=50, help="visitors at once; default: 50")
+    parser.add_argument("--seconds", type=float, default=120, help="how long they visit, in seconds; default: 120")
     arguments = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

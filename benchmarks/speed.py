@@ -1,10 +1,11 @@
-"""Our training, data path, sampling and start beside what a user would pick instead, on the same UNet and data.
+"""Compare the speed of ddpm_hf with plain diffusers and PIL, on the same UNet and data.
 
     python benchmarks/speed.py --preset mnist --dataset_name FOLDER
     python benchmarks/speed.py --preset cifar10 --train_batch_size 8 --parts training,data,sampling
 
-takes every flag of train_unconditional.py. Turns alternate in one process; the ratios are the result (theirs over
-ours: 2 means that we need half the time), the seconds are only how they came about.
+It measures training, data loading, sampling and start-up, and takes every flag of train_unconditional.py. The
+contenders take turns in one process. The result is the ratios of their times: 2 means that ddpm_hf needs half the
+time.
 """
 
 import argparse
@@ -24,7 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.data.batches import training_batches
 from ddpm_hf.models.build import build_unet
+from ddpm_hf.models.pretrained import Pretrained
 from ddpm_hf.sampling.generate import sample_images
+from ddpm_hf.sampling.settings import Sampler
 from ddpm_hf.training.loop import progress_bar, step
 from ddpm_hf.training.periodic import run_due_tasks, what_is_due
 from ddpm_hf.training.run import open_run
@@ -38,15 +41,17 @@ PARTS = ("training", "data", "sampling", "start")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}, memory; default: all but memory"
+        "--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)},memory; default: all except memory"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each; default: 7")
-    parser.add_argument("--steps", type=int, default=5, help="optimizer steps a turn; default: 5")
-    parser.add_argument("--num_inference_steps", type=int, default=10, help="of sampling; default: 10")
-    parser.add_argument("--images", type=int, default=8, help="sampled a turn; default: 8")
-    parser.add_argument("--peak_tflops", type=float, help="of the GPU in bf16, for model FLOP utilisation")
-    parser.add_argument("--only", choices=["ours", PLAIN], help="of training: for measuring memory")
-    parser.add_argument("--json", help="file to write the numbers to")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender; default: 7")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps per turn; default: 5")
+    parser.add_argument("--num_inference_steps", type=int, default=10, help="sampling steps; default: 10")
+    parser.add_argument("--images", type=int, default=8, help="images sampled per turn; default: 8")
+    parser.add_argument(
+        "--peak_tflops", type=float, help="peak TFLOP/s of the GPU in bf16, to print the share of it that is used"
+    )
+    parser.add_argument("--only", choices=["ddpm_hf", PLAIN], help="only train with this loop, to measure its memory")
+    parser.add_argument("--json", help="file to write the numbers to; default: only print them")
     arguments, flags = parser.parse_known_args()
     parts = arguments.parts.split(",")
     results = {}
@@ -57,7 +62,7 @@ def main():
     if {"training", "data", "sampling"} & set(parts):
         with tempfile.TemporaryDirectory() as folder:
             config = parse_config([*flags, "--output_dir", folder, "--overwrite_output_dir", "--logger", "none"])
-            config.checkpointing_steps = 10**9  # a matter of the disk, not of the loop
+            config.checkpointing_steps = 10**9  # never: writing one measures the disk, not the loop
             run = open_run(config)
             if "data" in parts:
                 results["data, images/s"] = data(run, arguments)
@@ -66,27 +71,26 @@ def main():
             if "sampling" in parts:
                 results["sampling, images/s"] = sampling(run, arguments)
     report(results, arguments.json)
-    # Of this process alone, which getrusage() does not tell.
+    # getrusage() would include the memory of the process that started this one.
     print("peak MiB", int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)
 
 
 def data(run, arguments) -> dict:
     config = run.config
     count = arguments.steps * config.train_batch_size
-    ours = training_batches(run.train_set, config, 0, 0, 1)
-    theirs = iter(plain_loader(run))
+    batches, plain_batches = training_batches(run.train_set, config, 0, 0, 1), iter(plain_loader(run))
 
     def take(batches):
         for _ in range(arguments.steps):
             next(batches)
 
-    return race({"ours": lambda: take(ours), "PIL in the loader": lambda: take(theirs)}, arguments.rounds, count)
+    contenders = {"ddpm_hf": lambda: take(batches), "PIL in the loader": lambda: take(plain_batches)}
+    return race(contenders, arguments.rounds, count)
 
 
 def plain_loader(run):
-    config = run.config
-    return loader(run.train_set.rows, config.resolution, config.train_batch_size, run.train_set.channels == 1,
-                  config.random_flip)  # fmt: skip
+    config, grey = run.config, run.train_set.channels == 1
+    return loader(run.train_set.rows, config.resolution, config.train_batch_size, grey, config.random_flip)
 
 
 def training(run, arguments) -> dict:
@@ -96,7 +100,8 @@ def training(run, arguments) -> dict:
 
     def plain(dtype=None):
         unet = build_unet(config, channels)
-        return PlainLoop(unet, plain_loader(run), 10**6, config.learning_rate, str(device), dtype)
+        options = {"learning_rate": config.learning_rate, "device": str(device), "dtype": dtype}
+        return PlainLoop(unet, plain_loader(run), 10**6, **options)
 
     dtypes = {PLAIN: None, f"{PLAIN}, bf16": torch.bfloat16}
     loops = {name: plain(dtype) for name, dtype in dtypes.items() if arguments.only in (None, name)}
@@ -114,14 +119,14 @@ def training(run, arguments) -> dict:
 
     with progress_bar(run) as bar:
 
-        def our_step():
+        def run_step():
             step(run, batches)
             bar.update()
             if due := what_is_due(run):
                 run_due_tasks(run, due, 0.0)
 
         run.model.train()
-        steps = {"ours": our_step} | {name: loop.step for name, loop in loops.items()}
+        steps = {"ddpm_hf": run_step} | {name: loop.step for name, loop in loops.items()}
         steps |= {f"one fixed batch, {config.mixed_precision}, no loop": bare_step}
         steps = {name: take for name, take in steps.items() if arguments.only in (None, name)}
         contenders = {name: lambda take=take: [take() for _ in range(arguments.steps)] for name, take in steps.items()}
@@ -137,26 +142,27 @@ def training(run, arguments) -> dict:
 
 
 def sampling(run, arguments) -> dict:
-    # Not the run's own, which has its mixed precision in its forward().
-    unet, scheduler = build_unet(run.config, run.train_set.channels).eval().to(run.accelerator.device), run.scheduler
-    pipeline = DDIMPipeline(unet, scheduler.stock())
+    # A new UNet, because accelerate has put mixed precision into the forward() of the run's own.
+    unet = build_unet(run.config, run.train_set.channels).eval().to(run.accelerator.device)
+    model = Pretrained(unet, run.scheduler, facts={}, run={}, folder=Path())
+    pipeline = DDIMPipeline(unet, run.scheduler.stock())
     pipeline.set_progress_bar_config(disable=True)
     count, steps = arguments.images, arguments.num_inference_steps
 
-    def ours(dtype):
-        sample_images(unet, scheduler, 0, range(count), count, method="ddim", num_inference_steps=steps,
-                      spacing="trailing", dtype=dtype, progress=False)  # fmt: skip
+    def draw(dtype):
+        sampler = Sampler(name="ddim", num_inference_steps=steps, dtype=dtype).resolve(model)
+        sample_images(model, sampler, range(count), batch_size=count, progress=False)
 
     contenders = {
-        "ours, bfloat16": lambda: ours(torch.bfloat16),
-        "ours, float32": lambda: ours(torch.float32),
+        "ddpm_hf, bfloat16": lambda: draw("bfloat16"),
+        "ddpm_hf, float32": lambda: draw("float32"),
         "DDIMPipeline": lambda: pipeline(count, num_inference_steps=steps, output_type="np"),
     }
     return race(contenders, arguments.rounds, count)
 
 
 def start(flags: list[str]) -> dict:
-    """Return the seconds until --help is printed, and until the first step of training is taken."""
+    """Return the seconds until --help is printed, and until the first step of training is done."""
     training = [sys.executable, str(ROOT / "train_unconditional.py")]
     result = {}
     for name, command in {"train --help": training, "ddpm_hf --help": [sys.executable, "-m", "ddpm_hf"]}.items():
@@ -176,9 +182,9 @@ def start(flags: list[str]) -> dict:
 
 
 def memory(flags: list[str]) -> dict:
-    """Return the peak resident memory of a few steps, each loop in a process of its own."""
+    """Return the peak resident memory of a few steps, with each loop in its own process."""
     result = {}
-    for name in ("ours", PLAIN):
+    for name in ("ddpm_hf", PLAIN):
         command = [sys.executable, __file__, "--parts=training", f"--only={name}", "--rounds=1", "--steps=2"]
         done = subprocess.run([*command, *flags], stdout=subprocess.PIPE, text=True, check=True)
         result[name] = {"MiB": float(re.search(r"^peak MiB (.*)$", done.stdout, re.MULTILINE)[1])}

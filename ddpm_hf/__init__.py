@@ -30,7 +30,7 @@ _PUBLIC = {
     "restore": ("sampling.restoration", "restore"),
     "Restored": ("sampling.restoration", "Restored"),
     "export": ("sharing.export", "export"),
-    "push": ("sharing.publish", "publish"),
+    "push": ("sharing.push", "push"),
     "PaperDDPMScheduler": ("diffusion.scheduler", "PaperDDPMScheduler"),
     "Sampler": ("sampling.settings", "Sampler"),
     "Classes": ("models.classes", "Classes"),

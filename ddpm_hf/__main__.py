@@ -13,14 +13,14 @@ from .provenance import program
 
 
 def module_of(command: str):
-    """Return the module of a command, e.g. ddpm_hf.commands.push_space of "push-space"."""
+    """Return the module of a command, e.g. ddpm_hf.commands.push_space for "push-space"."""
     return import_module(f".commands.{command.replace('-', '_')}", __package__)
 
 
 def parse(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    """Return the flags of a command line, with its `command` and with `prog`, the name that its errors begin with.
+    """Return the flags of a command line, and its `command` and `prog`, the name at the start of its errors.
 
-    Leaves with exit code 2 on bad input, and with 0 after --help and --version.
+    Exits with code 2 on bad input, and with code 0 after --help and --version.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words[0] not in COMMANDS:
@@ -38,13 +38,13 @@ def parse(argv: list[str] | None = None, prog: str | None = None) -> argparse.Na
 
 
 def refuse(words: list[str]):
-    """Answer --help and --version; else say that the first of `words` is not a command. Never returns."""
+    """Answer --help or --version, or report that the first word is not a command. Then exit."""
     listing = [f"  {command:11} {module_of(command).__doc__.partition(chr(10))[0]}" for command in COMMANDS]
     parser = Parser(
         program(),
         "\n".join([__doc__, "", "commands:", *listing]),
         usage="%(prog)s COMMAND [flags]",
-        epilog="%(prog)s COMMAND --help shows the flags of a command, and examples.",
+        epilog="%(prog)s COMMAND --help shows the flags of a command and examples.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     if words and not words[0].startswith("-"):
@@ -54,17 +54,17 @@ def refuse(words: list[str]):
 
 
 def main(argv: list[str] | None = None, prog: str | None = None):
-    """Run a command line. Leaves with exit code 2 after a refusal, and with 130 after Ctrl-C."""
+    """Run a command line. Exits with code 2 after a UserError, and with code 130 after Ctrl-C."""
     arguments = parse(argv, prog)
     try:
         module_of(arguments.command).run(arguments)
     except UserError as error:
-        if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else one speaks for all
+        if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else process 0 prints it
             print(f"{arguments.prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        goes_on = arguments.command in ("sample", "evaluate", "restore")
-        more = " What is drawn stays: the same command goes on with the missing images." if goes_on else ""
+        can_resume = arguments.command in ("sample", "evaluate", "restore")
+        more = " Finished images are kept: run the same command again to draw the rest." if can_resume else ""
         print(f"\nStopped.{more}", file=sys.stderr)
         sys.exit(130)
 

@@ -1,4 +1,4 @@
-"""Images of given classes from a DDPM, with classifier-free guidance, with a classifier's guidance, or with none.
+"""Draw images of given classes with a DDPM, with classifier-free guidance, a classifier's guidance, or neither.
 
 - Classifier-free guidance (Ho & Salimans 2022, https://huggingface.co/papers/2207.12598) needs a UNet that was trained
   with class labels, of which some were dropped. The folder is a stock DDPMPipeline whose model_index.json names the K
@@ -50,7 +50,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
 
     Raises:
         ValueError: for an id2label that does not fit the UNet, a classifier that does not fit it (other channels or
-            timesteps), or a classifier beside a UNet that has classes itself.
+            timesteps), or a classifier for a UNet that has classes already.
     """
 
     model_cpu_offload_seq = "unet->classifier"
@@ -81,7 +81,11 @@ class ClassGuidedPipeline(DiffusionPipeline):
         return len(self.labels) if len(self.labels) < (self.unet.config.num_class_embeds or 0) else None
 
     def class_ids(self, class_labels: Labels) -> list[int]:
-        """Return the numbers of classes that are given by number or by name. An unknown one is a ValueError."""
+        """Return the numbers of classes given by number or name.
+
+        Raises:
+            ValueError: for an unknown class.
+        """
         if not self.labels:
             raise ValueError(f"class_labels is {class_labels}, but this model has no classes; give num_images.")
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
@@ -97,7 +101,11 @@ class ClassGuidedPipeline(DiffusionPipeline):
         return [numbers[label] for label in given]
 
     def guidance_scales(self, guidance_scale: Scale, timesteps: list[int]) -> list[float]:
-        """Return the scale at each timestep. One that is no finite number or cannot be applied is a ValueError."""
+        """Return the scale at each timestep.
+
+        Raises:
+            ValueError: for a scale that is not a finite number, or that this model cannot apply.
+        """
         T = self.scheduler.config.num_train_timesteps
         scales = [guidance_scale((t + 1) / T) if callable(guidance_scale) else guidance_scale for t in timesteps]
         for scale in scales:
@@ -111,7 +119,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         return scales
 
     def check_inputs(self, sampler: str, eta: float):
-        """Refuse with a ValueError a sampler that does not exist or that does not suit this model's scheduler."""
+        """Raise ValueError for a sampler that does not exist or that does not suit this model's scheduler."""
         config = self.scheduler.config
         if sampler not in ("ddim", "ddpm"):
             raise ValueError(f"sampler is {sampler!r}; choose 'ddim' or 'ddpm'.")
@@ -164,15 +172,15 @@ class ClassGuidedPipeline(DiffusionPipeline):
             num_inference_steps: S from 1 to T, at the timesteps round((k + 1) T / S) - 1 ("trailing").
             eta: DDIM's share of fresh noise, from 0 (none) to 1 (as much as DDPM).
             num_images: how many images to draw when class_labels is None; 1 if not given.
-            generator: one for all images, or a list with one per image: image k is then the same in any batch.
+            generator: one for all images, or a list with one per image. With a list, image k is the same in any batch.
             output_type: "pil"; "np", float (B, H, W, C) in [0, 1]; or "pt", float (B, C, H, W) in [0, 1], on the
                 pipeline's device.
             callback_on_step_end: called as (pipeline, i, t, tensors) after step i. `tensors` has those of "sample" and
                 "pred_original_sample" (B, C, H, W) that callback_on_step_end_tensor_inputs names. If it returns a dict
-                with a "sample", sampling goes on from that.
+                with a "sample", the next step starts from that.
 
         Raises:
-            ValueError: for arguments that this model cannot serve.
+            ValueError: for arguments that do not suit this model.
         """
         check_output(output_type, callback_on_step_end_tensor_inputs)
         arguments = {"num_images": num_images, "generator": generator}
@@ -195,10 +203,10 @@ class ClassGuidedPipeline(DiffusionPipeline):
         num_images: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
-        """Draw as `__call__` does, and yield (i, t, tensors) after each step i, which was at timestep t.
+        """Draw as `__call__` does, and yield (i, t, tensors) after step i, at timestep t.
 
-        `tensors` has "sample" and "pred_original_sample", float32 (B, C, H, W), images in [-1, 1]. The next step goes
-        on from tensors["sample"], which the caller may replace.
+        `tensors` has "sample" and "pred_original_sample", float32 (B, C, H, W), images in [-1, 1]. The next step
+        starts from tensors["sample"], which the caller may replace.
         """
         numbers = self._class_numbers(class_labels, num_images)
         T, device = self.scheduler.config.num_train_timesteps, self._execution_device
@@ -242,7 +250,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def predict(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        """Return the clean images (B, C, H, W) that the model sees, without a class, in `x` at timestep t."""
+        """Return the clean images (B, C, H, W) that the model predicts from `x` at timestep t, without a class."""
         numbers = self._class_numbers(None, len(x))
         labels = None if numbers[0] is None else torch.tensor(numbers, device=x.device)
         return self._predict(ddpm_scheduler(self.scheduler), x, t, labels, 1.0)[0]
@@ -251,22 +259,24 @@ class ClassGuidedPipeline(DiffusionPipeline):
         """Return the class of each image: a number, or None for an unconditional model."""
         if class_labels is not None:
             if num_images is not None:
-                raise ValueError(f"num_images is {num_images} beside class_labels, which ask for one each; drop it.")
+                raise ValueError(
+                    f"num_images is {num_images}, but class_labels already say how many images to draw; drop it."
+                )
             return self.class_ids(class_labels)
         if self.labels and self.null_class is None:
-            raise ValueError("class_labels is None, but this model draws images of a class only; give class_labels.")
+            raise ValueError("class_labels is None, but this model cannot draw without a class; give class_labels.")
         num_images = 1 if num_images is None else num_images
         if not isinstance(num_images, Integral) or num_images < 1:
             raise ValueError(f"num_images is {num_images!r}; give a whole number from 1 on.")
         return [self.null_class] * num_images
 
     def _predict(self, scheduler: DDPMScheduler, x, t, labels, scale):
-        """Return the guided and clipped x_0, the eps for DDIM's step, and the output on the variance, if any."""
+        """Return the guided and clipped x_0, the eps for DDIM's step, and the predicted variance, if any."""
         config, alpha_bar = scheduler.config, scheduler.alphas_cumprod[t]
         output, predicted_variance = self._guided_output(x, t, labels, scale).tensor_split([x.shape[1]], dim=1)
         x0 = predict_original_sample(output, x, alpha_bar, config.prediction_type)
-        if self.classifier is not None and scale != 0 and alpha_bar > 0:  # where abar is 0, x_t does not show a class
-            # eps' of the docstring above, written as x_0. It is used for DDPM too: Algorithm 1, which shifts the mean
+        if self.classifier is not None and scale != 0 and alpha_bar > 0:  # at abar = 0, x_t is pure noise
+            # Write eps' of the docstring above as x_0. DDPM uses it too, because Algorithm 1, which shifts the mean
             # instead, is its limit for small steps.
             x0 = x0 + scale * ((1 - alpha_bar) / alpha_bar**0.5) * self._log_probability_gradient(x, t, labels)
         clipped = x0
@@ -274,15 +284,15 @@ class ClassGuidedPipeline(DiffusionPipeline):
             clipped = scheduler._threshold_sample(x0)
         elif config.clip_sample:
             clipped = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-        # Unguided, DDIM keeps eps as predicted, like stock diffusers. Guided, it takes the eps of the clipped x_0,
-        # because guidance sends x_0 far out of range and the eps of that breaks the image: of 40 MNIST digits drawn
-        # at scale 2, a classifier recognized 70 % with the former and all with the latter.
+        # Without guidance, DDIM uses the predicted eps, like stock diffusers. With guidance, it uses the eps of the
+        # clipped x_0, because guidance sends x_0 far out of range. Of 40 MNIST digits drawn at scale 2, a classifier
+        # recognized 70 % with the predicted eps and all with that of the clipped x_0.
         is_guided = self.classifier is not None or scale != 1
         epsilon = (x - alpha_bar**0.5 * (clipped if is_guided else x0)) / (1 - alpha_bar) ** 0.5
         return clipped, epsilon, predicted_variance
 
     def _guided_output(self, x, t, labels, scale):
-        """Return the UNet's float32 output at x_t. Channels that predict the variance are those of the class."""
+        """Return the UNet's guided float32 output at x_t. The channels of the variance are not guided."""
         if self.unet.config.num_class_embeds is None:
             return self.unet(x.to(self.unet.dtype), t).sample.float()
         if scale == 1:
@@ -295,7 +305,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         return torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
 
     def _log_probability_gradient(self, x, t, labels):
-        """Return grad_{x_t} log p(label | x_t, t) of each image. The classifier's own weights get no gradient."""
+        """Return grad_{x_t} log p(label | x_t, t) of each image, without gradients for the classifier's weights."""
         with torch.inference_mode(False), torch.enable_grad():
             x = x.clone().requires_grad_()  # a clone, because a tensor made in inference mode takes no gradient
             log_probabilities = self.classifier(x.to(self.classifier.dtype), t).float().log_softmax(dim=1)
@@ -315,7 +325,7 @@ def _class_names(num_embeds: int, id2label: dict | None) -> list[str]:
 
 def _check_classifier(classifier: ModelMixin, unet: UNet2DModel, scheduler: SchedulerMixin):
     if unet.config.num_class_embeds is not None:
-        raise ValueError("The UNet has classes itself; give an unconditional one, or leave the classifier out.")
+        raise ValueError("The UNet has classes already; give an unconditional one, or leave the classifier out.")
     for name, of_classifier, of_model in (
         ("channels", classifier.config.in_channels, unet.config.in_channels),
         ("timesteps", classifier.config.num_train_timesteps, scheduler.config.num_train_timesteps),
@@ -331,12 +341,12 @@ def _variance_kind(config) -> str:
     return (config.get("variance_type") or "fixed_small").removesuffix("_log")
 
 
-# What follows is the same in every pipeline file that has it; a test compares them.
+# Pipeline files cannot import each other, so they have copies of the functions below. A test compares the copies.
 
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
     """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
-    # Without _use_default_values, whose fields from_config would replace by DDPMScheduler's defaults, betas included.
+    # Drop _use_default_values: from_config would replace the fields in it, even betas, by DDPMScheduler's defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)
 
@@ -361,7 +371,7 @@ def ddim_step(x0, epsilon, alpha_bar_prev, variance, noise):
 
 
 def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: tuple, tensors: dict):
-    """Call `callback_on_step_end` with the tensors that it asked for; return the sample to go on with."""
+    """Call `callback_on_step_end` with the requested tensors, and return the sample for the next step."""
     if callback is None:
         return tensors["sample"]
     returned = callback(pipeline, *step, {name: tensors[name] for name in names}) or {}
@@ -369,7 +379,7 @@ def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: 
 
 
 def to_output(x: torch.Tensor, output_type: str):
-    """Return images (B, C, H, W) in [-1, 1] as `output_type`, in [0, 1]. "pt" stays on its device."""
+    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. "pt" stays on its device."""
     images = (x / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images

@@ -38,10 +38,10 @@ Labels = int | str | Sequence[int | str] | torch.Tensor | None
 
 @dataclass
 class ReconstructionOutput(BaseOutput):
-    """`images` in the `output_type` that was asked for, and their latents x_T, float32 (B, C, H, W).
+    """`images` in the requested `output_type`, and their latents x_T, float32 (B, C, H, W).
 
-    `psnr`, float32 (B,), compares each image in [0, 1] with the one that was given, in dB, inf if they are equal. It
-    is None if no image was given.
+    `psnr`, float32 (B,), compares each image with the given one, both in [0, 1], in dB. It is inf if they are equal,
+    and None if no image was given.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
@@ -107,14 +107,14 @@ class ReconstructionPipeline(DiffusionPipeline):
             class_labels: for a conditional UNet, a number or a name for all images or one for each. None: "no class".
 
         Raises:
-            ValueError: for images or arguments that this model cannot serve.
+            ValueError: for images or arguments that do not suit this model.
 
-        A step of DDIM is undone by iterating x_t <- (x_t' + sin(d) v(x_t, t)) / cos(d), as AIDI does (Pan et al. 2023,
-        https://huggingface.co/papers/2309.04907), from the v of the step before. One iteration costs as much as plain
-        inversion and is much closer. PSNR (mean, least) of four MNIST test digits there and back, by the mnist preset
-        after 500 steps of training: plain 41.2, 33.1 dB in 100 + 100 evaluations; one iteration 55.8, 55.4 in 101 +
-        100; two 60.0, 59.6 in 201 + 100; Heun's method 45.2, 44.2 in 100 + 100. In 20 steps plain has 23.9, 17.3 and
-        one iteration 44.1, 41.3.
+        To undo a step of DDIM, iterate x_t <- (x_t' + sin(d) v(x_t, t)) / cos(d), as AIDI does (Pan et al. 2023,
+        https://huggingface.co/papers/2309.04907), starting with the v of the previous step. One iteration costs as
+        much as plain inversion and is much more precise. PSNR (mean, lowest) of four MNIST test digits after inversion
+        and decoding, with the mnist preset after 500 training steps: plain 41.2, 33.1 dB in 100 + 100 evaluations; one
+        iteration 55.8, 55.4 in 101 + 100; two 60.0, 59.6 in 201 + 100; Heun's method 45.2, 44.2 in 100 + 100. With 20
+        steps: plain 23.9, 17.3; one iteration 44.1, 41.3.
         """
         check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
         if not isinstance(num_fixed_point_iterations, Integral) or num_fixed_point_iterations < 1:
@@ -144,7 +144,7 @@ class ReconstructionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
         reference: Images | None = None,
     ) -> ReconstructionOutput:
-        """Return the images of latents, by DDIM with eta = 0 and without clipping. Normal noise gives new images.
+        """Return the images of latents, by DDIM with eta = 0, without clipping. Normal noise gives new images.
 
         Args:
             latents: x_T, floats (B, C, H, W).
@@ -153,11 +153,11 @@ class ReconstructionPipeline(DiffusionPipeline):
                 pipeline's device.
             callback_on_step_end: called as (pipeline, i, t, tensors) after step i. `tensors` has those of "sample" and
                 "pred_original_sample" (B, C, H, W) that callback_on_step_end_tensor_inputs names. If it returns a dict
-                with a "sample", decoding goes on from that.
-            reference: as many images, to take the PSNR against.
+                with a "sample", the next step starts from that.
+            reference: images to compute the PSNR against, as many as latents.
 
         Raises:
-            ValueError: for latents or arguments that this model cannot serve.
+            ValueError: for latents or arguments that do not suit this model.
         """
         check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
         check_output(output_type, callback_on_step_end_tensor_inputs)
@@ -198,10 +198,10 @@ class ReconstructionPipeline(DiffusionPipeline):
             num_images: at least 2. The first and the last are reconstructions of a and b.
             num_inference_steps, num_fixed_point_iterations, output_type: see `invert` and `decode`.
             class_labels: one number for all images, or None; see `invert`.
-            generator: draws the random latents, a's first; or a list of two, one for each end.
+            generator: draws the random latents, that of a first; or a list of two, one for each end.
 
         Raises:
-            ValueError: for images or arguments that this model cannot serve.
+            ValueError: for images or arguments that do not suit this model.
         """
         check_output(output_type, ())
         check_generator(generator, 2)
@@ -235,11 +235,14 @@ class ReconstructionPipeline(DiffusionPipeline):
         return weights[0] * a + weights[1] * b
 
     def preprocess(self, image: Images) -> torch.Tensor:
-        """Return images as float32 (B, C, H, W) in [0, 1] with the UNet's channels. What cannot be is a ValueError.
+        """Return images as float32 (B, C, H, W) in [0, 1] with the UNet's channels.
 
         `image` is a PIL image or a list of them, a numpy array ((B,) H, W(, C)), or a tensor ((B,) C, H, W). Numbers
         are uint8, or floats in [0, 1]. The UNet must be able to halve the size. RGB PIL images become grey only if
         they have no colour.
+
+        Raises:
+            ValueError: for images of another kind, size, range or number of channels.
         """
         channels, multiple = self.unet.config.in_channels, 2 ** (len(self.unet.config.block_out_channels) - 1)
         if not isinstance(image, (Image.Image, list, np.ndarray, torch.Tensor)):
@@ -285,7 +288,7 @@ class ReconstructionPipeline(DiffusionPipeline):
         return torch.tensor(numbers, dtype=torch.int64, device=self._execution_device)
 
     def _steps(self, num_inference_steps: int) -> list[tuple[int, float, float]]:
-        """Return (t, phi_t, phi_t - phi_t') for each step from t to t'; the last goes to the clean image, of phi 0."""
+        """Return (t, phi_t, phi_t - phi_t') for each step from t to t'. The last ends at phi = 0, the clean image."""
         alpha_bar = ddpm_scheduler(self.scheduler).alphas_cumprod.double()
         timesteps = trailing_timesteps(len(alpha_bar), num_inference_steps)
         angles = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())[timesteps].tolist()
@@ -304,22 +307,22 @@ class ReconstructionPipeline(DiffusionPipeline):
 
 
 def _pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
-    """Return uint8 (H, W, channels). A conversion that would lose colour or transparency is a ValueError."""
+    """Return uint8 (H, W, channels). Raise ValueError if the conversion would lose colour or transparency."""
     mode = "L" if channels == 1 else "RGB"
     is_grey = image.mode in ("1", "L") or (image.mode == "RGB" and image.convert("L").convert("RGB") == image)
     if image.mode != mode and not is_grey:
         raise ValueError(
-            f"A PIL image has mode {image.mode}; give image.convert({mode!r}) if its loss does not matter."
+            f"A PIL image has mode {image.mode}; give image.convert({mode!r}) if it may lose colour or transparency."
         )
     return np.asarray(image.convert(mode)).reshape(image.height, image.width, channels)
 
 
-# What follows is the same in every pipeline file that has it; a test compares them.
+# Pipeline files cannot import each other, so they have copies of the functions below. A test compares the copies.
 
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
     """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
-    # Without _use_default_values, whose fields from_config would replace by DDPMScheduler's defaults, betas included.
+    # Drop _use_default_values: from_config would replace the fields in it, even betas, by DDPMScheduler's defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)
 
@@ -330,7 +333,7 @@ def trailing_timesteps(T: int, num_steps: int) -> list[int]:
 
 
 def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: tuple, tensors: dict):
-    """Call `callback_on_step_end` with the tensors that it asked for; return the sample to go on with."""
+    """Call `callback_on_step_end` with the requested tensors, and return the sample for the next step."""
     if callback is None:
         return tensors["sample"]
     returned = callback(pipeline, *step, {name: tensors[name] for name in names}) or {}
@@ -338,7 +341,7 @@ def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: 
 
 
 def to_output(x: torch.Tensor, output_type: str):
-    """Return images (B, C, H, W) in [-1, 1] as `output_type`, in [0, 1]. "pt" stays on its device."""
+    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. "pt" stays on its device."""
     images = (x / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images

@@ -1,4 +1,4 @@
-"""Restore images with any DDPM of clean ones: denoise, inpaint, enlarge, colour and deblur, without training for it.
+"""Denoise, inpaint, enlarge, colour or deblur images with any DDPM that was trained on clean images.
 
 The degraded image is y = A x + noise, where A is linear and known. Every step of the reverse process predicts a clean
 image x_0 and corrects it by
@@ -36,23 +36,23 @@ ROUNDING = 1 / 255 / math.sqrt(12)  # the noise of rounding to 8 bits
 
 @dataclass
 class RestorationOutput(BaseOutput):
-    """`images` in the `output_type` that was asked for; `noise_levels` (N,), given or estimated, on [0, 1]."""
+    """`images` in the requested `output_type`, and `noise_levels` (N,), given or estimated, on [0, 1]."""
 
     images: list | np.ndarray | Tensor
     noise_levels: Tensor
 
 
 def mean_operator(apply: Callable, spread: Callable, count: int = 1) -> tuple[Callable, Callable]:
-    """Return A with A A^T = I / count: the means of `count` pixels or channels, or the pixels that a mask keeps.
+    """Return (apply, solve) of an A with A A^T = I / count: means of `count` pixels or channels, or a mask's pixels.
 
-    `spread` is the pseudo-inverse A+ = count A^T. What is returned is `apply(x)` = A x and `solve(residual, lam)` =
-    A^T (A A^T + lam I)^-1 residual, which at lam = 0 is the pseudo-inverse.
+    `apply(x)` is A x. `solve(residual, lam)` is A^T (A A^T + lam I)^-1 residual, the pseudo-inverse at lam = 0. The
+    argument `spread` is the pseudo-inverse count A^T.
     """
     return apply, lambda residual, lam: spread(residual) / (1 + count * lam)
 
 
 def gaussian_operator(sigma: float, height: int, width: int, device: torch.device) -> tuple[Callable, Callable]:
-    """Return a blur, as mean_operator does: scipy.ndimage.gaussian_filter(x, sigma, mode="reflect", truncate=4).
+    """Return (apply, solve) of a blur like scipy.ndimage.gaussian_filter(x, sigma, mode="reflect", truncate=4).
 
     A x = B_h x B_w^T with symmetric B = V diag(s) V^T, so A has the eigenvalues outer(s_h, s_w). Those below 1e-4
     count as 0, because float32 rounds away what they keep.
@@ -132,21 +132,21 @@ class RestorationPipeline(DiffusionPipeline):
                 the mean of the channels; or "deblur", from gaussian_operator with `blur_sigma` in pixels.
             noise_level: the standard deviation of white noise on [0, 1], one or one per image. 0 means that A x = y
                 holds exactly. None: "denoise" estimates it, the other tasks assume rounding to 8 bits.
-            mask: of "inpaint", one or one per image. What is white, True or 1 is painted anew.
-            num_inference_steps: 1 for "denoise", 25 for others if not given. Steps are closer near t = 0 (the SSIM of
+            mask: for "inpaint", one mask or one per image. Pixels that are white, True or 1 are painted anew.
+            num_inference_steps: None means 1 for "denoise" and 25 for others. Steps are closer near t = 0 (the SSIM of
                 deblurred digits is .997; with even steps it was .988).
-            num_samples: how many restorations to average. 4 have 1 to 2 dB more PSNR, 1 is sharper. 4 if not given;
-                1 with a single step, which already is the mean of all clean images that fit.
-            eta: share of the noise that each step draws anew. 0.5 instead of 1 cost 1 to 5 dB.
-            generator: one for all images, or a list with one per image: image k is then the same in any batch.
+            num_samples: how many restorations to average. 4 have 1 to 2 dB more PSNR, 1 is sharper. None means 1 if
+                there is a single step, which already gives the mean of all clean images that fit, and 4 otherwise.
+            eta: share of the noise that each step draws anew. With 0.5 instead of 1, PSNR is 1 to 5 dB lower.
+            generator: one for all images, or a list with one per image. With a list, image k is the same in any batch.
             output_type: "pil"; "np", float (N, H, W, C) in [0, 1]; or "pt", float (N, C, H, W) in [0, 1], on the
                 pipeline's device.
             callback_on_step_end: called as (pipeline, i, t, tensors) after step i. `tensors` has those of "sample" and
                 "pred_original_sample" (N * num_samples, C, H, W) that callback_on_step_end_tensor_inputs names, and
-                `t` is a tensor (N * num_samples,). If it returns a dict with a "sample", sampling goes on from that.
+                `t` is a tensor (N * num_samples,). If it returns a dict with a "sample", the next step starts there.
 
         Raises:
-            ValueError: for images or arguments that cannot be served.
+            ValueError: for images or arguments that do not suit this model.
         """
         y, sigma = self._read(image, task, noise_level, scale_factor=scale_factor, blur_sigma=blur_sigma)
         is_denoise = task == "denoise"
@@ -170,7 +170,7 @@ class RestorationPipeline(DiffusionPipeline):
             if not is_denoise:
                 x0 = x0 + solve(y - apply(x0), sigma**2 / (1 - alpha_bar))
             epsilon = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
-            # The variance of the noise drawn anew. "denoise" takes DDPM's, because it knows y only through x.
+            # The variance of the noise drawn anew. "denoise" uses DDPM's, because there x contains y already.
             variance = eta**2 * (1 - alpha_bar_prev)
             if is_denoise:
                 variance = variance * (1 - alpha_bar / alpha_bar_prev) / (1 - alpha_bar)
@@ -217,7 +217,7 @@ class RestorationPipeline(DiffusionPipeline):
         return self._unclip(*self._read(image, "denoise", None))[0] / 2
 
     def _unclip(self, y: Tensor, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the noise (N,) in y (N, C, H, W), and y with the noise redrawn that 8 bits have clipped.
+        """Return the noise level (N,) of y (N, C, H, W), and y with new noise in pixels that were clipped.
 
         If `sigma` is None it is estimated: sigma^2 = mean (y - D)^2 / (1 - mean dD/dy), where D is the denoiser at
         sigma. By Tweedie's and Stein's formulas, the likelihood of sigma is highest there. The iteration starts from
@@ -226,7 +226,7 @@ class RestorationPipeline(DiffusionPipeline):
         """
         clipped = (y.abs() >= 1) & (y.abs() <= 1).flatten(1).all(dim=1)[:, None, None, None]
         is_known, given, kept = sigma is not None, y, 1 - clipped.float().flatten(1).mean(dim=1).clamp(max=0.8)
-        # Every image gets the same draws, so that its result does not depend on the others in its batch.
+        # All images get the same random numbers, so that a result does not depend on the other images in the batch.
         uniform = torch.rand(2, *y.shape[1:], generator=torch.Generator().manual_seed(1997)).to(y.device)
         uniform, signs = uniform[0].clamp(min=1e-6), (uniform[1] - 0.5).sign()
         if not is_known:
@@ -267,11 +267,11 @@ class RestorationPipeline(DiffusionPipeline):
     def _schedule(self, steps: int, B: int, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return timesteps (steps, B) and alphas_cumprod (steps + 1, B, 1, 1, 1).
 
-        They go evenly from the timestep whose noise is `sigma` to the clean image, or, if that is None, over all T
-        timesteps, closer to each other near 0.
+        They run evenly from the timestep whose noise is `sigma` to the clean image. If `sigma` is None, they run over
+        all T timesteps, and are closer near 0.
         """
         table = ddpm_scheduler(self.scheduler).alphas_cumprod.double()
-        # Between timesteps log-SNR is interpolated linearly. The clean image, t = -1, gets a very high one.
+        # Interpolate log-SNR linearly between timesteps. The clean image, t = -1, gets a very high log-SNR.
         whole, log_snr, k = np.arange(-1, len(table)), np.append(18, table.logit()), np.arange(steps, 0, -1) / steps
         timesteps = np.round(k**1.5 * len(table)).clip(1)[:, None].repeat(B, axis=1) - 1
         if sigma is not None:
@@ -286,7 +286,7 @@ class RestorationPipeline(DiffusionPipeline):
         return OPERATORS[task](keep, shape, **options)
 
     def _kept(self, task: str, mask, N: int, H: int, W: int) -> Tensor:
-        """Return 1 for each pixel to keep and 0 for each to paint, float32 (N, 1, H, W); all 1 but for "inpaint"."""
+        """Return 1 for pixels to keep and 0 for pixels to paint, float32 (N, 1, H, W). Only "inpaint" has zeros."""
         if task != "inpaint":
             return torch.ones(N, 1, H, W, device=self._execution_device)
         _check(mask is not None, "inpaint needs a mask, white where to paint anew; give one.")
@@ -296,7 +296,7 @@ class RestorationPipeline(DiffusionPipeline):
         return (masks <= masks.amax((1, 2, 3), True) / 2).float().expand(N, -1, -1, -1)
 
     def _read(self, image, task, noise_level, *, scale_factor=1, blur_sigma=1.0, is_degraded=True):
-        """Return the image in [-1, 1] (N, C, H, W) and its noise there (N,), None if unknown; or refuse them."""
+        """Check the arguments; return the image in [-1, 1] (N, C, H, W), and its noise there (N,), None if unknown."""
         _check(task in OPERATORS, f"task is {task!r}; choose {', '.join(OPERATORS)}.")
         k = scale_factor if task == "super_resolution" else 1
         _check(isinstance(k, int) and k >= 1, f"scale_factor is {k}; give a whole number from 1 on.")
@@ -318,7 +318,7 @@ class RestorationPipeline(DiffusionPipeline):
         return 2 * image - 1, None if is_unknown else 2 * sigma.expand(N)
 
     def check_inputs(self, num_images: int, steps: int, samples: int, eta: float, generator):
-        """Refuse with a ValueError what cannot be drawn, and a UNet that has classes but none for "no class"."""
+        """Raise ValueError for numbers out of range, and for a conditional UNet without "no class"."""
         check_steps(steps, self.scheduler.config.num_train_timesteps)
         check_generator(generator, num_images)
         _check(isinstance(samples, int) and samples >= 1, f"num_samples is {samples}; give a whole number from 1 on.")
@@ -337,9 +337,15 @@ def _pixels(image, channels: int) -> Tensor:
     """Return PIL images, arrays or tensors as (N, channels, H, W), float32 on [0, 1]."""
     if isinstance(image, (list, tuple)):
         images = [_pixels(one, channels) for one in image]
-        _check(len({one.shape[1:] for one in images}) == 1, "The images differ in size, or are none; give one size.")
+        _check(
+            len({one.shape[1:] for one in images}) == 1,
+            "The list is empty or its images differ in size; give images of one size.",
+        )
         return torch.cat(images)
-    _check(isinstance(image, (Image.Image, np.ndarray, Tensor)), f"{type(image)} is no PIL image, array or tensor.")
+    _check(
+        isinstance(image, (Image.Image, np.ndarray, Tensor)),
+        f"The image is a {type(image)}; give a PIL image, array or tensor.",
+    )
     if isinstance(image, Image.Image):
         pixels = np.array(image.convert("RGB"))
         fits = image.mode in ("1", "L", "RGB") and (channels > 1 or (pixels == pixels[..., :1]).all())
@@ -356,12 +362,12 @@ def _pixels(image, channels: int) -> Tensor:
     return image / 255 if image.dtype == torch.uint8 else image.float()
 
 
-# What follows is the same in every pipeline file that has it; a test compares them.
+# Pipeline files cannot import each other, so they have copies of the functions below. A test compares the copies.
 
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
     """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
-    # Without _use_default_values, whose fields from_config would replace by DDPMScheduler's defaults, betas included.
+    # Drop _use_default_values: from_config would replace the fields in it, even betas, by DDPMScheduler's defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)
 
@@ -381,7 +387,7 @@ def ddim_step(x0, epsilon, alpha_bar_prev, variance, noise):
 
 
 def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: tuple, tensors: dict):
-    """Call `callback_on_step_end` with the tensors that it asked for; return the sample to go on with."""
+    """Call `callback_on_step_end` with the requested tensors, and return the sample for the next step."""
     if callback is None:
         return tensors["sample"]
     returned = callback(pipeline, *step, {name: tensors[name] for name in names}) or {}
@@ -389,7 +395,7 @@ def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: 
 
 
 def to_output(x: torch.Tensor, output_type: str):
-    """Return images (B, C, H, W) in [-1, 1] as `output_type`, in [0, 1]. "pt" stays on its device."""
+    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. "pt" stays on its device."""
     images = (x / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images

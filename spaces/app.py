@@ -1,9 +1,9 @@
-"""A page on which anyone draws with a DDPM, compares samplers, restores images and sees how it works.
+"""Serve a page that draws images with a DDPM, compares samplers, restores images and shows how a DDPM works.
 
     DDPM_MODEL=runs/digits python spaces/app.py
 
-DDPM_MODEL is the folder or the Hub id of a pipeline in diffusers' format. DDPM_REQUEST_SECONDS (60) is how long one
-request may keep this machine busy. GRADIO_SERVER_NAME and GRADIO_SERVER_PORT say where the page listens.
+DDPM_MODEL is the folder or the Hub id of a pipeline in diffusers' format. DDPM_REQUEST_SECONDS is how long one request
+may take; default: 60. GRADIO_SERVER_NAME and GRADIO_SERVER_PORT are the address of the page.
 """
 
 import html
@@ -14,7 +14,10 @@ import sys
 
 MODEL = os.environ.get("DDPM_MODEL")
 if not MODEL:  # before the imports below, which take seconds
-    print("DDPM_MODEL is not set: DDPM_MODEL=runs/digits python spaces/app.py opens that folder.", file=sys.stderr)
+    print(
+        "DDPM_MODEL is not set: give a folder or a Hub id, as in DDPM_MODEL=runs/digits python spaces/app.py.",
+        file=sys.stderr,
+    )
     sys.exit(2)
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
@@ -28,13 +31,13 @@ from tabs import compare, generate, how_it_works, restore  # noqa: E402
 
 TABS = [generate, compare, restore, how_it_works]
 QUEUE_SIZE = 20
-MAX_BODY = 12_000_000  # bytes: the largest upload, and what is sent with it
+MAX_BODY = 12_000_000  # bytes: the largest upload, 10 MB, and the rest of its request
 SYSTEM_FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 logger = logging.getLogger("ddpm_hf.space")
 
 
 class Page(gr.Blocks):
-    """Blocks that show the visitor every failure in one sentence. An unexpected one is logged here, not shown."""
+    """Blocks that report every failure to the visitor in one sentence. Details of unexpected ones go to the log."""
 
     async def process_api(self, *args, **kwargs):
         try:
@@ -44,17 +47,17 @@ class Page(gr.Blocks):
         except Refused as error:
             raise gr.Error(html.escape(str(error)), title="Not possible", print_exception=False) from error
         except ValueError as error:
-            logger.exception("Sent by a visitor")
-            what = "What was sent is not what this page sends: reload it, and check numbers, choices and files."
+            logger.exception("Invalid input from a visitor")
+            what = "The request is not valid: reload the page, and check numbers, choices and files."
             raise gr.Error(what, title="Not possible", print_exception=False) from error
         except Exception as error:
-            logger.exception("A failure of the Space")
-            what = "Something failed on the server, which has noted it: try again."
+            logger.exception("The Space failed")
+            what = "The server failed, and logged the error: try again."
             raise gr.Error(what, print_exception=False) from error
 
 
 class BoundedRequests:
-    """ASGI middleware that refuses a request of more than MAX_BODY bytes, even if it does not give its length."""
+    """ASGI middleware that refuses requests of more than MAX_BODY bytes, even those without a content-length."""
 
     def __init__(self, app):
         self.app = app
@@ -69,14 +72,14 @@ class BoundedRequests:
             return message if received <= MAX_BODY else {"type": "http.disconnect"}
 
         if int(dict(scope.get("headers", [])).get(b"content-length", 0)) > MAX_BODY:
-            what = f"This request is larger than {MAX_BODY // 10**6} MB: send less."
+            what = f"The request is larger than {MAX_BODY // 10**6} MB: send a smaller file."
             await JSONResponse({"detail": what}, status_code=413)(scope, receive, send)
         else:
             await self.app(scope, bounded_receive, send)
 
 
 def head(model: Model) -> str:
-    """Return the model's name, with a link if it is on the Hub, and facts about it."""
+    """Return HTML with the name of the model, linked if it is on the Hub, and facts about it."""
     name, (height, width) = html.escape(model.name), model.size
     title = f'<a href="{model.url}" target="_blank" rel="noopener">{name}</a>' if model.url else name
     facts = [
@@ -89,7 +92,7 @@ def head(model: Model) -> str:
 
 
 def build(model: Model) -> Page:
-    """Return the whole page. Its files are deleted after half an hour."""
+    """Return the whole page. Gradio deletes its files after half an hour."""
     title = f"{model.name}: images from noise"
     with Page(title=title, analytics_enabled=False, delete_cache=(300, 1800)) as page:
         gr.HTML(head(model), elem_classes="head", apply_default_css=False)

@@ -1,4 +1,4 @@
-"""Check what a visitor sent, and word what the page answers."""
+"""Check a visitor's input, and format numbers for the page."""
 
 import time
 
@@ -8,7 +8,7 @@ MAX_SEED = 2**31 - 1
 
 
 class Refused(Exception):
-    """One sentence for the visitor, or for the person who starts the Space, on what cannot be done."""
+    """The input is invalid. The message is one sentence for the visitor, or for the person who starts the Space."""
 
 
 def whole(name: str, value, low: int, high: int) -> int:

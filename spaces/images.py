@@ -1,4 +1,4 @@
-"""Images in and out: a visitor's file or drawing to a tensor, tensors to PNGs, sheets and a zip."""
+"""Turn a visitor's file or drawing into a tensor, and tensors into PNGs, sheets and a zip."""
 
 import base64
 import binascii
@@ -15,13 +15,13 @@ from PIL import Image, ImageOps
 
 SOURCES = ("The model's own", "Upload", "Draw")
 MAX_PIXELS = 16_000_000
-MAX_DRAWING = 2_000_000  # characters; the canvas of the page sends some 10,000
+MAX_DRAWING = 2_000_000  # characters; the canvas of the page sends about 10,000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses twice as many, wherever it opens a file
 
 
 def visitor_image(model, source, upload, drawing, seed: int) -> torch.Tensor:
-    """Return the image that the visitor chose, as the model takes it: (1, C, H, W) in [-1, 1]."""
+    """Return the visitor's image at the model's size: (1, C, H, W) in [-1, 1]."""
     source = one_of("source", source, SOURCES)
     if source == SOURCES[0]:
         return model.example(seed)
@@ -34,7 +34,11 @@ def visitor_image(model, source, upload, drawing, seed: int) -> torch.Tensor:
 
 
 def read_image(file) -> Image.Image:
-    """Return the first frame of an image file, upright, as L, RGB or RGBA. Refuse other files, and large images."""
+    """Return the first frame of an image file, upright, as L, RGB or RGBA.
+
+    Raises:
+        Refused: for a file that is not an image, and for more than MAX_PIXELS pixels.
+    """
     try:
         with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
@@ -48,7 +52,7 @@ def read_image(file) -> Image.Image:
 
 
 def _as_8_bit(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # scaled from 16 bits, or from the largest value of 32 bits and floats
+    if image.mode[0] in "IF":  # 65535 becomes 255 in 16-bit images, the largest value in others
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         top = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
         return Image.fromarray((255 * values / top).clip(0, 255).astype(np.uint8))
@@ -58,20 +62,23 @@ def _as_8_bit(image: Image.Image) -> Image.Image:
 
 
 def read_drawing(data_url: str | None) -> Image.Image:
-    """Return the image of the page's canvas, which sends a PNG as a data URL. Refuse an empty one."""
+    """Return the image on the page's canvas from its data URL, a PNG. Refuse an empty canvas."""
     head, _, body = (data_url if isinstance(data_url, str) else "").partition(",")
     if not body:
         raise Refused("Nothing is drawn yet: draw something, or choose another source.")
     if head != "data:image/png;base64" or len(body) > MAX_DRAWING:
-        raise Refused(f"This is no drawing: send a PNG as a base64 data URL of at most {MAX_DRAWING:,} characters.")
+        raise Refused(f"This is not a drawing: send a PNG as a base64 data URL of at most {MAX_DRAWING:,} characters.")
     try:
         return read_image(io.BytesIO(base64.b64decode(body, validate=True)))
     except binascii.Error as error:
-        raise Refused("This drawing is no base64: draw again.") from error
+        raise Refused("The drawing is not valid base64: draw again.") from error
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """Return the middle of an image as (1, C, H, W) in [-1, 1]. Transparent parts are black if grey, else white."""
+    """Return the middle of an image as (1, C, H, W) in [-1, 1].
+
+    Transparent parts become black for a grey model, white for a colour model.
+    """
     if image.mode == "RGBA":
         ground = Image.new("RGBA", image.size, "black" if channels == 1 else "white")
         image = Image.alpha_composite(ground, image)
@@ -87,13 +94,13 @@ def to_images(x: torch.Tensor) -> list[Image.Image]:
 
 
 def enlarge(image: Image.Image, side: int = 160) -> Image.Image:
-    """The same pixels as squares, so many times as large that the longer side is `side` or more."""
+    """Repeat the pixels of an image until its longer side is at least `side`."""
     factor = max(1, math.ceil(side / max(image.size)))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def contact_sheet(images: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Return one image of several of one size, row by row, on white."""
+    """Return one image with all images, which have equal sizes, row by row on white."""
     (width, height), rows = images[0].size, math.ceil(len(images) / columns)
     sheet = Image.new(images[0].mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for k, image in enumerate(images):
@@ -109,19 +116,19 @@ def png(image: Image.Image) -> bytes:
 
 
 def picture(image, caption: str) -> dict[str, str]:
-    """Return a gallery's entry: a PNG as a data URL of an image, or of a tensor (1, C, H, W), and its caption."""
+    """Return an entry of a gallery: an image or a tensor (1, C, H, W) as a PNG in a data URL, and its caption."""
     image = to_images(image)[0] if isinstance(image, torch.Tensor) else image
     return {"image": "data:image/png;base64," + base64.b64encode(png(image)).decode(), "caption": caption}
 
 
 def as_large(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return a small or grey image as large as `like`, by repeating its pixels."""
+    """Return a small or grey image in the shape of `like`, by repeating its pixels and channels."""
     factor = like.shape[-1] // x.shape[-1]
     return x.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2).expand_as(like).cpu()
 
 
 def bundle(images: list[Image.Image], seeds: list[int], settings: dict) -> bytes:
-    """Return a zip of the images, one enlarged sheet of them, and the settings that draw them again."""
+    """Return a zip with the images, an enlarged sheet of them, and the settings that draw them again."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         sheet = contact_sheet([enlarge(image) for image in images], columns=math.ceil(len(images) ** 0.5))
@@ -132,6 +139,6 @@ def bundle(images: list[Image.Image], seeds: list[int], settings: dict) -> bytes
 
 
 def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Return the PSNR in dB of tensors in [-1, 1], inf if they are equal."""
+    """Return the PSNR in dB of two tensors in [-1, 1]. It is inf if they are equal."""
     error = ((x.clamp(-1, 1) - y.clamp(-1, 1)) / 2).square().mean().item()
     return 10 * math.log10(1 / error) if error else math.inf

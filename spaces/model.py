@@ -1,4 +1,4 @@
-"""The model of the Space: any DDPM in diffusers' format, opened from a folder or the Hub, and what it draws."""
+"""Open any DDPM in diffusers' format, from a folder or the Hub, and draw with it for the Space."""
 
 import importlib.util
 import os
@@ -17,12 +17,12 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 SAMPLERS = ("DDIM", "DDPM")
 IN_TURN, NO_CLASS = "each class in turn", "no class"
-FRAME_SECONDS = 0.2  # between two looks at images that form
+FRAME_SECONDS = 0.2  # between two updates of the images on the page
 HERE = Path(__file__).resolve().parent
 
 
 class Model:
-    """A pipeline of pipelines/class_guided.py that draws, and one of restoration.py, None if it cannot restore."""
+    """A model with the pipeline that draws, class_guided.py, and the one that restores, or None if it cannot."""
 
     def __init__(self, name: str, url: str | None, pipeline):
         self.name, self.url, self.pipeline = name, url, pipeline
@@ -47,7 +47,7 @@ class Model:
         return [IN_TURN, *self.labels, *more] if self.labels else [""]
 
     def class_numbers(self, class_name: str, number: int) -> list[int] | None:
-        """Return the class of each of so many images; None for "no class"."""
+        """Return the class of each of `number` images, or None for "no class"."""
         if not self.labels or class_name == NO_CLASS:
             return None
         if class_name == IN_TURN:
@@ -56,9 +56,9 @@ class Model:
 
     @cached_property
     def max_evaluations(self) -> int:
-        """How many times one request may have the UNet evaluate one image, as measured on this machine.
+        """The number of UNet evaluations, each of one image, that a request may take.
 
-        It is what DDPM_REQUEST_SECONDS allow, rounded down to two digits, which is what the measurement is worth.
+        It is measured: as many as this machine does in DDPM_REQUEST_SECONDS, rounded down to two digits.
         """
         labels, ends = self.class_numbers(IN_TURN, 4), [time.perf_counter()]
         for x_0 in self.draw(range(4), "DDIM", min(4, self.T), labels):
@@ -70,18 +70,18 @@ class Model:
         return evaluations // digits * digits
 
     def affordable_steps(self, number: int, wanted: int) -> int:
-        """Return as many of the steps wanted as one request may take for so many images, at least one."""
+        """Return `wanted` steps for `number` images, or as many as one request may take; at least 1."""
         return max(1, min(wanted, self.T, self.max_evaluations // number))
 
     def draw(self, seeds, sampler: str, steps: int, labels=None, guidance_scale=1.0) -> Iterator[torch.Tensor]:
-        """Yield the x_0 (B, C, H, W) that each step predicts, one image for each seed; the last are the images."""
+        """Draw one image per seed. Yield the x_0 (B, C, H, W) that each step predicts; the last is the result."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         options = {"generator": generators, "num_images": len(seeds) if labels is None else None}
         for _, _, tensors in self.pipeline.steps(labels, guidance_scale, sampler.lower(), steps, **options):
             yield tensors["pred_original_sample"]
 
     def draw_frames(self, *arguments) -> Iterator[tuple[int, torch.Tensor]]:
-        """Draw, and yield steps (counted from 1) that are FRAME_SECONDS apart, and the last one."""
+        """Draw, and yield (step, x_0) every FRAME_SECONDS and at the last step. Steps count from 1."""
         shown, frame = time.perf_counter(), None
         for i, x_0 in enumerate(self.draw(*arguments), 1):
             frame = i, x_0
@@ -92,19 +92,19 @@ class Model:
             yield frame
 
     def _example(self, seed: int) -> torch.Tensor:
-        """Return an image of the model's own (1, C, H, W), drawn once for each seed."""
+        """Return an image (1, C, H, W) that the model draws from a seed."""
         labels = [seed % len(self.labels)] if self.labels else None
         *_, x_0 = self.draw([seed], "DDIM", self.affordable_steps(1, 50), labels)
         return x_0.cpu()
 
     def forward(self, x_0: torch.Tensor, t: int, seed: int) -> tuple[torch.Tensor, float]:
-        """Return x_t (1, C, H, W) of x_0 in [-1, 1], and alpha_bar_t. t = 0 is x_0 itself, t = T the noise."""
+        """Add noise to x_0 in [-1, 1]; return x_t (1, C, H, W), which is x_0 at t = 0, and alpha_bar_t."""
         alpha_bar = self.scheduler.alphas_cumprod[t - 1].item() if t else 1.0
         noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
         return alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * noise, alpha_bar
 
     def guess(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        """Return the clean image (1, C, H, W) that the network sees in x_t, t from 1 to T, without a class."""
+        """Return the clean image (1, C, H, W) that the network predicts from x_t, without a class. t is 1 to T."""
         return self.pipeline.predict(x.to(self.unet.device), t - 1).cpu()
 
 
@@ -112,19 +112,19 @@ def open_model(name: str) -> Model:
     """Open a pipeline folder or a Hub repository of a DDPM.
 
     Raises:
-        Refused: if there is none, or if it is not a DDPM.
+        Refused: if the model does not exist, or is not a DDPM.
     """
     is_here = Path(name).is_dir()
     if not is_here and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise Refused(f"DDPM_MODEL is {name!r}, neither a folder here nor USER/NAME on the Hub: give one of them.")
-    diffusers.utils.logging.set_verbosity_error()  # a stock pipeline would warn that it does not use id2label
+        raise Refused(f"DDPM_MODEL is {name!r}, which is neither a folder nor a Hub id: give a folder, or USER/NAME.")
+    diffusers.utils.logging.set_verbosity_error()  # else diffusers warns that stock pipelines ignore id2label
     diffusers.utils.logging.disable_progress_bar()
     try:
         index = DDPMPipeline.load_config(name)
         if isinstance(index["_class_name"], str):
             pipeline = DDPMPipeline.from_pretrained(name)
             unet, config = pipeline.unet, dict(pipeline.scheduler.config)
-        else:  # an export that names a pipeline file, whose code is not needed here
+        else:  # an export that names a pipeline file; its code is not needed here
             unet = UNet2DModel.from_pretrained(name, subfolder="unet")
             config = DDPMScheduler.load_config(name, subfolder="scheduler")
         scheduler = DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
@@ -134,7 +134,7 @@ def open_model(name: str) -> Model:
     except Exception as error:  # a broken file may raise anything
         reason = " ".join(str(error).split())[:200]
         raise Refused(
-            f"DDPM_MODEL is {name!r}, which does not open as a DDPM ({reason}): give the folder or the Hub id of a "
+            f"DDPM_MODEL is {name!r}, which cannot be opened as a DDPM ({reason}): give the folder or the Hub id of a "
             "pipeline in diffusers' format."
         ) from error
     if unet.config.sample_size is None:
@@ -144,7 +144,7 @@ def open_model(name: str) -> Model:
 
 
 def community_pipeline(name: str):
-    """Return the module of a file of pipelines/, which is in this folder in a Space, and beside it in the sources."""
+    """Return a file of pipelines/ as a module. A Space has that folder in this one, a checkout next to it."""
     folder = next(folder for folder in (HERE / "pipelines", HERE.parent / "pipelines") if folder.is_dir())
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

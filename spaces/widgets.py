@@ -1,4 +1,4 @@
-"""Parts of the page that several tabs use."""
+"""Build the parts of the page that several tabs share."""
 
 import gradio as gr
 from checks import MAX_SEED
@@ -10,8 +10,8 @@ STATUS = '<div class="status" role="status" aria-live="polite">${value}</div>'
 GALLERY = """<div class="pictures" style="--columns: ${Math.max(1, Math.min(value.length, columns))}">
 ${value.map((one) => `<figure><a href="${one.image}" download="${one.caption}.png" title="Save"><img src="${one.image}"
 alt="${one.caption}"></a><figcaption>${one.caption}</figcaption></figure>`).join("")}</div>"""
-# Options of events. Without gradio's preprocessing, whose errors are not written for visitors: what is sent is checked
-# by the functions of the tabs, which take the inputs by position, as gradio passes them.
+# Options of events. Gradio's preprocessing is off, because its errors are not written for visitors: the functions of
+# the tabs check the inputs themselves. These have many positional parameters, since gradio passes inputs by position.
 BUSY = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
 QUICK = {"preprocess": False, "concurrency_id": "quick", "concurrency_limit": 2, "show_progress": "hidden"}
 
@@ -25,14 +25,14 @@ def outputs_column() -> gr.Column:
 
 
 def two_buttons(first: str, second: str, primary: str) -> list[gr.Button]:
-    """Return two buttons in a row, of which `primary` stands out."""
+    """Return two buttons in a row. The one named `primary` is highlighted."""
     with gr.Row():
         variants = {name: "primary" if name == primary else "secondary" for name in (first, second)}
         return [gr.Button(name, variant=variant, min_width=90) for name, variant in variants.items()]
 
 
 def seed_box() -> gr.Number:
-    """Return the box of a seed, with a button that puts another one in."""
+    """Return a box for the seed, with a button that sets a random one."""
     with gr.Row(elem_classes="seed"):
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, scale=3)
         another = gr.Button("Another", min_width=90, scale=1, size="sm")
@@ -41,22 +41,22 @@ def seed_box() -> gr.Number:
 
 
 def class_box(model: Model) -> gr.Dropdown:
-    """Return the choice of a class, hidden if the model has none."""
+    """Return a menu of the classes, hidden if the model has none."""
     return gr.Dropdown(model.classes, value=model.classes[0], label="Class", visible=bool(model.labels))
 
 
 def status_line(value: str) -> gr.HTML:
-    """Return the line that says what the Space is doing; screen readers read it out when it changes."""
+    """Return the status line. Screen readers read it out when it changes."""
     return gr.HTML(value, html_template=STATUS, label="Status", js_on_load=None, apply_default_css=False)
 
 
 def gallery(label: str, columns: int) -> gr.HTML:
-    """Return pictures that change in place while they form, from a list of {image, caption}; a click saves one."""
+    """Return a gallery of {image, caption}, whose pictures can change in place. A click saves a picture."""
     return gr.HTML([], html_template=GALLERY, label=label, js_on_load=None, apply_default_css=False, columns=columns)
 
 
 def image_inputs(model: Model) -> list[gr.components.Component]:
-    """Return [source, upload, drawing], from which an image comes. The last two show when they are chosen."""
+    """Return the inputs [source, upload, drawing] for an image. The last two are visible when they are chosen."""
     source = gr.Radio(SOURCES, value=SOURCES[0], label="Image")
     upload = gr.Image(
         label="Your image", type="filepath", sources=["upload", "clipboard"], height=240, visible="hidden"
@@ -77,5 +77,5 @@ def image_inputs(model: Model) -> list[gr.components.Component]:
 
 
 def say_failure(event, status: gr.HTML):
-    """Say in the status that the work has ended early; if it was refused, a message gives the reason."""
+    """Make the status line say "Stopped." when an event fails. The reason is shown in a message of its own."""
     event.failure(lambda: "Stopped.", None, status, queue=False, api_visibility="private")

@@ -67,8 +67,8 @@ BAD = {
     "negative seed": ([*TINY, "--seed=-1"], "--seed is -1"),
     "huge seed": ([*TINY, "--seed=99999999999999999999"], "--seed is 99999999999999999999, but must be at most"),
     "endless betas": ([*TINY, "--ddpm_num_steps=1000000000000"], "--ddpm_num_steps is 1000000000000, but must be at"),
-    "infinite rate": ([*TINY, "--learning_rate=inf"], "--learning_rate is inf, but must be a number"),
-    "nan epsilon": ([*TINY, "--adam_epsilon=nan"], "--adam_epsilon is nan, but must be a number"),
+    "infinite rate": ([*TINY, "--learning_rate=inf"], "--learning_rate is inf, but must be a finite number"),
+    "nan epsilon": ([*TINY, "--adam_epsilon=nan"], "--adam_epsilon is nan, but must be a finite number"),
     "rate below the last of polynomial": (
         [*TINY, "--lr_scheduler=polynomial", "--learning_rate=0"],
         "polynomial cannot",
@@ -78,13 +78,16 @@ BAD = {
     "too few steps for ho": ([*TINY, "--ddpm_beta_schedule=ho_linear"], "take at least 21 timesteps"),
     "more steps than T": ([*TINY, "--ddpm_num_inference_steps=11"], "--ddpm_num_inference_steps is 11"),
     "unknown lr schedule": ([*TINY, "--lr_scheduler=wave"], "--lr_scheduler wave is not known: choose from linear"),
-    "hybrid of a fixed variance": ([*TINY, "--objective=hybrid"], "--objective hybrid teaches a learned variance"),
+    "hybrid of a fixed variance": ([*TINY, "--objective=hybrid"], "--objective hybrid trains a learned variance"),
     "simple with a learned one": (
         [*TINY, "--objective=simple", "--variance_type=learned_range"],
-        "leaves --variance_type learned_range untaught: give hybrid or vlb",
+        "does not train --variance_type learned_range: give --objective hybrid or vlb",
     ),
-    "weighted bound": ([*TINY, "--objective=vlb", "--snr_gamma=5"], "--objective vlb is a likelihood"),
-    "bound of another distance": ([*TINY, "--objective=vlb", "--loss_type=l1"], "--objective vlb is a likelihood"),
+    "weighted bound": ([*TINY, "--objective=vlb", "--snr_gamma=5"], "--objective vlb cannot be combined with"),
+    "bound of another distance": (
+        [*TINY, "--objective=vlb", "--loss_type=l1"],
+        "--objective vlb cannot be combined with",
+    ),
     "unknown objective": ([*TINY, "--objective=elbo"], "--objective elbo is not known: choose from simple, hybrid"),
     "fp16 on a CPU": ([*TINY, "--mixed_precision=fp16"], "--mixed_precision fp16 is not possible here"),
     "tracker not installed": ([*TINY, "--logger=wandb"], "--logger wandb is not installed: pip install wandb"),
@@ -101,7 +104,10 @@ BAD = {
     ),
     "classes of none": ([*CLASSLESS, "--class_conditional"], "--class_conditional needs images with classes"),
     "a classifier of none": ([*CLASSLESS, "--objective=classify"], "--objective classify needs images with classes"),
-    "a conditional classifier": ([*TINY, "--objective=classify", "--class_conditional"], "has no --class_conditional"),
+    "a conditional classifier": (
+        [*TINY, "--objective=classify", "--class_conditional"],
+        "classify cannot use --class_conditional",
+    ),
     "all labels dropped": ([*TINY, "--label_dropout=1"], "--label_dropout is 1.0, but must lie between 0 and 1"),
     # the data
     "no such folder": (["--dataset_name=./nowhere"], "nowhere"),
@@ -117,7 +123,7 @@ BAD = {
     "no such class": (["--dataset_name={images}", "--class_names=horse"], "cat"),
     "no such split": (["--dataset_name={images}", "--validation_split=tset"], "--validation_split"),
     "share above one": (["--dataset_name={images}", "--validation_split=1.5"], "--validation_split"),
-    "training images held out": (["--dataset_name={images}", "--validation_split=train"], "is what is trained on"),
+    "training images held out": (["--dataset_name={images}", "--validation_split=train"], "names the training images"),
     "all held out": (["--dataset_name={images}", "--validation_split=12"], "--validation_split"),
     "batch larger than the set": (["--dataset_name={images}", "--train_batch_size=13"], "there are only 12"),
     # the folder

@@ -176,7 +176,7 @@ def test_a_large_file_is_refused_before_it_is_stored(space):
 def test_a_large_request_is_refused(space):
     size = 20_000_000
     kind, message = space.call("forward", "Draw", None, "data:image/png;base64," + "A" * size, 5, 0)
-    assert kind == "error" and "larger than 12 MB: send less" in message
+    assert kind == "error" and "larger than 12 MB: send a smaller file" in message
     body = (chunk for chunk in [b'{"data": ["'] + [b"A" * 1_000_000] * 20 + [b'"]}'])  # that does not say how large
     try:
         answer = httpx.post(f"{space.url}/gradio_api/call/forward", content=body, timeout=60).status_code

@@ -93,7 +93,7 @@ def test_a_request_is_bounded_and_guidance_counts_twice(conditional, monkeypatch
     assert Model(conditional.name, None, conditional.pipeline).max_evaluations == 1
     monkeypatch.setattr(conditional, "max_evaluations", 8)
     assert next(generate(conditional, 4, "DDIM", 2, 0, "zero", 1.0))
-    with pytest.raises(Refused, match="4 images in 2 steps are 16 evaluations .* has 8 here: .* guidance 1"):
+    with pytest.raises(Refused, match="4 images in 2 steps need 16 evaluations .* may use 8: .* guidance 1"):
         next(generate(conditional, 4, "DDIM", 2, 0, "zero", 2.0))
 
 
@@ -148,11 +148,11 @@ def test_what_shows_through_and_the_middle(tmp_path):
 
 def test_no_model_is_one_sentence(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"')
-    for name, why in ((tmp_path / "none", "neither a folder here"), (tmp_path, "does not open as a DDPM")):
+    for name, why in ((tmp_path / "none", "neither a folder nor"), (tmp_path, "cannot be opened as a DDPM")):
         with pytest.raises(Refused, match=why) as error:
             open_model(str(name))
         assert "\n" not in str(error.value)
-    with pytest.raises(Refused, match="does not open as a DDPM"):
+    with pytest.raises(Refused, match="cannot be opened as a DDPM"):
         open_model("nobody/nothing")
 
 

@@ -118,7 +118,7 @@ def test_no_attention_is_an_empty_list(words):
         (["--preset=mnist", "--loss_type=l3"], "there is no --loss_type 'l3': choose from l2, l1, huber."),
         (["--preset=mnist", "--use_ema=maybe"], "Truthy value expected"),
         (["--preset=mnist", "--channel_mults=1,x"], "is not a list of whole numbers: write --channel_mults 1,2,2,2"),
-        (["--preset=mnist", "--ddpm_num_steps=10"], "--ddpm_num_inference_steps is 100, but a model"),
+        (["--preset=mnist", "--ddpm_num_steps=10"], "--ddpm_num_inference_steps is 100, but must"),
         (["--preset=mnist", "--validation_split", "", "--save_best"], "--save_best needs held-out images"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Write the model card of a run or an export again, from its records.
+"""Write the model card (README.md) of a run or an export again, from its records.
 
 ddpm_hf card runs/mnist
 ddpm_hf card runs/mnist --hub_model_id me/ddpm-mnist
@@ -8,9 +8,10 @@ from pathlib import Path
 
 
 def add_flags(parser):
-    parser.add_argument("run", help="--output_dir of a run, or an export")
+    parser.add_argument("run", help="folder of a run or of an export")
     parser.add_argument(
-        "--hub_model_id", help="repository that the card is for; default: the run's, or the folder's name"
+        "--hub_model_id",
+        help="repository that the card names; default: the run's --hub_model_id, or the folder's name",
     )
 
 
@@ -21,4 +22,6 @@ def run(arguments):
     if write_card(arguments.run, arguments.hub_model_id):
         print(f"The card is {Path(arguments.run, 'README.md')}.")
     else:
-        print(f"{Path(arguments.run, 'README.md')} was not written by ddpm_hf and stays: remove it for a new one.")
+        print(
+            f"{Path(arguments.run, 'README.md')} was not written by ddpm_hf and is kept: remove it to get a new one."
+        )

@@ -1,6 +1,7 @@
-"""Print records side by side, if they were measured in the same way.
+"""Print the scores of several records side by side.
 
-Records whose protocols differ are refused with the names of the fields; `--vary` allows a field to differ.
+Records that were measured differently are refused, with the names of the settings that differ. `--vary` names settings
+that may differ.
 
 ddpm_hf compare a.json b.json
 ddpm_hf compare ddim10.json ddim50.json --vary sampler
@@ -17,8 +18,7 @@ def add_flags(parser):
         "--vary",
         type=names,
         default=[],
-        help="what may differ: sampler, or fields such as "
-        "sampler.num_inference_steps,model.weights; all the rest must be equal",
+        help="settings that may differ, e.g. sampler, or sampler.num_inference_steps,model.weights; default: none",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 

@@ -1,19 +1,23 @@
-"""Copy a model and the pipelines that suit it into a folder that needs only diffusers.
+"""Copy a model and its pipelines into a folder that can be loaded with diffusers alone.
 
 ddpm_hf export runs/mnist my-export
-ddpm_hf export runs/mnist my-export --classifier runs/mnist-classifier    # can be asked for a class
+ddpm_hf export runs/mnist my-export --classifier runs/mnist-classifier    # draws images of a class
 """
+
+from .flags import add_weights_flag
 
 
 def add_flags(parser):
     parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
-    parser.add_argument("output", help="folder to write; must not exist")
-    parser.add_argument("--classifier", help="take this classifier along: run of --objective classify, or Hub id")
-    parser.add_argument("--weights", default="published", choices=["published", "raw"], help="raw: before averaging")
+    parser.add_argument("output", help="new folder to write")
+    parser.add_argument(
+        "--classifier", help="classifier to include, for guidance: folder of a run of --objective classify, or Hub id"
+    )
+    add_weights_flag(parser)
     parser.add_argument(
         "--pipeline",
-        help="that `DiffusionPipeline.from_pretrained(output, trust_remote_code=True)` gives, e.g. restoration; "
-        "default: class_guided where there are classes, else stock DDPMPipeline",
+        help="pipeline that `DiffusionPipeline.from_pretrained(OUTPUT, trust_remote_code=True)` loads, e.g. "
+        "restoration; default: class_guided if the model or the classifier has classes, else the stock DDPMPipeline",
     )
 
 
@@ -28,5 +32,5 @@ def run(arguments):
         weights=arguments.weights,
     )
     print(
-        f"{arguments.output} has the model and its pipelines: {', '.join(names)}. Its README.md says how to load them."
+        f"{arguments.output} contains the model and its pipelines: {', '.join(names)}. See its README.md to load them."
     )

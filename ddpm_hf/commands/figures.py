@@ -1,6 +1,4 @@
-"""Draw the figures of a finished run again.
-
-They are drawn from the run's pipeline, its metrics and its data.
+"""Draw the figures of a finished run again, from its pipeline, metrics and data.
 
 ddpm_hf figures runs/mnist
 """
@@ -9,7 +7,7 @@ from pathlib import Path
 
 
 def add_flags(parser):
-    parser.add_argument("run", help="the --output_dir of a finished training")
+    parser.add_argument("run", help="folder of a finished run")
 
 
 def run(arguments):

@@ -1,4 +1,4 @@
-"""What several commands share: their parser and groups of flags."""
+"""The parser, and the groups of flags that several commands share."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from ..errors import no_such, no_such_flag, one_sentence
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence: no page of usage, and a suggestion for a mistyped word."""
+    """An ArgumentParser whose errors are one sentence, without the usage, and suggest a correction of a typo."""
 
     def __init__(self, prog: str, description: str, **options):
         super().__init__(
@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, words: list[str], namespace=None) -> argparse.Namespace:
-        """Return the parsed flags; an unknown flag is reported before anything that is missing."""
+        """Return the parsed flags. An unknown flag is reported before a missing argument."""
         known = self._option_string_actions
         for word in words[: words.index("--") if "--" in words else None]:
             if word.startswith("--") and word.partition("=")[0] not in known:
@@ -42,52 +42,73 @@ def names(text: str) -> list[str]:
 
 
 def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for ddpm, else 50"):
-    """Add the flags that decide how an image looks; `name` and `steps` say which sampler and how many by default."""
+    """Add the flags of the sampler. `name` and `steps` are the help's words for the default sampler and its steps."""
     group = parser.add_argument_group("sampler")
     add = group.add_argument
     add("--sampler", metavar="NAME", help=f"ddpm, ddim or dpmsolver++; default: {name}")
-    add("--num_inference_steps", type=int, help=f"default: {steps}")
+    add("--num_inference_steps", type=int, help=f"number of steps; default: {steps}")
     add(
         "--timesteps",
         default="trailing",
         metavar="SPACING",
-        help="trailing (default, begins in pure noise), leading (diffusers' default), linspace, uniform or quad (the "
-        "DDIM paper's), or timesteps such as 999,500,0",
+        help="which timesteps the steps visit: trailing (starts at pure noise), leading (diffusers' default), "
+        "linspace, uniform or quad (both of the DDIM paper), or a list such as 999,500,0; default: trailing",
     )
-    add("--eta", type=float, default=0.0, help="ddim's share of fresh noise, 0 to 1; default: 0")
+    add("--eta", type=float, default=0.0, help="for ddim: share of fresh noise, 0 to 1; default: 0")
     add(
         "--variance_type",
         choices=["fixed_small", "fixed_large", "learned_range"],
-        help="ddpm's; default: the model's own on all T steps, fixed_small on fewer",
+        help="variance of ddpm's steps; default: the model's own for all T steps, fixed_small for fewer",
     )
-    add("--dtype", default="float32", help="precision inside the UNet: float32 (default), bfloat16 or float16")
-    add("--seed", type=int, default=0, help="image k is drawn from the generator seeded with seed + k; default: 0")
+    add("--dtype", default="float32", help="precision inside the UNet: float32, bfloat16 or float16; default: float32")
+    add("--seed", type=int, default=0, help="image k uses the generator seeded with seed + k; default: 0")
     add(
         "--class_labels",
         type=names,
-        help="of a conditional or guided model, by name or number: cat or 0,1,2 in turn; default: all in turn",
+        help="classes to draw in turn, by name or number, e.g. cat or 0,1,2; default: all classes of the model",
     )
     add(
         "--guidance_scale",
         type=float,
         default=1.0,
-        help="how strongly the class is asked for; default: 1, the conditional model itself",
+        help="how strongly images are pushed towards their class; default: 1, the model without extra guidance",
     )
-    add("--classifier", help="guide an unconditional model by this classifier: run of --objective classify, or Hub id")
-    add("--weights", default="published", choices=["published", "raw"], help="raw: before averaging, of a checkpoint")
-    add("--batch_size", type=int, default=64, help="images per process at a time; changes rounding only; default: 64")
+    add(
+        "--classifier",
+        help="classifier that guides a model without classes: folder of a run of --objective classify, or Hub id",
+    )
+    add_weights_flag(group)
+    add("--batch_size", type=int, default=64, help="images per process drawn together; default: 64")
+
+
+def add_weights_flag(parser):
+    parser.add_argument(
+        "--weights",
+        default="published",
+        choices=["published", "raw"],
+        help="published: the moving average, if the run kept one; raw: the weights before averaging, from a "
+        "checkpoint; default: published",
+    )
 
 
 def add_repository_flags(parser, name: str):
-    """Add what names a repository on the Hub; `name` says what it is called by default."""
+    """Add the flags of a repository on the Hub. `name` is the help's words for its default name."""
     add = parser.add_argument
-    add("--hub_model_id", metavar="[USER/]NAME", help=f"repository, created if need be; default: {name}")
-    add("--hub_private_repo", action="store_true", help="create it private; one that exists must be private")
-    add("--hub_token", help="token to push with; default: that of `hf auth login`")
+    add(
+        "--hub_model_id",
+        metavar="[USER/]NAME",
+        help=f"repository, which is created if it does not exist; default: {name}",
+    )
+    add(
+        "--hub_private_repo",
+        action="store_true",
+        help="create the repository as private; an existing one must be private already",
+    )
+    add("--hub_token", help="Hub token; default: the token of `hf auth login`")
 
 
 def sampler_settings(arguments) -> dict:
-    """Return the flags of the sampler's group as fields of `Sampler`, the classifier loaded."""
+    """Return the flags of the sampler as fields of `Sampler`, with the classifier loaded."""
     from ..models.pretrained import load_classifier
 
     names = ["num_inference_steps", "timesteps", "eta", "variance_type", "dtype", "seed", "class_labels"]
@@ -97,7 +118,7 @@ def sampler_settings(arguments) -> dict:
 
 
 def requested_sampler(arguments, default: str):
-    """Return the Sampler that the flags ask for."""
+    """Return the Sampler of the flags."""
     from ..sampling.settings import sampler_named
 
     return sampler_named(arguments.sampler or default, sampler_settings(arguments))

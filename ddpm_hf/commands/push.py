@@ -1,6 +1,6 @@
 """Publish a run or an export on the Hub.
 
-It sends the model, a new card, samples, figures and records. Only files that changed are sent.
+The model, a new model card, samples, figures and records are uploaded, but only files that changed.
 
 ddpm_hf push runs/mnist --hub_model_id me/ddpm-mnist
 ddpm_hf push my-export --hub_private_repo
@@ -10,12 +10,12 @@ from .flags import add_repository_flags
 
 
 def add_flags(parser):
-    parser.add_argument("run", help="--output_dir of a run, or an export")
+    parser.add_argument("run", help="folder of a run or of an export")
     add_repository_flags(parser, "the name of the folder")
 
 
 def run(arguments):
-    from ..sharing.publish import publish
+    from ..sharing.push import push
 
-    url = publish(arguments.run, arguments.hub_model_id, private=arguments.hub_private_repo, token=arguments.hub_token)
-    print(f"The model is on {url}.")
+    url = push(arguments.run, arguments.hub_model_id, private=arguments.hub_private_repo, token=arguments.hub_token)
+    print(f"The model is at {url}.")

@@ -1,4 +1,4 @@
-"""Publish the demo of a model that is on the Hub as a Gradio Space.
+"""Publish a Gradio Space with a demo of a model on the Hub.
 
 ddpm_hf push-space me/ddpm-mnist
 """
@@ -7,14 +7,14 @@ from .flags import add_repository_flags
 
 
 def add_flags(parser):
-    parser.add_argument("model", help="that the Space shows: a Hub id, e.g. me/ddpm-mnist")
-    add_repository_flags(parser, "the model's name and -demo")
+    parser.add_argument("model", help="Hub id of the model, e.g. me/ddpm-mnist")
+    add_repository_flags(parser, "the name of the model followed by -demo")
 
 
 def run(arguments):
     from ..sharing.space import push_space
 
-    model, private = arguments.model, arguments.hub_private_repo
-    url = push_space(model, arguments.hub_model_id, private=private, token=arguments.hub_token)
-    print(f"The Space is on {url}.")
-    print(f"If {model} is private, give the Space a secret HF_TOKEN that may read it, in its settings.")
+    model = arguments.model
+    url = push_space(model, arguments.hub_model_id, private=arguments.hub_private_repo, token=arguments.hub_token)
+    print(f"The Space is at {url}.")
+    print(f"If {model} is private, add the secret HF_TOKEN to the Space's settings, with a token that can read it.")

@@ -1,6 +1,6 @@
 """Draw images with any DDPM, into a folder of PNG files or one .npz file.
 
-If it is killed, the same command goes on with the missing images.
+If the command is interrupted, run it again: it draws only the missing images.
 
 ddpm_hf sample runs/mnist --num_images 10000 --sampler ddim --num_inference_steps 50 --output samples/mnist
 ddpm_hf sample google/ddpm-cifar10-32 --output cifar10.npz
@@ -13,18 +13,21 @@ from pathlib import Path
 from .flags import add_sampler_flags, requested_sampler
 
 
-ON_SHEET = 64  # images that are shown of a set
+ON_SHEET = 64  # images on the sheet
 
 
 def add_flags(parser):
     parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
-    parser.add_argument("--output", help="folder, or file ending in .npz; default: samples/MODEL-SAMPLER")
-    parser.add_argument("--num_images", type=int, default=64, help="default: 64")
+    parser.add_argument(
+        "--output",
+        help="folder for PNG files, or a file ending in .npz; default: samples/MODEL-SAMPLER...",
+    )
+    parser.add_argument("--num_images", type=int, default=64, help="number of images; default: 64")
     add_sampler_flags(parser)
 
 
 def run(arguments):
-    """Draw the images, and a sheet of the first ones beside them."""
+    """Draw the images, and a sheet of the first ones next to them."""
     from accelerate import PartialState
 
     from ..models.pretrained import load_pretrained
@@ -46,4 +49,4 @@ def run(arguments):
     if PartialState().is_main_process:
         sheet = Path(f"{output}.sheet.png")
         image_sheet(read_samples(output).images[:ON_SHEET], sheet)
-        print(f"{arguments.num_images:,} images are in {output}; {sheet} shows the first.")
+        print(f"{arguments.num_images:,} images are in {output}; {sheet} shows the first ones.")

@@ -1,20 +1,20 @@
-"""Train a DDPM and leave a pipeline that stock diffusers loads.
+"""Train a DDPM and save a pipeline that stock diffusers loads.
 
 ddpm_hf train --preset digits                                   # two minutes on a CPU, no network
 accelerate launch -m ddpm_hf train --preset cifar10 --push_to_hub         # on any number of GPUs
 accelerate launch -m ddpm_hf train --preset mnist --dataset_name FOLDER   # a local copy of the dataset
 ddpm_hf train --train_data_dir IMAGES --resolution 64 --use_ema --output_dir out
-ddpm_hf train --preset mnist --resume_from_checkpoint latest    # go on, exactly
+ddpm_hf train --preset mnist --resume_from_checkpoint latest    # continue exactly where it stopped
 """
 
 import argparse
 
 
 def parse(words: list[str], prog: str) -> argparse.Namespace:
-    """Return the TrainingConfig that the flags ask for, as `config`. Other commands have `add_flags` instead.
+    """Return a namespace whose `config` is the TrainingConfig of the flags. Other commands have `add_flags` instead.
 
-    The flags of a training are the fields of TrainingConfig, which have a parser of their own. It is imported only
-    here, because that takes a third of a second, too long for `ddpm_hf --help`.
+    The flags of this command are the fields of TrainingConfig, which has its own parser. The parser is imported here,
+    because the import takes a third of a second, too long for `ddpm_hf --help`.
     """
     from ..config.command_line import parse_config
 
@@ -22,7 +22,7 @@ def parse(words: list[str], prog: str) -> argparse.Namespace:
 
 
 def run(arguments):
-    """Train; leave with exit code 128 + the signal's number if a signal stopped it."""
+    """Train. If a signal stopped the run, exit with code 128 + the number of the signal."""
     from ..training.loop import train
 
     finished = train(arguments.config)

@@ -1,4 +1,7 @@
-"""Read a command line into a TrainingConfig. No torch in here, because `--help` has to answer quickly."""
+"""Read a command line into a TrainingConfig.
+
+This file does not import torch, because `--help` has to answer quickly.
+"""
 
 import argparse
 import copy
@@ -11,11 +14,14 @@ from .training_config import GROUPS, TrainingConfig
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the lines of the description, which has examples."""
+    """Shows defaults, and keeps the line breaks of the description, which has examples."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class FlagParser(HfArgumentParser):
-    """HfArgumentParser with a `--no_` form of every boolean, lists that may be empty, and errors of one sentence."""
+    """An HfArgumentParser where every boolean has a `--no_` form, lists may be empty and errors are one sentence."""
 
     def __init__(self, prog: str, description: str | None):
         super().__init__(
@@ -23,8 +29,8 @@ class FlagParser(HfArgumentParser):
             prog=prog,
             usage="%(prog)s [--preset NAME] [--dataset_name ID_OR_FOLDER] [flags]",
             description=description,
-            epilog="A flag given here wins over the preset, and a preset over the defaults.\n"
-            "Every boolean can be negated: --no_use_ema is --use_ema false.",
+            epilog="A flag wins over the preset, and the preset over the defaults.\n"
+            "Every boolean has a negative form: --no_use_ema is --use_ema false.",
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
@@ -43,7 +49,7 @@ class FlagParser(HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser, field):
-        # HfArgumentParser hands all metadata of a field on to argparse, which does not know our bounds.
+        # HfArgumentParser passes all metadata of a field to argparse, which does not know the bounds.
         plain = copy.copy(field)
         plain.metadata = {"help": field.metadata["help"]}
         HfArgumentParser._parse_dataclass_field(parser, plain)
@@ -59,9 +65,9 @@ class FlagParser(HfArgumentParser):
 def parse_config(
     argv: list[str] | None = None, prog: str = "train_unconditional.py", description: str | None = None
 ) -> TrainingConfig:
-    """Return the TrainingConfig of a command line. Prints one sentence and exits with code 2 if the line is wrong."""
+    """Return the TrainingConfig of a command line. If it is wrong, print one sentence and exit with code 2."""
     parser = FlagParser(prog, description)
-    # With None for every flag in the namespace, argparse fills in no defaults: what is still None was not given.
+    # Set every flag to None first. argparse then fills in no defaults, so a flag that is still None was not given.
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
     flags, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names)))
     if unknown:

@@ -1,4 +1,4 @@
-"""Flags as dataclass fields: the default, help text and bounds of each, and the check of values against them.
+"""Define flags as dataclass fields with a default, a help text and bounds, and check values against them.
 
 This file does not import torch, because `--help` has to answer quickly.
 """
@@ -28,20 +28,20 @@ def flag(default, help: str, **bounds):
     """Return a dataclass field with a default, a help text and the bounds of its value.
 
     Args:
-        bounds: what `check_bounds` refuses. `at_least` and `at_most` are the smallest and the largest value;
-            `fraction=True` means 0 <= value < 1; `positive` means value > 0, and is the advice that ends the error
-            message, such as "e.g. 1e-8".
+        bounds: the bounds for `check_bounds`. `at_least` and `at_most` are the smallest and the largest value.
+            `fraction=True` means 0 <= value < 1. `positive="e.g. 1e-8"` means value > 0; the text ends the error
+            message.
     """
     return HfArg(default=default, help=help, metadata=bounds)
 
 
 def check_types(config):
-    """Refuse values whose type is not that of their field, and turn paths into strings.
+    """Turn paths into strings, and refuse values of another type than their field.
 
     Only Python code can give a wrong type, because argparse converts the flags of a command line.
 
     Raises:
-        UserError: naming the flag, the value and what it may be.
+        UserError: for a wrong type. The message names the flag, the value and what is allowed.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -55,10 +55,10 @@ def check_types(config):
 
 
 def check_bounds(config):
-    """Refuse numbers outside the bounds that stand beside their fields.
+    """Refuse numbers outside the bounds of their fields.
 
     Raises:
-        UserError: naming the flag, the value and the bound.
+        UserError: for such a number. The message names the flag, the value and the bound.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -67,7 +67,7 @@ def check_bounds(config):
             continue
         given = f"--{field.name} is {value}, but must"
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{given} be a number: give a finite one.")
+            raise UserError(f"{given} be a finite number.")
         if "at_least" in bounds and value < bounds["at_least"]:
             raise UserError(f"{given} be at least {bounds['at_least']}: give a larger number.")
         if "at_most" in bounds and value > bounds["at_most"]:
@@ -79,7 +79,7 @@ def check_bounds(config):
 
 
 def allowed(annotation) -> tuple[list[type], list[str]]:
-    """Return the types and the Literal choices of an annotation: `Literal["a"] | None` gives [NoneType], ["a"]."""
+    """Return the types and the choices of an annotation: `Literal["a"] | None` gives ([NoneType], ["a"])."""
     kinds = []
     choices = []
     parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
@@ -92,14 +92,14 @@ def allowed(annotation) -> tuple[list[type], list[str]]:
 
 
 def fits(value, kind: type) -> bool:
-    """Return whether a value may be given for a type: also whole numbers for floats, tuples and strings for lists."""
+    """Return whether a field of a type accepts a value. A float accepts int; a list accepts a tuple or a string."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, {float: (float, int), list: (list, tuple, str)}.get(kind, kind))
 
 
 def split_list(words, kind: type = str, example: str = "") -> list | None:
-    """Return `["1,2", "4"]`, `"1,2,4"` or `(1, 2, 4)` as `[1, 2, 4]`, None as None, and blanks as an empty list.
+    """Return `["1,2", "4"]`, `"1,2,4"` or `(1, 2, 4)` as `[1, 2, 4]`, blanks as `[]`, and None as None.
 
     Raises:
         UserError: if a part cannot be read as `kind`. The message ends with `example`.

@@ -1,6 +1,6 @@
-"""The presets: flags of complete runs, each number with its source.
+"""Define the presets: the flags of complete runs, each number with its source.
 
-`--preset X` alone is a complete run, and every other flag wins over the preset. Sources:
+`--preset NAME` alone is a complete run, and every other flag wins over the preset. Sources:
 
     Ho        Ho et al. 2020, https://huggingface.co/papers/2006.11239, hojonathanho/diffusion `scripts/run_cifar.py`
     Nichol    Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672, and openai/improved-diffusion README
@@ -9,7 +9,7 @@
     Salimans  Salimans & Ho 2022, https://huggingface.co/papers/2202.00512
     P2        Choi et al. 2022, https://huggingface.co/papers/2204.00227, and jychoi118/P2-weighting issue 2
     course    huggingface/diffusion-models-class, units 1 and 2 (class-conditional MNIST at 28 px)
-    here      our own experiments: docs/results.md
+    here      experiments of this project: docs/results.md
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from ..errors import UserError, no_such
 
 
 class Preset(NamedTuple):
-    """A description in one line, and the flags that differ from the defaults of TrainingConfig."""
+    """Hold a description in one line, and the flags that differ from the defaults of TrainingConfig."""
 
     about: str
     flags: dict
@@ -26,19 +26,20 @@ class Preset(NamedTuple):
 
 ADAM = dict(adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.0, adam_epsilon=1e-8)  # Ho, Nichol: TF/torch default
 
-# Ho's UNet as the published google/ddpm-cifar10-32 has it: one attention head, the sinusoids of Tensor2Tensor (sin
-# before cos, log(10000)/(half - 1)), and padding on the right and at the bottom before downsampling.
+# Ho's UNet, as in the published google/ddpm-cifar10-32: one attention head, the sinusoids of Tensor2Tensor (sin before
+# cos, log(10000)/(half - 1)), and padding on the right and at the bottom before downsampling.
 HO_UNET = dict(attention_head_dim=0, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_eps=1e-6)
-# Nichol's UNet: 4 heads of 256 / 4 = 64 channels, and the timestep scales and shifts in each block ("FiLM").
+# Nichol's UNet: 4 heads of 256 / 4 = 64 channels, and each block is scaled and shifted by the timestep ("FiLM").
 NICHOL_UNET = dict(attention_head_dim=64, resnet_time_scale_shift="scale_shift")
 # Decay 0.9999 from the first step (Ho `tpu_utils.py: make_ema`, Nichol `train_util.py`), without warm-up.
 CONSTANT_EMA = dict(use_ema=True, ema_inv_gamma=0.0, ema_max_decay=0.9999)
 AFHQ = dict(
     dataset_name="huggan/AFHQ",
     class_names=["cat"],
-    validation_split="500",  # as many as the test cats of AFHQ v1, which huggan/AFHQ has merged into train
+    validation_split="500",  # AFHQ v1 has 500 test cats, which huggan/AFHQ has merged into train
     center_crop=True,
     random_flip=True,  # Ho: all datasets but LSUN
+    layers_per_block=2,  # Ho
     save_best=True,  # the UNet can overfit 5,000 images
     attention_resolutions=[16],  # Ho
     ddpm_beta_schedule="nichol_cosine",
@@ -68,7 +69,7 @@ MNIST = dict(
     attention_resolutions=[7],  # course: 14 and 7; attention at 14 would take a third of the time
     attention_head_dim=0,
     ddpm_beta_schedule="nichol_cosine",
-    # Salimans: v, because at the noisy end of cosine betas 1/sqrt(abar) amplifies the errors of epsilon. With epsilon,
+    # Salimans: v, because 1/sqrt(abar) amplifies the errors of epsilon at the noisy end of cosine betas. With epsilon,
     # backgrounds stay grey for several epochs (here).
     prediction_type="v_prediction",
     variance_type="fixed_large",
@@ -79,13 +80,31 @@ MNIST = dict(
     lr_warmup_steps=200,
     use_ema=True,
     ema_max_decay=0.999,  # averages about the last 1,000 of 4,688 steps
-    mixed_precision="auto",  # here: the same loss curve in less time; also in all larger presets
+    mixed_precision="auto",  # here: the same loss curve in less time; all larger presets do so too
     save_images_epochs=1,
     save_model_epochs=1,
     checkpointing_steps=500,
     checkpoints_total_limit=2,
     output_dir="runs/mnist",
     **ADAM,
+)
+# What the two papers have in common.
+CIFAR10 = dict(
+    dataset_name="uoft-cs/cifar10",
+    resolution=32,
+    validation_split="test",
+    base_channels=128,
+    channel_mults=[1, 2, 2, 2],
+    ddpm_num_inference_steps=100,  # previews only
+    train_batch_size=128,
+    save_images_epochs=50,
+    save_model_epochs=50,
+    validation_epochs=10,
+    checkpointing_steps=5000,
+    checkpoints_total_limit=3,
+    mixed_precision="auto",
+    **ADAM,
+    **CONSTANT_EMA,
 )
 PRESETS = {
     "digits": Preset(
@@ -142,67 +161,39 @@ PRESETS = {
     "cifar10": Preset(
         "CIFAR-10 as Ho et al.: 35.7 M parameters, 800,000 steps of batch 128; FID 3.17, IS 9.46 there",
         dict(
-            dataset_name="uoft-cs/cifar10",
-            resolution=32,
+            CIFAR10,
             random_flip=True,
-            validation_split="test",
-            base_channels=128,
-            channel_mults=[1, 2, 2, 2],
             layers_per_block=2,
             attention_resolutions=[16],
             dropout=0.1,
             ddpm_beta_schedule="ho_linear",
             variance_type="fixed_large",
-            ddpm_num_inference_steps=100,  # previews only
-            train_batch_size=128,
             max_train_steps=800_000,
             learning_rate=2e-4,
             lr_scheduler="constant_with_warmup",
             lr_warmup_steps=5000,
-            save_images_epochs=50,
-            save_model_epochs=50,
-            validation_epochs=10,
-            checkpointing_steps=5000,
-            checkpoints_total_limit=3,
-            mixed_precision="auto",
             output_dir="runs/cifar10",
             **HO_UNET,
-            **ADAM,
-            **CONSTANT_EMA,
         ),
     ),
     "cifar10-cosine": Preset(
         "CIFAR-10 as Nichol & Dhariwal's L_hybrid: cosine, T=4000, learned variance; FID 3.19, 3.17 bits/dim there; "
         "with --objective vlb --timestep_sampling loss_second_moment their L_vlb, FID 11.47, 2.94 bits/dim",
         dict(
-            dataset_name="uoft-cs/cifar10",
-            resolution=32,
-            validation_split="test",
-            base_channels=128,
-            channel_mults=[1, 2, 2, 2],
+            CIFAR10,
             layers_per_block=3,
             attention_resolutions=[16, 8],
             dropout=0.3,
             ddpm_beta_schedule="nichol_cosine",
             ddpm_num_steps=4000,
-            ddpm_num_inference_steps=100,  # previews only
             variance_type="learned_range",
-            train_batch_size=128,
             max_train_steps=500_000,
             learning_rate=1e-4,
             lr_scheduler="constant",
             lr_warmup_steps=0,
             max_grad_norm=0.0,
-            save_images_epochs=50,
-            save_model_epochs=50,
-            validation_epochs=10,
-            checkpointing_steps=5000,
-            checkpoints_total_limit=3,
-            mixed_precision="auto",
             output_dir="runs/cifar10-cosine",
             **NICHOL_UNET,
-            **ADAM,
-            **CONSTANT_EMA,
         ),
     ),
     "afhq-cat-64": Preset(
@@ -212,7 +203,6 @@ PRESETS = {
             resolution=64,
             base_channels=128,
             channel_mults=[1, 2, 2, 2],  # EDM
-            layers_per_block=2,  # Ho
             dropout=0.25,  # EDM
             train_batch_size=128,
             max_train_steps=100_000,  # here: 12.8 million images, 2,500 passes
@@ -227,7 +217,6 @@ PRESETS = {
             resolution=128,
             base_channels=128,
             channel_mults=[1, 1, 2, 3, 4],
-            layers_per_block=2,
             output_dir="runs/afhq-cat-128",
         ),
     ),
@@ -238,7 +227,6 @@ PRESETS = {
             resolution=256,
             base_channels=128,
             channel_mults=[1, 1, 2, 2, 4, 4],
-            layers_per_block=2,
             output_dir="runs/afhq-cat-256",
         ),
     ),
@@ -249,7 +237,6 @@ PRESETS = {
             resolution=512,
             base_channels=64,
             channel_mults=[1, 2, 2, 4, 4, 8, 8],
-            layers_per_block=2,
             output_dir="runs/afhq-cat-512",
             dataloader_num_workers=4,
         ),
@@ -261,7 +248,7 @@ def find_preset(name: str) -> Preset:
     """Return the preset of this name.
 
     Raises:
-        UserError: if there is none. The message suggests a name.
+        UserError: if there is no such preset. The message suggests a name.
     """
     if name not in PRESETS:
         raise UserError(no_such("preset", name, PRESETS))

@@ -1,4 +1,4 @@
-"""Every setting of a training run: each field is a flag of the command line and an entry of `train_config.json`.
+"""Define every setting of a training run: each field is a command-line flag and an entry of `train_config.json`.
 
 A flag wins over the preset, and the preset over the default. Fields marked [ours] are additions of this package. The
 other 45 have the names, types and defaults of diffusers' example script
@@ -20,7 +20,7 @@ from .presets import find_preset
 class RecipeOptions:
     _argument_group_name = "recipe"
 
-    preset: str | None = flag(None, "Published recipe to start from; `python -m ddpm_hf presets` lists them [ours]")
+    preset: str | None = flag(None, "Recipe to start from; `ddpm_hf presets` lists them [ours]")
     seed: int = flag(
         0,
         "Seed of the weights, the order of images, timesteps, noise and previews [ours]",
@@ -35,24 +35,30 @@ class DataOptions:
     _argument_group_name = "data"
 
     dataset_name: str | None = flag(
-        None, "Hub id, local folder (a copy from the Hub, or images), or `digits` (bundled)"
+        None, "Hub id, local folder (images, or a copy of a Hub dataset), or `digits` (bundled)"
     )
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, if it has several")
-    train_data_dir: str | None = flag(None, "Folder of images, one subfolder per class; ignored with --dataset_name")
+    train_data_dir: str | None = flag(
+        None, "Folder of images, with one subfolder per class if there are classes; ignored with --dataset_name"
+    )
     cache_dir: str | None = flag(None, "Folder for downloads, instead of the HuggingFace cache")
     image_column: str | None = flag(None, "Column with the images; default: the first image column [ours]")
     label_column: str | None = flag(None, "Column with the classes; default: the first class column [ours]")
-    class_names: list[str] | None = flag(None, "Keep only these classes, e.g. `cat` or `cat,dog` [ours]")
+    class_names: list[str] | None = flag(None, "Keep only these classes, e.g. `cat` or `cat,dog`; default: all [ours]")
     resolution: int = flag(64, "Height and width in pixels that images are resized to", at_least=2, at_most=8192)
     center_crop: bool = flag(False, "Crop images to their central square, instead of a random square")
     random_flip: bool = flag(False, "Mirror each image left to right with probability 1/2")
     preserve_input_precision: bool = flag(False, "Keep 16 and 32 bit images exact, instead of rounding them to 8 bit")
     streaming: bool = flag(False, "Read the dataset as a stream, without storing it on disk [ours]")
     validation_split: str | None = flag(
-        None, "Held-out images: the name of a split, or a count (500) or share (0.05) of the training images [ours]"
+        None,
+        "Held-out images: the name of a split, or a count (500) or share (0.05) of the training images; default: none "
+        "[ours]",
     )
     dataloader_num_workers: int = flag(
-        0, "Processes that decode images, for datasets that do not fit in memory", at_least=0
+        0,
+        "Processes that decode images, for datasets that do not fit in memory; 0: the training process itself",
+        at_least=0,
     )
 
 
@@ -61,22 +67,27 @@ class ModelOptions:
     _argument_group_name = "model"
 
     model_config_name_or_path: str | None = flag(
-        None, "Config of a UNet2DModel: Hub id, folder or JSON file; replaces the next flags"
+        None, "Config of a UNet2DModel: Hub id, folder or JSON file; it replaces the flags below that shape the UNet"
     )
     base_channels: int | None = flag(None, "Channels of the first level; default: 128 [ours]", at_least=1)
     channel_mults: list[str] | None = flag(
-        None, "Channels of each level, as multiples of --base_channels: 1,2,2,2 [ours]"
+        None,
+        "Channels of each level, as multiples of --base_channels, e.g. 1,2,2,2; default: diffusers' script's [ours]",
     )
     layers_per_block: int | None = flag(None, "Residual blocks per level; default: 2 [ours]", at_least=1)
     attention_resolutions: list[str] | None = flag(
-        None, "Sizes in pixels of the levels with attention: 16,8; empty: none [ours]"
+        None, "Sizes in pixels of the levels with attention, e.g. 16,8; empty: none; default: the last but one [ours]"
     )
-    dropout: float | None = flag(None, "Dropout in the residual blocks; default: 0 [ours]", fraction=True)
+    dropout: float | None = flag(
+        None, "Probability of dropout in the residual blocks; default: 0 [ours]", fraction=True
+    )
     attention_head_dim: int = flag(
         8, "Channels of each attention head; 0: one head over all channels [ours]", at_least=0
     )
     norm_num_groups: int = flag(
-        32, "Groups of a GroupNorm, at most: halved until they divide the channels of every level [ours]", at_least=1
+        32,
+        "Largest number of groups in a GroupNorm; it is halved until it divides the channels of every level [ours]",
+        at_least=1,
     )
     norm_eps: float = flag(1e-5, "Added to the variance in a GroupNorm [ours]", positive="e.g. 1e-5")
     resnet_time_scale_shift: Literal["default", "scale_shift"] = flag(
@@ -98,10 +109,12 @@ class ModelOptions:
     )
     class_conditional: bool = flag(False, "Condition the UNet on the class of each image [ours]")
     label_dropout: float = flag(
-        0.1, "Share of images trained without their class, for classifier-free guidance [ours]", fraction=True
+        0.1, "Share of images that are trained without their class, for classifier-free guidance [ours]", fraction=True
     )
-    enable_xformers_memory_efficient_attention: bool = flag(False, "Use xformers' attention")
-    torch_compile: bool = flag(False, "Compile the UNet, which takes a minute or two before the first step [ours]")
+    enable_xformers_memory_efficient_attention: bool = flag(
+        False, "Use the attention of xformers, which saves GPU memory"
+    )
+    torch_compile: bool = flag(False, "Compile the UNet; this takes a minute or two before the first step [ours]")
 
 
 @dataclass(kw_only=True)
@@ -109,21 +122,26 @@ class DiffusionOptions:
     _argument_group_name = "diffusion"
 
     ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process", at_least=1, at_most=100_000)
-    ddpm_num_inference_steps: int = flag(1000, "Steps of the preview samples", at_least=1)
-    ddpm_beta_schedule: str = flag(
-        "linear", "ho_linear (scaled by 1000/T), nichol_cosine, or a beta_schedule of diffusers"
+    ddpm_num_inference_steps: int = flag(
+        1000, "Sampling steps of the preview images, at most --ddpm_num_steps", at_least=1
     )
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag("epsilon", "What the UNet predicts")
+    ddpm_beta_schedule: str = flag(
+        "linear", "Noise schedule: ho_linear (scaled by 1000/T), nichol_cosine, or a beta_schedule of diffusers"
+    )
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
+        "epsilon", "What the UNet predicts: the noise, the clean image, or v"
+    )
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = flag(
         "fixed_small", "Variance of the reverse process; learned_range: predicted by the UNet [ours]"
     )
     objective: str | None = flag(
         None,
-        "simple (Ho), hybrid (Nichol; default with learned_range), vlb (the variational bound), or classify: train a "
-        "classifier of noisy images, for guidance, instead of a UNet [ours]",
+        "What is trained: simple (the loss of Ho et al.), hybrid (of Nichol & Dhariwal), vlb (the variational bound), "
+        "or classify (a classifier of noisy images, for guidance, instead of a UNet); default: hybrid with "
+        "--variance_type learned_range, else simple [ours]",
     )
     timestep_sampling: Literal["uniform", "loss_second_moment"] = flag(
-        "uniform", "How timesteps are drawn; loss_second_moment: those with large losses more often [ours]"
+        "uniform", "How timesteps are drawn; loss_second_moment draws those with large losses more often [ours]"
     )
     loss_type: Literal["l2", "l1", "huber"] = flag("l2", "Distance between the prediction and its target [ours]")
     snr_gamma: float | None = flag(
@@ -140,9 +158,11 @@ class OptimisationOptions:
     train_batch_size: int = flag(16, "Images per process in one forward pass", at_least=1)
     gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step", at_least=1)
     num_epochs: int = flag(100, "Passes over the training images", at_least=1)
-    max_train_steps: int | None = flag(None, "Optimizer steps to train for; wins over --num_epochs [ours]", at_least=1)
+    max_train_steps: int | None = flag(
+        None, "Optimizer steps to train for, instead of --num_epochs [ours]", at_least=1
+    )
     learning_rate: float = flag(1e-4, "Highest learning rate, after warm-up", at_least=0)
-    lr_scheduler: str = flag("cosine", "Learning-rate schedule of diffusers: constant_with_warmup, cosine, ...")
+    lr_scheduler: str = flag("cosine", "Learning-rate schedule of diffusers, e.g. constant_with_warmup or cosine")
     lr_warmup_steps: int = flag(500, "Optimizer steps of linear warm-up", at_least=0)
     adam_beta1: float = flag(0.95, "Decay of Adam's first moment", fraction=True)
     adam_beta2: float = flag(0.999, "Decay of Adam's second moment", fraction=True)
@@ -151,14 +171,16 @@ class OptimisationOptions:
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0: do not clip [ours]", at_least=0)
     use_ema: bool = flag(False, "Publish an exponential moving average of the weights")
     ema_inv_gamma: float = flag(
-        1.0, "The decay after s steps is 1 - (1 + s/inv_gamma)^-power; 0: no warm-up", at_least=0
+        1.0,
+        "The decay after s steps is 1 - (1 + s/inv_gamma)^-power; 0: --ema_max_decay from the first step",
+        at_least=0,
     )
-    ema_power: float = flag(0.75, "See --ema_inv_gamma", at_least=0)
+    ema_power: float = flag(0.75, "The power in the formula of --ema_inv_gamma", at_least=0)
     ema_max_decay: float = flag(0.9999, "Highest decay of the moving average", fraction=True)
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = flag(
         "no", "Precision inside the UNet; the rest is float32. auto [ours]: bf16 if the processor supports it"
     )
-    local_rank: int = flag(-1, "Rank of this process on its machine, which older launchers pass")
+    local_rank: int = flag(-1, "Rank of this process on its machine; older launchers pass it")
 
 
 @dataclass(kw_only=True)
@@ -167,19 +189,22 @@ class OutputOptions:
 
     output_dir: str = flag("ddpm-model-64", "Folder that the run is written to")
     overwrite_output_dir: bool = flag(False, "Replace an earlier run in --output_dir")
-    resume_from_checkpoint: str | None = flag(None, "`latest` (starts anew if there is none) or a checkpoint folder")
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "Checkpoint to continue from: `latest` in --output_dir (starts anew if there is none), or a checkpoint folder",
+    )
     checkpointing_steps: int = flag(500, "Optimizer steps between checkpoints", at_least=1)
     checkpoints_total_limit: int | None = flag(None, "Number of checkpoints to keep; default: all", at_least=1)
-    save_images_epochs: int = flag(10, "Epochs between previews", at_least=1)
+    save_images_epochs: int = flag(10, "Epochs between sheets of preview images", at_least=1)
     save_model_epochs: int = flag(10, "Epochs between saves of the pipeline", at_least=1)
-    eval_batch_size: int = flag(16, "Images per preview", at_least=1)
+    eval_batch_size: int = flag(16, "Images on each sheet of previews", at_least=1)
     validation_epochs: int = flag(1, "Epochs between measurements of the validation loss [ours]", at_least=1)
-    save_best: bool = flag(False, "Keep the best pipeline in best/; see --best_by [ours]")
+    save_best: bool = flag(False, "Also save the best pipeline so far in best/, chosen by --best_by [ours]")
     logger: Literal["tensorboard", "wandb", "trackio", "none"] = flag(
-        "tensorboard", "Experiment tracker, in addition to metrics.jsonl"
+        "tensorboard", "Experiment tracker to log to, in addition to metrics.jsonl"
     )
     logging_dir: str = flag("logs", "The tracker's folder inside --output_dir")
-    logging_steps: int = flag(10, "Optimizer steps averaged in one line of metrics.jsonl [ours]", at_least=1)
+    logging_steps: int = flag(10, "Optimizer steps that each line of metrics.jsonl averages [ours]", at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -187,24 +212,31 @@ class EvaluationOptions:
     _argument_group_name = "evaluation"
 
     eval_metrics: list[str] | None = flag(
-        None, "Scores of DDIM-50 samples while training, e.g. fid,kid or fd_mnist,bits_per_dim [ours]"
+        None,
+        "Metrics to compute while training, on samples by DDIM in 50 steps, e.g. fid,kid; default: none [ours]",
     )
-    eval_epochs: int = flag(10, "Epochs between scores [ours]", at_least=1)
-    eval_num_images: int = flag(2000, "Generated images per score, from the same noise each time [ours]", at_least=40)
+    eval_epochs: int = flag(10, "Epochs between computations of --eval_metrics [ours]", at_least=1)
+    eval_num_images: int = flag(
+        2000, "Generated images for --eval_metrics, drawn from the same noise each time [ours]", at_least=40
+    )
     eval_inception: str | None = flag(
-        None, "Weights of the Inception network for FID; default: those of pytorch-fid [ours]"
+        None, "File with the weights of FID's Inception network; default: pytorch-fid's [ours]"
     )
-    best_by: str = flag("validation_loss", "What best/ is chosen by: validation_loss or one of --eval_metrics [ours]")
+    best_by: str = flag(
+        "validation_loss", "What chooses the pipeline in best/: validation_loss or one of --eval_metrics [ours]"
+    )
 
 
 @dataclass(kw_only=True)
 class HubOptions:
     _argument_group_name = "hub"
 
-    push_to_hub: bool = flag(False, "Push the pipeline to the Hub, during and after training")
-    hub_token: str | None = flag(None, "Hub token; default: the one of `hf auth login`")
-    hub_model_id: str | None = flag(None, "Repository on the Hub; default: the name of --output_dir")
-    hub_private_repo: bool = flag(False, "Create a private repository")
+    push_to_hub: bool = flag(False, "Upload the run to the Hub, during and after training")
+    hub_token: str | None = flag(None, "Hub token; default: the token of `hf auth login`")
+    hub_model_id: str | None = flag(
+        None, "Repository on the Hub, NAME or USER/NAME; default: the name of --output_dir"
+    )
+    hub_private_repo: bool = flag(False, "Create the repository as private")
 
 
 GROUPS = [
@@ -221,13 +253,13 @@ GROUPS = [
 
 @dataclass(kw_only=True)
 class TrainingConfig(*reversed(GROUPS)):
-    """All flags of one run, checked; `from_preset` fills them in from a preset.
+    """Hold all flags of one run, checked. `from_preset` fills them in from a preset.
 
-    The lists may be given as on the command line (`channel_mults="1,2,2"`) or as lists (`[1, 2, 2]`), and paths as
-    strings or `pathlib.Path`. `preset` alone changes nothing: it only records where the values came from.
+    Lists may be given as on the command line (`channel_mults="1,2,2"`) or as lists (`[1, 2, 2]`), and paths as strings
+    or `pathlib.Path`. The field `preset` only records where the values came from.
 
     Raises:
-        UserError: if a run cannot have one of the values. The message names the flag, the value and what is allowed.
+        UserError: for a value that is not allowed. The message names the flag, the value and what is allowed.
     """
 
     def __post_init__(self):
@@ -241,15 +273,15 @@ class TrainingConfig(*reversed(GROUPS)):
 
     @classmethod
     def from_preset(cls, preset: str | None = None, **flags) -> "TrainingConfig":
-        """Return the config of a preset, with the given flags instead of the preset's.
+        """Return the config of a preset, changed by the given flags.
 
         Args:
-            preset: one of the names in `PRESETS`, e.g. "mnist"; None: only the defaults and `flags`.
+            preset: a name in `PRESETS`, e.g. "mnist". None: only the defaults and `flags`.
             flags: fields of TrainingConfig, which win over the preset even if they are None. `num_epochs` also
                 replaces the `max_train_steps` of the preset, because both say how long to train.
 
         Raises:
-            UserError: if there is no such preset or flag, or if a run cannot have one of the values.
+            UserError: for an unknown preset or flag, or a value that is not allowed.
 
         Example:
             >>> config = TrainingConfig.from_preset("mnist-cpu", base_channels=12, num_epochs=3)
@@ -266,7 +298,7 @@ class TrainingConfig(*reversed(GROUPS)):
         return cls(preset=preset, **values | flags)
 
     def _read_values(self):
-        """Split the lists, and turn empty strings, which a command line gives to override a preset, into None."""
+        """Split the lists. Turn empty strings, which clear a preset's value on a command line, into None."""
         self.validation_split = self.validation_split or None
         self.resume_from_checkpoint = self.resume_from_checkpoint or None
         self.class_names = split_list(self.class_names)
@@ -279,28 +311,28 @@ class TrainingConfig(*reversed(GROUPS)):
         self.objective = self.objective or ("hybrid" if learned else "simple")
         if self.objective == "hybrid" and not learned:
             raise UserError(
-                f"--objective hybrid teaches a learned variance, but --variance_type is {self.variance_type}: "
-                "give learned_range, or simple or vlb."
+                f"--objective hybrid trains a learned variance, but --variance_type is {self.variance_type}: give "
+                "--variance_type learned_range, or --objective simple or vlb."
             )
         if self.objective == "simple" and learned:
-            raise UserError("--objective simple leaves --variance_type learned_range untaught: give hybrid or vlb.")
-        if self.objective == "vlb" and (self.snr_gamma is not None or self.loss_type != "l2"):
             raise UserError(
-                "--objective vlb is a likelihood, which --snr_gamma and --loss_type cannot change: leave them out."
+                "--objective simple does not train --variance_type learned_range: give --objective hybrid or vlb."
             )
+        if self.objective == "vlb" and (self.snr_gamma is not None or self.loss_type != "l2"):
+            raise UserError("--objective vlb cannot be combined with --snr_gamma or --loss_type: leave them out.")
         if self.objective == "classify":
             unused = ["class_conditional", "eval_metrics", "model_config_name_or_path", "snr_gamma"]
             unused += ["enable_xformers_memory_efficient_attention"] + ["loss_type"] * (self.loss_type != "l2")
             if given := [name for name in unused if getattr(self, name)]:
-                raise UserError(f"--objective classify trains a classifier, which has no --{given[0]}: leave it out.")
+                raise UserError(f"--objective classify cannot use --{given[0]}: leave it out.")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps and self.objective != "classify":
             raise UserError(
-                f"--ddpm_num_inference_steps is {self.ddpm_num_inference_steps}, but a model of "
-                f"--ddpm_num_steps {self.ddpm_num_steps} can take at most {self.ddpm_num_steps}: lower the first."
+                f"--ddpm_num_inference_steps is {self.ddpm_num_inference_steps}, but must be at most "
+                f"--ddpm_num_steps, {self.ddpm_num_steps}: give a smaller number."
             )
 
     def _check_folders(self):
-        """Refuse folders that the run cannot be written to."""
+        """Refuse an empty --output_dir, and a --logging_dir outside it."""
         if not self.output_dir:
             raise UserError("--output_dir is empty: give the name of a folder.")
         if Path(self.logging_dir).is_absolute() or not {"", ".", ".."}.isdisjoint(self.logging_dir.split("/")):
@@ -312,25 +344,31 @@ class TrainingConfig(*reversed(GROUPS)):
         """Refuse scores that cannot be computed, and a --best_by that is not measured."""
         self.eval_metrics = split_list(self.eval_metrics)
         if self.eval_metrics and self.streaming:
-            raise UserError("--eval_metrics compare with all images, and --streaming has them not: leave one out.")
+            raise UserError(
+                "--eval_metrics needs the whole dataset, which --streaming does not keep: drop one of them."
+            )
         if self.best_by not in ["validation_loss", *(self.eval_metrics or [])]:
             raise UserError(
                 f"--best_by {self.best_by} is not measured: give validation_loss or one of --eval_metrics."
             )
         if self.save_best and self.best_by == "validation_loss" and self.validation_split is None:
-            raise UserError("--save_best needs held-out images to choose by: add --validation_split, e.g. 0.05.")
+            raise UserError(
+                "--save_best needs held-out images for the validation loss: add --validation_split, e.g. 0.05."
+            )
 
     def _check_data(self):
-        """Refuse a config without training images, or with the training images held out."""
+        """Refuse a config without training images, or whose held-out images are the training images."""
         if self.validation_split == "train":
-            raise UserError("--validation_split train is what is trained on: name another split, a count or a share.")
+            raise UserError(
+                "--validation_split train names the training images: give another split, a count or a share."
+            )
         if self.dataset_name is None and self.train_data_dir is None:
             raise UserError(
                 "there is nothing to train on: give --preset, --dataset_name (Hub id or folder) or --train_data_dir."
             )
 
     def to_dict(self) -> dict:
-        """Return all flags but the Hub token, as a dict that can be written as JSON."""
+        """Return all flags except the Hub token, as a dict that can be written as JSON."""
         flags = dataclasses.asdict(self)
         del flags["hub_token"]
         return flags

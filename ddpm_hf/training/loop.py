@@ -23,7 +23,6 @@ from ..diffusion.losses import NUM_BANDS, by_band, draw_noise, training_labels
 from ..diffusion.timestep_sampling import draw_timesteps, update_history
 from ..errors import UserError
 from ..models.pretrained import Pretrained, load_pretrained
-from ..sharing.hub import finish_push
 from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
 from .run import Run, open_run
 
@@ -113,7 +112,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if state.push is not None:
-        finish_push(state.push)
+        state.push.result()  # wait for it; a push that failed has printed a warning
     finished = finished_run(run)
     if accelerator.is_main_process:
         print_summary(run, finished)

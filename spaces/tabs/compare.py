@@ -1,4 +1,4 @@
-"""Compare: one seed by each sampler, in few steps and in many."""
+"""Compare: draw the same seeds by DDIM in few and in many steps, and by DDPM."""
 
 import time
 from functools import partial
@@ -21,7 +21,7 @@ from widgets import (
 
 
 def compare(model: Model, seed, class_name):
-    """Stream (gallery, status): four images of one seed, or fewer of a large model, by each sampler in turn."""
+    """Yield (gallery, status) while each sampler draws four images, or fewer if the model is large."""
     seed = whole("seed", seed, 0, MAX_SEED)
     class_name = one_of("class", class_name or model.classes[0], model.classes)
     number = next((n for n in (4, 2) if n * (85 + model.T) <= model.max_evaluations), 1)
@@ -41,13 +41,13 @@ def compare(model: Model, seed, class_name):
                 yield [*shown, picture(sheet, name)], f"{name}: step {i}."
         shown.append(picture(sheet, f"{name} · {seconds_since(start)}"))
     what = f"seed{'s' * (number > 1)} {', '.join(map(str, seeds))}"
-    yield shown, f"Done: {what} in {seconds_since(begin)}. Every sheet begins with the same noise."
+    yield shown, f"Done: {what} in {seconds_since(begin)}. Every sheet starts from the same noise."
 
 
 def add(model: Model):
     with gr.Tab("Compare"), gr.Row():
         with inputs_column():
-            gr.Markdown("The same noise, drawn with DDIM in 5, 10, 20 and 50 steps and with DDPM.")
+            gr.Markdown("Draw images from the same noise, with DDIM in 5, 10, 20 and 50 steps, and with DDPM.")
             class_name, seed = class_box(model), seed_box()
             start, stop = two_buttons("Compare", "Stop", primary="Compare")
         with outputs_column():

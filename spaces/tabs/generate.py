@@ -1,4 +1,4 @@
-"""Generate: number, sampler, steps, seed, class and guidance; the images form and can be downloaded."""
+"""Generate: draw images with a chosen sampler, steps, seed, class and guidance, show them form, and offer a zip."""
 
 import html
 import time
@@ -28,7 +28,7 @@ ENABLE = "() => ({ __type__: 'update', interactive: true })"
 
 # Gradio passes these by position, and their names are the names in its API.
 def generate(model: Model, number, sampler, steps, seed, class_name, guidance):
-    """Stream (gallery, status, zip): the x_0 that steps predict, then the images."""
+    """Yield (gallery, status, zip): first the x_0 that the steps predict, at the end the images."""
     number, steps = whole("number of images", number, 1, MAX_IMAGES), whole("steps", steps, 1, model.T)
     sampler, seed = one_of("sampler", sampler, SAMPLERS), whole("seed", seed, 0, MAX_SEED)
     class_name = one_of("class", class_name or model.classes[0], model.classes)
@@ -38,8 +38,8 @@ def generate(model: Model, number, sampler, steps, seed, class_name, guidance):
     cost = number * steps * (1 if guidance == 1 else 2)
     if cost > model.max_evaluations:
         raise Refused(
-            f"{number} images in {steps} steps are {cost:,} evaluations of the network, and one request has "
-            f"{model.max_evaluations:,} here: take fewer steps or images{', or guidance 1' * (guidance != 1)}."
+            f"{number} images in {steps} steps need {cost:,} evaluations of the network, but one request may use "
+            f"{model.max_evaluations:,}: take fewer steps or images{', or guidance 1' * (guidance != 1)}."
         )
     seeds, labels = [seed + k for k in range(number)], model.class_numbers(class_name, number)
     captions = [f"seed {one}" for one in seeds]
@@ -66,12 +66,12 @@ def generate(model: Model, number, sampler, steps, seed, class_name, guidance):
 
 def add(model: Model):
     has_guidance = model.null_class is not None
-    cost = 8 if has_guidance else 4  # of one step of the four images that the page starts with: guidance doubles it
+    cost = 8 if has_guidance else 4  # of a step for the four images that the page starts with; guidance doubles it
     steps, many = model.affordable_steps(cost, 50), model.affordable_steps(cost, model.T)
     with gr.Tab("Generate"), gr.Row():
         with inputs_column():
             number = gr.Slider(1, MAX_IMAGES, value=4, step=1, label="Images")
-            sampler = gr.Radio(SAMPLERS, value="DDIM", label="Sampler", info="DDIM is quick, DDPM as in training")
+            sampler = gr.Radio(SAMPLERS, value="DDIM", label="Sampler", info="DDIM needs few steps, DDPM many")
             count = gr.Slider(1, model.T, value=steps, step=1, label="Steps")
             class_name = class_box(model)
             guidance = gr.Slider(
@@ -80,13 +80,15 @@ def add(model: Model):
                 value=2.0 if has_guidance else 1.0,
                 step=0.5,
                 label="Guidance",
-                info="1 is none; more is clearer and less varied",
+                info="1: no guidance; more: clearer, but less varied",
                 visible=has_guidance,
             )
             seed = seed_box()
             start, stop = two_buttons("Generate", "Stop", primary="Generate")
         with outputs_column():
-            limit = f"Images x steps may be {model.max_evaluations:,} here{', half with guidance' * has_guidance}"
+            limit = (
+                f"Images x steps: at most {model.max_evaluations:,}{', or half of that with guidance' * has_guidance}"
+            )
             status, shown = status_line(f"Ready. {limit}."), gallery("Images", columns=4)
             download = gr.DownloadButton("Download as zip", interactive=False)
     sampler.change(None, sampler, count, js=f"(one) => one === 'DDPM' ? {many} : {steps}", api_visibility="private")

@@ -1,4 +1,4 @@
-"""How it works: the forward process of the visitor's image, on a slider."""
+"""How it works: move a slider through the forward process of an image."""
 
 from functools import partial
 
@@ -12,24 +12,25 @@ from widgets import QUICK, gallery, image_inputs, inputs_column, outputs_column,
 BAR = """<div class="bar" role="img" aria-label="${Math.round(value)} % image, the rest noise">
 <span class="signal" style="width: ${value}%">image ${Math.round(value)} %</span>
 <span class="noise" style="width: ${100 - value}%">noise ${100 - Math.round(value)} %</span></div>"""
-HOW = """**Forward.** The image is faded and noise is added, step by step, until only noise is left:
+HOW = """**Forward.** Step by step the image fades and noise is added, until only noise is left:
 x<sub>t</sub> = √ᾱ<sub>t</sub> · x₀ + √(1 − ᾱ<sub>t</sub>) · noise. Move t and watch.
 
-**The network** has learned one thing: to find the clean image in a noisy one. The more noise there is, the more it has
-to guess. At the end the image that it sees is its own invention.
+**The network** has learned one thing: to predict the clean image from a noisy one. The more noise there is, the more
+it has to guess. From pure noise it invents an image.
 
-**Backward.** Drawing begins with pure noise. Each step asks the network which image it sees, and takes a little of the
-noise away. DDPM takes many small steps and adds some fresh noise in each; DDIM takes few large steps without it."""
+**Backward.** Drawing starts from pure noise. In each step the network predicts the clean image, and a little of the
+noise is removed. DDPM takes many small steps and adds some fresh noise in each. DDIM takes few large steps
+and adds no noise."""
 
 
 # Gradio passes these by position, and their names are the names in its API.
 def forward(model: Model, source, upload, drawing, t, seed):
-    """Return (gallery, status, bar): x_t of the image, and the clean image that the network sees in it."""
+    """Return (gallery, status, bar): the noisy image x_t, and the clean image that the network predicts from it."""
     t, seed = whole("t", t, 0, model.T), whole("seed", seed, 0, MAX_SEED)
     x_0 = visitor_image(model, source, upload, drawing, seed)
-    x_t, alpha_bar = model.forward(x_0, t, seed + 1)  # another seed than the one that drew the model's own image
+    x_t, alpha_bar = model.forward(x_0, t, seed + 1)  # seed + 1, because `seed` drew the model's own image
     shown = [picture(x_0, "Image x₀"), picture(x_t, f"Noisy, t = {t}")]
-    if model.restoration is not None:  # the network can do without a class
+    if model.restoration is not None:  # the network can predict without a class
         shown.append(picture(model.guess(x_t, t) if t else x_0, "The network's guess"))
     return shown, f"x at t = {t} is √{alpha_bar:.4f} · x₀ + √{1 - alpha_bar:.4f} · noise.", 100 * alpha_bar
 
@@ -43,7 +44,7 @@ def add(model: Model):
                 t = gr.Slider(0, model.T, value=model.T // 3, step=1, label="Timestep t")
                 share = {"label": "Share of the image", "js_on_load": None, "apply_default_css": False}
                 bar = gr.HTML(100, html_template=BAR, **share)
-                status = status_line("One moment: an image to begin with.")
+                status = status_line("One moment: the model draws a first image.")
                 shown = gallery("Forward", columns=3)
         gr.Markdown(HOW)
     inputs, outputs = [*inputs, t, seed], [shown, status, bar]

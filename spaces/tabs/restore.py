@@ -1,4 +1,4 @@
-"""Restore: the model's own image, an upload or a drawing is damaged, and restored by pipelines/restoration.py."""
+"""Restore: damage the model's own image, an upload or a drawing, and restore it by pipelines/restoration.py."""
 
 import math
 import time
@@ -24,13 +24,15 @@ from widgets import (
 
 
 STRENGTHS = ("Light", "Medium", "Strong")
-NEEDS_NO_CLASS = "This model draws only images of a class; restoring needs a model that also draws without one."
+NEEDS_NO_CLASS = (
+    "This model always needs a class, but restoring needs a model that can draw without one: open another."
+)
 
 
 def noise(size: tuple[int, int], level: int) -> tuple[dict, str]:
-    """Return the restoration pipeline's arguments for images of `size` and level 0 to 2, and a caption.
+    """Return the arguments of the restoration pipeline for noise of level 0 to 2 in images of `size`, and a caption.
 
-    The other damages below do the same.
+    The functions below do the same for other damages.
     """
     sigma = (0.15, 0.3, 0.5)[level]
     return {"task": "denoise", "noise_level": sigma}, f"Noise of {sigma}"
@@ -63,12 +65,12 @@ DAMAGES = {"Noise": noise, "Hole": hole, "Blur": blur, "Low resolution": low_res
 
 
 def damages(model: Model) -> list[str]:
-    """Return the damages that the model's images can take; grey ones have no colour to lose."""
+    """Return the names of the damages for this model. Grey images have no colour to remove."""
     return [name for name in DAMAGES if name != "No colour" or model.channels > 1]
 
 
 def damaged_image(model: Model, image, damage, strength, seed):
-    """Return the image and the damaged one, both in [-1, 1], a caption, and the pipeline's arguments to undo it.
+    """Return the clean and the damaged image, both in [-1, 1], a caption, and the pipeline's arguments to restore it.
 
     `image` is (source, upload, drawing), as the page sends them.
     """
@@ -86,17 +88,17 @@ def damaged_image(model: Model, image, damage, strength, seed):
 
 # Gradio passes these by position, and their names are the names in its API.
 def degrade(model: Model, source, upload, drawing, damage, strength, seed):
-    """Return (gallery, status): the image as the model would see it, and damaged."""
+    """Return (gallery, status): the image at the model's size, and damaged."""
     clean, damaged, caption, _ = damaged_image(model, (source, upload, drawing), damage, strength, seed)
-    return [picture(clean, "Original"), picture(as_large(damaged, clean), caption)], f"{caption}: now restore it."
+    return [picture(clean, "Original"), picture(as_large(damaged, clean), caption)], f"{caption}. Now restore it."
 
 
 # Gradio passes these by position, and their names are the names in its API.
 def restore(model: Model, source, upload, drawing, damage, strength, seed, progress=gr.Progress()):  # noqa: B008
-    """Return (gallery, status): the image, damaged, and restored."""
+    """Return (gallery, status): the image, the damaged image, and the restored image."""
     clean, damaged, caption, arguments = damaged_image(model, (source, upload, drawing), damage, strength, seed)
-    # The mean of several restorations is closest to the truth. A hole has many answers, of which one is shown. Noise
-    # takes one evaluation, which already is the mean.
+    # Average several restorations, because their mean is closest to the truth. For a hole show a single one, because
+    # the mean of many different fillings is blurred. For noise one evaluation already gives the mean.
     samples = 4 if damage not in ("Noise", "Hole") and model.max_evaluations >= 100 else 1
     steps = 1 if damage == "Noise" else model.affordable_steps(samples, 25)
     start = time.perf_counter()
@@ -116,7 +118,7 @@ def restore(model: Model, source, upload, drawing, damage, strength, seed, progr
     seconds, restored, damaged = seconds_since(start), 2 * images.cpu() - 1, as_large(damaged, clean)
     shown = [picture(clean, "Original"), picture(damaged, caption), picture(restored, "Restored")]
     if damage == "Hole":
-        return shown, f"Done in {seconds}. Many images fit around a hole: another seed draws another one."
+        return shown, f"Done in {seconds}. Many images fit a hole: try another seed."
     before, after = psnr(damaged, clean), psnr(restored, clean)
     return shown, f"Done in {seconds}: {before:.1f} dB PSNR before, {after:.1f} dB after (more is closer)."
 
@@ -134,7 +136,7 @@ def add(model: Model):
                 seed = seed_box()
                 buttons = two_buttons("Damage", "Restore", primary="Restore")
             with outputs_column():
-                status = status_line("Ready. Take the model's own image, upload one or draw one.")
+                status = status_line("Ready. Choose an image of the model, upload one or draw one.")
                 shown = gallery("Before and after", columns=3)
     inputs, outputs = [*inputs, damage, strength, seed], [shown, status]
     quick = {**QUICK, "show_progress": "minimal"}
