@@ -241,7 +241,7 @@ def test_ctrl_c_is_one_sentence_and_what_is_drawn_stays(tiny_run, tmp_path, caps
     flags = f"sample {tiny_run} --num_images 8 --batch_size 2 --num_inference_steps 2 --output {tmp_path / 'x'}"
     with pytest.raises(SystemExit) as exit:
         main(flags.split())
-    assert exit.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert exit.value.code == 130 and "run the same command again" in capsys.readouterr().err
     assert len(files(tmp_path / "x")) == 4
 
 

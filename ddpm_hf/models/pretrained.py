@@ -97,9 +97,8 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
         unet = UNet2DModel.from_pretrained(_part_folder(folder, "unet"), local_files_only=True, use_safetensors=True)
         scheduler = PaperDDPMScheduler.from_config(DDPMScheduler.load_config(_part_folder(folder, "scheduler")))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{name} cannot be loaded ({' '.join(str(error).split())}): give a complete pipeline."
-        ) from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name} cannot be loaded ({reason}): give a complete pipeline.") from error
     if unet.config.sample_size is None:
         raise UserError(f"{name} does not say the size of its images (sample_size): add it to unet/config.json.")
     run_folder = folder.parent if folder.name == "best" else folder  # a run's best/ holds only a pipeline

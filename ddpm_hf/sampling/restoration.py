@@ -189,12 +189,10 @@ def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]
         raise UserError(f"OUTPUT {output} is a file or INPUT itself: give another folder.")
     paths = images_in(place)
     if not paths:
-        raise UserError(f"INPUT {place} holds no image: give an image or a folder with images right inside.")
+        raise UserError(f"INPUT {place} holds no image: give an image, or a folder with images directly inside.")
     names = [path.stem for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(
-            f"INPUT {place} has several images named {min(twice)}, whose results would have one name: rename."
-        )
+        raise UserError(f"INPUT {place} has several images named {min(twice)}: rename them, as results are all .png.")
     masks = [find_mask(path, mask) for path in paths]
     return [Item(k, path, output / f"{path.stem}.png", mask) for k, (path, mask) in enumerate(zip(paths, masks))]
 
@@ -212,9 +210,7 @@ def find_mask(path: Path, mask: str | None) -> Path | None:
         return mask and Path(mask)
     found = [file for file in images_in(Path(mask)) if file.stem == path.stem] if Path(mask).is_dir() else []
     if len(found) != 1:
-        raise UserError(
-            f"--mask {mask} has no mask for {path.name}: give an image, or a folder with one {path.stem}.*."
-        )
+        raise UserError(f"--mask {mask} has no mask for {path.name}: give an image, or a folder with {path.stem}.png.")
     return found[0]
 
 
