@@ -75,7 +75,7 @@ def render(docstring: str) -> str:
     for title, body in zip(parts[1::2], parts[2::2]):
         body = textwrap.dedent(body).strip()
         if title == "Example":
-            lines.append(f"```python\n{body}\n```")
+            lines.append(f"```pycon\n{body}\n```")
             continue
         items = [body] if title == "Returns" else re.split(r"\n(?! )", body)
         items = [re.sub(r"^([\w, ]+): ", r"**\1**: ", " ".join(item.split())) for item in items]
@@ -109,7 +109,7 @@ def section(name: str) -> str:
     text = render(value.__doc__)
     if name == "TrainingConfig":
         text += "\n\nEvery field is a flag of `ddpm_hf train --help`, with the same name, default and meaning."
-    call = f"```python\nddpm_hf.{signature(name, value)}\n```\n\n" if not inspect.isclass(value) else ""
+    call = f"```text\nddpm_hf.{signature(name, value)}\n```\n\n" if not inspect.isclass(value) else ""
     parts = [f"### `{name}`\n\n{call}{text}"]
     for method, function in methods(value):
         parts.append(f"#### `{name}.{method}`\n\n{render(function.__doc__)}")
