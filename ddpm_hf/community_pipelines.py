@@ -1,4 +1,4 @@
-"""Where the files of pipelines/ and spaces/ are: inside an installed package, beside it in a source tree."""
+"""Find and load the files of pipelines/ and spaces/."""
 
 import importlib.util
 import sys
@@ -7,22 +7,22 @@ from types import ModuleType
 
 
 def shipped(folder: str) -> Path:
-    """Return our folder `pipelines` or `spaces`, which a wheel has inside the package and a source tree beside it."""
+    """Return our folder `pipelines` or `spaces`: inside an installed package, next to the package in a source tree."""
     here = Path(__file__).parent
     return here / folder if (here / folder).is_dir() else here.parent / folder
 
 
 def pipeline_file(name: str) -> Path:
-    """Return the file of our community pipeline `name`, e.g. "restoration"."""
+    """Return the path of our community pipeline `name`, e.g. "restoration"."""
     return shipped("pipelines") / f"{name}.py"
 
 
 def pipeline_module(name: str) -> ModuleType:
-    """Return the module of our community pipeline `name`, loaded once: rows added to its tables stay."""
-    known_as = f"{__package__}_pipeline_{name}"
-    if known_as not in sys.modules:
-        spec = importlib.util.spec_from_file_location(known_as, pipeline_file(name))
+    """Return the module of our community pipeline `name`. It is loaded once, so rows added to its tables stay."""
+    module_name = f"{__package__}_pipeline_{name}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, pipeline_file(name))
         module = importlib.util.module_from_spec(spec)
-        sys.modules[known_as] = module
+        sys.modules[module_name] = module
         spec.loader.exec_module(module)
-    return sys.modules[known_as]
+    return sys.modules[module_name]

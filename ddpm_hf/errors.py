@@ -1,12 +1,12 @@
-"""The one exception that users see as a sentence, and the words of refusals that several parsers share."""
+"""The exception that users see as one sentence, and phrases that several parsers share."""
 
 import re
 
 
 class UserError(ValueError):
-    """Something only the user can mend, said in one sentence: what was given, what was wanted, what to do.
+    """An error that the user can correct, in one sentence: what was given, what is wanted, what to do.
 
-    The command lines print the sentence and leave with exit code 2; in Python it is a `ValueError`.
+    Commands print the sentence and exit with code 2. In Python it is a `ValueError`.
 
     Example:
         >>> ddpm_hf.TrainingConfig(dataset_name="digits", train_batch_size=0)
@@ -14,12 +14,12 @@ class UserError(ValueError):
         ddpm_hf.errors.UserError: --train_batch_size is 0, but must be at least 1: give a larger number.
     """
 
-    on_one_process = False  # whether the others may not have met it, so that this one has to say it
+    on_one_process = False  # True if only this process may have hit the error and must print it itself
 
 
 def suggestion(word: str, known) -> str:
-    """Return what to type instead of `word`: the name in `known` that is close to it, a short list, or the help."""
-    import difflib  # only here: `import ddpm_hf` is to be quick
+    """Return advice for a mistyped `word`: the closest name in `known`, or all names, or --help if there are many."""
+    import difflib  # imported here to keep `import ddpm_hf` fast
 
     if close := difflib.get_close_matches(word, known, n=1):
         return f"did you mean {close[0]}?"
@@ -32,11 +32,11 @@ def no_such(kind: str, word: str, known) -> str:
 
 
 def no_such_flag(word: str, known) -> str:
-    """Return the sentence for a flag that is not in `known`, without its value, which may be a token."""
+    """Return the sentence for a flag that is not in `known`, without the flag's value, which may be a token."""
     return no_such("flag", re.split(r"[=\s]", word)[0], known)
 
 
 def one_sentence(message: str) -> str:
-    """Return a message of argparse as one line that says what to do, with access tokens of the Hub masked."""
+    """Return an argparse message as one line that ends in what to do, with the Hub's access tokens masked."""
     message = re.sub(r"\bhf_\w+", "hf_***", " ".join(message.split()))
     return message if message.endswith((".", "?")) else f"{message}; see --help."

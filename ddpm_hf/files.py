@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Write files completely or not at all, and read JSON with its type checked."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ from .errors import UserError
 
 @contextlib.contextmanager
 def writing(what: str, path):
-    """Raise a UserError in place of the errors of a full disk or a read-only folder while `what` is written."""
+    """Turn the errors of a full disk or a read-only folder into a UserError, inside a `with` block that writes."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -27,14 +27,14 @@ def writing(what: str, path):
 
 
 def write_beside(path: Path, write):
-    """Call `write` with a temporary name in the same folder, then rename it to `path`: a kill leaves no half file."""
+    """Call `write(temporary path)`, then rename that file to `path`, so that a kill leaves no incomplete file."""
     partial = path.with_name(f".{path.name}.tmp")
     write(partial)
     partial.replace(path)
 
 
 def remove(path: Path):
-    """Remove a file, a link, or a folder with all that is in it; a missing file is no error."""
+    """Remove a file, a link, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -42,25 +42,22 @@ def remove(path: Path):
 
 
 def read_json(path: Path, *, like: type = dict, missing=None):
-    """Return the content of a JSON file; `missing`, if it is given, where there is no such file.
-
-    Args:
-        like: what the file must hold: dict or list.
+    """Return the content of a JSON file, or `missing`, if that is given and there is no such file.
 
     Raises:
-        UserError: for a file that cannot be read, or that holds something else.
+        UserError: for a file that cannot be read, or whose content is not of the type `like` (dict or list).
     """
     if missing is not None and not path.is_file():
         return missing
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): is the name right, and the file whole?") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}): give another or a complete file.") from error
     if not isinstance(content, like):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a {like.__name__}: is it the right file?")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a {like.__name__}: give another file.")
     return content
 
 
 def write_json(path: Path, content):
-    """Write JSON with two spaces of indent, whole or not at all."""
+    """Write JSON with an indent of two spaces, completely or not at all."""
     write_beside(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))

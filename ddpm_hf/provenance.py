@@ -1,6 +1,5 @@
-"""What a run was: every flag, the versions, the data and the commit, kept in train_config.json."""
+"""Where a result comes from: the command line, the versions and the commit, without tokens and local paths."""
 
-import json
 import shlex
 import subprocess
 import sys
@@ -8,18 +7,19 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from . import __version__
+from .files import read_json, write_json
 
 
 PACKAGES = ["ddpm_hf", "torch", "diffusers", "accelerate", "datasets", "transformers", "numpy", "pillow"]
 
 
 def program() -> str:
-    """Return how to start a command of the package, as this process was: `python -m ddpm_hf`, else `ddpm_hf`."""
+    """Return `python -m ddpm_hf` if this process was started so, else `ddpm_hf`."""
     return "python -m ddpm_hf" if Path(sys.argv[0]).parts[-2:] == ("ddpm_hf", "__main__.py") else "ddpm_hf"
 
 
 def command() -> str:
-    """Return the command line of this process as one may show it to anybody: no token, no path of this machine."""
+    """Return the command line of this process without tokens and local paths, so that it can be published."""
     script = Path(sys.argv[0])
     ours = script.stem == "ddpm_hf" or script.parts[-2:] == ("ddpm_hf", "__main__.py")
     name = program() if ours else f"python {script.name}"
@@ -27,12 +27,12 @@ def command() -> str:
 
 
 def version(package: str) -> str:
-    """Return the version of an installed package; ours is known where it is not installed, too."""
+    """Return the version of an installed package, or of this package, which may run without being installed."""
     return __version__ if package == "ddpm_hf" else metadata.version(package)
 
 
 def without_paths(value):
-    """Return JSON, or arguments, with absolute paths, and those that begin with `..` or `~`, cut to the last part."""
+    """Return JSON values or arguments with local paths (absolute, or beginning with `..` or `~`) cut to their name."""
     if isinstance(value, dict):
         return {key: without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -41,21 +41,21 @@ def without_paths(value):
         return value
     flag, equals, path = value.partition("=") if value.startswith("--") else ("", "", value)
     absolute = PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute()
-    away = absolute or path.startswith(("~", "..", "./.."))
-    return flag + equals + PureWindowsPath(path).name if away else value
+    is_local = absolute or path.startswith(("~", "..", "./.."))
+    return flag + equals + PureWindowsPath(path).name if is_local else value
 
 
 def hide_paths(folder: Path):
-    """Rewrite a folder's train_config.json, if it has one, as one may show it to anybody."""
+    """Rewrite a folder's train_config.json, if it has one, without paths of this machine."""
     path = folder / "train_config.json"
     if path.exists():
-        record = without_paths(json.loads(path.read_text(encoding="utf-8")))
-        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(path, without_paths(read_json(path)))
 
 
 def without_token(words: list[str]) -> list[str]:
-    """Return the command line with the value of --hub_token blotted out."""
-    shown, hide = [], False
+    """Return the words of a command line with the value of --hub_token replaced by `***`."""
+    shown = []
+    hide = False
     for word in words:
         name, equals, _ = word.partition("=")
         is_token = name in ("--hub_token", "--hub-token")
@@ -65,7 +65,7 @@ def without_token(words: list[str]) -> list[str]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the source tree that has this package, or None outside one or without git."""
+    """Return the commit of this package's source tree, or None for an installed package or without git."""
 
     def git(*words):
         answer = subprocess.run(
@@ -74,7 +74,7 @@ def git_commit() -> str | None:
         return answer.stdout.strip() if answer.returncode == 0 else ""
 
     try:
-        # An installed package may lie in somebody else's repository, which does not track it.
+        # Ask whether git tracks this file, because an installed package may be inside another repository.
         return git("rev-parse", "HEAD") or None if git("ls-files", Path(__file__).name) else None
     except OSError:
         return None

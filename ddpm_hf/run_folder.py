@@ -1,4 +1,4 @@
-"""The files of a run folder, and which of them are published."""
+"""The names of a run folder's files, and which of them are published."""
 
 import re
 from pathlib import Path
@@ -6,19 +6,18 @@ from pathlib import Path
 from .community_pipelines import shipped
 
 
-# What a run writes, apart from checkpoints, the tracker's folder and the card.
+# The files that a run writes, apart from checkpoints, the tracker's folder, train_config.json and the card.
 RUN_FILES = ["model_index.json", "unet", "scheduler", "classifier", "best", "evaluations", "metrics.jsonl"]
 RUN_FILES += ["samples/epoch_*.png"]
 RUN_FILES += ["figures/" + name for name in ("loss.png", "schedule.png", "forward.png", "reverse.*", "ddim_*.png")]
-# Temporary files that a kill can leave.
+# Temporary files that a killed run can leave.
 HALF_WRITTEN = [".writable.tmp", "checkpoint-*.tmp", "metrics.tmp", "train_config.tmp", ".push-*"]
 
 
 def checkpoints(output_dir) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     found = [path.parent for path in Path(output_dir).glob("checkpoint-*/state.pt")]
-    ours = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(ours, key=step_of)
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -26,12 +25,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
-# Only these files are published: no checkpoint, no tracker's logs, no file that the user put there.
+# Only these files are published. Checkpoints, the tracker's logs and the user's own files are not.
 PUBLISHED = ["model_index.json", "unet", "scheduler", "README.md", "train_config.json", "metrics.jsonl", "samples"]
 PUBLISHED += ["figures", "evaluations", "best", "classifier"]
 PUBLISHED += sorted(path.name for path in shipped("pipelines").glob("*.py"))
-PUBLISHED += ["class_conditional.py", "classifier_guided.py"]  # of folders saved before class_guided.py
+PUBLISHED += ["class_conditional.py", "classifier_guided.py"]  # earlier versions saved these, not class_guided.py
 # These show training images, which the user may not be allowed to publish.
 PRIVATE = ["evaluations/*.png", "figures/forward.png"]
-# How the model was trained and how good it is: an export takes these along, but neither `best/` nor checkpoints.
+# An export copies these, which say how the model was trained and how good it is, but not `best/` and checkpoints.
 RECORDS = ["train_config.json", "metrics.jsonl", "samples", "figures", "evaluations"]

@@ -81,8 +81,8 @@ def test_a_unet_config_may_come_from_a_file_or_a_folder(tmp_path):
         (dict(sample_size=16), "has sample_size 16, but this run needs 8"),
         (dict(in_channels=4), "has in_channels 4, but images have 1"),
         (dict(out_channels=2), "has out_channels 2, but this run needs 1"),
-        (dict(_class_name="AutoencoderKL"), "is a AutoencoderKL: give the config of a UNet2DModel"),
-        (dict(down_block_types=["NoSuchBlock", "DownBlock2D"]), "diffusers cannot build this UNet"),
+        (dict(_class_name="AutoencoderKL"), "is AutoencoderKL: give the config of a UNet2DModel"),
+        (dict(down_block_types=["NoSuchBlock", "DownBlock2D"]), "this UNet cannot be built"),
     ],
 )
 def test_unet_configs_that_do_not_fit_are_refused(tmp_path, change, sentence):

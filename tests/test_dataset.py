@@ -462,18 +462,24 @@ def test_a_stream_is_dealt_to_processes(make, numbered):
             {"dataset_config_name": "nope"},
             r"'nope' not found. Available: \['default'\]\): give one of these as --data",
         ),
-        ({"image_column": "id"}, "--image_column id is no column of images: choose from id, image, label"),
-        ({"image_column": "nope"}, "--image_column nope is no column of images"),
-        ({"label_column": "image"}, "--label_column image is no column of classes: choose from id, image, label"),
-        ({"label_column": "nope"}, "--label_column nope is no column of classes"),
-        ({"label_column": "id", "streaming": True}, "--label_column id is no column of classes"),
-        ({"class_names": ["a", "lion"]}, "--class_names a,lion is not all among the classes, which are a, b, c"),
-        ({"validation_split": "dev"}, r"dev cannot be: name a split \(train\), a count below 40 or a share between 0"),
-        ({"validation_split": "40"}, "--validation_split 40 cannot be"),
-        ({"validation_split": "0"}, "--validation_split 0 cannot be"),
-        ({"validation_split": "1.5"}, "--validation_split 1.5 cannot be"),
-        ({"validation_split": "-0.1"}, "--validation_split -0.1 cannot be"),
-        ({"validation_split": "5", "streaming": True}, r"split 5 cannot be: name a split \(train\)\.$"),
+        ({"image_column": "id"}, "--image_column id is not an image column: choose from id, image, label"),
+        ({"image_column": "nope"}, "--image_column nope is not an image column"),
+        ({"label_column": "image"}, "--label_column image is not a class column: choose from id, image, label"),
+        ({"label_column": "nope"}, "--label_column nope is not a class column"),
+        ({"label_column": "id", "streaming": True}, "--label_column id is not a class column"),
+        (
+            {"class_names": ["a", "lion"]},
+            "--class_names has lion, which is not a class of this dataset: choose from a, b, c",
+        ),
+        (
+            {"validation_split": "dev"},
+            r"dev is impossible: give a split \(train\), a count below 40 or a share between 0",
+        ),
+        ({"validation_split": "40"}, "--validation_split 40 is impossible"),
+        ({"validation_split": "0"}, "--validation_split 0 is impossible"),
+        ({"validation_split": "1.5"}, "--validation_split 1.5 is impossible"),
+        ({"validation_split": "-0.1"}, "--validation_split -0.1 is impossible"),
+        ({"validation_split": "5", "streaming": True}, r"split 5 is impossible: give a split \(train\)\.$"),
     ],
 )
 def test_refusals(make, numbered, changes, sentence, monkeypatch, tmp_path):
@@ -502,17 +508,17 @@ def test_datasets_without_images_are_refused(make, tmp_path, streaming):
     with pytest.raises(UserError, match="cannot be loaded .*doesn't contain any data files"):
         load_images(make(train_data_dir=str(tmp_path / "empty"), streaming=streaming))
     (tmp_path / "empty" / "notes.txt").write_text("no image\n")
-    with pytest.raises(UserError, match="cannot be loaded|no images are left to train on"):
+    with pytest.raises(UserError, match="cannot be loaded|no images are left for training"):
         load_images(make(train_data_dir=str(tmp_path / "empty"), streaming=streaming))
     with pytest.raises(
-        UserError, match=r"--image_column \(not given\) is no column of images: choose from (text|none)"
+        UserError, match=r"--image_column \(not given\) is not an image column: choose from (text|none)"
     ):
         load_images(make(tmp_path / "empty", streaming=streaming))
     write_hub(tmp_path / "other", [plain(0)], [0], split="test")
-    with pytest.raises(UserError, match="there is no split `train`, only test: rename the one to train on"):
+    with pytest.raises(UserError, match="there is no split `train`, only test: rename the split to train on"):
         load_images(make(tmp_path / "other", streaming=streaming))
     write_hub(tmp_path / "lone", [plain(0)], [0])
-    with pytest.raises(UserError, match="no images are left to train on, or to hold out"):
+    with pytest.raises(UserError, match="no images are left for training or for validation"):
         load_images(make(tmp_path / "lone", class_names=["b"], streaming=streaming))
 
 
@@ -528,7 +534,7 @@ def test_broken_images_are_named(make, tmp_path, broken, option, monkeypatch):
     if option == "dataloader_num_workers":
         monkeypatch.setattr("ddpm_hf.data.image_set.MEMORY_LIMIT", 0)
     with pytest.raises(
-        UserError, match=r"^image \d+ \(without a name\) cannot be read \(.*\): mend it or take it out\.$"
+        UserError, match=r"^image \d+ \(without a name\) cannot be read \(.*\): repair or remove it\.$"
     ):
         next(training_batches(load_images(config)[0], config, 0, 0, 1))
 
@@ -538,7 +544,5 @@ def test_broken_files_are_named(make, tmp_path):
     for k in range(3):
         (tmp_path / "pets" / f"{k}.png").write_bytes(plain(k))
     (tmp_path / "pets" / "1.png").write_bytes(b"junk")
-    with pytest.raises(
-        UserError, match=r"image 1 \(.*1\.png\) cannot be read \(cannot identify image file\): mend it"
-    ):
+    with pytest.raises(UserError, match=r"image 1 \(.*1\.png\) cannot be read \(cannot identify image file\): repair"):
         load_images(make(train_data_dir=str(tmp_path / "pets")))

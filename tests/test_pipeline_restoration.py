@@ -291,7 +291,7 @@ REFUSALS = [
     (GOOD, "colorize", {}, "1 channel"),
     (Image.new("RGB", (8, 8), "red"), "colorize", {}, "1 channel"),
     (Image.new("RGBA", (8, 8)), "denoise", {}, "mode RGBA"),
-    ("image.png", "denoise", {}, "no PIL image"),
+    ("image.png", "denoise", {}, "give a PIL image"),
     ([GOOD, GOOD[..., :6]], "denoise", {}, "one size"),
     (GOOD[..., :7], "denoise", {}, "multiples of 2"),
     (

@@ -126,7 +126,7 @@ def test_a_mask_without_white_is_refused(tiny_run, images, tmp_path, capsys):
     flags = ["--task=inpaint", f"--mask={tmp_path / 'black.png'}"]
     with pytest.raises(SystemExit) as stopped:
         main(["restore", str(tiny_run), str(images / "a.png"), str(tmp_path / "one.png"), *flags])
-    assert stopped.value.code == 2 and "is white nowhere" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "has no white pixel" in capsys.readouterr().err
     assert not (tmp_path / "one.png").exists()
 
 
@@ -164,7 +164,7 @@ def test_colour(colour_model, tmp_path, capsys):
     assert Image.open(tmp_path / "coloured" / "grey.png").mode == "RGB"
     save_colour(tmp_path / "in" / "colour.jpg")
     said = refused(capsys, colour_model, tmp_path / "in", tmp_path / "out", "--task=colorize")
-    assert "colour.jpg has colours, but colorize takes grey" in said and not (tmp_path / "out").exists()
+    assert "colour.jpg has colors, but colorize takes grey" in said and not (tmp_path / "out").exists()
     main(["restore", str(colour_model), str(tmp_path / "in"), str(tmp_path / "out"), "--task=denoise"])
     assert {Image.open(tmp_path / "out" / f"{name}.png").mode for name in ("grey", "colour")} == {"RGB"}
 
@@ -174,7 +174,7 @@ def test_colour(colour_model, tmp_path, capsys):
     [
         ("--task denoise --mask {masks}", "--mask belongs to --task inpaint"),
         ("--task denoise --scale_factor 2", "belongs to --task super_resolution"),
-        ("--task inpaint", "needs --mask"),
+        ("--task inpaint", "needs a mask: give --mask"),
         ("--task inpaint --mask {masks}", "has no mask for b.png"),
         ("--task inpaint --mask {small}", "is 4x4, but a.png is 28x28"),
         ("--task inpaint --mask nowhere.png", "has no mask for a.png"),
@@ -206,7 +206,7 @@ def test_bad_images_are_refused_before_any_is_written(tiny_run, images, tmp_path
     save_grey(images / "odd.png", 28, 27)
     assert "odd.png cannot be restored with" in (error := refuse()) and "27" in error
     save_colour(images / "odd.png")
-    assert "odd.png has colours, but the model" in refuse()
+    assert "odd.png has colors, but the model" in refuse()
     whole = (images / "a.png").read_bytes()
     (images / "odd.png").write_bytes(whole[: len(whole) // 2])
     assert "odd.png cannot be read" in refuse()

@@ -392,7 +392,7 @@ def test_to_pil_has_the_stock_pipelines_modes_and_pixels():
             "variance_type learned_range needs a UNet with out_channels twice its in_channels.",
         ),
         ({"num_inference_steps": 11}, "num_inference_steps is 11; it must be from 1 to the model's 10 timesteps."),
-        ({"class_labels": [0, 1]}, "This UNet was trained without class_labels; class_labels are [0, 1]."),
+        ({"class_labels": [0, 1]}, "class_labels are [0, 1], but this UNet has no classes: leave them out."),
     ],
 )
 def test_refusals(kwargs, sentence):
@@ -404,7 +404,7 @@ def test_refusals(kwargs, sentence):
 @pytest.mark.parametrize(
     "class_labels, sentence",
     [
-        (None, "This UNet was trained with class_labels from 0 to 2; class_labels are None."),
+        (None, "class_labels are []; give 2, one per image, each from 0 to 2."),
         ([0], "class_labels are [0]; give 2, one per image, each from 0 to 2."),
         ([0, 3], "class_labels are [0, 3]; give 2, one per image, each from 0 to 2."),
     ],

@@ -1,9 +1,12 @@
-"""Encoded images to arrays: opened, made upright and opaque, scaled, resized, cropped and mirrored."""
+"""Decode images to arrays: upright, opaque, scaled, resized, cropped and mirrored.
+
+An item is `(row number, encoded image)`; an encoded image is `{"bytes": ..., "path": ...}`, as `datasets` holds it.
+"""
 
 import io
-import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import fsspec
 import numpy as np
@@ -13,25 +16,28 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..randomness import FLIP_BLOCK, draws_for, flips, keyed_generator
 
 
-SMALL = 2e-3  # seconds to decode an image: below, threads wait for each other three times as long as they work
-CHUNK = 256  # rows that are read together, undecoded
+# Seconds per image. Faster images are decoded without threads, which would cost more than they save.
+THREADS_PAY_FROM = 2e-3
+CHUNK = 256  # rows that are read from the dataset together
 
 
 def to_array(image, channels, exact=False):
-    """Return a Pillow image as (H,W,C) with C = `channels` (1 or 3), upright, its transparent parts on white.
+    """Return a Pillow image as an array (H,W,C) with C = `channels` (1 or 3), upright, transparent parts on white.
 
-    It is uint8, to which greys of 16 bit and floats are rounded, or with `exact` float32 in [0, 1], where nothing is
-    rounded (but Pillow opens *colours* of 16 bit as 8 bit).
+    The array is uint8, and 16-bit and float greys are rounded to it. With `exact` it is float32 in [0, 1], without
+    rounding; but Pillow itself opens 16-bit *colors* as 8-bit.
 
     Raises:
-        UserError: for greys that are off their scale.
+        UserError: for a grey value outside its range, which is 0 to 65535 for integers and 0 to 1 for floats.
     """
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip these at 255
-        array, white = np.asarray(image), 1 if image.mode == "F" else 65535
+        array = np.asarray(image)
+        white = 1 if image.mode == "F" else 65535
         if not 0 <= array.min() <= array.max() <= white:
             raise UserError(f"its values are {array.min():g} to {array.max():g}, not within 0 to {white}: rescale it.")
         array = (array / white).astype(np.float32) if exact else np.rint(array / white * 255).astype(np.uint8)
@@ -47,51 +53,63 @@ def to_array(image, channels, exact=False):
 
 
 def read_image(item, channels, resolution, exact):
-    """Return (H,W,C) as `to_array` does, resized with antialiasing until its shorter side is `resolution`."""
+    """Decode an item as `to_array` does, and resize it with antialiasing so that its shorter side is `resolution`."""
     array = use_file(lambda file: to_array(Image.open(file), channels, exact), item)
     height, width = (round(side * resolution / min(array.shape[:2])) for side in array.shape[:2])
     if (height, width) == array.shape[:2]:
         return array
     planes = [Image.fromarray(plane) for plane in np.moveaxis(array, -1, 0)]
     planes = [plane.resize((width, height), Image.Resampling.LANCZOS) for plane in planes]
-    return np.stack(planes, axis=-1).clip(0, 1 if exact else 255)  # floats overshoot at edges
+    return np.stack(planes, axis=-1).clip(0, 1 if exact else 255)  # Lanczos overshoots at edges
 
 
-def _square(array, generator=None, mirror=False):
+def _square(array, crop_generator=None, mirror=False):
+    """Return (C,S,S): mirrored if asked, then cropped to a square at a random place, or in the middle."""
     if mirror:
         array = array[:, ::-1]
     side = min(array.shape[:2])
     spare = [length - side for length in array.shape[:2]]
-    top, left = (int(torch.randint(n + 1, (), generator=generator)) if generator else n // 2 for n in spare)
+    if crop_generator is None:
+        top, left = (n // 2 for n in spare)
+    else:
+        top, left = (int(torch.randint(n + 1, (), generator=crop_generator)) for n in spare)
     return np.moveaxis(array[top : top + side, left : left + side], -1, 0)
 
 
 def scale(images):
-    """Return uint8 pixels, or float32 ones in [0, 1], as float32 in [-1, 1]."""
+    """Return uint8 images, or float32 images in [0, 1], as float32 in [-1, 1]."""
     return images.float().div_(127.5).sub_(1) if images.dtype == torch.uint8 else images * 2 - 1
 
 
-def read_batch(undecoded, read, generators=None, mirrored=None):
-    """Decode encoded images to (B,C,H,W) float32 in [-1, 1], cropped as their generators say, mirrored as told."""
+def draw_augmentations(ordinals, config, random_crop):
+    """Return the random arguments of `read_batch` for a range of ordinals: `crop_generators` and `mirrored`."""
+    generators = [keyed_generator(config.seed, "augment", n) for n in ordinals] if random_crop else None
+    mirrored = draws_for(ordinals, flips, config.seed, FLIP_BLOCK) if config.random_flip else None
+    return {"crop_generators": generators, "mirrored": mirrored}
 
-    def read_one(item, generator, mirror):
-        return _square(read(item), generator, mirror)
 
-    no, none = itertools.repeat(False), itertools.repeat(None)
+def read_batch(items, read, crop_generators=None, mirrored=None):
+    """Decode items with `read` to square images, (B,C,H,W) float32 in [-1, 1].
+
+    Args:
+        crop_generators: one per image, from which the place of its crop is drawn; None crops the middle.
+        mirrored: (B,) bool, which images to mirror before the crop; None mirrors no image.
+    """
     with ThreadPoolExecutor(1 if get_worker_info() else None) as pool:  # Pillow decodes outside the GIL
-        images = list(pool.map(read_one, undecoded, generators or none, no if mirrored is None else mirrored))
-    return scale(torch.from_numpy(np.stack(images)))
+        mirrored = repeat(False) if mirrored is None else mirrored
+        squares = map(_square, pool.map(read, items), crop_generators or repeat(None), mirrored)
+        return scale(torch.from_numpy(np.stack(list(squares))))
 
 
 def decode_all(rows, read, center_crop, pixels):
-    """Fill `pixels` (N,C,H,W) and return it as a tensor; None if there are several ways to crop one of the images."""
+    """Decode all rows into `pixels` (N,C,H,W) and return it as a tensor; None if an image needs random crops."""
     started = time.perf_counter()
     read(next(undecoded(rows, [0])))
-    small = time.perf_counter() - started < SMALL
+    is_fast = time.perf_counter() - started < THREADS_PAY_FROM
     with ThreadPoolExecutor() as pool, tqdm(desc="reading", total=len(rows), unit=" images", disable=None) as bar:
         for start in range(0, len(rows), CHUNK):
             items = undecoded(rows, range(start, min(start + CHUNK, len(rows))))
-            arrays = list(map(read, items) if small else pool.map(read, items))
+            arrays = list(map(read, items) if is_fast else pool.map(read, items))
             if not center_crop and any(array.shape[0] != array.shape[1] for array in arrays):
                 return None
             pixels[start : start + CHUNK] = [_square(array) for array in arrays]
@@ -100,20 +118,21 @@ def decode_all(rows, read, center_crop, pixels):
 
 
 def undecoded(rows, indices):
-    """Yield `(number of the row, encoded image)` for each index, read in chunks."""
+    """Yield the item of each row in `indices`, reading `CHUNK` rows at a time."""
     for start in range(0, len(indices), CHUNK):
         chunk = rows[[int(index) for index in indices[start : start + CHUNK]]]
         yield from zip(chunk["row"], chunk["image"])
 
 
 def use_file(use, item):
-    """Return `use(image file)`; whatever goes wrong with a broken file is told with its row and path."""
+    """Return `use(file)` for the image file of an item; turn any error into a UserError with the row and the path."""
     row, encoded = item[0], item[1] or {"bytes": b"", "path": None}
     try:
         if encoded["bytes"] is not None:
             return use(io.BytesIO(encoded["bytes"]))
-        with fsspec.open(encoded["path"], "rb") as file:  # the paths of a stream may lead to the Hub or into archives
+        with fsspec.open(encoded["path"], "rb") as file:  # a stream's path can point to the Hub or into an archive
             return use(io.BytesIO(file.read()))
     except Exception as error:
-        path, reason = encoded["path"] or "without a name", str(error).split(" <_io")[0].rstrip(".")
-        raise UserError(f"image {row} ({path}) cannot be read ({reason}): mend it or take it out.") from error
+        path = encoded["path"] or "without a name"
+        reason = str(error).split(" <_io")[0].rstrip(".")
+        raise UserError(f"image {row} ({path}) cannot be read ({reason}): repair or remove it.") from error

@@ -1,4 +1,4 @@
-"""Images by index, decoded once or whenever they are asked for."""
+"""Images by row number, decoded once or at each use."""
 
 import hashlib
 
@@ -8,15 +8,19 @@ import torch
 from .decode import decode_all, read_batch, scale, undecoded
 
 
-MEMORY_LIMIT = 2 * 2**30  # bytes of pixels; larger sets are decoded anew whenever an image is needed
+MEMORY_LIMIT = 2 * 2**30  # bytes of pixels; the images of a larger set are decoded at each use
 
 
 class ImageSet:
-    """Images by index: decoded once into `pixels` (N,C,H,W), or, where that is None, whenever they are asked for."""
+    """Images by row number, decoded once into `pixels` (N,C,H,W); if `pixels` is None, decoded at each use."""
 
-    def __init__(self, rows, classes, read, config):
-        self.rows, self.read, self.num_images, self.class_names = rows, read, len(rows), list(classes.values()) or None
-        self.channels, self.resolution = read.keywords["channels"], config.resolution
+    def __init__(self, rows, *, classes, read, config):
+        self.rows = rows
+        self.read = read
+        self.num_images = len(rows)
+        self.class_names = list(classes.values()) or None
+        self.channels = read.keywords["channels"]
+        self.resolution = config.resolution
         label_of = {value: label for label, value in enumerate(classes)}
         self.labels = torch.tensor([label_of.get(value, -1) for value in rows["label"][:]]) if classes else None
         shape = (len(rows), self.channels, self.resolution, self.resolution)
@@ -24,17 +28,19 @@ class ImageSet:
         fits = np.prod(shape) * dtype.itemsize <= MEMORY_LIMIT
         self.pixels = decode_all(rows, read, config.center_crop, np.empty(shape, dtype)) if fits else None
         self.random_crop = self.pixels is None and not config.center_crop
-        identity = repr((rows._fingerprint, read.keywords, self.random_crop)).encode()
-        identity = identity if self.pixels is None else self.pixels.numpy()
+        if self.pixels is None:
+            identity = repr((rows._fingerprint, read.keywords, self.random_crop)).encode()
+        else:
+            identity = self.pixels.numpy()
         self.fingerprint = hashlib.sha256(identity).hexdigest()[:16]
 
     def __len__(self):
         return self.num_images
 
-    def get(self, indices, generators=None, mirrored=None):
-        """Return (B,C,H,W) float32 in [-1, 1], cropped as each generator says, or centrally; mirrored as told."""
+    def get(self, indices, crop_generators=None, mirrored=None):
+        """Return images `indices`, (B,C,H,W) float32 in [-1, 1]; the other arguments are those of `read_batch`."""
         if self.pixels is None:
-            return read_batch(undecoded(self.rows, indices), self.read, generators, mirrored)
+            return read_batch(undecoded(self.rows, indices), self.read, crop_generators, mirrored)
         images = self.pixels.index_select(0, torch.as_tensor(indices))  # much faster than pixels[indices]
         if mirrored is not None:
             which = mirrored.nonzero()[:, 0]

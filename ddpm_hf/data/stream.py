@@ -6,29 +6,30 @@ import itertools
 import torch
 from torch.utils.data import Dataset
 
-from ..randomness import FLIP_BLOCK, draws_for, flips, keyed_generator
-from .decode import read_batch
+from ..randomness import keyed_generator
+from .decode import draw_augmentations, read_batch
 
 
-SHUFFLE_BUFFER = 1000  # successive rows of a stream that are shuffled among themselves
-
-
-def _generators(seed, ordinals):
-    return [keyed_generator(seed, "augment", n) for n in ordinals]
+SHUFFLE_BUFFER = 1000  # consecutive rows of a stream that are shuffled together
 
 
 class StreamedSet(Dataset):
-    """Images by ordinal from a stream, of which each `SHUFFLE_BUFFER` rows are shuffled; labels come with the images.
+    """Images from a stream by ordinal. Each block of `SHUFFLE_BUFFER` rows is shuffled.
 
-    (Not by `IterableDataset.shuffle`: what is in its buffer is lost when the stream is resumed.)
+    `IterableDataset.shuffle` does not serve, because it loses the content of its buffer when a stream is resumed.
     """
 
-    labels = None
+    labels = None  # they come with the batches
 
-    def __init__(self, rows, classes, read, config, sample):
-        self.rows, self.read, self.config, self.sample = rows, read, config, sample
-        self.label_of, self.class_names = {value: k for k, value in enumerate(classes)}, list(classes.values()) or None
-        self.channels, self.resolution = read.keywords["channels"], config.resolution
+    def __init__(self, rows, *, classes, read, config, sample):
+        self.rows = rows
+        self.read = read
+        self.config = config
+        self.sample = sample
+        self.label_of = {value: label for label, value in enumerate(classes)}
+        self.class_names = list(classes.values()) or None
+        self.channels = read.keywords["channels"]
+        self.resolution = config.resolution
         split = (rows.info.splits or {}).get(str(rows.split))
         self.num_images = split.num_examples if split and not config.class_names else None
         identity = (config.dataset_name, config.train_data_dir, config.dataset_config_name, classes, read.keywords)
@@ -37,20 +38,21 @@ class StreamedSet(Dataset):
 
     def __len__(self):
         if self.num_images is None:
-            raise TypeError("nobody knows how many images this stream has")
+            raise TypeError("it is unknown how many images this stream has")
         return self.num_images
 
     def get(self, indices):
-        """Return some of its first 64 images, (B,C,H,W) float32 in [-1, 1]."""
+        """Return images `indices` of the stream's first 64, (B,C,H,W) float32 in [-1, 1]; larger ones are left out."""
         return read_batch([self.sample[k] for k in indices if k < len(self.sample)], self.read)
 
     def state_dict(self):
-        """Return the position after the last batch in dicts, lists, strings and numbers; process 0 has one for all."""
+        """Return the position after the last batch as a dict of JSON values. Process 0's serves all processes."""
         return dict(self.state)
 
     def load_state_dict(self, state):
-        """Go to the position of a `state_dict`, reading up to `SHUFFLE_BUFFER` rows again; None is the beginning."""
-        # `block` is the ordinal that the current block starts with, `source` where the stream was before it.
+        """Go to the position `state`, reading up to `SHUFFLE_BUFFER` rows again; None is the beginning."""
+        # "block" is the first ordinal of the current block, "taken" how many of the block's rows were used, "source"
+        # the stream's own position before the block.
         self.state = dict(state or {"epoch": 0, "block": 0, "taken": 0, "source": None})
         self.shuffled = self._shuffle()
 
@@ -70,14 +72,13 @@ class StreamedSet(Dataset):
             state.update(epoch=state["epoch"] + 1, source=None)
 
     def __getitems__(self, ordinals):
-        """Return a batch, as `training_batches` describes it, for a range of ordinals (behind: slow)."""
-        if ordinals.start < self.state["block"] + self.state["taken"]:
+        """Return the batch of a range of ordinals, as `training_batches` describes it."""
+        if ordinals.start < self.state["block"] + self.state["taken"]:  # slow: read the stream again
             self.load_state_dict(None)
         skipped = ordinals.start - self.state["block"] - self.state["taken"]
         rows = list(itertools.islice(self.shuffled, skipped, skipped + len(ordinals)))
-        generators = None if self.config.center_crop else _generators(self.config.seed, ordinals)
-        mirrored = draws_for(ordinals, flips, self.config.seed, FLIP_BLOCK) if self.config.random_flip else None
-        images = read_batch(zip(ordinals, [row["image"] for row in rows]), self.read, generators, mirrored)
-        batch = {"ordinals": torch.tensor(ordinals), "images": images}
+        items = zip(ordinals, [row["image"] for row in rows])
+        augmentations = draw_augmentations(ordinals, self.config, random_crop=not self.config.center_crop)
+        batch = {"ordinals": torch.tensor(ordinals), "images": read_batch(items, self.read, **augmentations)}
         labels = [self.label_of.get(row.get("label"), -1) for row in rows]
         return batch | {"labels": torch.tensor(labels)} if self.label_of else batch

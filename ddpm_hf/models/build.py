@@ -1,4 +1,4 @@
-"""Build the network of a run, a diffusers UNet2DModel or our classifier, and the moving average of its weights."""
+"""Build the network of a run: a diffusers UNet2DModel, or our classifier of noisy images."""
 
 import contextlib
 from pathlib import Path
@@ -16,7 +16,7 @@ def build_unet(config, channels: int, class_names: list[str] | None = None) -> U
     """Build the UNet that `config` asks for, with weights drawn from `config.seed`.
 
     Args:
-        channels: number of channels of the images.
+        channels: number of channels of the images, 1 or 3.
         class_names: the classes of the data. A class-conditional UNet has one embedding per class. With
             --label_dropout it has one more, the last, for "no class".
 
@@ -26,39 +26,47 @@ def build_unet(config, channels: int, class_names: list[str] | None = None) -> U
     embeddings = len(class_names) + (config.label_dropout > 0) if config.class_conditional else None
     if config.model_config_name_or_path:
         kwargs = read_unet_config(config)
-        outputs = channels * (2 if config.variance_type == "learned_range" else 1)
-        fixed = dict(sample_size=config.resolution, in_channels=channels, out_channels=outputs)
-        for key, wanted in (fixed | {"num_class_embeds": embeddings}).items():
+        needed = {
+            "sample_size": config.resolution,
+            "in_channels": channels,
+            "out_channels": output_channels(config, channels),
+            "num_class_embeds": embeddings,
+        }
+        for key, wanted in needed.items():
             if kwargs.get(key) not in (wanted, [wanted, wanted]):
                 raise UserError(
                     f"--model_config_name_or_path {config.model_config_name_or_path!r} has {key} {kwargs.get(key)}, "
-                    f"but this run needs {wanted}: change --resolution, --variance_type, --class_conditional or it."
+                    f"but this run needs {wanted}: change the config, --resolution, --variance_type or "
+                    "--class_conditional."
                 )
     else:
         kwargs = unet_kwargs(config, channels) | {"num_class_embeds": embeddings}
-    with seeded(config.seed):
-        try:
-            unet = UNet2DModel(**kwargs)
-        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-            raise UserError(f"diffusers cannot build this UNet ({error}): change the architecture flags.") from error
-        initialise(unet)
+    with building("UNet", config.seed):
+        unet = UNet2DModel(**kwargs)
+        initialize(unet)
     if config.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError) as error:
             raise UserError(
                 f"--enable_xformers_memory_efficient_attention cannot act here ({str(error).splitlines()[0]}): "
-                "install xformers on a machine with a GPU, or leave the flag out; torch's own attention is as fast."
+                "leave it out (torch's own attention is as fast), or install xformers on a machine with a GPU."
             ) from error
     return unet
+
+
+def output_channels(config, channels: int) -> int:
+    """Return the UNet's output channels: twice the images' if it also predicts a variance."""
+    return channels * (2 if config.variance_type == "learned_range" else 1)
 
 
 def unet_kwargs(config, channels: int) -> dict:
     """Return the UNet2DModel arguments that `config` asks for, for images of `channels` channels.
 
     Raises:
-        UserError: if the resolution cannot be halved once per level, if no level has a size that attention is asked
-            for at, or if an attention head has more channels than its level. The message names the flag to change.
+        UserError: if the resolution cannot be halved once per level, if no level has a requested attention
+            resolution, if an attention head is wider than its level, or if --freq_shift is too large for the number
+            of channels. The message names the flag to change.
     """
     resolution = config.resolution
     mults = default_channel_mults(resolution) if config.channel_mults is None else config.channel_mults
@@ -95,7 +103,7 @@ def unet_kwargs(config, channels: int) -> dict:
     return dict(
         sample_size=resolution,
         in_channels=channels,
-        out_channels=channels * (2 if config.variance_type == "learned_range" else 1),
+        out_channels=output_channels(config, channels),
         layers_per_block=2 if config.layers_per_block is None else config.layers_per_block,
         block_out_channels=tuple(block_out_channels),
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attended),
@@ -113,9 +121,9 @@ def unet_kwargs(config, channels: int) -> dict:
 
 
 def default_channel_mults(resolution: int) -> list[int]:
-    """Return the levels of diffusers' example script, or as many of its six levels as the resolution can be halved to.
+    """Return the six levels of diffusers' example script, or the first of them if the resolution has fewer halvings.
 
-    With --base_channels 128 these are 128, 128, 256, 256, 512, 512 channels at 64 px.
+    At 64 px and --base_channels 128 these are 128, 128, 256, 256, 512, 512 channels.
     """
     halvings = 0
     while halvings < 5 and resolution % 2 ** (halvings + 1) == 0 and resolution >> (halvings + 1) >= 2:
@@ -124,52 +132,50 @@ def default_channel_mults(resolution: int) -> list[int]:
 
 
 def common_groups(groups: int, channel_counts: list[int]) -> int:
-    """Return `groups`, halved (rounding down) until it divides all channel counts: 32 is 4 for 12, 24 and 48."""
+    """Return `groups`, halved (rounding down) until it divides all channel counts: 32 becomes 4 for 12, 24 and 48."""
     while any(count % groups for count in channel_counts):
         groups //= 2
     return groups
 
 
 def build_classifier(config, channels: int, class_names: list[str]) -> NoisyClassifier:
-    """Build the classifier of noisy images: the downsampling half of the UNet that `config` asks for.
+    """Build a classifier of noisy images with the architecture flags of `config` and weights drawn from `config.seed`.
 
-    Its weights are drawn from `config.seed`.
+    It is the downsampling half of the UNet that the same flags give.
 
     Raises:
-        UserError: if there is no such UNet. The message says which flag to change.
+        UserError: if such a UNet or classifier cannot be built. The message says which flag to change.
     """
     kwargs = unet_kwargs(config, channels)
     scheduler = make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps)
     names = ["sample_size", "in_channels", "layers_per_block", "block_out_channels", "down_block_types", "dropout"]
     names += ["norm_num_groups", "attention_head_dim", "resnet_time_scale_shift", "add_attention"]
-    with seeded(config.seed):
-        try:
-            return NoisyClassifier(
-                num_classes=len(class_names),
-                id2label=dict(enumerate(class_names)),
-                num_train_timesteps=config.ddpm_num_steps,
-                beta_schedule=scheduler.config.beta_schedule,
-                **{name: kwargs[name] for name in names},
-            )
-        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-            raise UserError(f"this classifier cannot be built ({error}): change the architecture flags.") from error
+    with building("classifier", config.seed):
+        return NoisyClassifier(
+            num_classes=len(class_names),
+            id2label=dict(enumerate(class_names)),
+            num_train_timesteps=config.ddpm_num_steps,
+            beta_schedule=scheduler.config.beta_schedule,
+            **{name: kwargs[name] for name in names},
+        )
 
 
 @contextlib.contextmanager
-def seeded(seed: int):
-    """Seed torch's global generator inside a `with` block, and restore its state afterwards."""
+def building(kind: str, seed: int):
+    """Seed torch's global generator inside a `with` block, and turn errors of the network's class into a UserError."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        yield
+        try:
+            yield
+        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            raise UserError(f"this {kind} cannot be built ({error}): change the architecture flags.") from error
 
 
 def unet_channels(config) -> int | None:
     """Return the number of channels (1 or 3) of --model_config_name_or_path, or None without that flag.
 
-    Images are converted to this number of channels; None leaves them as they are.
-
     Raises:
-        UserError: if the config is for images that are neither grey (1) nor RGB (3).
+        UserError: if the config cannot be read, or is for images that are neither grey (1) nor RGB (3).
     """
     if config.model_config_name_or_path is None:
         return None
@@ -186,7 +192,7 @@ def read_unet_config(config) -> dict:
     """Return the UNet2DModel arguments of --model_config_name_or_path: a JSON file, a folder or a Hub id.
 
     Raises:
-        UserError: if there is no config, or if it is not one of a UNet2DModel that we can train.
+        UserError: if there is no config, or if it is not the config of a UNet2DModel that can be trained here.
     """
     name = config.model_config_name_or_path
     subfolder = "unet" if (Path(name) / "unet" / "config.json").is_file() else None
@@ -199,7 +205,7 @@ def read_unet_config(config) -> dict:
         ) from error
     kind = kwargs.get("_class_name", "UNet2DModel") if isinstance(kwargs, dict) else "JSON of another shape"
     if kind != "UNet2DModel":
-        raise UserError(f"--model_config_name_or_path {name!r} is a {kind}: give the config of a UNet2DModel.")
+        raise UserError(f"--model_config_name_or_path {name!r} is {kind}: give the config of a UNet2DModel.")
     if kwargs.get("class_embed_type"):
         raise UserError(
             f"--model_config_name_or_path {name!r} has class_embed_type {kwargs['class_embed_type']}: give one with "
@@ -209,11 +215,11 @@ def read_unet_config(config) -> dict:
 
 
 @torch.no_grad()
-def initialise(unet: UNet2DModel):
-    """Initialise the weights as Ho et al. do (`nn.py: default_init`): Glorot-uniform weights and zero biases.
+def initialize(unet: UNet2DModel):
+    """Initialize the weights as Ho et al. 2020 do (`nn.py: default_init`): Glorot-uniform weights and zero biases.
 
-    The last layer of each residual block, of each attention and of the UNet is zero. At the start, blocks therefore
-    pass on their input unchanged, and the UNet predicts zero.
+    The last layer of each residual block, of each attention and of the UNet is zero. At the start, each block
+    therefore returns its input unchanged, and the UNet predicts zero.
     """
     for module in unet.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -1,4 +1,4 @@
-"""The classes that a network can be told: their names, their numbers, and which embedding means "no class"."""
+"""The classes of a network: their names, their numbers, and which embedding means "no class"."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a conditional network; an unconditional one has none, and its Classes() is false.
+    """The classes of a network. `Classes()`, which is false, belongs to an unconditional network.
 
     Attributes:
-        names: the name of class k at k; None where a model does not tell them, and classes go by number alone.
-        num_embeddings: how many class embeddings the network has. One more than there are names means that the last
-            embedding stands for "no class".
+        names: the name of class k at index k. None if the model does not store names; its classes then have numbers
+            only.
+        num_embeddings: how many class embeddings the network has. If it has one more than names, the last embedding
+            means "no class".
 
     Example:
         >>> classes = Classes(("cat", "dog"), num_embeddings=3)
@@ -28,28 +29,28 @@ class Classes:
 
     @classmethod
     def of_model(cls, num_embeddings: int | None, id2label: dict | None) -> Classes:
-        """Return the classes of a UNet's `num_class_embeds` and an index's `id2label`, whose keys may be text."""
+        """Return the classes for a UNet's `num_class_embeds` and model_index.json's `id2label`, or `Classes()`."""
         if not num_embeddings:
             return cls()
         names = tuple(id2label[number] for number in sorted(id2label, key=int)) if id2label else None
         return cls(names, num_embeddings)
 
     def __len__(self) -> int:
-        """Return how many classes can be requested: "no class" is not one of them."""
+        """Return how many classes can be requested, not counting "no class"."""
         return len(self.names) if self.names else self.num_embeddings
 
     @property
     def no_class(self) -> int | None:
-        """The number that means "no class", which guidance needs; None where the network has no such embedding."""
+        """The number of the embedding "no class", which guidance needs; None if the network has no such embedding."""
         return len(self) if self.num_embeddings > len(self) else None
 
     @property
     def id2label(self) -> dict[int, str] | None:
-        """The names as model_index.json has them, or None."""
+        """The names as model_index.json stores them: {0: "cat", ...}, or None."""
         return dict(enumerate(self.names)) if self.names else None
 
     def number(self, label: int | str) -> int:
-        """Return the number of a class given by its name or its number, which may be text.
+        """Return the number of a class that is given by its name or by its number, as an int or as text.
 
         Raises:
             UserError: for a label that is not one of these classes.

@@ -1,7 +1,7 @@
-"""The noise-aware classifier p(y | x_t, t) of classifier guidance, in one file that travels with its weights.
+"""Classify noisy images: the classifier p(y | x_t, t) of classifier guidance, in a file that travels with its weights.
 
-The downsampling half of the UNet with pooling (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233,
-section 4). `save_pretrained` writes this file beside config.json, so that the folder loads where only diffusers is:
+It is the downsampling half of the UNet, with pooling (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233,
+section 4). `save_pretrained` writes this file next to config.json, so that the folder loads with diffusers alone:
 
     classifier = AutoModel.from_pretrained("runs/mnist-classifier", subfolder="classifier", trust_remote_code=True)
 """
@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 
 class NoisyClassifier(ModelMixin, ConfigMixin):
-    """Logits of K classes from an image at any noise level of a schedule of `num_train_timesteps`.
+    """A classifier of images at any noise level of a schedule with `num_train_timesteps` steps.
 
-    The arguments with names of UNet2DModel's mean what they mean there; `sample_size` is the size trained at, for the
-    record. `id2label` names all classes, {0: "cat", ...}, keys being ints or strings, or is None. Lists of blocks that
-    differ in length, and names that are not one per class, are a ValueError.
+    Arguments that UNet2DModel has too mean the same here. `sample_size` and `beta_schedule` record what the classifier
+    was trained on. `id2label` is None or names every class: {0: "cat", ...}, with ints or strings as keys.
+
+    Raises:
+        ValueError: for lists of blocks of different lengths, names that are not one per class, or attention heads
+            wider than their block.
     """
 
-    _auto_class = "AutoModel"  # config.json gets an auto_map, by which AutoModel finds the class in the file beside it
+    _auto_class = "AutoModel"  # writes an auto_map to config.json, so that AutoModel finds this class in this file
 
     # More than 60 lines because each argument is a field of config.json and has a line of its own.
     @register_to_config
@@ -44,7 +47,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         resnet_time_scale_shift: str = "default",
         dropout: float = 0.0,
         num_train_timesteps: int = 1000,
-        beta_schedule: str | None = None,  # of the noise it knows, in diffusers' words; for the record
+        beta_schedule: str | None = None,  # in diffusers' words
     ):
         super().__init__()
         if len(down_block_types) != len(block_out_channels):
@@ -62,7 +65,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
                 f"attention_head_dim is {attention_head_dim}, more than the channels {list(block_out_channels)} have; "
                 "give more channels, or None for one head."
             )
-        width, last_width = block_out_channels[0], block_out_channels[-1]
+        width = block_out_channels[0]
         shared = {
             "temb_channels": 4 * width,
             "resnet_eps": 1e-5,
@@ -88,15 +91,16 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             for i, block_type in enumerate(down_block_types)
         )
         self.mid_block = UNetMidBlock2D(
-            in_channels=last_width, add_attention=add_attention, attention_head_dim=heads_of[-1], **shared
+            in_channels=block_out_channels[-1], add_attention=add_attention, attention_head_dim=heads_of[-1], **shared
         )
-        self.norm_out = nn.GroupNorm(norm_num_groups, last_width, eps=1e-5)
-        self.head = nn.Linear(last_width, num_classes)
+        self.norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[-1], eps=1e-5)
+        self.head = nn.Linear(block_out_channels[-1], num_classes)
 
     def forward(self, sample: Tensor, timestep: Tensor | int) -> Tensor:
-        """Logits (B, num_classes) of images (B, C, H, W) of any size, at noise level `timestep`: one int, or (B,).
+        """Return logits (B, num_classes) of noisy images (B, C, H, W) of any size.
 
-        An image is clean data in [-1, 1] noised to sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps.
+        A noisy image is x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with x_0 in [-1, 1] and t = `timestep`, which
+        is one int or (B,).
         """
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         embedding = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
@@ -107,9 +111,9 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         return self.head(nn.functional.silu(self.norm_out(hidden)).mean(dim=(2, 3)))
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Write config.json, and this file beside it: what `save_pretrained` calls, a pipeline's too."""
+        """Write this file and config.json; `save_pretrained` calls this."""
         code = Path(__file__)
-        # The file first: an auto_map without its file could be pushed below.
+        # Write this file first, because super() may push the folder.
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         Path(save_directory, code.name).write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -1,4 +1,4 @@
-"""The moving average of the weights."""
+"""Keep a moving average of the weights (EMA)."""
 
 import torch
 from diffusers import UNet2DModel
@@ -6,10 +6,10 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def ema_decay(config, updates: int) -> float:
-    """Return the decay of the next update after `updates` updates: 1 - (1 + updates/inv_gamma)^-power.
+    """Return the decay for the update after `updates` updates: 1 - (1 + updates / inv_gamma)^-power.
 
-    It is at most --ema_max_decay. The first update copies the weights (decay 0), as in Ho's and diffusers' code. If
-    --ema_inv_gamma is 0, all others have --ema_max_decay.
+    This is the formula of diffusers' EMAModel. The decay is at most --ema_max_decay. The first update copies the
+    weights (decay 0), as in Ho's and diffusers' code. If --ema_inv_gamma is 0, the others use --ema_max_decay.
     """
     if updates == 0:
         return 0.0
@@ -19,7 +19,7 @@ def ema_decay(config, updates: int) -> float:
 
 
 def make_ema(config, unet: UNet2DModel) -> AveragedModel | None:
-    """Return the moving average that --use_ema asks for, or None. Its `.module` is a network like `unet`."""
+    """Return the moving average of `unet`, or None without --use_ema. Its `.module` is a network like `unet`."""
     if not config.use_ema:
         return None
 

@@ -1,4 +1,4 @@
-"""A trained DDPM, ours or anyone's, from a folder, a checkpoint or the Hub: what is sampled from and scored."""
+"""Load a trained DDPM, from whichever package, out of a folder, a checkpoint or the Hub."""
 
 import contextlib
 import hashlib
@@ -20,11 +20,11 @@ from .classes import Classes
 from .classifier import NoisyClassifier
 
 
-# Schedulers whose config holds the same betas: a pipeline saved with one of them is a DDPM all the same.
+# A pipeline saved with one of these schedulers is a DDPM, because their configs hold the same betas.
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
 PARTS = ("unet", "scheduler", "classifier")
 WEIGHTS = ("published", "raw")
-# What is fetched of a Hub repository: some old ones have the UNet's and the scheduler's files beside the index.
+# The files to download from the Hub. Some old repositories have the UNet's and the scheduler's files at the top.
 PIPELINE_FILES = ["model_index.json", "train_config.json", "config.json", "scheduler_config.json"]
 PIPELINE_FILES += ["diffusion_pytorch_model*.safetensors*", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
 PIPELINE_FILES += ["classifier/*.json", "classifier/*.safetensors"]
@@ -32,15 +32,15 @@ PIPELINE_FILES += ["classifier/*.json", "classifier/*.safetensors"]
 
 @dataclass
 class Pretrained:
-    """A UNet in eval mode, float32, on the CPU; its scheduler, its classes, and what a record says about them.
+    """A UNet (float32, in eval mode, on the CPU) with its scheduler and classes.
 
     Attributes:
-        facts: "name" (a Hub id or the folder's name), "revision" (the Hub's commit, or None), "weights" ("published",
-            or "raw" for weights before averaging), "unet_sha256", "parameters", "train_step" (of a checkpoint) and
-            "commit", None where the folder does not tell.
+        facts: what records say about the model: "name" (a Hub id or the folder's name), "revision" (the Hub's commit),
+            "weights" ("published", or "raw" for weights before averaging), "unet_sha256", "parameters", "train_step"
+            (of a checkpoint) and "commit" (of this package's source). Unknown facts are None.
         run: the content of train_config.json, or {}.
-        folder: where all was read from.
-        classes: what a conditional UNet can be asked for; false for an unconditional one.
+        folder: the folder that the model was read from.
+        classes: the classes that can be requested; false for an unconditional UNet.
     """
 
     unet: UNet2DModel
@@ -52,22 +52,22 @@ class Pretrained:
 
     @property
     def run_folder(self) -> Path:
-        """The folder of the run that this is a model of: of a checkpoint, the one that it is in."""
+        """The run's folder, also for a checkpoint inside it."""
         return self.folder.parent if (self.folder / "state.pt").is_file() else self.folder
 
 
 def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
     """Load a DDPM to sample from, to score or to restore with.
 
-    Any DDPM in diffusers' format will do, whoever trained it. Only safetensors are read, and no code is run.
+    Any DDPM in diffusers' format can be loaded. Only safetensors are read, and code in the folder is not run.
 
     Args:
-        name: a pipeline folder, a `checkpoint-<step>` of a run, or a Hub id such as `me/ddpm-mnist`.
-        weights: "published" are those that a pipeline holds (of a checkpoint: the moving average where it has one).
-            "raw" are those that were trained, before averaging, of the checkpoint given or of a run's last one.
+        name: a pipeline folder, a run's `checkpoint-<step>`, or a Hub id such as `me/ddpm-mnist`.
+        weights: "published" loads the weights of the pipeline, or the moving average of a checkpoint if it has one.
+            "raw" loads the weights before averaging, from the given checkpoint or from a run's last checkpoint.
 
     Raises:
-        UserError: for a name that is none of these, a pipeline that is not a DDPM, or weights that are not there.
+        UserError: for a name that leads nowhere, a pipeline that is not a DDPM, or weights that are missing.
 
     Example:
         >>> model = ddpm_hf.load("runs/digits")
@@ -76,10 +76,7 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
     """
     if weights not in WEIGHTS:
         raise UserError(f"--weights is {weights!r}; choose {' or '.join(WEIGHTS)}.")
-    name, folder, revision = str(name), Path(name), None
-    if not folder.exists():
-        folder = _from_hub(name)
-        revision = folder.name
+    name, folder, revision = _find_folder(name)
     if (folder / "state.pt").is_file():
         return _from_checkpoint(folder, weights)
     if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():
@@ -92,30 +89,33 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
     if weights == "raw":
         found = checkpoints(folder)
         if not found:
-            raise UserError(f"{name} has no checkpoint, where raw weights are kept: take --weights published.")
+            raise UserError(
+                f"{name} has no checkpoint, and only checkpoints hold raw weights: give --weights published."
+            )
         return _from_checkpoint(found[-1], weights)
     try:
-        unet = UNet2DModel.from_pretrained(part(folder, "unet"), local_files_only=True, use_safetensors=True)
-        scheduler = PaperDDPMScheduler.from_config(DDPMScheduler.load_config(part(folder, "scheduler")))
+        unet = UNet2DModel.from_pretrained(_part_folder(folder, "unet"), local_files_only=True, use_safetensors=True)
+        scheduler = PaperDDPMScheduler.from_config(DDPMScheduler.load_config(_part_folder(folder, "scheduler")))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name} cannot be loaded ({' '.join(str(error).split())}): is it whole?") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name} cannot be loaded ({reason}): give a complete pipeline.") from error
     if unet.config.sample_size is None:
         raise UserError(f"{name} does not say the size of its images (sample_size): add it to unet/config.json.")
-    of_run = folder.parent if folder.name == "best" else folder  # best/ of a run is a pipeline of its own
-    run = read_json(of_run / "train_config.json", missing={})
+    run_folder = folder.parent if folder.name == "best" else folder  # a run's best/ holds only a pipeline
+    run = read_json(run_folder / "train_config.json", missing={})
     classes = Classes.of_model(unet.config.num_class_embeds, read_json(folder / "model_index.json").get("id2label"))
-    facts = {"name": name if revision else Path(name).resolve().name, "revision": revision, "weights": "published"}
+    facts = {"name": name if revision else folder.resolve().name, "revision": revision, "weights": "published"}
     return _pretrained(unet, scheduler, facts, run=run, folder=folder, classes=classes)
 
 
-def part(folder: Path, name: str) -> Path:
-    """Return where a part of a pipeline is: some old ones have the files of all parts beside the index."""
+def _part_folder(folder: Path, name: str) -> Path:
+    """Return the folder with a part's files; some old pipelines have the files of all parts at the top."""
     return folder / name if (folder / name).is_dir() else folder
 
 
 @contextlib.contextmanager
 def quiet_diffusers():
-    """Keep diffusers from warning for a while; its errors stay."""
+    """Silence diffusers' warnings, but not its errors, inside a `with` block."""
     level = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()
     try:
@@ -124,20 +124,21 @@ def quiet_diffusers():
         diffusers.utils.logging.set_verbosity(level)
 
 
-def _from_hub(name: str) -> Path:
+def _find_folder(name: str | Path) -> tuple[str, Path, str | None]:
+    """Return (name, folder, revision) of a local folder, or of a Hub repository, which is downloaded first."""
+    name, folder = str(name), Path(name)
+    if folder.exists():
+        return name, folder, None
     try:
-        return Path(snapshot_download(name, allow_patterns=PIPELINE_FILES, ignore_patterns="*.fp16.*"))
+        folder = Path(snapshot_download(name, allow_patterns=PIPELINE_FILES, ignore_patterns="*.fp16.*"))
     except HFValidationError:
-        raise UserError(
-            f"{name} is neither here nor the name of a Hub repository: give a folder or USER/NAME."
-        ) from None
+        raise UserError(f"{name} is neither a folder here nor a Hub id: give a folder or USER/NAME.") from None
     except LocalEntryNotFoundError as error:
-        raise UserError(f"{name} is no folder here, and the Hub cannot be reached: check the name.") from error
+        raise UserError(f"{name} is not a folder here, and the Hub cannot be reached: check the name.") from error
     except (HTTPError, OfflineModeIsEnabled) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{name} is no folder here, and the Hub does not give it ({reason}): check the name."
-        ) from error
+        raise UserError(f"{name} is not a folder here, nor on the Hub ({reason}): check the name.") from error
+    return name, folder, folder.name
 
 
 def _check_is_ddpm(name: str, folder: Path):
@@ -145,8 +146,8 @@ def _check_is_ddpm(name: str, folder: Path):
     parts = {key: value for key, value in index.items() if not key.startswith("_")}
     found = {key: value[1] for key, value in parts.items() if isinstance(value, list) and len(value) == 2}
     if found.get("unet") != "UNet2DModel" or found.get("scheduler") not in SCHEDULERS or set(found) - set(PARTS):
-        has = ", ".join(f"{key}: {value}" for key, value in found.items()) or "nothing"
-        raise UserError(f"{name} is no DDPM (it has {has}): give a pipeline of a UNet2DModel and a DDPMScheduler.")
+        listed = ", ".join(f"{key}: {value}" for key, value in found.items()) or "nothing"
+        raise UserError(f"{name} is not a DDPM (it has {listed}): give one with a UNet2DModel and a DDPMScheduler.")
 
 
 def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
@@ -154,11 +155,10 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
     averaged = weights == "published" and (checkpoint / "ema.safetensors").is_file()
     flags = saved["flags"]
     if flags.get("objective") == "classify":
-        raise UserError(f"{checkpoint} is of a classifier: give a pipeline, or a checkpoint of one.")
+        raise UserError(f"{checkpoint} is of a classifier: give a pipeline, or a checkpoint of a model.")
     unet = UNet2DModel.from_config(saved["unet"])
-    unet.load_state_dict(
-        safetensors.torch.load_file(checkpoint / ("ema.safetensors" if averaged else "model.safetensors"))
-    )
+    file = checkpoint / ("ema.safetensors" if averaged else "model.safetensors")
+    unet.load_state_dict(safetensors.torch.load_file(file))
     scheduler = make_scheduler(
         flags["ddpm_beta_schedule"],
         flags["ddpm_num_steps"],
@@ -183,6 +183,7 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
 
 
 def _pretrained(unet, scheduler, facts: dict, *, run: dict, folder: Path, classes: Classes) -> Pretrained:
+    """Return a `Pretrained` with the UNet in eval mode and the facts completed."""
     unet = unet.eval().requires_grad_(False)
     facts = {"train_step": None, **facts, "commit": run.get("git_commit")}
     facts |= {"unet_sha256": weights_hash(unet), "parameters": sum(each.numel() for each in unet.parameters())}
@@ -193,21 +194,19 @@ def load_classifier(name: str | Path) -> NoisyClassifier:
     """Load a classifier that guides models.
 
     Args:
-        name: the folder of a run with --objective classify, its `classifier` folder, or a Hub id.
+        name: a run with --objective classify, its `classifier` folder, or a Hub id.
 
     Raises:
-        UserError: if there is none.
+        UserError: for a folder or a repository without a classifier.
 
     Example:
         >>> ddpm_hf.load_classifier("runs/digits-classifier").config.num_classes
         10
     """
-    name, folder = str(name), Path(name)
-    if not folder.exists():
-        folder = _from_hub(name)
-    folder = folder / "classifier" if (folder / "classifier").is_dir() else folder
+    name, folder, _ = _find_folder(name)
+    folder = _part_folder(folder, "classifier")
     try:
-        with quiet_diffusers():  # it warns that our class has no use for the auto_map in the config
+        with quiet_diffusers():  # it warns that our class does not use the config's auto_map
             classifier = NoisyClassifier.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(
@@ -217,7 +216,7 @@ def load_classifier(name: str | Path) -> NoisyClassifier:
 
 
 def weights_hash(module: torch.nn.Module) -> str:
-    """Return the SHA-256 of a module's tensors, by name, in float32: the same from whichever file they came."""
+    """Return the SHA-256 of a module's tensors, by name, in float32; it does not depend on the file they came from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

@@ -1,7 +1,7 @@
-"""A network on disk: stock diffusers' `DDPMPipeline`, or the files of a classifier; a kill leaves a folder that loads.
+"""Save a network: as stock diffusers' `DDPMPipeline`, or as a classifier with its code.
 
-What is saved names diffusers' own classes only, so that it loads where ddpm_hf is not installed. Stock diffusers has
-no class-conditional pipeline, so we save our own pipeline file next to the weights.
+The saved index names diffusers' own classes only, so that the folder loads where ddpm_hf is not installed. Stock
+diffusers has no class-conditional pipeline, so we save our own pipeline file next to the weights.
 """
 
 import contextlib
@@ -23,20 +23,21 @@ def save_pipeline(
 ):
     """Save the UNet (float32 safetensors) and the scheduler as stock diffusers' `DDPMPipeline`, over an older one.
 
-    The names of a conditional UNet's classes go into model_index.json as `id2label`, as DiTPipeline has them, and
-    class_guided.py is saved beside it, for `DiffusionPipeline.from_pretrained(folder, custom_pipeline="class_guided",
-    trust_remote_code=True)`. Other files in the folder, and the model, stay.
+    `class_names` are written to model_index.json as `id2label`, as for DiTPipeline. A conditional UNet also gets
+    class_guided.py next to it, for `DiffusionPipeline.from_pretrained(folder, custom_pipeline="class_guided",
+    trust_remote_code=True)`. Other files in the folder stay, and `unet` is not changed.
 
     Args:
-        pipeline: a pipeline file of ours that is to be saved too and named by the index, so that no `custom_pipeline`
-            is needed. (It would not help either: where an index names a file, diffusers 0.42 disregards any other
-            file's path that is given, though not the name of one in the folder.)
+        pipeline: the name of one of our pipelines. Its file is saved too, and the index names it, so that loading
+            needs no `custom_pipeline`. (diffusers 0.42 then ignores a `custom_pipeline` that is the path of a file
+            elsewhere.)
     """
     conditional = unet.config.num_class_embeds is not None
-    with saving(folder) as new:
-        # Trailing, as our own samplers: stock DDIM then begins in pure noise, and draws what was scored.
+    with _replacing_files(folder) as new:
+        # Save trailing spacing, as our own samplers use, so that stock DDIM begins in pure noise and draws the images
+        # that were scored.
         published = DDPMScheduler.from_config(scheduler.stock().config, timestep_spacing="trailing")
-        DDPMPipeline(in_float32(unet), published).save_pretrained(new)
+        DDPMPipeline(_in_float32(unet), published).save_pretrained(new)
         index = read_json(new / "model_index.json")
         if class_names is not None:
             index["id2label"] = dict(enumerate(class_names))
@@ -50,27 +51,28 @@ def save_pipeline(
 
 def save_classifier(folder: str | Path, classifier):
     """Save a classifier of noisy images (float32 safetensors) and its code in `folder`/classifier."""
-    with saving(folder) as new:
-        in_float32(classifier).save_pretrained(new / "classifier")
+    with _replacing_files(folder) as new:
+        _in_float32(classifier).save_pretrained(new / "classifier")
 
 
-def in_float32(network):
+def _in_float32(network):
+    """Return the network, or a float32 copy of it if it has another dtype."""
     return network if network.dtype == torch.float32 else copy.deepcopy(network).float()
 
 
 @contextlib.contextmanager
-def saving(folder: str | Path):
-    """Lend a folder to write to, then move its files to `folder` one by one, weights first and model_index.json last.
+def _replacing_files(folder: str | Path):
+    """Yield a temporary folder, then move its files to `folder` one by one, weights first and model_index.json last.
 
-    A kill at any time leaves a folder that loads, or one with no index yet.
+    After a kill at any time, `folder` loads or has no index yet.
     """
     new = Path(folder, ".saving")
-    shutil.rmtree(new, ignore_errors=True)  # left by a kill
+    shutil.rmtree(new, ignore_errors=True)  # remove what an earlier kill left
     yield new
     order = ["*/*.safetensors*", "*/*", "*.py", "model_index.json"]
     files = (path for pattern in order for path in sorted(new.glob(pattern)))
-    for part in dict.fromkeys(files):
-        target = folder / part.relative_to(new)
+    for file in dict.fromkeys(files):
+        target = folder / file.relative_to(new)
         target.parent.mkdir(exist_ok=True)
-        os.replace(part, target)
+        os.replace(file, target)
     shutil.rmtree(new)

@@ -1,4 +1,4 @@
-"""Images of a model in Python: drawn in batches, or into a folder."""
+"""Draw images of a model in Python: as PIL images, as a tensor, or into a folder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,21 +27,22 @@ def sample(
 ) -> list[Image.Image] | Path:
     """Draw images 0 to num_images - 1 of a model, as PIL images or into a folder.
 
-    Image k is drawn from the generator seeded with seed + k: it is the same image in any batch, on any machine up to
-    round-off, and whatever was drawn before.
+    Image k is drawn from the generator seeded with seed + k. It is the same image in every batch and, up to round-off,
+    on every machine.
 
     Args:
         model: a folder, a checkpoint, a Hub id, or what `load` returned.
         sampler: ddpm, ddim, dpmsolver++ or a `Sampler`.
-        output: a folder, or a file that ends in .npz: images are written there, killed jobs go on where they were.
-        batch_size: images at a time; it changes nothing else.
+        output: a folder or a file that ends in .npz, to write the images to. After a kill, the same call draws only
+            the missing images.
+        batch_size: images per batch, at least 1; changes round-off only.
         settings: the other fields of `Sampler`: num_inference_steps, seed, eta, class_labels, guidance_scale, ...
 
     Returns:
         Images of mode L or RGB at the model's own size, or the path of `output`.
 
     Raises:
-        UserError: for a model that cannot be read, settings that it cannot follow, or an `output` in other use.
+        UserError: for a model that cannot be read, settings that it does not support, or an `output` with other files.
 
     Example:
         >>> images = ddpm_hf.sample("runs/digits", 4, "ddim", num_inference_steps=10, seed=1)
@@ -71,9 +72,9 @@ def sample_images(
     """Draw images `indices` in batches, with a progress bar: uint8 (N, C, H, W) on the CPU.
 
     Args:
-        sampler: resolved for this model.
-        batch_size: changes neither images nor their order.
-        on_step: called after every step of every batch, as by `Sampler.draw`.
+        sampler: a resolved `Sampler`.
+        batch_size: images per batch; changes round-off only.
+        on_step: called after every step of every batch, as in `Sampler.draw`.
 
     Raises:
         UserError: for a batch size below 1.

@@ -1,4 +1,4 @@
-"""Guidance: a network that predicts as a UNet does, only more towards a class; whatever samples can sample from it."""
+"""Guide a UNet towards a class: networks with the call of a UNet, which every sampler takes in place of one."""
 
 import math
 
@@ -18,46 +18,52 @@ from .samplers import clipped
 class ClassifierFree(nn.Module):
     """A conditional UNet under classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is `scale` - 1).
 
-    out = out(no class) + scale * (out(class) - out(no class)): 1 is the UNet itself, 0 draws from all classes. "No
-    class" is the UNet's last embedding. Each evaluation costs two of the UNet.
+    out = out(no class) + scale * (out(class) - out(no class)). Scale 1 is the UNet's own prediction, scale 0 draws
+    from all classes. The UNet's last embedding means "no class". A call costs two calls of the UNet.
     """
 
     def __init__(self, unet: UNet2DModel, scheduler: PaperDDPMScheduler, scale: float):
         super().__init__()
-        self.unet, self.scheduler, self.scale = unet, scheduler, scale
-        self.config, self.no_class = unet.config, unet.config.num_class_embeds - 1
+        self.unet = unet
+        self.scheduler = scheduler
+        self.scale = scale
+        self.config = unet.config
+        self.no_class = unet.config.num_class_embeds - 1
 
     device = property(lambda self: self.unet.device)
     dtype = property(lambda self: self.unet.dtype)
 
     def forward(self, sample, timesteps, class_labels) -> UNet2DOutput:
-        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,); a variance is not guided."""
+        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,). Leave a variance as is."""
         labels = torch.cat([class_labels, torch.full_like(class_labels, self.no_class)])
         output = self.unet(sample.repeat(2, 1, 1, 1), timesteps.repeat(2), labels).sample.float()
         conditional, unconditional = output.chunk(2)
         guided = (unconditional + self.scale * (conditional - unconditional))[:, : sample.shape[1]]
         original = self.scheduler.predict_original_sample(guided, sample.float(), timesteps)
-        prediction = predict(self.scheduler, original, sample, timesteps)
+        prediction = as_prediction(self.scheduler, original, sample, timesteps)
         return UNet2DOutput(torch.cat([prediction, conditional[:, sample.shape[1] :]], dim=1))
 
 
 class ClassifierGuided(nn.Module):
-    """An unconditional UNet under classifier guidance (Dhariwal & Nichol 2021, Algorithm 2), conditional by that.
+    """An unconditional UNet under classifier guidance (Dhariwal & Nichol 2021, Algorithm 2).
 
-    eps = eps(x_t) - scale sqrt(1 - abar_t) grad log p(y | x_t): the score of x_t is -eps / sqrt(1 - abar_t), so a
-    gradient of log p enters eps with that factor.
+    eps = eps(x_t) - scale sqrt(1 - abar_t) grad log p(y | x_t). The factor sqrt(1 - abar_t) turns the gradient into
+    noise, because the score of x_t is -eps / sqrt(1 - abar_t).
     """
 
     def __init__(self, unet: UNet2DModel, scheduler: PaperDDPMScheduler, classifier: NoisyClassifier, scale: float):
         super().__init__()
-        self.unet, self.scheduler, self.classifier, self.scale = unet, scheduler, classifier, scale
+        self.unet = unet
+        self.scheduler = scheduler
+        self.classifier = classifier
+        self.scale = scale
         self.config = FrozenDict(unet.config | {"num_class_embeds": classifier.config.num_classes})
 
     device = property(lambda self: self.unet.device)
     dtype = property(lambda self: self.unet.dtype)
 
     def forward(self, sample, timesteps, class_labels) -> UNet2DOutput:
-        """Return the guided prediction for `sample` (B, C, H, W), of the kind that the UNet predicts."""
+        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,). Leave a variance as is."""
         output = self.unet(sample, timesteps).sample.float()
         with torch.enable_grad():
             noisy = sample.detach().float().requires_grad_()
@@ -65,20 +71,21 @@ class ClassifierGuided(nn.Module):
             chosen = log_probabilities.gather(1, class_labels[:, None]).sum()
             gradient = torch.autograd.grad(chosen, noisy)[0]
         alpha_bar = self.scheduler.alphas_cumprod_at(timesteps).reshape(-1, 1, 1, 1)
-        signal, sigma = alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()
+        signal = alpha_bar.sqrt().float()
+        sigma = (1 - alpha_bar).sqrt().float()
         prediction = output[:, : sample.shape[1]]
         change = -self.scale * sigma * gradient
         original = self.scheduler.predict_original_sample(prediction, sample.float(), timesteps)
-        # eps + change is x_0 - sigma / signal * change.
-        prediction.copy_(predict(self.scheduler, original - sigma / signal * change, sample, timesteps))
+        # Adding `change` to eps subtracts sigma / signal * change from x_0.
+        prediction.copy_(as_prediction(self.scheduler, original - sigma / signal * change, sample, timesteps))
         return UNet2DOutput(output)
 
 
-def predict(scheduler: PaperDDPMScheduler, original_samples, sample, timesteps) -> torch.Tensor:
-    """Return x_0 (B, C, H, W), clipped as the scheduler says, as a prediction of its kind at x_t = `sample`.
+def as_prediction(scheduler: PaperDDPMScheduler, original_samples, sample, timesteps) -> torch.Tensor:
+    """Clip x_0 (B, C, H, W) as the scheduler says, and return the eps, x_0 or v that implies it at x_t = `sample`.
 
-    Guidance sends x_0 far out of range. Samplers clip it, but the eps that DDIM keeps would still step out there: of
-    40 digits asked for at scale 2, a classifier knew 70 % so, and all with the eps of the clipped x_0.
+    Guidance moves x_0 far out of range. Samplers clip it, but DDIM would keep the eps of the unclipped x_0: at scale 2
+    a classifier then recognized 70 % of 40 requested digits. With the eps of the clipped x_0 it recognized all.
     """
     alpha_bar = scheduler.alphas_cumprod_at(timesteps).reshape(-1, 1, 1, 1)
     original = clipped(original_samples, scheduler)
@@ -93,24 +100,25 @@ def guide(
     scale: float,
     classifier: NoisyClassifier | None = None,
 ) -> nn.Module:
-    """Return a network that predicts what `unet` does, pulled towards the class that it is told.
+    """Return a network that samplers take in place of `unet`, with predictions moved towards the requested class.
 
-    At scale 1 without a classifier this is the UNet itself. Any sampler takes the result for a UNet.
+    At scale 1 without a classifier it is `unet` itself.
 
     Args:
-        classes: those of the UNet.
-        scale: 1 is the conditional model, larger is surer and less varied. With a classifier 0 is no guidance.
-        classifier: guides an unconditional UNet; None means classifier-free guidance of a conditional one.
+        classes: the classes of the UNet.
+        scale: any finite number. A larger scale follows the class more closely and varies less. 1 is the conditional
+            model itself; with a classifier, 0 is no guidance.
+        classifier: guides an unconditional UNet. None: classifier-free guidance of a conditional UNet.
 
     Raises:
-        UserError: for a UNet or a classifier that guidance of this kind is impossible with.
+        UserError: for a scale that is not finite, or a UNet or classifier that does not support the guidance.
 
     Example:
         >>> model = ddpm_hf.load("runs/mnist-conditional")
         >>> network = guide(model.unet, model.scheduler, model.classes, scale=2.0)
     """
     if not math.isfinite(scale):
-        raise UserError(f"--guidance_scale is {scale}, but must be a finite number.")
+        raise UserError(f"--guidance_scale is {scale}, but must be a finite number, e.g. 2.")
     if classifier is not None:
         check_classifier(classifier, unet, scheduler)
         return ClassifierGuided(unet, scheduler, classifier, scale)
@@ -118,16 +126,18 @@ def guide(
         return unet
     if not classes:
         raise UserError(
-            f"--guidance_scale is {scale:g}, but this model knows no classes: give --classifier, or a model trained "
-            "with --class_conditional."
+            f"--guidance_scale is {scale:g}, but this model knows no classes: give a --classifier, or a model that "
+            "was trained with --class_conditional."
         )
     if classes.no_class is None:
-        raise UserError("this model was trained without --label_dropout and cannot be guided: take scale 1.")
+        raise UserError(
+            "this model was trained without --label_dropout, which guidance needs: give --guidance_scale 1."
+        )
     return ClassifierFree(unet, scheduler, scale)
 
 
 def check_classifier(classifier: NoisyClassifier, unet: UNet2DModel, scheduler: PaperDDPMScheduler):
-    """Refuse, with a UserError, a classifier that cannot guide this model."""
+    """Raise a UserError if the classifier cannot guide this model."""
     if unet.config.num_class_embeds is not None:
         raise UserError("--classifier guides an unconditional model, and this one is conditional: leave it out.")
     for what, of_classifier, of_model in [

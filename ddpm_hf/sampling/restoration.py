@@ -1,8 +1,8 @@
-"""Images restored by a model of clean ones, through pipelines/restoration.py: in memory, or a folder of files.
+"""Restore images with a model of clean images, through pipelines/restoration.py: in memory or from files to files.
 
-Image k, in the order of names, draws from `torch.Generator().manual_seed(seed + k)` alone, so it is the same (up to a
-grey level of round-off) in any batch. A folder is read whole before anything is written. An interrupted one goes on:
-its restoration.json says which images, model and settings the finished ones belong to.
+Image k, in the order of names, takes its noise from `torch.Generator().manual_seed(seed + k)`, so it is the same in
+any batch, up to one grey level of round-off. All images are read before any result is written. After an interruption
+the same command restores the missing images; restoration.json says what the finished ones were made from.
 """
 
 import contextlib
@@ -28,28 +28,32 @@ from ..pictures import frame, image_sheet, to_uint8
 from .samplers import image_generators
 
 
-SCHEMA = "ddpm_hf.restoration/1"
+RESTORATION_SCHEMA = "ddpm_hf.restoration/1"
 RECORD = "restoration.json"
-ON_SHEET, COLUMNS = 16, 8  # images that are shown, and in a row
-TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": "deblur"}  # settings of one task alone
+SHEET_IMAGES = 16
+SHEET_COLUMNS = 8
+TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": "deblur"}  # settings of a single task
 
 
 @dataclass
 class Item:
-    """One image to restore: its number, its file, where the result goes, its mask's file (inpaint), its (H, W)."""
+    """One image to restore; `check_items` sets its size."""
 
     index: int
     path: Path
     output: Path
-    mask: Path | None
-    size: tuple[int, int] = (0, 0)
+    mask: Path | None  # for inpaint
+    size: tuple[int, int] = (0, 0)  # (H, W)
 
 
 @dataclass(frozen=True)
 class Restored:
-    """What was written: how many images, a sheet of inputs above results, and the noise of each image drawn now.
+    """The files that `restore` wrote.
 
-    `noise_levels` are standard deviations on pixels in [0, 1].
+    Attributes:
+        num_images: how many results there are, including those of earlier calls.
+        sheet: the picture that shows inputs above results.
+        noise_levels: the noise of each image that this call restored: standard deviations on pixels in [0, 1].
     """
 
     num_images: int
@@ -73,24 +77,25 @@ def restore(
 
     Args:
         model: a folder, a checkpoint, a Hub id, or what `load` returned.
-        images: PIL images, arrays or tensors as pipelines/restoration.py takes them; or, with `output`, the path of an
+        images: PIL images, arrays or tensors as pipelines/restoration.py takes them. With `output`: the path of an
             image or of a folder of images.
-        output: a .png file, or a folder: each result has its input's name and ends in .png. None: results in memory.
-        task: denoise, inpaint, super_resolution, colorize or deblur: what has happened to the images.
-        mask: of inpaint, white where to paint: an image, or with `output` a path: one for all, or a folder of one
-            for each name.
-        batch_size: images at a time; it changes nothing else.
+        output: a .png file, or a folder, where each result has its input's name and ends in .png. None: the results
+            are returned.
+        task: denoise, inpaint, super_resolution, colorize or deblur.
+        mask: for inpaint, white where to paint: one mask for all images, or a list. With `output`: the path of one
+            mask, or of a folder with one mask per image, of the same name.
+        batch_size: images per batch, at least 1; changes round-off only.
         seed: image k is drawn from the generator seeded with seed + k.
         overwrite: replace results that are in `output`.
         settings: noise_level (standard deviation on pixels in [0, 1]), scale_factor, blur_sigma (pixels),
-            num_inference_steps, num_samples (how many restorations are averaged); None: the pipeline's own.
+            num_inference_steps, num_samples (restorations to average). None: the pipeline's default.
 
     Returns:
-        PIL images, or with `output` what was written.
+        PIL images, or with `output` a `Restored`.
 
     Raises:
-        UserError: for settings that do not go together, images that are missing or unreadable, an output that is
-            there already, and what the pipeline refuses.
+        UserError: for settings that contradict each other, images that are missing or unreadable, an output that
+            already exists, and whatever the pipeline refuses.
 
     Example:
         >>> noisy = ddpm_hf.sample("runs/digits", 2, "ddim", num_inference_steps=10)
@@ -102,18 +107,15 @@ def restore(
     items = None if output is None else find_items(Path(images), Path(output), mask)
     if not isinstance(model, Pretrained):
         model = load_pretrained(model)
+    if items is None:
+        return restore_images(model, images, settings, mask=mask, seed=seed, batch_size=batch_size)
+    place = Path(output)
+    return restore_files(model, items, settings, output=place, seed=seed, batch_size=batch_size, overwrite=overwrite)
+
+
+def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size: int) -> list[Image.Image]:
+    """Restore one image, or several in batches, in memory."""
     pipeline = open_pipeline(model)
-    if items is not None:
-        return restore_files(
-            pipeline,
-            model,
-            items,
-            settings,
-            output=Path(output),
-            seed=seed,
-            batch_size=batch_size,
-            overwrite=overwrite,
-        )
     several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
     images = list(images) if several else [images]
     restored = []
@@ -128,12 +130,13 @@ def restore(
 
 
 def restore_files(
-    pipeline, model: Pretrained, items: list[Item], settings: dict, *, output: Path, seed: int, batch_size, overwrite
+    model: Pretrained, items: list[Item], settings: dict, *, output: Path, seed: int, batch_size: int, overwrite: bool
 ) -> Restored:
-    """Restore images from files to files: refuse first, then restore those without a result, then draw a sheet."""
+    """Check all items, restore those without a result, and draw a sheet."""
+    pipeline = open_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
     record = {
-        "schema": SCHEMA,
+        "schema": RESTORATION_SCHEMA,
         "model": model.facts,
         "pipeline_sha256": hashlib.sha256(pipeline_file("restoration").read_bytes()).hexdigest(),
         "settings": settings | {"seed": seed},
@@ -141,30 +144,31 @@ def restore_files(
         "inputs_sha256": check_items(items, pipeline, settings, seed),
     }
     is_file = len(items) == 1 and items[0].output == output
-    to_do = begin(items, output, record, is_file=is_file, overwrite=overwrite)
+    to_do = begin_output(items, output, record, is_file=is_file, overwrite=overwrite)
     noise_levels = restore_items(to_do, pipeline, settings, seed, batch_size)
     with writing("the sheet", output):
-        sheet = draw_sheet(items[:ON_SHEET], output.resolve().with_name(f"{output.resolve().name}.sheet.png"))
+        sheet = draw_sheet(items[:SHEET_IMAGES], output.resolve().with_name(f"{output.resolve().name}.sheet.png"))
     return Restored(len(items), sheet, noise_levels)
 
 
 def open_pipeline(model: Pretrained) -> DiffusionPipeline:
-    """Return pipelines/restoration.py around a loaded model, on the device of this process."""
+    """Return the RestorationPipeline of a loaded model, on the device of this process."""
     module = pipeline_module("restoration")
     pipeline = module.RestorationPipeline(model.unet, model.scheduler.stock(), model.classes.id2label)
     return pipeline.to(PartialState().device)
 
 
 def check_task_settings(settings: dict, mask, batch_size: int):
-    """Refuse, with a UserError, settings that belong to another task, or that are out of range."""
-    task, tasks = settings["task"], pipeline_module("restoration").OPERATORS
+    """Raise a UserError for settings that belong to another task or are out of range."""
+    task = settings["task"]
+    tasks = pipeline_module("restoration").OPERATORS
     if task not in tasks:
         raise UserError(no_such("task", task, tasks))
     for name, owner in TASK_OF.items():
         if (settings.get(name) is not None or name == "mask" and mask is not None) and task != owner:
-            raise UserError(f"--{name} belongs to --task {owner}, and --task is {task}: leave it out.")
+            raise UserError(f"--{name} belongs to --task {owner}, but --task is {task}: leave it out.")
     if task == "inpaint" and mask is None:
-        raise UserError("--task inpaint needs --mask: an image, or a folder of one per image, white where to paint.")
+        raise UserError("--task inpaint needs a mask: give --mask, an image or a folder, white where to paint.")
     if not settings.get("noise_level", 0) >= 0:
         raise UserError(f"--noise_level is {settings['noise_level']}; it must be at least 0.")
     if batch_size < 1:
@@ -172,7 +176,7 @@ def check_task_settings(settings: dict, mask, batch_size: int):
 
 
 def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]:
-    """Return what is to be restored, by name: the images right inside a folder, or one file."""
+    """Return the items of one image file, or of the images directly in a folder, by name."""
     if place.is_file():
         if output.resolve() == place.resolve():
             raise UserError(f"OUTPUT {output} is INPUT itself: give another name.")
@@ -185,86 +189,78 @@ def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]
         raise UserError(f"OUTPUT {output} is a file or INPUT itself: give another folder.")
     paths = images_in(place)
     if not paths:
-        raise UserError(f"INPUT {place} holds no image: give an image or a folder with images right inside.")
+        raise UserError(f"INPUT {place} holds no image: give an image, or a folder with images directly inside.")
     names = [path.stem for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"INPUT {place} has several images named {min(twice)}, and results have names alike: rename.")
+        raise UserError(f"INPUT {place} has several images named {min(twice)}: rename them, as results are all .png.")
     masks = [find_mask(path, mask) for path in paths]
     return [Item(k, path, output / f"{path.stem}.png", mask) for k, (path, mask) in enumerate(zip(paths, masks))]
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Return the files of a folder, by name, whose suffix is that of a format that Pillow reads."""
+    """Return the visible files of a folder that have a suffix that Pillow reads, by name."""
     readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     return sorted(path for path in files if path.suffix.lower() in readable)
 
 
 def find_mask(path: Path, mask: str | None) -> Path | None:
-    """Return the mask's file of the image `path`: `mask` itself, or the one of the same name in the folder `mask`."""
+    """Return the mask of the image `path`: the file `mask`, or the file of the same name in the folder `mask`."""
     if mask is None or Path(mask).is_file():
         return mask and Path(mask)
     found = [file for file in images_in(Path(mask)) if file.stem == path.stem] if Path(mask).is_dir() else []
     if len(found) != 1:
-        raise UserError(f"--mask {mask} has no mask for {path.name}: give an image, or a folder of one {path.stem}.*.")
+        raise UserError(f"--mask {mask} has no mask for {path.name}: give an image, or a folder with {path.stem}.png.")
     return found[0]
 
 
 def read(path: Path) -> torch.Tensor:
-    """Return an image as float32 (C, H, W) in [0, 1], upright, on white; C is 1 where all of it is grey."""
+    """Return an image as float32 (C, H, W) in [0, 1], upright, on white; C is 1 if all pixels are grey, else 3."""
     try:
         array = to_array(Image.open(path), 3, exact=True)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        raise UserError(f"{path} cannot be read ({error}): mend it or take it out.") from error
+        raise UserError(f"{path} cannot be read ({error}): repair or remove it.") from error
     image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
     return image[:1] if (image == image[:1]).all() else image
 
 
 def read_mask(path: Path) -> torch.Tensor:
-    """Return a mask as bool (H, W), True where it is white, or brighter than half of its brightest: there to paint.
-
-    Raises:
-        UserError: if it is black everywhere.
-    """
+    """Return a mask as bool (H, W): True (to paint) where it is brighter than half of its brightest pixel."""
     grey = read(path).mean(dim=0)
     if not grey.any():
-        raise UserError(f"--mask {path} is white nowhere: give one that is white where the image is to be painted.")
+        raise UserError(f"--mask {path} has no white pixel: give a mask that is white where to paint.")
     return grey > grey.max() / 2
 
 
 def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return an image with as many channels as its task and the model want, and its mask, or None.
-
-    Raises:
-        UserError: for colour where grey is wanted, or a mask of another size.
-    """
-    image, channels = read(item.path), 1 if task == "colorize" else pipeline.unet.config.in_channels
+    """Return an item's image (C, H, W), with the channels that the task and the model need, and its mask or None."""
+    image = read(item.path)
+    channels = 1 if task == "colorize" else pipeline.unet.config.in_channels
     if len(image) > channels:
         why = "colorize takes grey images" if task == "colorize" else "the model has images of one channel"
-        raise UserError(f"{item.path} has colours, but {why}: convert it to grey, or take it out.")
+        raise UserError(f"{item.path} has colors, but {why}: convert it to grey, or remove it.")
     mask = None if item.mask is None else read_mask(item.mask)
     if mask is not None and mask.shape != image.shape[1:]:
-        (height, width), (mask_height, mask_width) = image.shape[1:], mask.shape
-        sizes = f"{mask_width}x{mask_height}, but {item.path.name} is {width}x{height}"
-        raise UserError(f"--mask {item.mask} is {sizes}: give one of the same size.")
+        mask_size, size = (f"{width}x{height}" for height, width in (mask.shape, image.shape[1:]))
+        raise UserError(f"--mask {item.mask} is {mask_size}, but {item.path.name} is {size}: give one of that size.")
     return image.expand(channels, -1, -1), mask
 
 
 class Accepted(Exception):
-    """Ends a trial of the pipeline after its first step: it has refused nothing."""
+    """The pipeline has taken its first step with an image, so it accepts the image and the settings."""
 
 
 def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
-    """Read all images and masks, try the pipeline on one of each size, note the sizes; return a hash of what was read.
+    """Check that all items can be restored, set their sizes, and return the SHA-256 of all images and masks.
 
-    Raises:
-        UserError: for the first image that cannot be restored.
+    Every item is read, and the pipeline takes one step with the first image of each size.
     """
 
     def accept(*step):
         raise Accepted
 
-    digest, first = hashlib.sha256(), {}
+    digest = hashlib.sha256()
+    first = {}  # by size
     for item in tqdm(items, desc="Reading", unit="image", disable=len(items) < 200):
         image, mask = read_for(pipeline, item, options["task"])
         item.size = tuple(image.shape[1:])
@@ -275,63 +271,61 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
         image, mask = read_for(pipeline, item, options["task"])
         with contextlib.suppress(Accepted), refused_as_user_error(item.path.name):
             generators = image_generators(seed, [item.index])
-            pipeline(image[None], **masks([mask]), **options, generator=generators, callback_on_step_end=accept)
+            pipeline(image[None], **stack_masks([mask]), **options, generator=generators, callback_on_step_end=accept)
     return digest.hexdigest()
 
 
-def masks(of_images: list[torch.Tensor | None]) -> dict:
-    return {} if of_images[0] is None else {"mask": torch.stack(of_images)}
+def stack_masks(masks: list[torch.Tensor | None]) -> dict:
+    """Return the masks of a batch as the pipeline's argument, {"mask": (B, H, W)}, or {} if there are none."""
+    return {} if masks[0] is None else {"mask": torch.stack(masks)}
 
 
 @contextlib.contextmanager
 def refused_as_user_error(what: str):
-    """Turn what the pipeline refuses, which is a ValueError, into a sentence that names the image."""
+    """Turn a ValueError of the pipeline into a UserError that names the image."""
     try:
         yield
     except ValueError as error:
         raise UserError(f"{what} cannot be restored with these flags: {error}") from error
 
 
-def begin(items: list[Item], output: Path, record: dict, *, is_file: bool, overwrite: bool) -> list[Item]:
-    """Return the items without a result yet; begin the folder, or go on with it if its record is the same.
-
-    Raises:
-        UserError: if there is something else already, and no --overwrite; if nothing can be written there.
-    """
+def begin_output(items: list[Item], output: Path, record: dict, *, is_file: bool, overwrite: bool) -> list[Item]:
+    """Create the output, or check that its record is the same, and return the items that have no result yet."""
     if is_file:
         if output.exists() and not overwrite:
-            raise UserError(f"{output} is there already: give another OUTPUT, or --overwrite to replace it.")
+            raise UserError(f"{output} already exists: give another OUTPUT, or --overwrite to replace it.")
         with writing("the image", output):
             output.parent.mkdir(parents=True, exist_ok=True)
         return items
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         if read_json(output / RECORD, missing={}) != json.loads(json.dumps(record)):
             raise UserError(
-                f"{output} holds something else than results of this model, these images and these settings: give "
+                f"{output} holds something else, not results of this model, these images and these settings: give "
                 "another OUTPUT, or --overwrite to replace files of the same names."
             )
         return [item for item in items if not item.output.exists()]
     with writing("the images", output):
         output.mkdir(parents=True, exist_ok=True)
-        for item in items:  # an old file would pass for a result of what is about to begin
+        for item in items:  # remove old files, which a later call would take for results
             item.output.unlink(missing_ok=True)
         write_json(output / RECORD, record)
     return items
 
 
 def restore_items(items: list[Item], pipeline, options: dict, seed: int, batch_size: int) -> list[float]:
-    """Restore and write the images, those of one size together; return their noise levels."""
-    noise_levels, batches = [], []
+    """Restore and write the images, in batches of one size; return their noise levels."""
+    noise_levels = []
+    batches = []
     for size in sorted({item.size for item in items}):
         same = [item for item in items if item.size == size]
         batches += [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
     pipeline.set_progress_bar_config(desc="Steps of a batch", leave=False, position=1)
     with tqdm(desc=f"Restoring {len(items):,} images", total=len(items), unit="image") as bar:
         for batch in batches:
-            images, of_images = zip(*(read_for(pipeline, item, options["task"]) for item in batch))
+            images, masks = zip(*(read_for(pipeline, item, options["task"]) for item in batch))
             generators = image_generators(seed, [item.index for item in batch])
             with refused_as_user_error(batch[0].path.name):
-                done = pipeline(torch.stack(images), **masks(of_images), **options, generator=generators)
+                done = pipeline(torch.stack(images), **stack_masks(masks), **options, generator=generators)
             for item, image in zip(batch, done.images):
                 with writing("the image", item.output):
                     write_beside(item.output, partial(image.save, format="PNG"))
@@ -341,14 +335,16 @@ def restore_items(items: list[Item], pipeline, options: dict, seed: int, batch_s
 
 
 def draw_sheet(items: list[Item], path: Path) -> Path:
-    """Draw each image above its result: as it came, enlarged to the same size, grey where it is masked."""
+    """Draw a sheet with each input above its result: enlarged to the same size, and grey where it is masked."""
     pairs = []
     for item in items:
-        given, result = read(item.path), Image.open(item.output).convert("RGB")
+        given = read(item.path)
+        result = Image.open(item.output).convert("RGB")
         given = given if item.mask is None else given.masked_fill(read_mask(item.mask), 0.5)
         array = to_uint8(2 * given - 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
         pairs.append((Image.fromarray(array).resize(result.size, Image.Resampling.NEAREST), result))
-    side, columns = max(128, *(max(result.size) for _, result in pairs)), min(COLUMNS, len(pairs))
+    side = max(128, *(max(result.size) for _, result in pairs))
+    columns = min(SHEET_COLUMNS, len(pairs))
     cells = []
     for start in range(0, len(pairs), columns):
         row = pairs[start : start + columns] + [(None, None)] * (start + columns - len(pairs))

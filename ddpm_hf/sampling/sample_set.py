@@ -1,7 +1,7 @@
-"""A set of samples on disk: how it is written, and how it is read back for scoring.
+"""Write a set of samples to disk, and read it back for scoring.
 
-A folder has `000000.png`, `000001.png`, ... and `samples.json`, which says how they were drawn; an .npz has `arr_0`
-(N, H, W, C) uint8, as the evaluators of ADM and others read it, and the same JSON as `meta`.
+A folder holds `000000.png`, `000001.png`, ... and `samples.json`, which says how they were drawn. An .npz file holds
+the images as `arr_0`, uint8 (N, H, W, C), as ADM's evaluator reads them, and the same JSON as `meta`.
 """
 
 import json
@@ -27,12 +27,15 @@ from .samplers import autocast, class_arguments, image_shape
 from .settings import DTYPES, Sampler
 
 
-SCHEMA = "ddpm_hf.samples/1"
+SAMPLES_SCHEMA = "ddpm_hf.samples/1"
 
 
 @dataclass
 class SampleSet:
-    """Images uint8 (N, C, H, W) in the order of their numbers, and what was told of them ({} if nothing was)."""
+    """Images, uint8 (N, C, H, W), in the order of their numbers.
+
+    `sampler` and `model` are the records of what drew them, or {} if that is unknown.
+    """
 
     images: torch.Tensor
     sampler: dict
@@ -40,30 +43,24 @@ class SampleSet:
 
 
 def check_same_samples(place: Path, found: dict | None, wanted: dict):
-    """Refuse to mix samples: `found` is the record of those already there.
-
-    Raises:
-        UserError: naming the first thing that differs.
-    """
+    """Refuse to add samples with the record `wanted` to `place`, if `place` holds samples with another record."""
     if found is None:
         if place.is_file() or place.is_dir() and any(place.iterdir()):
-            raise UserError(f"{place} is there already and holds no samples of ours: give another --output.")
+            raise UserError(f"{place} already exists and holds no samples of ddpm_hf: give another --output.")
         return
     pairs = [("the weights", found["model"]["unet_sha256"], wanted["model"]["unet_sha256"])]
-    keys = found["sampler"] | wanted["sampler"]  # guidance is told only where there is some
+    keys = found["sampler"] | wanted["sampler"]  # a record without guidance has no guidance_scale
     pairs += [(key, found["sampler"].get(key), wanted["sampler"].get(key)) for key in keys]
     for what, there, here in pairs:
         if there != here:
-            raise UserError(
-                f"{place} holds samples of another kind ({what}: {there} there, {here} here): give another --output."
-            )
+            raise UserError(f"{place} has other samples ({what}: {there} there, {here} here): give another --output.")
 
 
 def read_samples(path) -> SampleSet:
     """Read a folder of PNG files, or an .npz with `arr_0` (or its only array) uint8 (N, H, W, C).
 
     Raises:
-        UserError: for a place without images, JPEG files, images of several sizes or modes, floats, an unfinished set.
+        UserError: if there are no images, or if they are lossy, floats, of several sizes or modes, or unfinished.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -75,16 +72,18 @@ def read_samples(path) -> SampleSet:
     return SampleSet(images, record["sampler"], record["model"])
 
 
-def _read_npz(path: Path):
+def _read_npz(path: Path) -> tuple[torch.Tensor, dict | None]:
+    """Return the images of an .npz file, uint8 (N, C, H, W), and its record, if it has one."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             name = "arr_0" if "arr_0" in arrays else arrays.files[0]
-            array, meta = arrays[name], str(arrays["meta"]) if "meta" in arrays else None
+            array = arrays[name]
+            meta = str(arrays["meta"]) if "meta" in arrays else None
     except (OSError, ValueError, IndexError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as .npz: give one with uint8 images (N, H, W, C) as arr_0.") from error
     if array.dtype != np.uint8:
         raise UserError(
-            f"{path} holds {array.dtype}, which could be of any range: give uint8 images, round((x + 1) 127.5)."
+            f"{path} holds {array.dtype}, whose range is unknown: give uint8, round((x + 1) * 127.5) for x in [-1, 1]."
         )
     if array.ndim != 4 or array.shape[-1] not in (1, 3) or not len(array):
         raise UserError(f"{path} holds an array of shape {array.shape}: give images (N, H, W, C), C = 1 or 3.")
@@ -92,10 +91,11 @@ def _read_npz(path: Path):
 
 
 def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
+    """Return the PNG files of a folder, uint8 (N, C, H, W): those that the record counts, or all, by name."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: give a folder of PNG files, or an .npz.")
+        raise UserError(f"{folder} is not a folder: give a folder of PNG files, or an .npz.")
     files = sorted(folder.glob("*.png"))
-    if record is not None:  # there may be more, of a larger job that was given up
+    if record is not None:  # read only what it counts, because an abandoned larger job may have left more
         wanted = [folder / file_name(k) for k in range(record["num_images"])]
         files = [path for path in wanted if path.is_file()]
         if len(files) < len(wanted):
@@ -105,17 +105,19 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
     lossy = [path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".webp")]
     if lossy:
         raise UserError(
-            f"{folder} has lossy images ({lossy[0].name}), whose artefacts a score would measure: save samples as PNG."
+            f"{folder} has lossy images ({lossy[0].name}), whose artifacts would change the scores: save PNG files."
         )
     if not files:
         raise UserError(f"{folder} has no PNG files: give a folder of samples, an .npz, or a model.")
-    arrays, kind = [], None
+    arrays = []
+    kind = None
     for path in tqdm(files, desc="Reading samples", unit="image", disable=len(files) < 2000):
         try:
             with Image.open(path) as image:
-                mode, array = image.mode, np.asarray(image)
+                mode = image.mode
+                array = np.asarray(image)
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error}): take it out or draw it again.") from error
+            raise UserError(f"{path} cannot be read ({error}): remove it, or draw it again.") from error
         if mode not in ("L", "RGB"):
             raise UserError(f"{path} is of mode {mode}: give 8-bit grey (L) or RGB images.")
         kind = kind or (mode, array.shape)
@@ -129,15 +131,16 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
 
 
 def read_sample_record(folder: Path) -> dict | None:
-    """Return the samples.json of a folder; None without one, or with somebody else's."""
+    """Return the content of a folder's samples.json, or None if there is none or another program wrote it."""
     try:
         record = read_json(folder / "samples.json")
     except UserError:
         return None
-    return record if record.get("schema") == SCHEMA else None
+    return record if record.get("schema") == SAMPLES_SCHEMA else None
 
 
 def file_name(k: int) -> str:
+    """Return the name of image k in a folder of samples."""
     return f"{k:06d}.png"
 
 
@@ -148,37 +151,34 @@ def draw_samples(
     output: str | Path,
     *,
     batch_size: int = 64,
-    progress: bool = True,
 ) -> Path:
-    """Draw images 0..num_images-1 into a folder, or into one .npz; every process of a launch calls this.
+    """Draw images 0..num_images-1 into a folder or an .npz file, and return its path; every process must call this.
 
-    Image k is in block k // batch_size, and one process draws a block in one batch, whatever is there already. So a
-    job that was killed ends with the same bytes as one that was not, on any number of processes.
+    Image k belongs to block k // batch_size. A block with missing images is drawn as a whole, in one batch on one
+    process. So a job that was killed and started again ends with the same bytes, on any number of processes.
 
     Args:
-        sampler: resolved for this model.
-        output: a folder to begin or to go on with, or a file that ends in .npz.
-
-    Returns:
-        `output` as a Path.
+        sampler: a resolved `Sampler`.
+        output: a folder, which may hold some of these images already, or a file that ends in .npz.
 
     Raises:
-        UserError: if the folder holds other samples or files, cannot be written, or if an image is not finite.
+        UserError: if `output` holds other samples or files or cannot be written, or if an image is not finite.
     """
     if num_images < 1 or batch_size < 1:
         raise UserError(f"--num_images is {num_images} and --batch_size {batch_size}; both must be at least 1.")
-    output, state = Path(output), PartialState()
+    output = Path(output)
+    state = PartialState()
     folder = output.with_name(output.name + ".parts") if output.suffix == ".npz" else output
     record = {
-        "schema": SCHEMA,
+        "schema": SAMPLES_SCHEMA,
         "model": model.facts,
         "sampler": sampler.record(model),
         "num_images": num_images,
     }
-    drawn = _find_samples(output, folder, record)
+    drawn = _read_drawn(output, folder, record)
     if len(drawn) >= num_images:
         return output
-    state.wait_for_everyone()  # nobody looks any more when the first file is written
+    state.wait_for_everyone()  # all processes have read the folder before one writes to it
     if state.is_main_process:
         with writing("samples", folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -192,12 +192,11 @@ def draw_samples(
         for block in blocks[state.process_index :: state.num_processes]
         if not all((folder / file_name(k)).is_file() for k in block)
     ]
-    progress = progress and state.is_main_process
     if mine:
         model.unet.to(state.device)
-        if progress:
+        if state.is_main_process:
             _print_estimate(model, sampler, mine)
-        _draw_blocks(model, sampler, mine, folder, progress=progress)
+        _draw_blocks(model, sampler, mine, folder)
     state.wait_for_everyone()
     if output.suffix == ".npz" and state.is_main_process:
         _pack(folder, output, record)
@@ -205,26 +204,29 @@ def draw_samples(
     return output
 
 
-def _find_samples(output: Path, folder: Path, record: dict) -> torch.Tensor:
-    """Return the images of an .npz that is there already, or none; refuse samples of another record."""
-    whole = read_samples(output) if output.suffix == ".npz" and output.is_file() else None
-    if whole is not None:
-        found = {"model": whole.model, "sampler": whole.sampler} if whole.model else None
+def _read_drawn(output: Path, folder: Path, record: dict) -> torch.Tensor:
+    """Return the images of an .npz file `output`, uint8 (N, C, H, W), after checking its record and the folder's."""
+    drawn = torch.empty(0, 1, 1, 1, dtype=torch.uint8)
+    if output.suffix == ".npz" and output.is_file():
+        drawn, found = _read_npz(output)
         check_same_samples(output, found, record)
     check_same_samples(folder, read_sample_record(folder), record)
-    return torch.empty(0, 1, 1, 1, dtype=torch.uint8) if whole is None else whole.images
+    return drawn
 
 
 def _print_estimate(model: Pretrained, sampler: Sampler, blocks: list[range]):
+    """Measure one step of one batch, and print about how long all blocks will take."""
     left = sum(map(len, blocks))
     one_step = step_seconds(sampler.network(model), len(blocks[0]), DTYPES[sampler.dtype]) / len(blocks[0])
     cost = duration(one_step * sampler.num_inference_steps * left)
     print(f"{left:,} images of {sampler.name} in {sampler.num_inference_steps} steps: about {cost}.", flush=True)
 
 
-def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folder: Path, *, progress: bool):
+def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folder: Path):
+    """Draw these blocks and write the images that the folder lacks."""
     num_images = sum(map(len, blocks))
-    with tqdm(desc=f"Sampling {num_images:,} images", total=num_images, unit="image", disable=not progress) as bar:
+    hidden = not PartialState().is_main_process
+    with tqdm(desc=f"Sampling {num_images:,} images", total=num_images, unit="image", disable=hidden) as bar:
 
         def count(size, i, num_steps, *step):
             bar.update(round(size * (i + 1) / num_steps) - round(size * i / num_steps))
@@ -234,7 +236,7 @@ def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folde
             if not images.isfinite().all():
                 broken = block[int((~images.isfinite()).flatten(1).any(dim=1).nonzero()[0])]
                 error = UserError(
-                    f"image {broken} is not finite ({sampler.name}, {sampler.dtype}): take --dtype float32, or check "
+                    f"image {broken} is not finite ({sampler.name}, {sampler.dtype}): give --dtype float32, or check "
                     "whether the training of this model diverged."
                 )
                 error.on_one_process = True
@@ -246,11 +248,11 @@ def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folde
 
 
 def _pack(folder: Path, output: Path, record: dict):
-    """Put the images of a folder into one .npz and remove the folder."""
+    """Write the images of a folder to one .npz file and remove the folder."""
     images = read_samples(folder).images[: record["num_images"]].permute(0, 2, 3, 1).numpy()
 
     def save(path):
-        with open(path, "wb") as file:  # an open file, because numpy would append .npz to a name once more
+        with open(path, "wb") as file:  # numpy would append .npz to a name
             np.savez(file, arr_0=images, meta=np.array(json.dumps(record)))
 
     with writing("samples", output):
@@ -258,8 +260,8 @@ def _pack(folder: Path, output: Path, record: dict):
         shutil.rmtree(folder)
 
 
-def step_seconds(unet: nn.Module, batch_size: int = 1, dtype: torch.dtype = torch.float32) -> float:
-    """Return the seconds that one evaluation of a batch takes here, measured after one to warm up."""
+def step_seconds(unet: nn.Module, batch_size: int, dtype: torch.dtype) -> float:
+    """Return how many seconds one call of the UNet on a batch takes on its device, after one call to warm up."""
     x = torch.zeros(batch_size, *image_shape(unet), device=unet.device, dtype=unet.dtype)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=unet.device)
     labels = class_arguments(unet, None if unet.config.num_class_embeds is None else [0] * batch_size, batch_size)
@@ -272,7 +274,7 @@ def step_seconds(unet: nn.Module, batch_size: int = 1, dtype: torch.dtype = torc
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in words of the size that matters: `a second`, `8 s`, `12 min`, `3.5 h`."""
+    """Return a duration in words, rounded: `a second`, `8 s`, `12 min` or `3.5 h`."""
     if seconds < 1.5:
         return "a second"
     if seconds < 90:

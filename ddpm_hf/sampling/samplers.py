@@ -1,9 +1,9 @@
-"""Images from noise: ancestral DDPM sampling, DDIM and DPM-Solver++, over any subsequence of the timesteps.
+"""Draw images from noise: ancestral DDPM sampling, DDIM and DPM-Solver++, over any subsequence of the timesteps.
 
-A sampler is a function of one step and a row of `SAMPLERS`. Image k is image k: it is drawn from
-`torch.Generator().manual_seed(seed + k)` alone, in the order in which stock pipelines draw. So
-`DDPMPipeline(...)(generator=torch.Generator().manual_seed(seed + k))` draws the same image, whatever batch or process
-it came from here. Round-off may differ by 1e-5 in [-1, 1], which now and then is one grey level.
+A sampler is a function that computes one step, and a row of `SAMPLERS`. Image k takes all its noise from
+`torch.Generator().manual_seed(seed + k)`, in the order in which stock pipelines draw. It therefore does not depend on
+the batch or the process, and `DDPMPipeline(...)(generator=torch.Generator().manual_seed(seed + k))` draws it too, up
+to round-off of 1e-5 in [-1, 1], which occasionally is one grey level.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ class Step:
 
 
 def ddpm_step(scheduler: PaperDDPMScheduler, step: Step, *, variance_type: str) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of x_t' by Algorithm 2 of Ho et al. 2020, for the steps that are taken."""
+    """Return mean and standard deviation of x_t' by Algorithm 2 of Ho et al. 2020, for a step of any length."""
     t, prev_t = step.timestep, step.prev_timestep
     mean = scheduler.q_posterior(step.pred_original_sample, step.sample, t, prev_t)[0]
     log_variance = scheduler.reverse_log_variance(
@@ -54,8 +54,7 @@ def ddpm_step(scheduler: PaperDDPMScheduler, step: Step, *, variance_type: str) 
 def ddim_step(scheduler: PaperDDPMScheduler, step: Step, *, eta: float = 0.0) -> tuple[Tensor, float | None]:
     """Return mean and standard deviation of x_t' by eq. (12) of Song et al. 2021; sigma = eta sqrt(beta~) by eq. (16).
 
-    The predicted noise stays as it was where x_0 is clipped, as in stock diffusers. So eta=1 equals ddpm only with
-    clip=False.
+    Clipping x_0 does not change the predicted noise, as in stock diffusers. So eta=1 equals ddpm only with clip=False.
     """
     alpha_bar_prev = scheduler.alphas_cumprod_at(step.prev_timestep)
     variance = eta**2 * scheduler.posterior_coefficients(step.timestep, step.prev_timestep)[2]
@@ -65,10 +64,10 @@ def ddim_step(scheduler: PaperDDPMScheduler, step: Step, *, eta: float = 0.0) ->
 
 
 def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, None]:
-    """Return x_t' by the second-order multistep Algorithm 2 of Lu et al. 2022, without noise.
+    """Return x_t' by the second-order multistep Algorithm 2 of Lu et al. 2022, and None, because no noise is added.
 
-    https://huggingface.co/papers/2211.01095. The last step, to the clean image, returns the predicted x_0: the limit
-    of the first-order step.
+    https://huggingface.co/papers/2211.01095. The last step, to the clean image, returns the predicted x_0, which is
+    the limit of the first-order step.
     """
     if step.prev_timestep < 0:
         return step.pred_original_sample, None
@@ -86,7 +85,8 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
     return (sigma[1] / sigma[0]).item() * step.sample - (alpha[1] * math.expm1(-h)).item() * mix, None
 
 
-# name -> function(scheduler, step, *, settings) -> (mean of x_t', its standard deviation, or None to draw no noise).
+# name -> function(scheduler, step, *, settings), which returns the mean of x_t' and its standard deviation, or None to
+# add no noise.
 # The settings of a sampler are its keyword-only arguments: eta, variance_type.
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmsolver++": dpmsolver_step}
 
@@ -103,24 +103,24 @@ def draw(
     generators: Sequence[torch.Generator],
     *,
     sampler: str = "ddpm",
-    num_inference_steps: int | None = None,  # None: all T, or as many as spacing lists
+    num_inference_steps: int | None = None,  # None: all T, or all timesteps that `spacing` lists
     spacing: str | Sequence[int] = "leading",  # see PaperDDPMScheduler.subsequence; the default is stock diffusers'
     eta: float = 0.0,  # DDIM's share of fresh noise: 0 none, 1 as much as DDPM
-    variance_type: str | None = None,  # None: the config's on all T steps, fixed_small on fewer; learned_range stays
+    variance_type: str | None = None,  # None: see default_variance
     class_labels: Sequence[int] | Tensor | None = None,  # one per generator, for a conditional UNet
     clip: bool = True,  # clip or threshold the predicted x_0 as the scheduler's config says
-    dtype: torch.dtype = torch.float32,  # what the UNet computes in: below float32 by autocast, all else stays float32
+    dtype: torch.dtype = torch.float32,  # of the UNet's computation, by autocast; the rest stays float32
     on_step: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Draw one image per CPU generator: float32 (B, C, H, W) in [-1, 1], on the UNet's device.
 
     Args:
-        unet: a UNet2DModel, or anything with its call, `config`, `device` and `dtype`; in eval mode during the call.
+        unet: a UNet2DModel, or a module with its call, `config`, `device` and `dtype`; in eval mode during the call.
         sampler: a name of `SAMPLERS`.
         on_step: called after each step as on_step(i, num_steps, sample, pred_original_sample).
 
     Raises:
-        UserError: for settings that do not go together, or a subsequence that is impossible.
+        UserError: for settings that contradict each other, or an impossible subsequence.
     """
     check_settings(sampler, eta, variance_type, unet)
     labels = class_arguments(unet, class_labels, len(generators))
@@ -136,7 +136,7 @@ def draw(
     unet.eval()
     try:
         for i, (t, prev_t) in enumerate(timesteps):
-            # Predict x_0 and the noise, in float32 whatever the UNet computes in.
+            # Predict x_0 and the noise, in float32 even if the UNet computes in another dtype.
             with autocast(unet, dtype):
                 output = unet(x.to(unet.dtype), torch.full((len(x),), t, device=unet.device), **labels).sample.float()
             predicted_variance = None
@@ -146,7 +146,7 @@ def draw(
             epsilon = scheduler.predict_epsilon(output, x, t)
             if clip:
                 pred_original_sample = clipped(pred_original_sample, scheduler)
-            # Step from x_t to x_t', with fresh noise except into the clean image.
+            # Step from x_t to x_t', and add fresh noise, except to the clean image.
             previous = step and replace(step, previous=None)
             step = Step(t, prev_t, x, pred_original_sample, epsilon, predicted_variance, previous)
             x, sigma = SAMPLERS[sampler](scheduler, step, **settings)
@@ -160,18 +160,18 @@ def draw(
 
 
 def distinct_steps(scheduler, num_inference_steps: int | None, spacing) -> list[tuple[int, int]]:
-    """Return the pairs (t, t') of a subsequence, without steps from t to t, which change nothing."""
+    """Return the pairs (t, t') of a subsequence, leaving out steps from t to t, which change nothing."""
     return [(t, prev_t) for t, prev_t in scheduler.subsequence(num_inference_steps, spacing) if t != prev_t]
 
 
 def settings_of(sampler: str) -> set[str]:
-    """Return the names of the settings that a sampler takes: the keyword-only arguments of its function."""
+    """Return the names of a sampler's settings: the keyword-only arguments of its function."""
     arguments = inspect.signature(SAMPLERS[sampler]).parameters.values()
     return {argument.name for argument in arguments if argument.kind == argument.KEYWORD_ONLY}
 
 
 def check_settings(sampler: str, eta: float, variance_type: str | None, unet: nn.Module):
-    """Refuse, with a UserError, a sampler or settings of it that cannot be, before anything is drawn."""
+    """Raise a UserError for an unknown sampler, or for settings that the sampler or the UNet does not have."""
     if sampler not in SAMPLERS:
         raise UserError(f"sampler is {sampler!r}; choose {', '.join(SAMPLERS)}.")
     if not 0 <= eta <= 1 or (eta != 0 and "eta" not in settings_of(sampler)):
@@ -183,16 +183,16 @@ def check_settings(sampler: str, eta: float, variance_type: str | None, unet: nn
 
 
 def default_variance(scheduler: PaperDDPMScheduler, num_steps: int) -> str:
-    """Return the variance of ancestral sampling by default: the config's, on fewer than T steps fixed_small.
+    """Return the default variance of ancestral sampling: fixed_small on fewer than T steps, else the config's.
 
-    fixed_large overshoots where steps are skipped, by a factor 2 to 4 in FID. learned_range stays.
+    fixed_large adds too much noise if steps are skipped: the FID is 2 to 4 times as large. learned_range is kept.
     """
     kept = num_steps == len(scheduler) or scheduler.config.variance_type == "learned_range"
     return scheduler.config.variance_type if kept else "fixed_small"
 
 
 def autocast(unet: nn.Module, dtype: torch.dtype):
-    """Return the autocast of the UNet's device; float32 leaves an autocast of the caller as it is."""
+    """Return an autocast for the UNet's device. For float32 it does nothing, so the caller's own autocast stays."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(unet.device.type, dtype)
 
 
@@ -208,14 +208,13 @@ def _noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int], d
 
 
 def class_arguments(unet: nn.Module, class_labels, num_images: int) -> dict[str, Tensor]:
-    """Return the labels as the UNet's argument; no argument for an unconditional UNet."""
+    """Return `{"class_labels": (num_images,) int64}` on the UNet's device; for an unconditional UNet return {}."""
     num_classes = unet.config.num_class_embeds
-    if class_labels is None and num_classes is None:
+    if num_classes is None and class_labels is None:
         return {}
-    if class_labels is None or num_classes is None:
-        wanted = "without class_labels" if num_classes is None else f"with class_labels from 0 to {num_classes - 1}"
-        raise UserError(f"This UNet was trained {wanted}; class_labels are {class_labels}.")
-    labels = torch.as_tensor(class_labels)
+    if num_classes is None:
+        raise UserError(f"class_labels are {class_labels}, but this UNet has no classes: leave them out.")
+    labels = torch.as_tensor([] if class_labels is None else class_labels)
     if labels.shape != (num_images,) or labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(
             f"class_labels are {labels.tolist()}; give {num_images}, one per image, each from 0 to {num_classes - 1}."
@@ -224,7 +223,7 @@ def class_arguments(unet: nn.Module, class_labels, num_images: int) -> dict[str,
 
 
 def clipped(pred_original_sample: Tensor, scheduler: PaperDDPMScheduler) -> Tensor:
-    """Return a predicted x_0 clipped, or thresholded, as the scheduler's config says."""
+    """Return a predicted x_0 (B, C, H, W), clipped or thresholded as the scheduler's config says."""
     if scheduler.config.thresholding:
         return scheduler._threshold_sample(pred_original_sample)
     if scheduler.config.clip_sample:

@@ -1,4 +1,4 @@
-"""Sampler: all that decides how image k of a model looks, and the one place that writes it into a record."""
+"""Sampler: all settings that decide how image k of a model looks. Its `record` is what every score stores."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ from .samplers import SAMPLERS, check_settings, default_variance, distinct_steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FEW_STEPS = 50  # the default of every sampler but ddpm
-FAR_FROM_NOISE = 0.01  # abar of the first step: with more signal left than this, pure noise is a poor start
+FAR_FROM_NOISE = 0.01  # if abar of the first step is larger, the model expects more image than pure noise has
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """How images are drawn. Image k of a model depends on these settings and on nothing else.
 
-    `resolve(model)` fills in the defaults and refuses what the model cannot do; the other methods want a resolved one.
+    Call `resolve(model)` first: it fills in the defaults and refuses what the model cannot do.
 
     Attributes:
         name: ddpm, ddim, dpmsolver++, or another name of `SAMPLERS`.
@@ -33,8 +33,9 @@ class Sampler:
         timesteps: a spacing of `PaperDDPMScheduler.subsequence`, or the timesteps themselves, as numbers or as text
             such as "999,500,0".
         eta: DDIM's share of fresh noise, 0 to 1.
-        variance_type: of ddpm. None: the model's own on all T steps, fixed_small on fewer.
-        dtype: what the UNet computes in: float32, bfloat16 or float16. All else stays float32.
+        variance_type: ddpm's fixed_small, fixed_large or learned_range. None: the model's own on all T steps,
+            fixed_small on fewer.
+        dtype: float32, bfloat16 or float16, for the UNet's computation. The rest stays float32.
         seed: image k is drawn from the generator seeded with seed + k.
         class_labels: image k gets label `class_labels[k % len]`, a name or a number. None: all classes in turn.
         guidance_scale: how strongly the class is followed; 1 is the conditional model itself. See `guidance.guide`.
@@ -58,16 +59,17 @@ class Sampler:
     classifier: NoisyClassifier | None = None
 
     def resolve(self, model: Pretrained) -> "Sampler":
-        """Return these settings with nothing left to a default, as `model` will be drawn from.
+        """Return these settings with every default filled in for `model`.
 
         Raises:
-            UserError: for settings that do not go together or that the model cannot do.
+            UserError: for settings that contradict each other or that the model does not support.
         """
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}.")
         check_settings(self.name, self.eta, self.variance_type, model.unet)
-        self.network(model)  # refuses guidance that this model cannot follow
-        timesteps, steps = self.timesteps, self.num_inference_steps
+        self.network(model)  # raises for guidance that this model does not support
+        timesteps = self.timesteps
+        steps = self.num_inference_steps
         if isinstance(timesteps, str) and re.fullmatch(r"\d+(,\d+)*", timesteps):
             timesteps = [int(t) for t in timesteps.split(",")]
         if isinstance(timesteps, str) and steps is None:
@@ -90,7 +92,7 @@ class Sampler:
         return Classes.of_model(config.num_classes, config.id2label)
 
     def network(self, model: Pretrained) -> nn.Module:
-        """Return what predicts: the model's UNet, under guidance where these settings ask for it."""
+        """Return the model's UNet, guided if these settings ask for it."""
         classifier = None if self.classifier is None else self.classifier.to(model.unet.device)
         return guide(model.unet, model.scheduler, model.classes, self.guidance_scale, classifier)
 
@@ -120,7 +122,7 @@ class Sampler:
         )
 
     def record(self, model: Pretrained) -> dict:
-        """Return all that decides how image k of `model` looks, as records and samples.json hold it."""
+        """Return these settings as JSON values, for records and samples.json."""
         config = model.scheduler.config
         record = {
             "method": self.name,
@@ -143,21 +145,20 @@ class Sampler:
         return record
 
     def warnings(self, model: Pretrained) -> list[str]:
-        """Return sentences about settings that are possible but poor."""
-        spacing = self.timesteps
-        steps = distinct_steps(model.scheduler, self.num_inference_steps, spacing)
-        first, last = steps[0][0], len(model.scheduler) - 1
+        """Return a sentence for each setting that is allowed but gives poor images."""
+        first = distinct_steps(model.scheduler, self.num_inference_steps, self.timesteps)[0][0]
+        last = len(model.scheduler) - 1
         signal = float(model.scheduler.alphas_cumprod_at(first))
         if signal <= FAR_FROM_NOISE or first == last:
             return []
         return [
-            f"Warning: the first step is t = {first}, where abar is {signal:.2g}: sampling begins in pure noise, but "
-            f"the model expects some image there; --timesteps trailing begins at t = {last}."
+            f"Warning: sampling starts from pure noise at t = {first}, but the model expects a part of an image there "
+            f"(abar is {signal:.2g}): give --timesteps trailing, which starts at t = {last}."
         ]
 
 
 def sampler_named(sampler: "str | Sampler", settings: dict) -> Sampler:
-    """Return a Sampler from its name and settings, or the Sampler itself with settings replaced.
+    """Return the Sampler of a name with these settings, or a copy of a Sampler with these settings replaced.
 
     Raises:
         UserError: for a name or a setting that does not exist.
