@@ -235,7 +235,7 @@ except SystemExit as stopped:
 """
     hub.fail["/me/shut/commit"] = 401
     printed, told = client(hub, tmp_path, script, token=WRITE_TOKEN)
-    assert printed == [f"The model is on {hub.url}/me/pushed."] * 3 + ["2"]
+    assert printed == [f"The model is at {hub.url}/me/pushed."] * 3 + ["2"]
     assert "error: nothing was uploaded to me/shut: see the warning above, then push again.\n" in told
     repo = hub.repos["me/pushed"]
     assert repo.private and b'DDPMPipeline.from_pretrained("me/pushed")' in repo.files["README.md"]
@@ -329,7 +329,7 @@ except SystemExit as stopped:
     hub.repos["me/ddpm-mnist"] = Repo(private=True, files={"model_index.json": b"{}"})
     printed, told = client(hub, tmp_path, script, token=WRITE_TOKEN)
     assert printed[-1] == "2" and "me/typo is not a pipeline on" in told and "spaces/me/typo-demo" not in hub.repos
-    assert printed[0] == f"The Space is on {hub.url}/spaces/me/ddpm-mnist-demo."
+    assert printed[0] == f"The Space is at {hub.url}/spaces/me/ddpm-mnist-demo."
     space = hub.repos["spaces/me/ddpm-mnist-demo"]
     ours = {path.name for path in (ROOT / "spaces").iterdir() if path.is_file()}
     ours |= {f"tabs/{path.name}" for path in (ROOT / "spaces/tabs").glob("*.py")}
