@@ -170,7 +170,7 @@ class RestorationPipeline(DiffusionPipeline):
             if not is_denoise:
                 x0 = x0 + solve(y - apply(x0), sigma**2 / (1 - alpha_bar))
             epsilon = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
-            # The variance of the noise drawn anew. "denoise" uses DDPM's, because there x contains y already.
+            # The variance of the noise drawn anew. "denoise" uses DDPM's, because y enters it only as the first x.
             variance = eta**2 * (1 - alpha_bar_prev)
             if is_denoise:
                 variance = variance * (1 - alpha_bar / alpha_bar_prev) / (1 - alpha_bar)
@@ -337,15 +337,10 @@ def _pixels(image, channels: int) -> Tensor:
     """Return PIL images, arrays or tensors as (N, channels, H, W), float32 on [0, 1]."""
     if isinstance(image, (list, tuple)):
         images = [_pixels(one, channels) for one in image]
-        _check(
-            len({one.shape[1:] for one in images}) == 1,
-            "The list is empty or its images differ in size; give images of one size.",
-        )
+        _check(len({one.shape[1:] for one in images}) == 1, "The list is empty, or has several sizes; give one size.")
         return torch.cat(images)
-    _check(
-        isinstance(image, (Image.Image, np.ndarray, Tensor)),
-        f"The image is a {type(image)}; give a PIL image, array or tensor.",
-    )
+    is_image = isinstance(image, (Image.Image, np.ndarray, Tensor))
+    _check(is_image, f"The image is a {type(image).__name__}; give a PIL image, array or tensor.")
     if isinstance(image, Image.Image):
         pixels = np.array(image.convert("RGB"))
         fits = image.mode in ("1", "L", "RGB") and (channels > 1 or (pixels == pixels[..., :1]).all())

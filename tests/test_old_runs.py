@@ -27,9 +27,7 @@ TRAIN = [
     "--max_train_steps=8", "--checkpointing_steps=4",
 ]  # fmt: skip
 SCORE = ["--sampler=ddim", "--num_inference_steps=5", "--num_images=16", "--bound_images=16", "--bound_timesteps=5"]
-SAMPLE = [
-    "--sampler=ddim", "--num_inference_steps=5", "--class_labels=3,7", "--guidance_scale=2", "--batch_size=4"
-]  # fmt: skip
+SAMPLE = ["--sampler=ddim", "--num_inference_steps=5", "--class_labels=3,7", "--guidance_scale=2", "--batch_size=4"]
 
 
 @pytest.fixture

@@ -252,5 +252,5 @@ def test_without_a_model_it_says_what_to_set():
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert (
-        done.stderr.strip() == "DDPM_MODEL is not set: DDPM_MODEL=runs/digits python spaces/app.py opens that folder."
+        done.stderr.strip() == "DDPM_MODEL is not set: give a model, e.g. DDPM_MODEL=runs/digits python spaces/app.py."
     )
