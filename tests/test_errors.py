@@ -1,4 +1,4 @@
-"""Bad input, as a user gives it: one sentence on stderr, exit code 2, no traceback, nothing written."""
+"""Bad input of a user gives one sentence on stderr, exit code 2, no traceback, and no files."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Every flag changes something: what the optimizer does, which images it sees, what is written, what is refused."""
+"""Every flag has an effect: on training, on the images, on the files, or as an error."""
 
 import dataclasses
 import json
@@ -242,7 +242,7 @@ def test_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path, capsys):
 
 
 def test_torch_compile_asks_accelerate_for_inductor(tmp_path):
-    # Compiling itself takes minutes on a CPU: here only that the flag reaches who compiles.
+    # Compiling takes minutes on a CPU, so check only that the flag reaches accelerate.
     config = parse_config([*TINY, f"--output_dir={tmp_path}", "--torch_compile"])
     assert make_accelerator(config).state.dynamo_plugin.backend == DynamoBackend.INDUCTOR
 

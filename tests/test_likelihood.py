@@ -1,4 +1,4 @@
-"""The variational bound against a numpy one written from the formulas, a known entropy, and numbers by hand."""
+"""The variational bound against a numpy version of the formulas, a known entropy, and numbers computed by hand."""
 
 import math
 

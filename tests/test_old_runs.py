@@ -1,4 +1,4 @@
-"""Run folders, checkpoints, records and samples of commit 5c3000a load, resume, score and go on as they did then.
+"""Run folders, checkpoints, records and samples of commit 5c3000a still load, resume, score and continue.
 
 How the folder was made is in its README.md. Only commands are run on it, so that these tests do not change with the
 package. Names, counters and hashes must be equal. Numbers have tolerances, because other processors round differently.

@@ -1,4 +1,4 @@
-"""pipelines/class_guided.py as users load it: against our sampler unguided, and on Gaussians where guidance is known.
+"""pipelines/class_guided.py as users load it: without guidance against ddpm_hf's sampler, with it on Gaussians.
 
 Classifier-free: class k is N(m_k, s^2 I), "no class" N(0, s^2 I). Then eps_k = sigma (x - a m_k) / (a^2 s^2 + sigma^2)
 is linear in m_k, so guidance of scale w is exactly the model of N(w m_k, s^2 I).

@@ -1,4 +1,4 @@
-"""Inversion as users load it, on Gaussian data, whose ODE is known, and with an untrained UNet.
+"""pipelines/reconstruction.py as users load it: on Gaussian data with a known ODE, and with an untrained UNet.
 
 Where each pixel is N(0, s^2), x_t is N(0, a^2 s^2 + sigma^2) and the ODE keeps x_t / standard deviation: the latent of
 an image x is x sqrt(a_T^2 s^2 + sigma_T^2) / s.

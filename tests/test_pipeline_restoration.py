@@ -1,4 +1,4 @@
-"""pipelines/restoration.py against linear algebra and against a prior whose posterior is known in closed form."""
+"""pipelines/restoration.py against linear algebra, and for a prior with a known posterior."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""The recipes: parameter counts and configs against what their papers and published models have."""
+"""The presets: parameter counts and configs against their papers and the published models."""
 
 import dataclasses
 import functools

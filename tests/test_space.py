@@ -1,4 +1,4 @@
-"""The Space's endpoints, as gradio_client calls them and as somebody hostile does."""
+"""The Space's endpoints, called by gradio_client and by hostile clients."""
 
 import base64
 import io

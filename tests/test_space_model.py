@@ -1,4 +1,4 @@
-"""What the Space draws with any model: the images of the community pipelines, and what it refuses."""
+"""The Space draws the same images as the community pipelines, and refuses models that it cannot use."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""`train` called from Python, as in a notebook: what it returns, twice in a process, in threads, and when stopped."""
+"""`train` called from Python, as in a notebook: its result, two calls in one process, threads, and a stop."""
 
 import dataclasses
 import os
