@@ -7,6 +7,11 @@ class UserError(ValueError):
     """Something only the user can mend, said in one sentence: what was given, what was wanted, what to do.
 
     The command lines print the sentence and leave with exit code 2; in Python it is a `ValueError`.
+
+    Example:
+        >>> ddpm_hf.TrainingConfig(dataset_name="digits", train_batch_size=0)
+        Traceback (most recent call last):
+        ddpm_hf.errors.UserError: --train_batch_size is 0, but must be at least 1: give a larger number.
     """
 
     on_one_process = False  # whether the others may not have met it, so that this one has to say it

@@ -133,7 +133,7 @@ class RestorationPipeline(DiffusionPipeline):
             noise_level: the standard deviation of white noise on [0, 1], one or one per image. 0 means that A x = y
                 holds exactly. None: "denoise" estimates it, the other tasks assume rounding to 8 bits.
             mask: for "inpaint", one mask or one per image. Pixels that are white, True or 1 are painted anew.
-            num_inference_steps: None means 1 for "denoise" and 25 for others. Steps are closer near t = 0 (the SSIM of
+            num_inference_steps: None means 1 for "denoise" and 25 (at most T) for others. Steps are closer near t = 0 (the SSIM of
                 deblurred digits is .997; with even steps it was .988).
             num_samples: how many restorations to average. 4 have 1 to 2 dB more PSNR, 1 is sharper. None means 1 if
                 there is a single step, which already gives the mean of all clean images that fit, and 4 otherwise.
@@ -150,7 +150,8 @@ class RestorationPipeline(DiffusionPipeline):
         """
         y, sigma = self._read(image, task, noise_level, scale_factor=scale_factor, blur_sigma=blur_sigma)
         is_denoise = task == "denoise"
-        steps = (1 if is_denoise else 25) if num_inference_steps is None else num_inference_steps
+        default = 1 if is_denoise else min(25, len(self.scheduler))
+        steps = default if num_inference_steps is None else num_inference_steps
         samples = (4 if steps > 1 else 1) if num_samples is None else num_samples
         self.check_inputs(len(y), steps, samples, eta, generator)
         check_output(output_type, callback_on_step_end_tensor_inputs)

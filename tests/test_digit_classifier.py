@@ -13,12 +13,12 @@ from ddpm_hf import UserError
 from ddpm_hf.evaluation.digit_classifier import (
     SHA256,
     WEIGHTS,
-    full_precision,
     load_digit_classifier,
     main,
-    shifted,
+    shift_randomly,
     train_digit_classifier,
 )
+from ddpm_hf.evaluation.features import full_precision
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_other_weights_are_refused(tmp_path):
 def test_shifts_move_whole_images_by_at_most_two_pixels():
     images = torch.zeros(500, 1, 9, 9, dtype=torch.uint8)
     images[:, 0, 4, 4] = torch.arange(1, 501) % 255 + 1
-    moved = shifted(images, torch.Generator().manual_seed(0))
+    moved = shift_randomly(images, torch.Generator().manual_seed(0))
     assert moved.shape == images.shape
     assert torch.equal(moved.amax(dim=(1, 2, 3)), images.amax(dim=(1, 2, 3)))
     places = {divmod(int(k), 9) for k in moved.flatten(1).argmax(dim=1)}

@@ -357,7 +357,7 @@ def test_unlike_protocols_are_refused_naming_the_field(record):
 
 def test_vary_must_name_a_field(record):
     one = read_record(record)
-    with pytest.raises(UserError, match="--vary smapler is no field"):
+    with pytest.raises(UserError, match="--vary smapler is not a field"):
         comparison({"a": one, "b": one}, vary=["smapler"])
 
 

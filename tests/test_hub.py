@@ -76,13 +76,13 @@ def test_a_private_run_is_pushed_and_loads_from_the_hub(hub, tmp_path, run):
         f"""
 from pathlib import Path
 from diffusers import DDPMPipeline
-from ddpm_hf.sharing.hub import create_repository, finish_push, push
+from ddpm_hf.sharing.hub import create_repository, push_in_background
 
 repo_id = create_repository("digits-run", private=True)
 print(repo_id, create_repository("digits-run", private=True) == repo_id)
-pushing = push("{run}", repo_id, None, "Step 3")
+pushing = push_in_background("{run}", repo_id, None, "Step 3")
 Path("{run}/metrics.jsonl").write_text('{{"step": 6}}')  # training goes on
-print(finish_push(pushing))
+print(pushing.result())
 pipeline = DDPMPipeline.from_pretrained(repo_id)
 print(pipeline(num_inference_steps=2, output_type="np").images.shape, pipeline.unet.training)
 """,
@@ -140,13 +140,14 @@ for case, arguments in json.loads(Path("{tmp_path}/cases.json").read_text()).ite
     attempt(case, *arguments)
 token = Path("{tmp_path}/token").read_text()
 hub.WAITS = (0.1, 0.2)
-print(hub.finish_push(hub.push("{run}", hub.create_repository("me/broken", False, token), token, "Step 3")))
+repo_id = hub.create_repository("me/broken", False, token)
+print(hub.push_in_background("{run}", repo_id, token, "Step 3").result())
 hub.API.endpoint = "http://127.0.0.1:9"
 attempt("unreachable", "digits-run")
 """,
     )
     log_in = "log in with `hf auth login`, or give --hub_token a token that may write there."
-    later = "check the network; a training may do without and push later."
+    later = "check the network, or train without a push and push later."
     assert printed == [
         f"unknown token: cannot push to 'me/a' on {hub.url} (401 Unauthorized): {log_in}",
         f"reader: cannot push to 'me/public' on {hub.url} (403 Forbidden): {log_in}",
@@ -158,7 +159,7 @@ attempt("unreachable", "digits-run")
         f"unreachable: cannot push to 'digits-run' on http://127.0.0.1:9 ([Errno 111] Connection refused): {later}",
     ]
     failed = "The push to me/broken failed (500 Internal Server Error): "
-    again = f"the run is whole here, `python -m ddpm_hf push {run} --hub_model_id me/broken` tries again."
+    again = f"push it again with `python -m ddpm_hf push {run} --hub_model_id me/broken`."
     assert [line.partition(failed)[2] for line in warned.splitlines() if failed in line] == [
         "trying again in 0.1 s.",
         "trying again in 0.2 s.",
@@ -172,8 +173,10 @@ def test_a_full_disk_is_a_warning(run, monkeypatch, caplog):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ddpm_hub.shutil, "copyfile", copyfile)
-    assert not ddpm_hub.finish_push(ddpm_hub.push(run, "me/run", None, "Step 3"))
-    assert "Nothing was pushed to me/run, for want of a copy ([Errno 28] No space left on device)" in caplog.text
+    assert not ddpm_hub.push_in_background(run, "me/run", None, "Step 3").result()
+    assert (
+        "Nothing was pushed to me/run, because the files could not be copied ([Errno 28] No space left" in caplog.text
+    )
 
 
 def test_the_server_serves_datasets(hub, tmp_path):
@@ -233,11 +236,27 @@ except SystemExit as stopped:
     hub.fail["/me/shut/commit"] = 401
     printed, told = client(hub, tmp_path, script, token=WRITE_TOKEN)
     assert printed == [f"The model is on {hub.url}/me/pushed."] * 3 + ["2"]
-    assert "error: nothing new is on me/shut: see the warning above, then push again.\n" in told
+    assert "error: nothing was uploaded to me/shut: see the warning above, then push again.\n" in told
     repo = hub.repos["me/pushed"]
     assert repo.private and b'DDPMPipeline.from_pretrained("me/pushed")' in repo.files["README.md"]
     changed = [commit["paths"] for commit in repo.commits]
     assert len(changed[0]) > 10 and changed[1:] == [["README.md", "samples/epoch_0002.png"]]
+
+
+def test_the_example_of_push_runs(hub, tmp_path, run):
+    shutil.copytree(run, tmp_path / "runs" / "digits")
+    script = f"""
+import doctest, os
+import ddpm_hf
+
+os.chdir("{tmp_path}")
+example = ddpm_hf.push.__doc__.replace("https://huggingface.co", "{hub.url}")
+test = doctest.DocTestParser().get_doctest(example, {{"ddpm_hf": ddpm_hf}}, "push", None, 0)
+print(doctest.DocTestRunner().run(test))
+"""
+    printed, _ = client(hub, tmp_path, script, token=WRITE_TOKEN)
+    assert printed == ["TestResults(failed=0, attempted=1)"]
+    assert "README.md" in hub.repos["me/ddpm-digits"].files
 
 
 def test_exports_load_from_the_hub_with_their_code(hub, tmp_path, guidance_models):
@@ -309,7 +328,7 @@ except SystemExit as stopped:
 """
     hub.repos["me/ddpm-mnist"] = Repo(private=True, files={"model_index.json": b"{}"})
     printed, told = client(hub, tmp_path, script, token=WRITE_TOKEN)
-    assert printed[-1] == "2" and "me/typo is no pipeline on" in told and "spaces/me/typo-demo" not in hub.repos
+    assert printed[-1] == "2" and "me/typo is not a pipeline on" in told and "spaces/me/typo-demo" not in hub.repos
     assert printed[0] == f"The Space is on {hub.url}/spaces/me/ddpm-mnist-demo."
     space = hub.repos["spaces/me/ddpm-mnist-demo"]
     ours = {path.name for path in (ROOT / "spaces").iterdir() if path.is_file()}

@@ -83,6 +83,28 @@ def test_command_lines_are_the_business_of_commands(path):
     assert not re.search(r"^\s*(import|from) argparse", path.read_text(), re.MULTILINE)
 
 
+SOURCES = [*MODULES, PACKAGE / "__main__.py", *PIPELINES, *sorted((ROOT / "spaces").rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_fit_on_a_screen_and_name_their_arguments(path):
+    """More than 60 lines or five positional parameters have their reason in a comment right above the function."""
+    text = path.read_text()
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        length = node.end_lineno - node.lineno + 1 - len((ast.get_docstring(node) or "").splitlines())
+        names = [argument.arg for argument in node.args.posonlyargs + node.args.args]
+        positional = len(names) - (names[:1] in (["self"], ["cls"]))
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        has_reason = lines[first - 2].lstrip().startswith("#")
+        assert has_reason or (length <= 60 and positional <= 5), (
+            f"{node.name}: {length} lines, {positional} parameters"
+        )
+    assert "# fmt: skip" not in text
+
+
 @pytest.mark.parametrize("path", [*PIPELINES, PACKAGE / "models" / "classifier.py"], ids=lambda path: path.stem)
 def test_what_travels_with_a_model_needs_nothing_of_ours(path):
     tree = ast.parse(path.read_text())

@@ -5,7 +5,7 @@ import sys
 
 import nbformat
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT
 from hub_server import USER, WRITE_TOKEN, HubServer
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -13,8 +13,26 @@ from nbclient import NotebookClient
 
 
 NOTEBOOK = ROOT / "notebooks" / "run_in_cloud.ipynb"
+# Like TINY, as TrainingConfig takes it from Python.
+FLAGS = dict(
+    dataset_name="digits",
+    resolution=8,
+    base_channels=8,
+    channel_mults=[1, 2],
+    layers_per_block=1,
+    ddpm_num_steps=10,
+    ddpm_num_inference_steps=5,
+    train_batch_size=8,
+    eval_batch_size=2,
+    lr_warmup_steps=2,
+    learning_rate=1e-3,
+    logging_steps=3,
+    max_train_steps=6,
+    validation_split="0.1",
+    logger="tensorboard",
+)
 PARAMETERS = {
-    "FLAGS": " ".join([*TINY, "--max_train_steps=6", "--validation_split=0.1", "--logger=tensorboard"]),
+    "FLAGS": FLAGS,
     "RUN": "runs/tiny",
     "SAMPLING_STEPS": 5,
     "HUB_MODEL_ID": "tiny-digits",
@@ -84,6 +102,11 @@ def test_stock_diffusers_samples_from_it(executed):
     assert "image/png" in pictures(executed[1]["sampling"])
 
 
+def test_the_package_samples_from_it_and_restores(executed):
+    assert "image/png" in pictures(executed[1]["drawing"])
+    assert "image/png" in pictures(executed[1]["restoring"])
+
+
 def test_the_score_has_its_record(executed):
     folder, outputs = executed
     assert "bits_per_dim" in printed(outputs["scoring"]), printed(outputs["scoring"])
@@ -111,5 +134,5 @@ def test_what_is_committed_is_clean():
     values = {}
     exec(parameters.source, values)
     assert (
-        values["PRESET"] == "digits" and values["FLAGS"] == values["HUB_MODEL_ID"] == ""
+        values["PRESET"] == "digits" and values["FLAGS"] == {} and values["HUB_MODEL_ID"] == ""
     )  # needs nothing, gives nothing

@@ -63,6 +63,25 @@ def test_best_is_the_pipeline_of_the_best_score(run, tmp_path, capsys):
     DDPMPipeline.from_pretrained(run / "best")
 
 
+@pytest.mark.parametrize("seed", [1_000_000_000, 0])
+def test_a_record_of_the_training_compares_with_one_of_evaluate(run, seed, tmp_path, capsys):
+    """The same model and sampler: the same numbers from the same seed, and the same protocol from another."""
+    while_training, later = run / "evaluations" / "step_0000012.json", tmp_path / "later.json"
+    how = ["--sampler=ddim", "--num_inference_steps=10", "--num_images=40", "--bound_images=512"]
+    how += ["--bound_timesteps=10", "--metrics=fd_mnist,bits_per_dim", f"--seed={seed}", "--batch_size=20"]
+    main(["evaluate", str(run), *how, f"--output={later}", f"--samples_dir={tmp_path / 'samples'}"])
+    main(["compare", str(while_training), str(later)])
+    assert "fd_mnist" in capsys.readouterr().out
+    ours, theirs = read_record(while_training), read_record(later)
+    assert ours["model"]["unet_sha256"] == theirs["model"]["unet_sha256"]
+    differing = {key for key in ours["sampler"] if ours["sampler"][key] != theirs["sampler"].get(key)}
+    assert differing == (set() if seed else {"seed"}) and ours["sampler"].keys() == theirs["sampler"].keys()
+    if seed:
+        assert ours["samples"] == theirs["samples"]
+        for one, other in zip(ours["metrics"], theirs["metrics"]):
+            assert one["id"] == other["id"] and one["value"] == pytest.approx(other["value"], rel=1e-6)
+
+
 def test_a_resumed_run_scores_the_same(run, flags, tmp_path):
     train(parse_config([*flags, f"--output_dir={tmp_path / 'r'}", f"--resume_from_checkpoint={run / 'checkpoint-6'}"]))
     assert lines(tmp_path / "r")[-1]["scores"] == lines(run)[-1]["scores"]

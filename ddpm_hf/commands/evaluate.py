@@ -113,7 +113,8 @@ def run(arguments):
     Raises:
         SystemExit: with code 1, if a metric of --require was skipped; the record is written first.
     """
-    from ..evaluation.evaluate import check_metrics, evaluate
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.inputs import check_metrics
     from ..processes import start_processes
     from ..sharing.card import write_card
 

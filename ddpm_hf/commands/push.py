@@ -15,7 +15,7 @@ def add_flags(parser):
 
 
 def run(arguments):
-    from ..sharing.publish import publish
+    from ..sharing.push import push
 
-    url = publish(arguments.run, arguments.hub_model_id, private=arguments.hub_private_repo, token=arguments.hub_token)
+    url = push(arguments.run, arguments.hub_model_id, private=arguments.hub_private_repo, token=arguments.hub_token)
     print(f"The model is at {url}.")

@@ -34,6 +34,11 @@ class PaperDDPMScheduler(DDPMScheduler):
     It has no `__init__` of its own, so the stock signature stays the schema of the config, and a stock folder loads as
     this class. Coefficients are computed in float64 and cast once, to the dtype of the images but never below float32,
     because in bfloat16 1 - abar_t is 0 for the first ten timesteps.
+
+    Example:
+        >>> scheduler = PaperDDPMScheduler.nichol_cosine(1000)
+        >>> scheduler.subsequence(4, "trailing")
+        [(999, 749), (749, 499), (499, 249), (249, -1)]
     """
 
     @classmethod

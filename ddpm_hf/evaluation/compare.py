@@ -1,11 +1,11 @@
-"""Records side by side, where their protocols are the same."""
+"""Put records side by side if they were measured in the same way."""
 
 from ..errors import UserError
 from .records import number, table
 
 
-# What may differ between two records that are compared: who was measured, and what the numbers came to.
-# (Networks are in the entries that they were used for.)
+# These fields may differ between two records that are compared: the model, the environment and the numbers. The
+# extractors are among them because each entry of a metric names its own.
 NOT_PROTOCOL = [
     "schema",
     "created",
@@ -21,13 +21,15 @@ NOT_PROTOCOL = [
 
 
 def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = False) -> str:
-    """Return a table: one row a metric, one column a record, by its name; values with their errors.
+    """Return a table of values with their errors: a row for each metric, a column for each record.
 
     Args:
-        vary: fields (dotted; `sampler` means all below it) that may differ; they become rows at the top.
+        records: by the name that heads the column.
+        vary: dotted fields that may differ; `sampler` stands for all of its fields. They become rows at the top.
+        markdown: return Markdown instead of aligned text.
 
     Raises:
-        UserError: if anything else of the protocol differs, naming the field and both values.
+        UserError: if any other field of the protocol differs, with the field and both values.
     """
     flat = {name: flatten(record) for name, record in records.items()}
     protocols = {name: protocol(record) for name, record in records.items()}
@@ -36,13 +38,14 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     first = next(iter(records))
     for name in vary:
         if not any(is_below(field, [name]) for field in is_metric):
-            raise UserError(f"--vary {name} is no field of these records: give sampler, data or a part of them.")
-    varied, unlike = [], []
+            raise UserError(f"--vary {name} is not a field of these records: give sampler, data or a field of them.")
+    varied = []
+    unlike = []
     for field in is_metric:
         values = {name: fields.get(field) for name, fields in protocols.items()}
         other = next((name for name, value in values.items() if value != values[first]), None)
         if other is None or is_metric[field] and None in values.values():
-            continue  # a metric that one of them lacks is a gap in the table
+            continue  # a metric that a record lacks becomes a gap in the table
         if is_below(field, vary):
             varied.append(field)
         else:
@@ -50,25 +53,26 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     if unlike:
         fields = ",".join(field.partition(" is ")[0] for field in unlike)
         raise UserError(
-            f"the records are of several protocols ({'; '.join(unlike)}): evaluate alike, or say --vary {fields}."
+            f"the records were measured in different ways ({'; '.join(unlike)}): evaluate them alike, or add "
+            f"--vary {fields}."
         )
-    # What is told apart though it is no protocol: the models.
+    # Show how the models differ, which is not part of the protocol.
     for field in ("model.name", "model.weights", "model.train_step"):
         if len({str(fields.get(field)) for fields in flat.values()}) > 1:
             varied.append(field)
     rows = [["", *records]]
     rows += [[field, *(str(fields.get(field)) for fields in flat.values())] for field in varied]
     entries = {name: {entry["id"]: entry for entry in record["metrics"]} for name, record in records.items()}
-    for id in dict.fromkeys(id for of_one in entries.values() for id in of_one):
-        rows.append([id, *(cell(of_one.get(id)) for of_one in entries.values())])
-        floors = {number(of_one[id].get("floor")) for of_one in entries.values() if id in of_one} - {""}
+    for id in dict.fromkeys(ids):
+        rows.append([id, *(cell(by_id.get(id)) for by_id in entries.values())])
+        floors = {number(by_id[id].get("floor")) for by_id in entries.values() if id in by_id} - {""}
         if len(floors) == 1:
             rows[-1][0] += f" (floor {floors.pop()})"
     return table(rows, markdown)
 
 
 def protocol(record: dict) -> dict:
-    """Return what two records must have in common, flat: sampler, data, networks, and N of each metric."""
+    """Return what comparable records share, by dotted name: sampler, data, and each metric's network and N."""
     fields = {key: value for key, value in flatten(record).items() if not is_below(key, NOT_PROTOCOL)}
     for entry in record["metrics"]:
         how = {key: entry.get(key) for key in ("n_gen", "n_ref", "extractor", "se_method")}
@@ -78,17 +82,19 @@ def protocol(record: dict) -> dict:
 
 
 def flatten(value, name: str = "") -> dict:
-    """Return nested dicts as one, with dotted names."""
+    """Return nested dicts as one dict with dotted names, e.g. {"sampler.eta": 0.0}."""
     if not isinstance(value, dict):
         return {name: value}
     return {key: leaf for part in value for key, leaf in flatten(value[part], f"{name}.{part}".lstrip(".")).items()}
 
 
 def is_below(field: str, names) -> bool:
+    """Return whether a dotted field is one of `names` or a part of one."""
     return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
 def cell(entry: dict | None) -> str:
+    """Return the text of a table's cell: value and error, "skipped", or "-" without an entry."""
     if entry is None:
         return "-"
     if entry.get("status") == "skipped":

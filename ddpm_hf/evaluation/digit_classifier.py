@@ -1,14 +1,13 @@
-"""The network that models of MNIST are scored by: a small digit classifier whose weights come with the package.
+"""A small digit classifier that scores models of MNIST. Its weights come with the package.
 
-The Frechet distance in its features is the metric `fd_mnist-<first 8 digits of SHA256>`. It is not FID, and values by
-other classifiers, even this one trained from another seed, differ by up to a factor of two: the weights are therefore
-pinned. They were made by, in about two minutes on one core,
+The metric `fd_mnist-<first 8 digits of SHA256>` is the Fréchet distance in its features. It is not FID. Values of
+other classifiers, even of this one trained from another seed, differ by up to a factor of two, so the weights are
+pinned. This command made them in about two minutes on one core:
 
     python -m ddpm_hf.evaluation.digit_classifier --dataset_name ylecun/mnist --output digit_classifier.safetensors
 """
 
 import argparse
-import contextlib
 import hashlib
 import sys
 from pathlib import Path
@@ -22,21 +21,24 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..randomness import keyed_generator
+from .features import Extractor, full_precision
 
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
-SHA256 = "9ea1c6a65057eaf7d37a7d4706d3be706c1929b6a02af9fc87513e19e2fd9b0d"  # of WEIGHTS
-MAX_SHIFT = 2  # pixels: models draw digits a little off the centre
+SHA256 = "9ea1c6a65057eaf7d37a7d4706d3be706c1929b6a02af9fc87513e19e2fd9b0d"  # of the file WEIGHTS
+MAX_SHIFT = 2  # pixels, because models draw digits a little off the centre
 
 
-class DigitClassifier(nn.Module):
-    """Two convolutions of 5x5 and two linear layers, 114,314 parameters; the features are what the last layer reads.
+class DigitClassifier(Extractor):
+    """Two convolutions of 5x5 and two linear layers, with 114,314 parameters. The features are the last layer's input.
 
-    GELU, not ReLU: a unit that is never on would make the features' covariance singular.
+    The units are GELU and not ReLU, because a ReLU that is never on would make the features' covariance singular.
     """
 
-    name, pipeline, num_features = "digits", "28px", 64
-    sha256 = None  # of the file that the weights were read from
+    name = "digits"
+    pipeline = "28px"
+    num_features = 64
+    sha256 = None  # the hash of the file of weights
 
     def __init__(self):
         super().__init__()
@@ -47,21 +49,20 @@ class DigitClassifier(nn.Module):
         )
         self.head = nn.Linear(self.num_features, 10)
 
-    def train(self, mode: bool = True) -> "DigitClassifier":
-        """Stay in eval mode: as a part of a metric or a model it is told to train, and must not."""
-        return super().train(False)
-
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (B, 64) and logits (B, 10), float32, of uint8 images (B, 1, 28, 28) or (B, 1, 32, 32).
 
-        32x32 images are MNIST's 28x28 with a border of 2, which is cut off. Others are a UserError.
+        32x32 images are MNIST's 28x28 with a border of 2, which is cut off.
+
+        Raises:
+            UserError: for images of another type or size.
         """
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) not in [(1, 28, 28), (1, 32, 32)]:
             given = f"{str(images.dtype).removeprefix('torch.')} images of {'x'.join(map(str, images.shape[1:]))}"
             raise UserError(
                 f"the digit classifier (fd_mnist) was given {given}: it takes uint8 images of 1x28x28, or of 1x32x32 "
-                "with a border; leave it out for others."
+                "with a border; leave fd_mnist out."
             )
         border = (images.shape[-1] - 28) // 2
         with full_precision(images.device):
@@ -69,29 +70,16 @@ class DigitClassifier(nn.Module):
             return features, self.head(features)
 
 
-@contextlib.contextmanager
-def full_precision(device: torch.device):
-    """Compute in true float32: no autocast, no TF32, which move a Frechet distance; all is restored at the end."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = convolutions
-        torch.set_float32_matmul_precision(products)
-
-
 def scale(images: Tensor) -> Tensor:
-    """uint8 to float32 with mean 0 and standard deviation 1 over the pixels of MNIST's training images."""
+    """Return uint8 images as float32 of the same shape, scaled so that MNIST's pixels have mean 0 and deviation 1."""
     return (images.float() / 255 - 0.1307) / 0.3081
 
 
 def load_digit_classifier(weights: str | Path | None = None) -> DigitClassifier:
     """Return the classifier in eval mode on the CPU, with the package's weights or those of a safetensors file.
 
-    Its `sha256` is the file's. A file that does not hold such weights is a UserError.
+    Raises:
+        UserError: for a file that does not hold the classifier's weights.
     """
     path = Path(weights or WEIGHTS)
     with torch.device("meta"):
@@ -102,7 +90,7 @@ def load_digit_classifier(weights: str | Path | None = None) -> DigitClassifier:
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} does not hold the digit classifier's weights ({reason}): give none, for the package's."
+            f"{path} does not hold the digit classifier's weights ({reason}): give no file, to use the package's."
         ) from error
     classifier.sha256 = hashlib.sha256(content).hexdigest()
     return classifier.requires_grad_(False).eval()
@@ -111,11 +99,11 @@ def load_digit_classifier(weights: str | Path | None = None) -> DigitClassifier:
 def train_digit_classifier(
     images: Tensor, labels: Tensor, *, num_epochs: int = 4, batch_size: int = 128, seed: int = 0, progress: bool = True
 ) -> DigitClassifier:
-    """Train on uint8 images (N, 1, 28, 28) with labels (N,) in 0..9, shifted at random by up to 2 pixels.
+    """Return a classifier trained on uint8 images (N, 1, 28, 28) with labels (N,) in 0..9.
 
-    AdamW with a one-cycle learning rate (Smith & Topin 2018, https://huggingface.co/papers/1708.07120) and label
-    smoothing 0.05 (Szegedy et al. 2016). On one machine and one thread, the same seed gives the
-    same bits.
+    Images are shifted at random by up to 2 pixels. The optimizer is AdamW with a one-cycle learning rate (Smith &
+    Topin 2018, https://huggingface.co/papers/1708.07120) and label smoothing 0.05 (Szegedy et al. 2016). On one
+    machine and one thread, the same seed gives the same bits.
     """
     with torch.device("meta"):
         classifier = DigitClassifier()
@@ -132,7 +120,7 @@ def train_digit_classifier(
     for epoch in range(num_epochs):
         generator = keyed_generator(seed, "epoch", epoch)
         for rows in torch.randperm(len(images), generator=generator).split(batch_size):
-            features = classifier.body(scale(shifted(images[rows], generator)))
+            features = classifier.body(scale(shift_randomly(images[rows], generator)))
             loss = F.cross_entropy(classifier.head(features), labels[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -143,8 +131,8 @@ def train_digit_classifier(
     return classifier.requires_grad_(False).eval()
 
 
-def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Move each image (B, 1, H, W) by -2 to 2 pixels along both axes, black coming in at the edges."""
+def shift_randomly(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return images (B, 1, H, W), each moved at random by -2 to 2 pixels along both axes, with black edges."""
     height, width = images.shape[-2:]
     windows = F.pad(images, [MAX_SHIFT] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 1, 5, 5, H, W)
     dy, dx = torch.randint(2 * MAX_SHIFT + 1, (2, len(images)), generator=generator)
@@ -178,7 +166,7 @@ def _train_command(arguments):
     train, test = load_images(config, channels=1)
     if len(train.class_names or []) != 10:
         raise UserError(f"{arguments.dataset_name} does not have ten classes: give MNIST.")
-    torch.set_num_threads(1)  # else the bits depend on the machine's cores
+    torch.set_num_threads(1)  # otherwise the bits depend on the number of cores
     classifier = train_digit_classifier(
         train.pixels, train.labels, num_epochs=arguments.num_epochs, seed=arguments.seed
     )

@@ -1,29 +1,29 @@
-"""The networks that scores look through, by name."""
+"""The networks whose features scores compare, by name."""
 
 from accelerate import PartialState
-from torch import nn
 
 from ..errors import UserError
 from .digit_classifier import load_digit_classifier
 from .dinov2 import load_dinov2
+from .features import Extractor
 from .inception import load_inception
 
 
 EXTRACTORS = {"inception": load_inception, "dinov2": load_dinov2, "digits": load_digit_classifier}
 
 
-def load_extractor(name: str, **options) -> nn.Module:
-    """Load an extractor onto this process's device; `options` are those of its loader (weights, pipeline, source).
+def load_extractor(name: str, **options) -> Extractor:
+    """Return an extractor on this process's device. `options` go to its loader (weights, pipeline, source).
 
     Raises:
-        MissingWeights: if its weights cannot be had here.
-        UserError: for a name that is none of `EXTRACTORS`, or a file that holds something else.
+        MissingWeights: if its weights are neither on this machine nor can be downloaded.
+        UserError: for a name that is not in `EXTRACTORS`, or a file that holds something else.
     """
     if name not in EXTRACTORS:
         raise UserError(f"there are no features named {name!r}: choose from {', '.join(EXTRACTORS)}.")
     return EXTRACTORS[name](**options).to(PartialState().device)
 
 
-def extractor_id(extractor: nn.Module) -> str:
-    """Return `name-pipeline-sha8`, which names what numbers depend on; numbers of two ids are not to be compared."""
+def extractor_id(extractor: Extractor) -> str:
+    """Return `name-pipeline-sha8`. Scores are comparable only if their extractors have the same id."""
     return f"{extractor.name}-{extractor.pipeline}-{extractor.sha256[:8]}"

@@ -1,9 +1,6 @@
-"""What a score looks at: extractors by name, and the features of many images, drawn out by all processes together.
+"""Extract the features of many images; all processes of a launch share the work."""
 
-An extractor is a module in eval mode: uint8 images (B, C, H, W) -> (features float32 (B, num_features), logits or
-None), with `name`, `pipeline` (how it resizes and scales), `sha256` (of its weights) and `num_features`.
-"""
-
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -12,68 +9,116 @@ from accelerate.utils import gather, pad_across_processes
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..errors import UserError
 from ..pictures import to_uint8
 
 
 CHUNK = 256  # images decoded at a time
 
 
+class Extractor(nn.Module):
+    """A network that turns images into features, always in eval mode.
+
+    It takes uint8 images (B, C, H, W) and returns features, float32 (B, num_features), and logits (B, k) or None.
+
+    Attributes:
+        name: its name in EXTRACTORS.
+        pipeline: the name of how it resizes and scales images.
+        sha256: the hash of its weights.
+        num_features: the size of its features.
+    """
+
+    def train(self, mode: bool = True) -> "Extractor":
+        """Stay in eval mode, also when a model that this is a part of changes to train mode."""
+        return super().train(False)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device):
+    """Compute in true float32 inside a `with` block, because autocast and TF32 change a Fréchet distance."""
+    convolutions = torch.backends.cudnn.allow_tf32
+    products = torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
+
+
+def check_images(network: str, images: torch.Tensor):
+    """Refuse, with a UserError, images for a network that are not uint8 (B, 1 or 3, H, W)."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+        given = f"{str(images.dtype).removeprefix('torch.')} images of shape {tuple(images.shape)}"
+        raise UserError(
+            f"{network} was given {given}: round them to the nearest of 256 levels and give uint8 (B, 1 or 3, H, W)."
+        )
+
+
 @dataclass
 class Features:
-    """Features (N, d) and logits (N, k) or None, float32 on the CPU, in the order of the images."""
+    """Features (N, d), and logits (N, k) or None, float32 on the CPU, in the order of the images."""
 
     features: torch.Tensor
     logits: torch.Tensor | None
 
 
 def images_at(source, indices) -> torch.Tensor:
-    """Return uint8 images (B, C, H, W) of a tensor of them or of an ImageSet."""
+    """Return uint8 images (B, C, H, W) number `indices` of a uint8 tensor (N, C, H, W) or an ImageSet."""
     if isinstance(source, torch.Tensor):
         return source[indices]
     if source.pixels is not None and source.pixels.dtype == torch.uint8:
         return source.pixels[indices]
     rows = list(indices)
     images = torch.empty(len(rows), source.channels, source.resolution, source.resolution, dtype=torch.uint8)
-    for start in range(0, len(rows), CHUNK):  # of a set too large to be held as floats
+    for start in range(0, len(rows), CHUNK):  # all images at once might not fit into memory as floats
         images[start : start + CHUNK] = to_uint8(source.get(rows[start : start + CHUNK]))
     return images
 
 
 @torch.no_grad()
-def extract(extractor: nn.Module, source, indices=None, batch_size: int = 64, what: str = "images") -> Features:
+def extract(extractor: Extractor, source, indices=None, batch_size: int = 64, what: str = "images") -> Features:
     """Return the features of images `indices` (None: all) of a uint8 tensor or an ImageSet, on every process.
 
-    Every process must call this with the same arguments and takes its share of the batches, possibly none. Every batch
-    has the same images for any number of processes, so that number changes no feature by itself. Another `batch_size`,
-    number of threads or make of processor rounds float32 differently, by up to 1e-6 of the largest feature.
+    Every process must call this with the same arguments. Each takes a share of the batches, which may be empty. The
+    batches are the same for any number of processes, so that number does not change the features. Another
+    `batch_size`, number of threads or processor rounds float32 differently, by up to 1e-6 of the largest feature.
+
+    Args:
+        what: names the images in the progress bar.
     """
     state = PartialState()
     indices = range(len(source)) if indices is None else indices
     batches = [range(start, min(start + batch_size, len(indices))) for start in range(0, len(indices), batch_size)]
     mine = batches[state.process_index :: state.num_processes]
-    kept = [torch.zeros(0, extractor.num_features)], [], [torch.zeros(0, dtype=torch.int64)]
+    features = [torch.zeros(0, extractor.num_features)]
+    logits = []
+    numbers = [torch.zeros(0, dtype=torch.int64)]
     hide = not state.is_main_process or len(indices) < 1000
     for batch in tqdm(mine, desc=f"{extractor.name} features of {what}", unit="batch", disable=hide):
-        images = images_at(source, [indices[k] for k in batch]).to(state.device)
-        features, logits = extractor(images)
-        kept[0].append(features.float().cpu())
-        kept[1].append(None if logits is None else logits.float().cpu())
-        kept[2].append(torch.tensor(batch))
-    numbers = torch.cat(kept[2])
-    has_logits = bool(kept[1]) and kept[1][0] is not None
+        found, found_logits = extractor(images_at(source, [indices[k] for k in batch]).to(state.device))
+        features.append(found.float().cpu())
+        numbers.append(torch.tensor(batch))
+        if found_logits is not None:
+            logits.append(found_logits.float().cpu())
+    features = torch.cat(features)
+    logits = torch.cat(logits) if logits else None
     if state.num_processes == 1:
-        return Features(torch.cat(kept[0]), torch.cat(kept[1]) if has_logits else None)
-    # A process without a share knows nothing of logits: the first process has a batch whenever there is one.
-    width = torch.tensor([kept[1][0].shape[1] if has_logits else 0], device=state.device)
+        return Features(features, logits)
+    # A process without a batch does not know the number of logits. The first process has one if there are images.
+    width = torch.tensor([0 if logits is None else logits.shape[1]], device=state.device)
     width = int(gather(width).max())
-    logits = torch.cat(kept[1]) if has_logits else torch.zeros(len(numbers), width)
-    table = torch.cat([torch.cat(kept[0]), logits], dim=1)
-    numbers, table = _gathered(numbers, state.device, -1), _gathered(table, state.device, 0)
-    order = numbers[numbers >= 0].argsort()
-    table = table[numbers >= 0][order]
+    logits = torch.zeros(len(features), width) if logits is None else logits
+    numbers = _gather(torch.cat(numbers), -1)
+    table = _gather(torch.cat([features, logits], dim=1), 0)
+    table = table[numbers >= 0][numbers[numbers >= 0].argsort()]
     d = extractor.num_features
     return Features(table[:, :d].contiguous(), table[:, d:].contiguous() if width else None)
 
 
-def _gathered(tensor: torch.Tensor, device, pad) -> torch.Tensor:
-    return gather(pad_across_processes(tensor.to(device), dim=0, pad_index=pad)).cpu()
+def _gather(tensor: torch.Tensor, pad: int) -> torch.Tensor:
+    """Return the rows of all processes on the CPU. Processes with fewer rows than others add rows of `pad`."""
+    tensor = pad_across_processes(tensor.to(PartialState().device), dim=0, pad_index=pad)
+    return gather(tensor).cpu()

@@ -1,8 +1,8 @@
-"""The InceptionV3 of the Frechet Inception Distance: the graph that TensorFlow published on 2015-12-05.
+"""The InceptionV3 of the Fréchet Inception Distance: the graph that TensorFlow published on 2015-12-05.
 
-It differs from the InceptionV3 of torchvision: average pooling leaves the padding out of its mean, the pool branch of
-the last block takes the maximum, and there are 1008 logits. The names of the weights are those of the file that
-pytorch-fid and torch-fidelity share, so that one file serves all three.
+It differs from torchvision's InceptionV3: average pooling ignores the padding, the pool branch of the last block takes
+the maximum, and there are 1008 logits. The weights have the names that pytorch-fid and torch-fidelity use, so one file
+serves all three.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from huggingface_hub import constants
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .digit_classifier import full_precision
+from .features import Extractor, check_images, full_precision
 
 
-# How images become the network's input; no two of them give the same distance.
+# How images become the network's input. Each pipeline gives another distance.
 # tf1: TTUR, EDM, StyleGAN, torch-fidelity, torchmetrics with antialias=False. antialias: torchmetrics since 1.8.
 # pytorch: pytorch-fid.
 PIPELINES = ("tf1", "antialias", "pytorch")
@@ -28,7 +28,7 @@ IMAGE_SIZE = 299
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the file at URL
 # A convolution is (channels, kernel height, kernel width), with a fourth number for a stride other than 1. A branch is
-# a list of them, one after another; convolutions that are themselves in a list share their input, side by side.
+# a list of convolutions, one after another. An inner list holds convolutions side by side, with the same input.
 STEM = {
     "Conv2d_1a_3x3": (32, 3, 3, 2),
     "Conv2d_2a_3x3": (32, 3, 3),
@@ -90,7 +90,7 @@ BLOCKS = {
 
 
 class MissingWeights(UserError):
-    """Weights that could not be had; the metric is skipped."""
+    """The weights are neither on this machine nor can be downloaded, so the metric is skipped."""
 
 
 class InceptionV3(nn.Module):
@@ -109,9 +109,12 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(channels, 1008)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features (B, 2048) of the last pooling and the logits (B, 1008) of `preprocess`ed images.
+        """Return the features (B, 2048) of the last pooling and the logits (B, 1008).
 
-        The logits are without the bias, for that is how the code of Salimans et al. 2016 computes the Inception Score.
+        The logits lack the bias, because the code of Salimans et al. 2016 computes the Inception Score without it.
+
+        Args:
+            x: float32 (B, 3, 299, 299) in [-1, 1], the result of `preprocess`.
         """
         for name in STEM:
             x = self.get_submodule(name)(x)
@@ -124,14 +127,16 @@ class InceptionV3(nn.Module):
 
 
 class _Block(nn.Module):
-    """Branches side by side, whose outputs are concatenated; the last one begins with a 3x3 pooling.
+    """Branches side by side, whose outputs are concatenated. The last branch begins with a 3x3 pooling.
 
-    A pool branch without convolutions halves the resolution, by its maximum.
+    A pool branch without convolutions halves the resolution by a maximum.
     """
 
     def __init__(self, in_channels: int, branches: dict, average: bool):
         super().__init__()
-        self.branches, self.average, self.channels = branches, average, 0
+        self.branches = branches
+        self.average = average
+        self.channels = 0
         for branch, stages in branches.items():
             channels = in_channels
             for names, convolutions in _named(branch, stages):
@@ -158,14 +163,14 @@ class _Block(nn.Module):
 
 
 def _named(branch: str, stages: list) -> Iterator[tuple[list[str], list[tuple]]]:
-    """Yield the names and the convolutions of each stage: branch_1, branch_2a with branch_2b; or branch alone."""
+    """Yield the names and the convolutions of each stage, e.g. [branch_1], [branch_2a, branch_2b]; or [branch]."""
     for number, stage in enumerate(stages, 1):
         name = branch if len(stages) == 1 else f"{branch}_{number}"
         yield ([f"{name}a", f"{name}b"], stage) if isinstance(stage, list) else ([name], [stage])
 
 
-def _convolution(in_channels: int, channels: int, height: int, width: int, stride: int = 1, padded: bool = True):
-    """A convolution, its batch norm and a ReLU, padded to keep the resolution unless it strides."""
+def _convolution(in_channels: int, channels: int, height: int, width: int, stride: int = 1, *, padded: bool = True):
+    """Return a convolution, its batch norm and a ReLU. Padding keeps the resolution if the stride is 1."""
     padding = (height // 2, width // 2) if padded and stride == 1 else 0
     block = nn.Sequential()
     block.add_module("conv", nn.Conv2d(in_channels, channels, (height, width), stride, padding, bias=False))
@@ -174,46 +179,53 @@ def _convolution(in_channels: int, channels: int, height: int, width: int, strid
     return block
 
 
-class InceptionExtractor(nn.Module):
-    """uint8 images to features and logits, always in eval mode and in true float32."""
+class InceptionExtractor(Extractor):
+    """Turn uint8 images into features and logits, always in eval mode and in true float32.
+
+    Attributes:
+        pipeline: how images become the network's input, one of PIPELINES.
+        sha256: the hash of the file of weights.
+    """
 
     name = "inception"
     num_features = 2048
 
     def __init__(self, network: InceptionV3, pipeline: str, sha256: str):
         super().__init__()
-        self.network, self.pipeline, self.sha256 = network, pipeline, sha256
+        self.network = network
+        self.pipeline = pipeline
+        self.sha256 = sha256
         self.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True):
-        """Stay in eval mode: as part of a metric or a model, this is told to train when they are."""
-        return super().train(False)
-
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features (B, 2048) and logits (B, 1008), float32, of uint8 images (B, 1 or 3, H, W)."""
+        """Return features (B, 2048) and logits (B, 1008), float32, of uint8 images (B, 1 or 3, H, W).
+
+        Raises:
+            UserError: for images of another type or shape.
+        """
         with full_precision(images.device):
             return self.network(preprocess(images, self.pipeline))
 
 
 def load_inception(weights: str | Path | None = None, pipeline: str = "tf1") -> InceptionExtractor:
-    """Load the extractor of FID's features, on the CPU.
+    """Return the extractor of FID's features, on the CPU.
 
     Args:
-        weights: a .pth or .safetensors file with the weights of pytorch-fid or torch-fidelity; None takes the former's
-            release from torch's hub cache, and downloads it first where it is not there.
+        weights: a .pth or .safetensors file with the weights of pytorch-fid or torch-fidelity. None: the file that
+            pytorch-fid released, from torch's hub cache; it is downloaded if it is not there.
         pipeline: one of PIPELINES.
 
     Raises:
-        MissingWeights: if there is no file and it cannot be downloaded.
+        MissingWeights: if no file is given and none can be downloaded.
         UserError: for an unknown pipeline, or a file that does not hold these weights.
     """
     _check_pipeline(pipeline)
     path = _download() if weights is None else Path(weights)
-    with torch.device("meta"):  # no time and no random numbers for weights that are replaced
+    with torch.device("meta"):  # the weights are replaced, so initialising them would waste time
         network = InceptionV3()
-    # A damaged or foreign file can fail in the unpickler, in safetensors or in PyTorch with nearly any exception.
+    # A damaged or foreign file can fail in the unpickler, in safetensors or in PyTorch, with nearly any exception.
     try:
-        # A plain dict, without PyTorch's versions of layers: num_batches_tracked may then be there or not.
+        # A plain dict drops PyTorch's versions of layers, so that num_batches_tracked may be missing.
         network.load_state_dict(dict(_read(path)), assign=True)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -232,7 +244,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _download() -> Path:
-    """Return the path of the weights in torch's hub cache, where torch.hub and pytorch-fid put and find them too."""
+    """Return the path of the weights in torch's hub cache, which pytorch-fid shares. Download them if needed."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
     if path.is_file():
         return path
@@ -242,25 +254,22 @@ def _download() -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
             return path
-        except (OSError, http.client.HTTPException, RuntimeError) as error:  # the last one: another hash
+        except (OSError, http.client.HTTPException, RuntimeError) as error:  # a RuntimeError means another hash
             reason = str(error)
     raise MissingWeights(
-        f"the Inception weights {path.name} are neither in torch's hub cache nor to be had from {URL} ({reason}):"
-        " download them where there is a network and give --inception FILE."
+        f"the Inception weights {path.name} are not in torch's hub cache and cannot be downloaded from {URL} "
+        f"({reason}): download them on a machine with a network and give --inception FILE."
     )
 
 
 def preprocess(images: Tensor, pipeline: str) -> Tensor:
     """Return uint8 images (B, 1 or 3, H, W) as the network's input: float32 (B, 3, 299, 299) in [-1, 1].
 
-    Other images, or an unknown pipeline, are a UserError.
+    Raises:
+        UserError: for images of another type or shape, or an unknown pipeline.
     """
     _check_pipeline(pipeline)
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-        given = f"{str(images.dtype).removeprefix('torch.')} images of shape {tuple(images.shape)}"
-        raise UserError(
-            f"Inception was given {given}: round them to the nearest of 256 levels and give uint8 (B, 1 or 3, H, W)."
-        )
+    check_images("Inception", images)
     x = images.float()
     if pipeline == "tf1":
         x = _tf1_matrix(x.shape[2], x.device) @ x @ _tf1_matrix(x.shape[3], x.device).T
@@ -273,7 +282,8 @@ def preprocess(images: Tensor, pipeline: str) -> Tensor:
 def _tf1_matrix(size: int, device: torch.device) -> Tensor:
     """Return the (299, size) matrix of TensorFlow 1's bilinear interpolation along one axis, float32.
 
-    Output i lies at i * size / 299, without the half-pixel centres of later versions; the last pixel is repeated.
+    Output i is at position i * size / 299, without the half-pixel centres of later versions. The last pixel is
+    repeated.
     """
     position = torch.arange(IMAGE_SIZE, dtype=torch.float32, device=device) * (size / IMAGE_SIZE)
     low = position.long()

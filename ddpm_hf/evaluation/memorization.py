@@ -1,7 +1,7 @@
-"""Is the model a copying machine? Generated images against the training images nearest to them, in pixels.
+"""Measure whether a model copies: compare generated images with the nearest training images, in pixels.
 
-Distances are root-mean-square differences of pixels in grey levels, 0 (a copy) to 255. What a model that generalises
-would score is what images score that were held out from training, so each measure comes with theirs.
+Distances are root-mean-square differences of pixels in grey levels, from 0 (a copy) to 255. Each measure comes with
+its value for held-out images, which is what a model that does not copy would reach.
 """
 
 import math
@@ -17,8 +17,8 @@ from ..errors import UserError
 from ..pictures import GAP, evenly, resize, save_picture, tile
 
 
-CHUNK = 2**23  # distances that are held at a time: 64 MB
-EXACT = 1023  # so many products of two numbers from -128 to 127 add up without rounding in float32
+CHUNK = 2**23  # distances in memory at a time: 64 MB
+EXACT = 1023  # float32 adds this many products of two numbers from -128 to 127 without rounding
 
 
 def memorization_report(
@@ -30,19 +30,28 @@ def memorization_report(
     num_held_out: int = 2000,
     progress: bool = True,
 ) -> tuple[dict, list[tuple[int, int, float]]]:
-    """Return measures of memorization, and the `num_pairs` pairs (index of generated, of train, distance) closest.
+    """Return measures of memorization, and the `num_pairs` closest pairs (index of generated, of train, distance).
 
-    Of uint8 images (N, C, H, W), all on one device, and at most `num_held_out` of the held-out ones, evenly spaced.
-    Every second of these sets the scale, and the others are measured by it, as are the generated images:
-    - share_below_threshold: share nearer to train than all but 1 % of the held-out images: finds a few close copies;
-    - authpct: per cent that are farther from their nearest training image than that one is from its nearest other
-      (the authenticity of Alaa et al. 2022): falls where many are a bit too close;
-    - median_ratio: median distance to the nearest training image, over that of held-out images: falls likewise;
-    - the same three with `_held_out`: what held-out images score; threshold: the distance that the first one means;
-    - exact_copies: number of generated images that are equal to a training image, duplicates: to another generated.
-    Without held-out images only the last two are numbers, the others are None. No measure finds copies that were
-    shifted by a pixel. Images that are no uint8, or of two shapes, or too few, and held-out ones of which most are
-    training images, are a UserError.
+    The generated images are compared with held-out ones, of which at most `num_held_out`, evenly spaced, are used.
+    Every second of these sets the scale, and the others are measured like generated images. The measures are:
+    - share_below_threshold: the share of images closer to train than all but 1 % of the held-out images. It finds a
+      few close copies;
+    - authpct: the percentage of images that are farther from their nearest training image than that image is from its
+      nearest other one (authenticity, Alaa et al. 2022). It falls where many images are a bit too close;
+    - median_ratio: the median distance to the nearest training image, divided by that of held-out images. It falls
+      likewise;
+    - the same three with `_held_out`: the values of held-out images;
+    - threshold: the distance that share_below_threshold compares with;
+    - exact_copies, duplicates: the number of images equal to a training image, and to another generated one.
+    Without held-out images only the last two are numbers, and the others are None. No measure finds copies that are
+    shifted by a pixel.
+
+    Args:
+        generated, train, held_out: uint8 (N, C, H, W), all on one device.
+
+    Raises:
+        UserError: for images of another type, different shapes, too few images, or if most held-out images are
+            training images.
     """
     _check("generated", generated, train, least=1)
     _check("training", train, train, least=2)
@@ -70,7 +79,7 @@ def memorization_report(
     spacings[neighbours] = _nearest(train[neighbours], train, "Nearest to those", progress, own=neighbours)[0]
     scale = held_out_distances[::2]
     if scale.median() == 0:
-        raise UserError("most of the held-out images are training images too; give images that were held out.")
+        raise UserError("most of the held-out images are training images too; give images that are not trained on.")
     threshold = scale.quantile(0.01)
     for suffix, own, near in [
         ("", distances, nearest),
@@ -83,20 +92,23 @@ def memorization_report(
 
 
 def pairs_sheet(generated: Tensor, train: Tensor, pairs: list[tuple[int, int, float]], path) -> Path:
-    """Draw the pairs of `memorization_report`, in rows, the closest first: generated left, its nearest right.
+    """Draw the pairs of `memorization_report` in rows, the closest first, and return the path of the picture.
 
-    Images are uint8 (N, C, H, W), C = 1 or 3. Below each pair stands its distance. Returns the path.
+    Each generated image has its nearest training image to the right, and the distance below. Images are uint8
+    (N, C, H, W), C = 1 or 3.
     """
     columns = min(4, len(pairs))
     sheets = [tile(resize(torch.stack([generated[g], train[t]]), 128), columns=2) for g, t, _ in pairs]
     width, height = sheets[0].size
-    font, margin, title, caption = ImageFont.load_default(17), 24, 64, 44
+    font = ImageFont.load_default(17)
+    margin, title, caption = 24, 64, 44  # pixels
     rows = math.ceil(len(pairs) / columns)
     page = (columns * (width + margin) + margin, title + rows * (height + caption))
     page = Image.new(sheets[0].mode, page, "white")
     draw = ImageDraw.Draw(page)
     for k, (sheet, (_, _, distance)) in enumerate(zip(sheets, pairs)):
-        left, top = margin + k % columns * (width + margin), title + k // columns * (height + caption)
+        left = margin + k % columns * (width + margin)
+        top = title + k // columns * (height + caption)
         page.paste(sheet, (left, top))
         text = f"{distance:.1f}" if distance else "0: a copy"
         draw.text((left + width / 2, top + height + 6), text, "black", font, "ma")
@@ -115,10 +127,10 @@ def _check(name: str, images: Tensor, train: Tensor, least: int):
 
 
 def _nearest(images: Tensor, train: Tensor, title: str, progress: bool, own: Tensor | None = None):
-    """Distances (N,), float64, and indices (N,) of the training images nearest to each of the images, the first ones.
+    """Return the distances (N,), float64, and the indices (N,) of the training image nearest to each image.
 
-    `own` (N,) are indices of training images that do not count, e.g. the images themselves. Squared distances are
-    exact: they are whole numbers, and nowhere too large for the type they are added in.
+    The first one counts among equally near ones. `own` (N,) are the indices of training images to leave out, e.g. of
+    the images themselves. Squared distances are exact: they are whole numbers that the types here represent.
     """
     images, train = images.flatten(1), train.flatten(1)
     smallest = torch.full((len(images),), math.inf, dtype=torch.float64, device=train.device)

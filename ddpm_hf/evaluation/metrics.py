@@ -1,8 +1,8 @@
 """The metrics: one function each, and the table METRICS that names them.
 
 A metric takes a `Look` and returns entries for the record: dicts with "id", "value", "se" (its standard error),
-"floor" (what real images score), "n_gen", "n_ref", "lower_is_better" and "extra". The id says what was measured, down
-to the network that looked.
+"floor" (the value of real images), "n_gen", "n_ref", "lower_is_better" and "extra". The id says what was measured, and
+with which network.
 """
 
 from collections.abc import Callable
@@ -24,22 +24,23 @@ from .reference import Reference, read_reference
 from .statistics import mean_and_covariance
 
 
-FEWEST = 40  # images, two for each of the blocks that an error is estimated from
-NEIGHBOURS = 3  # k of precision, recall, density and coverage, as Kynkaanniemi et al. 2019 and ADM
-SPLITS = 10  # of the Inception score
-ENOUGH_TO_EXTRAPOLATE = 5000  # images from which FID at infinity says more than noise
+FEWEST = 40  # images: an error is estimated from 20 blocks of at least 2
+NEIGHBOURS = 3  # k of precision, recall, density and coverage, as in Kynkäänniemi et al. 2019 and ADM
+SPLITS = 10  # the Inception score is the mean over this many parts
+ENOUGH_TO_EXTRAPOLATE = 5000  # images; with fewer, FID at infinity is mostly noise
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a metric looks at.
+    """The input of a metric. The last four are None for a metric without an extractor.
 
     Attributes:
-        evaluation: the `Evaluation` it is part of, with the real images and the model.
+        evaluation: the `Evaluation`, with the real images and the model.
         images: the generated images, uint8 (N, C, H, W).
-        extractor: the network that looks, with the features of the generated images and the References of the
-            training and of the held-out images (None where fewer than FEWEST are held out). All four are None for a
-            metric without an extractor, and on all processes but the main one.
+        extractor: the network that extracted the features.
+        generated: the features of the generated images.
+        train: the Reference of the training images.
+        held_out: the Reference of the held-out images; None if fewer than FEWEST are held out.
     """
 
     evaluation: Any
@@ -50,23 +51,30 @@ class Look:
     held_out: Reference | None = None
 
     def entry(self, id: str, value: float, *, lower_is_better: bool, floor=None, n_gen=None, n_ref=None) -> dict:
-        """Return what a record says of one number; N defaults to all generated images."""
-        n_gen = len(self.images) if n_gen is None else n_gen
-        one = {"id": id, "value": value, "se": None, "se_method": None, "floor": floor, "n_gen": n_gen, "n_ref": n_ref}
-        one["lower_is_better"] = lower_is_better
-        if self.extractor is not None:
-            one["extractor"] = extractor_id(self.extractor)
-        return one | {"extra": {}}
+        """Return the record's entry of one value, without its error. `n_gen` defaults to all generated images."""
+        return {
+            "id": id,
+            "value": value,
+            "se": None,
+            "se_method": None,
+            "floor": floor,
+            "n_gen": len(self.images) if n_gen is None else n_gen,
+            "n_ref": n_ref,
+            "lower_is_better": lower_is_better,
+            **({} if self.extractor is None else {"extractor": extractor_id(self.extractor)}),
+            "extra": {},
+        }
 
     @property
     def count(self) -> str:
-        """The number of generated images as ids have it."""
+        """The number of generated images as it stands in ids."""
         return format_count(len(self.images))
 
 
 def fid(look: Look) -> list[dict]:
-    """Return the Fréchet Inception distance to the training images, and to those held out."""
-    evaluation, pipeline = look.evaluation, look.extractor.pipeline
+    """Return the Fréchet Inception distances (Heusel et al. 2017) to the training images and to the held-out ones."""
+    evaluation = look.evaluation
+    pipeline = look.extractor.pipeline
     train = look.train
     if evaluation.reference_file is not None:
         train = read_reference(evaluation.reference_file, look.extractor, evaluation.reference_pipeline)
@@ -74,14 +82,14 @@ def fid(look: Look) -> list[dict]:
 
 
 def fd_dinov2(look: Look) -> list[dict]:
-    """Return the Fréchet distance in the features of DINOv2 (Stein et al. 2023)."""
+    """Return the Fréchet distances in the features of DINOv2 (Stein et al. 2023)."""
     return frechet(look, f"fd_dinov2_{look.count}")
 
 
 def fd_mnist(look: Look) -> list[dict]:
-    """Return the Fréchet distance in the pinned digit classifier's features, class balance, confidence and coverage.
+    """Return Fréchet distances in the digit classifier's features, class balance, confidence and coverage.
 
-    The distance is not FID: its id has the classifier's hash, and values of another classifier do not compare.
+    The distance is not FID. Its id holds the classifier's hash, because values of another classifier do not compare.
     """
     entries = frechet(look, f"fd_mnist-{look.extractor.sha256[:8]}_{look.count}")
     coverage = precision_recall(look)[-1]
@@ -105,28 +113,29 @@ def fd_mnist(look: Look) -> list[dict]:
 
 
 def class_accuracy(look: Look) -> dict:
-    """Return the share of images that the digit classifier takes for the class that was requested."""
+    """Return the share of generated images that the digit classifier assigns to the requested class."""
     n = len(look.generated.logits)
     requested = torch.tensor([int(digit) for digit in look.evaluation.requested_classes])
     right = look.generated.logits.argmax(dim=1) == requested[torch.arange(n) % len(requested)]
     value = right.double().mean().item()
-    floor, real = None, look.evaluation.held_out
+    floor = None
+    real = look.evaluation.held_out
     if look.held_out is not None and are_digits(real.class_names):
         # The floor is the accuracy on real images of the requested classes.
         digits = torch.tensor([int(digit) for digit in real.class_names])[real.labels]
-        of_these = torch.isin(digits, requested) & (real.labels >= 0)
-        floor = (look.held_out.logits.argmax(dim=1) == digits)[of_these].double().mean().item()
-    one = look.entry("class_accuracy", value, lower_is_better=False, floor=floor)
-    return one | {"se": (value * (1 - value) / n) ** 0.5, "se_method": "binomial"}
+        comparable = torch.isin(digits, requested) & (real.labels >= 0)
+        floor = (look.held_out.logits.argmax(dim=1) == digits)[comparable].double().mean().item()
+    entry = look.entry("class_accuracy", value, lower_is_better=False, floor=floor)
+    return entry | {"se": (value * (1 - value) / n) ** 0.5, "se_method": "binomial"}
 
 
 def are_digits(names: list[str] | None) -> bool:
-    """Return whether there are classes and all of them are digits by name."""
+    """Return whether there are class names and all of them are digits."""
     return bool(names) and set(names) <= set("0123456789")
 
 
 def digit_counts(image_set, logits: Tensor) -> Tensor:
-    """Return how many images of each digit a set has (10,), by its classes, or by the classifier where it has none."""
+    """Return the number of images of each digit (10,), by the set's labels, or by `logits` (N, 10) if it has none."""
     if not are_digits(image_set.class_names):
         return torch.bincount(logits.argmax(dim=1), minlength=10)
     digits = torch.tensor([int(name) for name in image_set.class_names])
@@ -134,14 +143,17 @@ def digit_counts(image_set, logits: Tensor) -> Tensor:
 
 
 def kid(look: Look) -> list[dict]:
-    """Return the kernel distance. Digit features are standardised first, because the kernel has a scale."""
-    train, name = look.train.features, look.extractor.name
+    """Return the kernel distance (Binkowski et al. 2018) to the training images.
+
+    Features of digits are standardised first, because the kernel depends on their scale.
+    """
+    train = look.train.features
+    name = look.extractor.name
 
     def distance(features):
         if name == "digits":
-            return statistics.kernel_distance(
-                statistics.standardise(features, train), statistics.standardise(train, train)
-            )
+            features = statistics.standardise(features, train)
+            return statistics.kernel_distance(features, statistics.standardise(train, train))
         return statistics.kernel_distance(features, train)
 
     value, error = distance(look.generated.features)
@@ -149,12 +161,12 @@ def kid(look: Look) -> list[dict]:
     if look.held_out is not None:
         floor = distance(random_rows(look.held_out.features, len(look.generated.features)))[0]
     id = f"kid{look.count}_full" + ("" if name == "inception" else f"_{name}")
-    one = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=len(train))
-    return [one | {"se": error, "se_method": "disjoint blocks"}]
+    entry = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=len(train))
+    return [entry | {"se": error, "se_method": "disjoint blocks"}]
 
 
 def precision_recall(look: Look) -> list[dict]:
-    """Return precision, recall, density and coverage, of at most as many generated as there are real features."""
+    """Return precision, recall, density and coverage of the first generated images, as many as real ones at most."""
     real = look.train.features
     features = look.generated.features[: len(real)]
     floors = {}
@@ -170,52 +182,56 @@ def precision_recall(look: Look) -> list[dict]:
 
 
 def inception_score(look: Look) -> list[dict]:
-    """Return the Inception score over 10 splits in the order of the seeds; its error is that of the splits' mean."""
+    """Return the Inception score (Salimans et al. 2016): the mean over 10 splits of the images, and its error."""
     value, deviation = statistics.inception_score(look.generated.logits, SPLITS)
     floor = None
     if look.held_out is not None:
         logits = random_rows(look.held_out.logits, len(look.generated.logits))
         floor = statistics.inception_score(logits, SPLITS)[0]
-    one = look.entry(f"is{look.count}", value, lower_is_better=False, floor=floor)
-    return [one | {"se": deviation / SPLITS**0.5, "se_method": "splits", "extra": {"std_over_splits": deviation}}]
+    entry = look.entry(f"is{look.count}", value, lower_is_better=False, floor=floor)
+    return [entry | {"se": deviation / SPLITS**0.5, "se_method": "splits", "extra": {"std_over_splits": deviation}}]
 
 
 def frechet(look: Look, stem: str, tail: str = "", train: Reference | None = None) -> list[dict]:
-    """Return the Fréchet distance to the training images ("full") and to the held-out ones ("test").
+    """Return the Fréchet distances to the training images ("full") and to the held-out ones ("test").
 
     Args:
-        stem, tail: what the id begins and ends with.
-        train: takes the place of the training images' statistics, if it is given.
+        stem, tail: the beginning and the end of the id.
+        train: the statistics to use in place of those of the training images.
     """
-    device = PartialState().device  # roots of large matrices are quick on a GPU
+    device = PartialState().device  # roots of large matrices are fast on a GPU
     features = look.generated.features.to(device)
     references = {"full": train or look.train} | ({} if look.held_out is None else {"test": look.held_out})
     entries = []
     for kind, reference in references.items():
         target = reference.mean.to(device), reference.covariance.to(device)
         value, mean_term = statistics.frechet_distance(*mean_and_covariance(features), *target)
-        extra, floor = {"mean_term": mean_term}, None
+        extra = {"mean_term": mean_term}
+        floor = None
         if kind == "full" and look.held_out is not None:
-            # At the same N, where there are as many: the distance of few images is mostly its bias.
+            # Take as many real images as generated ones if there are, because the bias depends on N.
             real = random_rows(look.held_out.features, len(features)).to(device)
             floor = statistics.frechet_distance(*mean_and_covariance(real), *target)[0]
             extra["floor_n"] = len(real)
         if len(features) >= ENOUGH_TO_EXTRAPOLATE:
             extra["at_infinity"] = statistics.frechet_at_infinity(features, *target)
-        id, n_ref = f"{stem}_{kind}{tail}", reference.num_samples
-        one = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=n_ref)
-        one |= {"se": statistics.frechet_standard_error(features, *target), "se_method": "jackknife, 20 blocks"}
-        entries.append(one | {"extra": extra})
+        id = f"{stem}_{kind}{tail}"
+        entry = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=reference.num_samples)
+        error = statistics.frechet_standard_error(features, *target)
+        entries.append(entry | {"se": error, "se_method": "jackknife, 20 blocks", "extra": extra})
     return entries
 
 
 def bits_per_dim(look: Look) -> list[dict]:
-    """Return the variational bound on held-out images (training ones where none are held out), in bits per dimension.
+    """Return the variational bound (Ho et al. 2020) on the held-out images, in bits per dimension.
 
-    Every process takes its share of the images; the noise of an image is keyed by its number.
+    Without held-out images it is that of the training images. Every process computes a share of the images. The noise
+    of an image is keyed by the image's number.
     """
-    evaluation, state = look.evaluation, PartialState()
-    model, timesteps = evaluation.model, evaluation.bound_timesteps
+    evaluation = look.evaluation
+    state = PartialState()
+    model = evaluation.model
+    timesteps = evaluation.bound_timesteps
     split = "train" if evaluation.held_out is None else "held_out"
     source = evaluation.train if evaluation.held_out is None else evaluation.held_out
     count = min(evaluation.bound_images or len(source), len(source))
@@ -242,21 +258,28 @@ def bits_per_dim(look: Look) -> list[dict]:
     bounds = [one for _, one in sorted(gather_object(bounds), key=lambda pair: pair[0])]
     summary = likelihood.summarise({name: torch.stack([one[name] for one in bounds]) for name in bounds[0]})
     entry = look.entry("bits_per_dim", summary["bits_per_dim"], lower_is_better=True, n_ref=count)
-    extra = {name: summary[name] for name in ("L0", "L1_to_last", "prior")} | {"floored_share": summary["floored"]}
-    extra |= {"split": split, "mode": mode, "variance_type": model.scheduler.config.variance_type, "decoder": "tanh"}
-    extra["bound"] = "upper" if summary["floored"] == 0 else "none: some pixels are at the decoder's floor"
-    return [
-        entry
-        | {"n_gen": None, "se": summary["standard_error"], "se_method": "over images"}
-        | {"unit": "bits/dim", "extra": extra}
-    ]
+    extra = {
+        **{name: summary[name] for name in ("L0", "L1_to_last", "prior")},
+        "floored_share": summary["floored"],
+        "split": split,
+        "mode": mode,
+        "variance_type": model.scheduler.config.variance_type,
+        "decoder": "tanh",
+        "bound": "upper" if summary["floored"] == 0 else "none: some pixels are at the decoder's floor",
+    }
+    error = {"se": summary["standard_error"], "se_method": "over images"}
+    return [entry | {"n_gen": None, **error, "unit": "bits/dim", "extra": extra}]
 
 
 def memorization(look: Look) -> list[dict]:
-    """Return how near the images are to training images, beside what held-out images score; draw the closest pairs."""
+    """Return how close the generated images are to training images, and draw the closest pairs.
+
+    The floors are the values of held-out images.
+    """
     if not PartialState().is_main_process:
         return []
-    evaluation, images = look.evaluation, look.images
+    evaluation = look.evaluation
+    images = look.images
     train = images_at(evaluation.train, range(len(evaluation.train)))
     held_out = None
     if has_floor(evaluation):
@@ -283,23 +306,23 @@ def memorization(look: Look) -> list[dict]:
 
 
 def has_floor(evaluation) -> bool:
-    """Return whether enough images are held out for a floor."""
+    """Return whether at least FEWEST images are held out, from which floors are computed."""
     return evaluation.held_out is not None and len(evaluation.held_out) >= FEWEST
 
 
 def is_digits(image_set) -> bool:
-    """Return whether a set looks like MNIST: ten classes called 0 to 9 in grey, of 28 px, or 32 with a border."""
+    """Return whether an ImageSet looks like MNIST: classes 0 to 9, grey, 28x28 or (with a border) 32x32 pixels."""
     names, size = image_set.class_names, image_set.resolution
     return names == list("0123456789") and image_set.channels == 1 and size in (28, 32)
 
 
 def random_rows(rows: Tensor, n: int) -> Tensor:
-    """Return n of the rows of real images, or all if there are fewer, shuffled: files often come class by class."""
+    """Return n random rows of real images (N, d), or all if N < n. Files often come class by class."""
     return rows[torch.randperm(len(rows), generator=keyed_generator(0, "floor"))[:n]]
 
 
 def format_count(n: int) -> str:
-    """Return a number of images as ids have it: 50k, 2k, 2048."""
+    """Return a number of images as it stands in ids: 50k, 2k, 2048."""
     return f"{n // 1000}k" if n % 1000 == 0 and n else str(n)
 
 
@@ -308,12 +331,12 @@ class Metric:
     """A row of METRICS.
 
     Attributes:
-        function: Look -> entries of the record.
-        extractor: the network that it looks through, a name of EXTRACTORS; "chosen": the one that --features names;
-            None: it looks at pixels, or at the model. Every process calls a metric without an extractor; one with an
-            extractor is called on the main process.
-        suits: (training images, model or None) -> whether it belongs to the default metrics.
-        hub_names: what the Hub calls the ids that begin so and go on with a number: {"is": "inception_score"}.
+        function: takes a Look and returns entries of the record. With an extractor, the main process alone calls it;
+            without one, every process does.
+        extractor: the network that it needs: a name of EXTRACTORS, or "chosen" for the one that --features names.
+            None: it needs only pixels or the model.
+        suits: takes (training images, model or None) and returns whether the metric is computed by default.
+        hub_names: the Hub's name of the metric, by what its ids begin with before a number: {"is": "inception_score"}.
     """
 
     function: Callable[[Look], list[dict]]

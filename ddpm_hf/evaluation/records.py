@@ -1,4 +1,4 @@
-"""Records of evaluations: written, printed, and compared where their protocols are the same."""
+"""Records of evaluations: make, write, read and print them."""
 
 import hashlib
 import platform
@@ -13,19 +13,20 @@ from ..files import read_json, write_json, writing
 from ..provenance import command, version
 
 
-SCHEMA = "ddpm_hf.eval/1"
+EVALUATION_SCHEMA = "ddpm_hf.eval/1"
 PACKAGES = ["ddpm_hf", "torch", "diffusers", "transformers", "numpy", "pillow"]
 
 
 def make_record(evaluation, entries: list[dict], images: Tensor, cost: dict) -> dict:
-    """Return the record of an Evaluation: whatever its numbers depend on, and nothing that is private.
+    """Return the record of an Evaluation: everything that its numbers depend on, and nothing private.
 
     Args:
-        entries: of all metrics.
-        images: the generated ones, uint8 (N, C, H, W); empty where no metric looked at any.
-        cost: seconds of drawing and of scoring.
+        entries: what the metrics returned.
+        images: the generated images, uint8 (N, C, H, W); empty if no metric used any.
+        cost: the seconds that drawing and scoring took.
     """
-    train, held_out, model = evaluation.train, evaluation.held_out, evaluation.model
+    train = evaluation.train
+    held_out = evaluation.held_out
     used = {name: module for name, module in evaluation.extractors.items() if not isinstance(module, str)}
     data = {
         "name": evaluation.data_name,
@@ -38,10 +39,10 @@ def make_record(evaluation, entries: list[dict], images: Tensor, cost: dict) -> 
     if evaluation.reference_file is not None and "inception" in used:
         data["reference_sha256"] = hashlib.sha256(Path(evaluation.reference_file).read_bytes()).hexdigest()
     return {
-        "schema": SCHEMA,
+        "schema": EVALUATION_SCHEMA,
         "command": command(),
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "model": evaluation.samples.model if model is None else model.facts,
+        "model": evaluation.samples.model if evaluation.model is None else evaluation.model.facts,
         "sampler": evaluation.sampler_record,
         "samples": {"n": len(images), "sha256": hashlib.sha256(images.numpy()).hexdigest()} if len(images) else {},
         "data": data,
@@ -61,31 +62,35 @@ def make_record(evaluation, entries: list[dict], images: Tensor, cost: dict) -> 
 
 
 def data_name(name: str) -> str:
-    """Return the name of a data set as records have it: a Hub id, or the last part of a local folder's path."""
+    """Return the name of a data set in a record: a Hub id, or the last part of a local folder's path."""
     return Path(name).resolve().name if Path(name).exists() else name
 
 
 def write_record(record: dict, path: Path):
-    """Write a record as JSON, whole or not at all."""
+    """Write a record as JSON, whole or not at all.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
     with writing("the record", path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
 
 
 def read_record(path) -> dict:
-    """Read a record.
+    """Return the record in a file that `evaluate` wrote.
 
     Raises:
-        UserError: for a file that is not a record of this schema.
+        UserError: for a file that is not a record of the schema EVALUATION_SCHEMA.
     """
     record = read_json(Path(path))
-    if record.get("schema") != SCHEMA:
-        raise UserError(f"{path} is not a record of the schema {SCHEMA}: give one that `evaluate` wrote.")
+    if record.get("schema") != EVALUATION_SCHEMA:
+        raise UserError(f"{path} is not a record of the schema {EVALUATION_SCHEMA}: give one that `evaluate` wrote.")
     return record
 
 
 def record_table(record: dict) -> str:
-    """Return the numbers of a record, each beside its error, its floor and its N, and what was skipped."""
+    """Return a record as a text table: each value with its error, its floor and its N, then the skipped metrics."""
     rows = [["metric", "value", "+-", "floor (real)", "N", "N real"]]
     for entry in record["metrics"]:
         if entry.get("status") != "skipped":
@@ -95,20 +100,20 @@ def record_table(record: dict) -> str:
 
 
 def by_reason(reasons: dict[str, str | None]) -> list[tuple[str, str]]:
-    """Return (metrics joined by commas, why they are skipped) for each reason that there is."""
+    """Return pairs (metrics joined by commas, reason), one for each different reason that is not None."""
     found = dict.fromkeys(reason for reason in reasons.values() if reason is not None)
     return [(", ".join(id for id, why in reasons.items() if why == reason), reason) for reason in found]
 
 
 def number(value) -> str:
-    """Return a number as a table has it: whole numbers whole, others with four significant digits."""
+    """Return a number for a table: an int in full, a float with four significant digits, None as \"\"."""
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def table(rows: list[list[str]], markdown: bool = False) -> str:
-    """Return rows, the first of which is the head, as aligned text or as Markdown."""
+    """Return rows as aligned text or as Markdown; the first row is the head."""
     if markdown:
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -1,6 +1,6 @@
-"""What scores compare with: features and statistics of a data set, computed once and cached as .npz.
+"""The statistics and features of real images that scores compare with, computed once and cached as .npz.
 
-A file has `mu` and `sigma` (float64), which pytorch-fid, EDM, TTUR and clean-fid read too; ours have besides
+A file has `mu` and `sigma` (float64), which pytorch-fid, EDM, TTUR and clean-fid read too. Our files also have
 `num_samples`, `features` (of at most 10,000 images spread over the set) and `meta` (JSON: extractor, data).
 """
 
@@ -22,14 +22,19 @@ from .features import extract
 from .statistics import mean_and_covariance
 
 
-MAX_FEATURES = 10_000  # images of a set whose features are kept, for scores that compare image by image
+MAX_FEATURES = 10_000  # at most so many rows of features are kept, for scores that compare image by image
+ARRAYS = ("mu", "sigma", "num_samples", "features", "logits", "meta")
 
 
 @dataclass
 class Reference:
-    """Statistics of a set: mean (d,) and covariance (d, d) float64 of all `num_samples` images, `features` of some.
+    """The statistics of a set of images, and the features of some of them.
 
-    `features` and `logits` are float32 (N, d) and (N, k), or None where only the statistics are known.
+    Attributes:
+        mean, covariance: float64 (d,) and (d, d), over all images.
+        num_samples: the number of images; None if the file does not say it.
+        features, logits: float32 (N, d) and (N, k) of at most MAX_FEATURES images; None if only statistics are known.
+        meta: the extractor and the data.
     """
 
     mean: torch.Tensor
@@ -41,15 +46,18 @@ class Reference:
 
 
 def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_dir=None) -> Reference:
-    """Return the reference of an ImageSet, from the cache if it is there; every process must call this.
+    """Return the Reference of an ImageSet, from the cache if it is there. Every process must call this.
 
-    The key is the extractor (network, pipeline, weights) and the data (pixels after resize and crop): statistics can
-    never be those of something else. Images are taken as they are, never mirrored.
+    The name of the cached file holds the extractor's id and a hash of the pixels after resize and crop, so a file
+    cannot be taken for that of other data. Images are taken as they are, without mirroring.
+
+    Args:
+        what: names the images in the progress bar.
     """
     name = f"{extractor_id(extractor)}-{image_set.fingerprint}-{len(image_set)}.npz"
     path = cache_folder(cache_dir) / name
     state = PartialState()
-    state.wait_for_everyone()  # nobody looks while another writes
+    state.wait_for_everyone()  # no process may look for the file while another one writes it
     if path.is_file():
         return read_reference(path)
     found = extract(extractor, image_set, None, batch_size, what)
@@ -70,14 +78,22 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
 
 
 def cache_folder(cache_dir=None) -> Path:
-    """Return where references are cached: `cache_dir`, DDPM_HF_CACHE, or ddpm_hf in HuggingFace's own cache."""
+    """Return the folder of cached references, in `cache_dir`, else DDPM_HF_CACHE, else HuggingFace's own cache."""
     return Path(cache_dir or os.environ.get("DDPM_HF_CACHE") or Path(HF_HOME) / "ddpm_hf") / "references"
 
 
 def save_reference(reference: Reference, path: Path):
-    """Write a reference as .npz, whole or not at all."""
-    arrays = dict(mu=reference.mean.numpy(), sigma=reference.covariance.numpy(), meta=json.dumps(reference.meta))
-    arrays["num_samples"] = np.int64(reference.num_samples)
+    """Write a reference as .npz, whole or not at all.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    arrays = {
+        "mu": reference.mean.numpy(),
+        "sigma": reference.covariance.numpy(),
+        "num_samples": np.int64(reference.num_samples),
+        "meta": json.dumps(reference.meta),
+    }
     for name in ("features", "logits"):
         if getattr(reference, name) is not None:
             arrays[name] = getattr(reference, name).numpy()
@@ -92,25 +108,21 @@ def save_reference(reference: Reference, path: Path):
 
 
 def read_reference(path, extractor=None, pipeline: str | None = None) -> Reference:
-    """Read statistics, ours or those of pytorch-fid, EDM, TTUR, clean-fid or ADM, to be compared with `extractor`'s.
+    """Read the statistics that `evaluate`, pytorch-fid, EDM, TTUR, clean-fid or ADM saved, as a Reference.
 
     Args:
-        extractor: what they must have been computed with; None: nothing is checked.
-        pipeline: for a file that does not say it: how its images were resized, e.g. `pytorch` for pytorch-fid's and
-            `tf1` for EDM's and TTUR's.
+        extractor: refuse statistics that are not comparable with this one's features. None: check nothing.
+        pipeline: how the images were resized, for a file that does not say it: `pytorch` for pytorch-fid's, `tf1` for
+            EDM's and TTUR's.
 
     Raises:
-        UserError: for a file that cannot be read, statistics of another size, network or pipeline, or a covariance
-            that is none.
+        UserError: for a file that cannot be read, statistics of another size, network or pipeline, or a sigma that is
+            not a covariance.
     """
     path = Path(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {
-                name: file[name]
-                for name in ("mu", "sigma", "num_samples", "features", "logits", "meta")
-                if name in file
-            }
+            arrays = {name: file[name] for name in ARRAYS if name in file}
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as .npz ({error}): give statistics with mu and sigma.") from error
     if "mu" not in arrays or "sigma" not in arrays:
@@ -125,6 +137,7 @@ def read_reference(path, extractor=None, pipeline: str | None = None) -> Referen
 
 
 def _check_reference(path, mean, covariance, meta, extractor):
+    """Refuse, with a UserError, statistics that the features of `extractor` cannot be compared with."""
     d = extractor.num_features
     if mean.shape != (d,) or covariance.shape != (d, d):
         raise UserError(
@@ -137,8 +150,8 @@ def _check_reference(path, mean, covariance, meta, extractor):
         )
     if meta["pipeline"] != extractor.pipeline:
         raise UserError(
-            f"{path} is of the pipeline {meta['pipeline']}, the samples of {extractor.pipeline}: the distance would "
-            f"measure that; give --inception_pipeline {meta['pipeline']}."
+            f"{path} is of the pipeline {meta['pipeline']}, the samples of {extractor.pipeline}: they do not compare; "
+            f"give --inception_pipeline {meta['pipeline']}."
         )
     if meta.get("extractor") not in (None, extractor_id(extractor)):
         raise UserError(
@@ -149,4 +162,6 @@ def _check_reference(path, mean, covariance, meta, extractor):
     eigenvalues = torch.linalg.eigvalsh((covariance + covariance.T) / 2)
     skew = (covariance - covariance.T).abs().max()
     if not skew <= 1e-6 * eigenvalues[-1] or not eigenvalues[0] >= -1e-6 * eigenvalues[-1]:
-        raise UserError(f"{path} has a sigma that is no covariance (not symmetric, or negative): give another file.")
+        raise UserError(
+            f"{path} has a sigma that is not a covariance (not symmetric, or negative): give another file."
+        )

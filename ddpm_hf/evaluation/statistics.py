@@ -1,7 +1,8 @@
 """Scores of sets of features: Fréchet distance, kernel distance, precision and recall, Inception score.
 
-Features are float32 or float64, (N, d), one row an image, on any device. All statistics are float64, on the device of
-the features where it has float64 and else on the CPU.
+Features are float32 or float64 (N, d) on any device, with one row for each image. Statistics are float64, on the
+features' device, or on the CPU if that device has no float64. Functions of features refuse, with a UserError,
+fewer than 2 images, numbers that are not finite, and two arguments whose d differs.
 """
 
 import torch
@@ -11,14 +12,13 @@ from ..errors import UserError
 from ..randomness import keyed_generator
 
 
-CHUNK = 2**23  # float64 numbers that a temporary matrix may have: 64 MB
+CHUNK = 2**23  # float64 numbers in a temporary matrix, at most: 64 MB
 
 
 def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean (d,) and the covariance (d, d) of features (N, d), with the divisor N - 1.
 
-    The mean is subtracted before squaring, so that large means do not cancel. Fewer than 2 images, or features that
-    are not finite, are a UserError.
+    The mean is subtracted before squaring, so that large means lose no precision.
     """
     _check(features)
     parts = features.split(_rows(features.shape[1]))
@@ -33,45 +33,53 @@ def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
 def frechet_distance(
     mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor
 ) -> tuple[float, float]:
-    """Return the squared Fréchet distance of two Gaussians, and the |mean_a - mean_b|^2 in it.
+    """Return the squared Fréchet distance of two Gaussians, and its part |mean_a - mean_b|^2.
 
-    |mean_a - mean_b|^2 + Tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6). The last trace is the nuclear norm of
-    A^(1/2) B^(1/2), which, unlike a square root of the product, is exact for covariances without full rank. Means (d,)
-    and covariances (d, d) of two sizes are a UserError.
+    The distance is |mean_a - mean_b|^2 + Tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6). Its last trace is
+    computed as the nuclear norm of A^(1/2) B^(1/2). Unlike a square root of the product, this is exact for covariances
+    without full rank.
+
+    Args:
+        mean_a, mean_b: (d,).
+        covariance_a, covariance_b: (d, d).
     """
     _check_sizes(mean_a, mean_b)
     return _frechet(_float64(mean_a), _root(covariance_a), _float64(mean_b), _root(covariance_b))
 
 
 def frechet_distance_of_features(features_a: Tensor, features_b: Tensor) -> tuple[float, float]:
-    """Return `frechet_distance` of features (N, d) and (M, d), exactly and without a (d, d) matrix where N < d.
+    """Return the `frechet_distance` of features (N, d) and (M, d), without a (d, d) matrix where N <= d.
 
-    Centred features over sqrt(N - 1) are themselves a root of their covariance. Fewer than 2 images, features that
-    are not finite, or of two sizes, are a UserError.
+    Centred features divided by sqrt(N - 1) are a root of their covariance, so the distance is exact.
     """
     _check_sizes(features_a, features_b)
     return _frechet(*_mean_and_root(features_a), *_mean_and_root(features_b))
 
 
 def frechet_standard_error(features: Tensor, mean: Tensor, covariance: Tensor, num_blocks: int = 20) -> float:
-    """Return the standard error of the `frechet_distance` of generated features (N, d) to a mean and a covariance.
+    """Return the standard error of the `frechet_distance` of features (N, d) to a mean (d,) and a covariance (d, d).
 
-    By the jackknife over interleaved blocks (Efron & Stein 1981): the distance is computed anew without each block.
-    It covers the sampling of the generated images, not that of the reference, nor the seed of the training. Features
-    of another size than the mean, fewer than 2 blocks, or than 2 images for each, are a UserError.
+    The jackknife over interleaved blocks (Efron & Stein 1981) computes the distance without each block. The error
+    covers the sampling of the generated images. It covers neither the reference nor the seed of the training.
+
+    Raises:
+        UserError: for fewer than 2 blocks, or fewer than 2 images a block.
     """
     _check_blocks("frechet_standard_error", len(features), num_blocks)
     _check_sizes(features, mean)
     own_mean, own_covariance = mean_and_covariance(features)
-    scatter, mean, root = own_covariance * (len(features) - 1), _float64(mean).to(own_mean.device), _root(covariance)
+    scatter = own_covariance * (len(features) - 1)
+    mean = _float64(mean).to(own_mean.device)
+    root = _root(covariance)
     distances = []
     for k in range(num_blocks):
-        # What the block adds to the moments about the mean of all, of which the sum over all is 0.
+        # Subtract the block from the moments about the mean of all features, which spares a pass over the others.
         block = _float64(features[k::num_blocks]) - own_mean
-        left, total = len(features) - len(block), block.sum(dim=0)
+        left = len(features) - len(block)
+        total = block.sum(dim=0)
         rest = (scatter - block.T @ block - torch.outer(total, total) / left) / (left - 1)
-        # The trace of the root by the eigenvalues of R rest R^T: 1e-3 off where the rank is low, which an error may
-        # be, and five times as fast as by `_frechet`.
+        # The eigenvalues of R rest R^T give the trace of the root five times as fast as `_frechet` does. They are off
+        # by 1e-3 for a low rank, which is good enough for an error.
         trace = torch.linalg.eigvalsh(root @ rest @ root.T).clamp(min=0).sqrt().sum()
         distances.append((own_mean - total / left - mean).square().sum() + rest.trace() - 2 * trace)
     distances = torch.stack(distances)
@@ -83,17 +91,20 @@ def frechet_at_infinity(
 ) -> float:
     """Return the `frechet_distance` of features (N, d) to a mean and a covariance, extrapolated to N = infinity.
 
-    The bias of the distance is about proportional to 1/n: a line in 1/n through `num_points` random subsets of sizes
-    from min(5000, N/10) to N, drawn by `seed`, has the unbiased distance at 0 (FID_infinity, Chong & Forsyth 2020). It
-    is noisier than the distance itself. Features of another size than the mean, fewer than 20 images, or fewer than
-    2 points, are a UserError.
+    This is FID_infinity of Chong & Forsyth 2020. The bias of the distance is about proportional to 1/n, so a line in
+    1/n, fitted to `num_points` random subsets of min(5000, N/10) to N images, has the unbiased distance at 1/n = 0.
+    That value is noisier than the distance itself.
+
+    Raises:
+        UserError: for fewer than 20 images, or fewer than 2 points.
     """
     if len(features) < 20 or num_points < 2:
         given = f"frechet_at_infinity has {len(features)} images and num_points={num_points}"
         raise UserError(f"{given}; give at least 20 images and 2 points.")
     _check_sizes(features, mean)
     sizes = torch.linspace(min(5000, len(features) // 10), len(features), num_points, dtype=torch.float64).long()
-    reference, distances = (_float64(mean), _root(covariance)), []
+    reference = _float64(mean), _root(covariance)
+    distances = []
     for k, size in enumerate(sizes.tolist()):
         order = torch.randperm(len(features), generator=keyed_generator(seed, "frechet_at_infinity", k))
         subset = features[order[:size].to(features.device)]
@@ -104,25 +115,28 @@ def frechet_at_infinity(
 
 
 def standardise(features: Tensor, reference: Tensor) -> Tensor:
-    """Return features (N, d) in float64, less the mean of `reference` (M, d) and over its standard deviation.
+    """Return features (N, d) minus the mean of `reference` (M, d), divided by its standard deviation, in float64.
 
-    For the kernel of `kernel_distance`, which depends on scale, where features are not those of a standard network.
-    A feature that is constant in the reference keeps its scale. The errors are those of `mean_and_covariance`.
+    The kernel of `kernel_distance` depends on scale, so features of an uncommon network need this first. A feature
+    that is constant in the reference keeps its scale.
     """
     _check_sizes(features, reference)
     _check(reference)
     std, mean = torch.std_mean(_float64(reference), dim=0)
-    # Of a constant, round-off leaves a deviation that is not quite 0.
+    # The deviation of a constant is not quite 0, because of rounding.
     return (_float64(features).to(mean.device) - mean) / std.where(std > 1e-9 * mean.abs(), 1)
 
 
 def kernel_distance(features_a: Tensor, features_b: Tensor, num_blocks: int = 10) -> tuple[float, float]:
     """Return the kernel distance (KID) of features (N, d) and (M, d), and its standard error.
 
-    The unbiased estimate of the squared maximum mean discrepancy with the kernel (x.y / d + 1)^3 (Binkowski et al.
-    2018, eq. 4), over all pairs rather than over random subsets; it may be below 0. The standard
-    error is that of the mean over disjoint, interleaved blocks, an upper estimate since blocks see fewer pairs. The
-    errors are those of `mean_and_covariance`, features of two sizes, and fewer than 2 blocks, or 2 images for each.
+    The distance is the unbiased estimate of the squared maximum mean discrepancy with the kernel (x.y / d + 1)^3
+    (Binkowski et al. 2018, eq. 4), over all pairs rather than over random subsets. It can be below 0. The standard
+    error is that of the mean over disjoint, interleaved blocks. It is an upper estimate, because blocks have fewer
+    pairs.
+
+    Raises:
+        UserError: for fewer than 2 blocks, or fewer than 2 images a block.
     """
     _check_sizes(features_a, features_b)
     _check_blocks("kernel_distance", min(len(features_a), len(features_b)), num_blocks)
@@ -138,12 +152,14 @@ def kernel_distance(features_a: Tensor, features_b: Tensor, num_blocks: int = 10
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, float]:
     """Return precision, recall, density and coverage of generated features (M, d) for real ones (N, d).
 
-    The ball of a point reaches to its k-th nearest other point of the same set, and has its surface.
-    - precision: share of generated in some real ball; recall: share of real in some generated ball (Kynkäänniemi et
-      al. 2019, eq. 1 and 2);
-    - density: number of real balls that a generated point is in, mean over k; coverage: share of real balls that have
-      a generated point (Naeem et al. 2020).
-    k < 1, k or fewer images, features that are not finite, or of two sizes, are a UserError.
+    The ball of a point reaches to its k-th nearest other point of the same set, whose distance is its radius.
+    - precision: the share of generated points inside a real ball (Kynkäänniemi et al. 2019, eq. 1);
+    - recall: the share of real points inside a generated ball (eq. 2);
+    - density: the mean number of real balls around a generated point, divided by k (Naeem et al. 2020);
+    - coverage: the share of real balls with a generated point inside.
+
+    Raises:
+        UserError: for k < 1, or k or fewer images.
     """
     _check_sizes(real, generated)
     if not 1 <= k < min(len(real), len(generated)):
@@ -151,12 +167,13 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, f
         raise UserError(f"{given}; choose a k of at least 1 and below the number of either.")
     for features in (real, generated):
         _check(features)
-    # Centred: products of float64 then give distances to 1e-9 of a radius, and faster than differences would.
+    # Centre the features, so that distances from products are exact to 1e-9 of a radius; differences are slower.
     centre = _float64(real).mean(dim=0)
     real, generated = _float64(real) - centre, _float64(generated).to(centre.device) - centre
     real_radii, generated_radii = _radii(real, k), _radii(generated, k)
     in_generated = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    covered, balls = in_generated.clone(), []
+    covered = in_generated.clone()
+    balls = []
     for part, radii in zip(generated.split(_rows(len(real))), generated_radii.split(_rows(len(real)))):
         distances = _distances(part, real)
         in_real = distances <= real_radii
@@ -173,30 +190,36 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, f
 
 
 def inception_score(logits: Tensor, num_splits: int = 10) -> tuple[float, float]:
-    """Return the Inception score of logits (N, classes): mean and deviation (divisor `num_splits`) over the splits.
+    """Return the Inception score of logits (N, classes): its mean and its deviation over the splits.
 
-    exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016, section 4) of each of `num_splits` runs of successive images,
-    not shuffled; their lengths differ by 1 at most. Fewer images than splits are a UserError.
+    The score of a split is exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016, section 4). Splits are successive
+    images, not shuffled, and their lengths differ by 1 at most. The deviation has the divisor `num_splits`.
+
+    Raises:
+        UserError: for fewer images than splits, or no split.
     """
     if not 1 <= num_splits <= len(logits):
         given = f"inception_score has {len(logits)} images for num_splits={num_splits}"
         raise UserError(f"{given}; give at least one image for each, and at least one split.")
     scores = []
     for part in _float64(logits).softmax(dim=1).tensor_split(num_splits):
-        # The mean of the divergences is the entropy of the mean less the mean of the entropies.
+        # The mean divergence equals the entropy of the mean minus the mean entropy.
         scores.append((_entropy(part.mean(dim=0)) - _entropy(part).mean()).exp())
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
 
 
 def class_report(logits: Tensor, reference_frequencies: Tensor) -> dict:
-    """Return how a classifier's logits (N, classes) for generated images spread over the classes.
+    """Return how generated images spread over the classes, by a classifier's logits (N, classes).
 
-    - frequencies: share of images per class, by the highest logit;
+    - frequencies: the share of images of each class, by the highest logit;
     - total_variation: half the sum of the absolute differences to `reference_frequencies` (classes,), which are
       counts or shares: 0 for equal ones, 1 for no class in common;
-    - mean_confidence: mean of the highest probability; mean_entropy: of the probabilities, in nats.
-    Frequencies for another number of classes, or no images, are a UserError.
+    - mean_confidence: the mean of the highest probability;
+    - mean_entropy: the mean entropy of the probabilities, in nats.
+
+    Raises:
+        UserError: for frequencies of another number of classes, or no images.
     """
     if not len(logits) or logits.shape[1:] != reference_frequencies.shape:
         given = f"class_report has logits {tuple(logits.shape)} and {len(reference_frequencies)} frequencies"
@@ -218,6 +241,7 @@ def _float64(tensor: Tensor) -> Tensor:
 
 
 def _rows(columns: int) -> int:
+    """Return how many rows a temporary matrix may have."""
     return max(1, CHUNK // columns)
 
 
@@ -240,9 +264,10 @@ def _check_blocks(name: str, num_images: int, num_blocks: int):
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """R (d, d) with R^T R = covariance. What eigh leaves of eigenvalues that are 0 is set to 0.
+    """Return R (d, d) with R^T R = covariance.
 
-    It is 1e-16 of the largest one, and would be 1e-8 after the root.
+    Eigenvalues that are 0 come out of eigh as 1e-16 of the largest one, which would be 1e-8 after the root. They are
+    set to 0.
     """
     values, vectors = torch.linalg.eigh(_float64(covariance))
     noise = values[-1] * len(values) * torch.finfo(torch.float64).eps
@@ -250,6 +275,7 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 def _mean_and_root(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean (d,) of features (N, d), and R (min(N, d), d) with R^T R = covariance."""
     if len(features) > features.shape[1]:
         mean, covariance = mean_and_covariance(features)
         return mean, _root(covariance)
@@ -264,11 +290,11 @@ def _frechet(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) -> 
     mean_term = (mean_a - mean_b).square().sum().item()
     traces = root_a.square().sum() + root_b.square().sum()
     distance = mean_term + (traces - 2 * torch.linalg.svdvals(root_a @ root_b.T).sum()).item()
-    return max(distance, 0.0), mean_term  # round-off can make it -1e-13; nan stays nan
+    return max(distance, 0.0), mean_term  # rounding can make it -1e-13; nan stays nan
 
 
 def _squared_discrepancy(a: Tensor, b: Tensor) -> float:
-    """Eq. 4 of Binkowski et al. 2018."""
+    """Return eq. 4 of Binkowski et al. 2018."""
 
     def kernel(x, y):
         return (x @ y.T / x.shape[1] + 1) ** 3
@@ -277,7 +303,7 @@ def _squared_discrepancy(a: Tensor, b: Tensor) -> float:
         total = 0
         for start in range(0, len(x), _rows(len(x))):
             part = x[start : start + _rows(len(x))]
-            values = kernel(part, x[start:])  # the rest, by symmetry, was in the rows above
+            values = kernel(part, x[start:])  # the other pairs were in the rows above, because the kernel is symmetric
             total = total + 2 * values.sum() - values[:, : len(part)].sum()
         diagonal = (x.square().sum(dim=1) / x.shape[1] + 1) ** 3
         return (total - diagonal.sum()) / (len(x) * (len(x) - 1))
@@ -291,7 +317,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """Distance (N,) to the k-th nearest other point, with 1e-6 of it more so that round-off keeps nobody out."""
+    """Return the distance (N,) to the k-th nearest other point, plus 1e-6 of it to allow for rounding."""
     parts = features.split(_rows(len(features)))
     return torch.cat([_distances(part, features).kthvalue(k + 1).values for part in parts]) * (1 + 1e-6)
 

@@ -26,9 +26,11 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
     _auto_class = "AutoModel"  # config.json gets an auto_map, by which AutoModel finds the class in the file beside it
 
+    # More than 60 lines because each argument is a field of config.json and has a line of its own.
     @register_to_config
     def __init__(
         self,
+        *,
         sample_size: int | tuple[int, int] | None = None,
         in_channels: int = 3,
         num_classes: int = 10,

@@ -57,11 +57,12 @@ class Pretrained:
 
 
 def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
-    """Load a DDPM: a pipeline folder, a `checkpoint-<step>` of a run, or a Hub id such as `me/ddpm-mnist`.
+    """Load a DDPM to sample from, to score or to restore with.
 
     Any DDPM in diffusers' format will do, whoever trained it. Only safetensors are read, and no code is run.
 
     Args:
+        name: a pipeline folder, a `checkpoint-<step>` of a run, or a Hub id such as `me/ddpm-mnist`.
         weights: "published" are those that a pipeline holds (of a checkpoint: the moving average where it has one).
             "raw" are those that were trained, before averaging, of the checkpoint given or of a run's last one.
 
@@ -189,7 +190,10 @@ def _pretrained(unet, scheduler, facts: dict, *, run: dict, folder: Path, classe
 
 
 def load_classifier(name: str | Path) -> NoisyClassifier:
-    """Load a classifier: the folder of a run with --objective classify, its `classifier` folder, or a Hub id.
+    """Load a classifier that guides models.
+
+    Args:
+        name: the folder of a run with --objective classify, its `classifier` folder, or a Hub id.
 
     Raises:
         UserError: if there is none.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -54,6 +55,7 @@ def sample(
         return draw_samples(model, resolved, num_images, output, batch_size=batch_size)
     if num_images < 1:
         raise UserError(f"num_images is {num_images}; it must be at least 1.")
+    model.unet.to(PartialState().device)
     return to_pil(sample_images(model, resolved, range(num_images), batch_size=batch_size))
 
 

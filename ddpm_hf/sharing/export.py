@@ -1,4 +1,4 @@
-"""A model and the pipeline files that it can use, in one folder: whoever loads it needs diffusers, nothing of ours."""
+"""Export a model and the pipeline files that suit it into one folder, which needs only diffusers to load."""
 
 import shutil
 from pathlib import Path
@@ -23,23 +23,23 @@ def export(
     pipeline: str | None = None,
     weights: str = "published",
 ) -> list[str]:
-    """Write a folder that stock diffusers loads, with the pipeline files that suit the model; return their names.
+    """Write a folder that stock diffusers loads, with the pipeline files that suit the model. Return their names.
 
-    `DiffusionPipeline.from_pretrained(output, trust_remote_code=True)` gives `pipeline`, from the folder or from a Hub
-    repository of it; with `custom_pipeline=NAME` it gives another of them. The records and pictures of a run come
-    along, and the card shows them.
+    `DiffusionPipeline.from_pretrained(output, trust_remote_code=True)` returns `pipeline`, and with
+    `custom_pipeline=NAME` another one of them; `output` may also be a Hub repository with the folder's files. The
+    records and pictures of a run are copied too, and the card shows them.
 
     Args:
-        model: a folder, a checkpoint, a Hub id, or what `load` returned.
+        model: a folder, a checkpoint, a Hub id, or the result of `load`.
         output: a folder that does not exist yet.
         classifier: guides an unconditional model: the run of --objective classify, a Hub id, or the classifier itself.
-        pipeline: the one that the index names; None: class_guided where there are classes or a classifier, else stock
-            `DDPMPipeline`, which needs no trust in code.
+        pipeline: the default pipeline of the folder. None: class_guided for a model with classes or a classifier, else
+            stock `DDPMPipeline`, which loads without trust_remote_code.
         weights: published or raw, see `load`.
 
     Raises:
-        UserError: if the folder exists or cannot be written, for a classifier of other images, or a pipeline that
-            does not suit the model.
+        UserError: if the folder exists or cannot be written, or for a classifier or a pipeline that does not suit the
+            model.
 
     Example:
         >>> ddpm_hf.export("runs/digits", "my-export")
@@ -49,8 +49,8 @@ def export(
         model = load_pretrained(model, weights)
     if isinstance(classifier, (str, Path)):
         classifier = load_classifier(str(classifier))
-    output, config = Path(output), model.unet.config
-    conditional = config.num_class_embeds is not None
+    output = Path(output)
+    conditional = model.unet.config.num_class_embeds is not None
     if output.exists():
         raise UserError(f"{output} is there already: give another folder, or remove it.")
     if classifier is not None:
@@ -67,7 +67,7 @@ def export(
         pipeline = names[0]
     new = output.with_name(f".{output.name}.tmp")
     with writing("the export", output):
-        shutil.rmtree(new, ignore_errors=True)  # left by a kill
+        shutil.rmtree(new, ignore_errors=True)  # an earlier export that was killed may have left it
         new.mkdir(parents=True)
         save_pipeline(new, model.unet, model.scheduler, model.classes.names, pipeline)
         if classifier is not None:

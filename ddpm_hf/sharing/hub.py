@@ -1,4 +1,4 @@
-"""What leaves the machine: repositories on the Hub, and pushes to them that nothing waits for."""
+"""Create repositories on the Hub, and push to them in the background."""
 
 import logging
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
-# HTTPError is httpx's, whichever major version of httpx huggingface_hub is built on.
+# Import httpx's HTTPError from here, because huggingface_hub decides which major version of httpx it uses.
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
 from ..errors import UserError
@@ -19,77 +19,78 @@ from ..run_folder import PRIVATE, PUBLISHED
 
 
 logger = logging.getLogger(__name__)
-# One for the process: it has one worker thread, so pushes arrive in the order they were made.
+# The process has one client. It has one worker thread, so pushes arrive in the order in which they were made.
 API = HfApi()
 TOKEN = r"\bhf_[A-Za-z0-9]{30,}"
-WAITS = (5, 30, 120)  # seconds before each new attempt of a push
+WAITS = (5, 30, 120)  # seconds to wait before each new attempt of a push
 LOG_IN = "log in with `hf auth login`, or give --hub_token a token that may write there"
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name is that of a repository, USER/NAME, and not of something on this disk."""
+    """Return whether a name has the form USER/NAME of a repository and is not a path on this disk."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def create_repository(name: str, private: bool = False, token: str | None = None, **space) -> str:
     """Create a repository unless it exists; return its id, e.g. `me/ddpm-cifar10`.
 
-    A run calls it before its first step: what cannot be pushed is to fail before training, not after.
+    A run calls this before its first step, so that a push that cannot work fails before the training and not after it.
 
     Args:
-        private: ask for a private one; if not, it is what the Hub makes it.
-        space: `repo_type="space"` and further arguments of `HfApi.create_repo`, of a Space.
+        private: require a private repository. False leaves the choice to the Hub.
+        space: for a Space: `repo_type="space"` and further arguments of `HfApi.create_repo`.
 
     Raises:
-        UserError: the Hub cannot be reached or refuses, or a public repository is where a private one is asked for.
+        UserError: if the Hub cannot be reached or refuses, or if a private repository is required and a public one
+            exists.
     """
     kind = {"repo_type": space.get("repo_type")}
     try:
-        # None leaves it to the Hub, where an organisation may have private as its default.
+        # None leaves the choice to the Hub, because an organisation may create private repositories by default.
         repo_id = API.create_repo(name, token=token, private=private or None, exist_ok=True, **space).repo_id
-        # create_repo is content if the repository exists, even with a token that may only read.
+        # Check the token, because create_repo accepts a repository that exists even if the token may only read.
         API.auth_check(repo_id, token=token, write=True, **kind)
         is_private = API.repo_info(repo_id, token=token, **kind).private
     except HFValidationError:
         raise UserError(f"{name!r} cannot name a repository: give --hub_model_id NAME or USER/NAME.") from None
     except (HTTPError, OfflineModeIsEnabled) as error:
-        remedy = LOG_IN if refused(error) else "check the network; a training may do without and push later"
-        raise UserError(f"cannot push to {name!r} on {API.endpoint} ({reason(error)}): {remedy}.") from None
+        remedy = LOG_IN if is_denied(error) else "check the network, or train without a push and push later"
+        raise UserError(f"cannot push to {name!r} on {API.endpoint} ({short_reason(error)}): {remedy}.") from None
     if private and not is_private:
         raise UserError(f"{repo_id} exists and is public: make it private, or choose another --hub_model_id.")
     return repo_id
 
 
-def reason(error: Exception) -> str:
-    """Say in a few words why a request failed; the token is only in the request's headers, never in these words."""
+def short_reason(error: Exception) -> str:
+    """Return a few words on why a request failed. They never hold the token, which is only in the headers."""
     if isinstance(error, HfHubHTTPError):
         return f"{error.response.status_code} {error.response.reason_phrase}"
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def refused(error: Exception) -> bool:
-    """Return whether the Hub said no, and would say it again."""
+def is_denied(error: Exception) -> bool:
+    """Return whether the token is missing, wrong or not allowed to do this."""
     return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
 
 
-def hopeless(error: Exception) -> bool:
-    """Return whether the same request would be refused again."""
+def is_final(error: Exception) -> bool:
+    """Return whether the Hub would refuse the same request again."""
     return isinstance(error, HfHubHTTPError) and error.response.status_code in {*range(400, 500)} - {408, 429}
 
 
-def push(output_dir: str | Path, repo_id: str, token: str | None, message: str) -> "Future[bool]":
-    """Upload the run as it is now, in the background, as one commit; `finish_push` waits for it.
+def push_in_background(output_dir: str | Path, repo_id: str, token: str | None, message: str) -> "Future[bool]":
+    """Start to upload a run as one commit. Return a future, whose result is whether the upload succeeded.
 
-    The files are copied first, so that training may go on writing. One that holds a token stays here, with a warning;
-    of local paths only the last parts are told. A push that fails is tried again, and in the end it is a warning too,
-    whatever the reason: no network may end hours of training. Files that the Hub has already are not sent again.
+    The files are copied first, so that training can go on writing. A file that holds a token is left out with a
+    warning. Local paths are cut to their last parts. Files that the Hub has are not sent again. A push that fails is
+    tried again; in the end it is only a warning, because a network failure must not end hours of training.
     """
     secrets = "|".join([TOKEN, *map(re.escape, filter(None, [token, get_token()]))]).encode()
     paths = [path for name in PUBLISHED for path in [Path(output_dir, name), *Path(output_dir, name).rglob("*")]]
     try:
-        frozen = tempfile.TemporaryDirectory(prefix=".push-", dir=output_dir, ignore_cleanup_errors=True)
+        snapshot = tempfile.TemporaryDirectory(prefix=".push-", dir=output_dir, ignore_cleanup_errors=True)
         for source in filter(Path.is_file, paths):
-            target = Path(frozen.name, source.relative_to(output_dir))
+            target = Path(snapshot.name, source.relative_to(output_dir))
             if source.suffix in (".json", ".jsonl", ".md") and re.search(secrets, source.read_bytes()):
                 logger.warning("%s holds an access token and was not pushed: remove the token from it.", source)
             elif any(source.match(private) for private in PRIVATE):
@@ -97,39 +98,39 @@ def push(output_dir: str | Path, repo_id: str, token: str | None, message: str) 
             elif "/." not in f"/{source.relative_to(output_dir).as_posix()}":  # half-written files start with a dot
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
-        hide_paths(Path(frozen.name))
+        hide_paths(Path(snapshot.name))
     except OSError as error:
         logger.warning(
-            "Nothing was pushed to %s, for want of a copy (%s): free some space, push again.", repo_id, error
+            "Nothing was pushed to %s, because the files could not be copied (%s): free some space and push again.",
+            repo_id,
+            error,
         )
         return API.run_as_future(lambda: False)
 
     def upload():
-        with frozen as folder:
-            return persist(
+        with snapshot as folder:
+            return retry(
                 lambda: API.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, token=token),
                 repo_id,
-                f"the run is whole here, `python -m ddpm_hf push {output_dir} --hub_model_id {repo_id}` tries again",
+                f"push it again with `python -m ddpm_hf push {output_dir} --hub_model_id {repo_id}`",
             )
 
     return API.run_as_future(upload)
 
 
-def persist(upload, repo_id: str, remedy: str) -> bool:
-    """Call `upload` until it succeeds, a few times at most; return whether it did, having warned of each failure."""
+def retry(upload, repo_id: str, remedy: str) -> bool:
+    """Call `upload` until it succeeds, at most once more than there are WAITS. Return whether it succeeded.
+
+    Each failure is a warning; the last one says `remedy`.
+    """
     for wait in (*WAITS, None):
         try:
             upload()
             return True
         except Exception as error:
-            if wait is None or hopeless(error):
-                more = f"{LOG_IN}; then " if refused(error) else ""
-                logger.warning("The push to %s failed (%s): %s%s.", repo_id, reason(error), more, remedy)
+            if wait is None or is_final(error):
+                more = f"{LOG_IN}; then " if is_denied(error) else ""
+                logger.warning("The push to %s failed (%s): %s%s.", repo_id, short_reason(error), more, remedy)
                 return False
-            logger.warning("The push to %s failed (%s): trying again in %g s.", repo_id, reason(error), wait)
+            logger.warning("The push to %s failed (%s): trying again in %g s.", repo_id, short_reason(error), wait)
             time.sleep(wait)
-
-
-def finish_push(future: "Future[bool]") -> bool:
-    """Wait for a push and return whether it arrived; if not, it has warned already."""
-    return future.result()

@@ -1,6 +1,7 @@
 """Licences of the data sets that the presets name."""
 
-# Licences by the name of the data: cats that nobody may sell make a model that nobody may sell.
+# The licence and a sentence about the data, by a pattern of the data's name. A model inherits the licence: one trained
+# on AFHQ is not for commercial use either.
 LICENCES = {
     r"(huggan/)?afhq.*": (
         "cc-by-nc-4.0",
@@ -8,12 +9,15 @@ LICENCES = {
         "[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/): credit its authors, no commercial use. The "
         "same holds for this model.",
     ),
-    r"(ylecun/)?mnist": ("apache-2.0", "MNIST by LeCun, Cortes and Burges; its Hub page has it under MIT."),
+    r"(ylecun/)?mnist": ("apache-2.0", "MNIST by LeCun, Cortes and Burges; its Hub page states the MIT licence."),
     r"(uoft-cs/)?cifar10": ("apache-2.0", "CIFAR-10 by Krizhevsky, Nair and Hinton (2009), who state no licence."),
     r"digits": (
         "apache-2.0",
         "Optical Recognition of Handwritten Digits by Alpaydin and Kaynak, UCI, "
-        "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), as scikit-learn carries it.",
+        "[CC BY 4.0](https://creativecommons.org/licenses/by/4.0/), the copy in scikit-learn.",
     ),
 }
-UNKNOWN_LICENCE = (None, "not known here: ask where the images are from before you build on this model.")
+UNKNOWN_LICENCE = (
+    None,
+    "their licence is not known here. Find out where they are from before you build on this model.",
+)

@@ -1,4 +1,4 @@
-"""The demo of a model, published as a Gradio Space on the Hub."""
+"""Publish the demo of a model as a Gradio Space on the Hub."""
 
 import shutil
 import tempfile
@@ -8,32 +8,36 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from ..community_pipelines import shipped
 from ..errors import UserError
-from .hub import API, create_repository, is_hub_id, persist, reason
+from .hub import API, create_repository, is_hub_id, retry, short_reason
 
 
-SUFFIXES = [".py", ".md", ".txt", ".css", ".html", ".js"]  # what a Space is made of
+SUFFIXES = [".py", ".md", ".txt", ".css", ".html", ".js"]  # the files that a Space is made of
 
 
 def push_space(model: str, name: str | None = None, *, private: bool = False, token: str | None = None) -> str:
-    """Upload spaces/ and pipelines/ as a Space that shows a model of the Hub; return the Space's address.
+    """Upload spaces/ and pipelines/ as a Space that shows a model of the Hub. Return the Space's address.
 
     Args:
         model: Hub id, e.g. "me/ddpm-mnist".
-        name: of the Space, NAME or USER/NAME; by default the model's name and -demo.
-        private: create it private; a Space that exists must be private then.
-        token: to push with; by default that of `hf auth login`.
+        name: of the Space, NAME or USER/NAME. None: the model's name with -demo.
+        private: create it private. A Space that exists must be private then.
+        token: an access token of the Hub. None: that of `hf auth login`.
 
     Raises:
         UserError: for a model that is not on the Hub, a Space that cannot be written to, or an upload that failed.
     """
     if not is_hub_id(model):
-        raise UserError(f"{model} is no Hub id, and a Space cannot see this disk: push it first, give USER/NAME.")
+        raise UserError(
+            f"{model} is not a Hub id, and a Space cannot see this disk: push it first, then give USER/NAME."
+        )
     try:
         found = API.file_exists(model, "model_index.json", token=token)
     except (HTTPError, OfflineModeIsEnabled) as error:
-        raise UserError(f"{API.endpoint} does not answer ({reason(error)}): check the network.") from None
+        raise UserError(f"{API.endpoint} does not answer ({short_reason(error)}): check the network.") from None
     if not found:
-        raise UserError(f"{model} is no pipeline on {API.endpoint}, or not for you to see: push it first.")
+        raise UserError(
+            f"{model} is not a pipeline on {API.endpoint}, or your token may not read it: push it first, or log in."
+        )
     name = name or f"{model.rpartition('/')[2]}-demo"
     space_id = create_repository(name, private, token, repo_type="space", space_sdk="gradio")
     with tempfile.TemporaryDirectory() as folder:
@@ -45,7 +49,7 @@ def push_space(model: str, name: str | None = None, *, private: bool = False, to
                 repo_id=space_id, repo_type="space", folder_path=folder, token=token, commit_message=f"Show {model}"
             )
 
-        if not persist(upload, space_id, f"`python -m ddpm_hf push-space {model}` tries again"):
+        if not retry(upload, space_id, f"push it again with `python -m ddpm_hf push-space {model}`"):
             raise UserError(f"the Space {space_id} is not up to date: see the warning above, then push again.")
     return f"{API.endpoint}/spaces/{space_id}"
 

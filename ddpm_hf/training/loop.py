@@ -23,7 +23,6 @@ from ..diffusion.losses import NUM_BANDS, by_band, draw_noise, training_labels
 from ..diffusion.timestep_sampling import draw_timesteps, update_history
 from ..errors import UserError
 from ..models.pretrained import Pretrained, load_pretrained
-from ..sharing.hub import finish_push
 from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
 from .run import Run, open_run
 
@@ -70,6 +69,14 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     Raises:
         UserError: for input that cannot be trained on (nothing is written then), for a loss that is not finite, or if
             a file cannot be written. The last checkpoint is good in every case.
+
+    Example:
+        >>> smaller = {"base_channels": 8, "ddpm_num_inference_steps": 10, "eval_batch_size": 4}
+        >>> config = TrainingConfig.from_preset("digits", max_train_steps=2, output_dir="runs/short", **smaller)
+        >>> run = ddpm_hf.train(config)
+        1,617 images of 8x8x1 (180 held out), ...
+        >>> run.step, run.finished
+        (2, True)
     """
     run = open_run(config)
     if run is None:
@@ -105,7 +112,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if state.push is not None:
-        finish_push(state.push)
+        state.push.result()  # wait for it; a push that failed has printed a warning
     finished = finished_run(run)
     if accelerator.is_main_process:
         print_summary(run, finished)

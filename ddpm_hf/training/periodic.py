@@ -22,7 +22,7 @@ from ..pictures import image_sheet
 from ..sampling.generate import sample_images
 from ..sampling.settings import Sampler
 from ..sharing.card import write_card
-from ..sharing.hub import push
+from ..sharing.hub import push_in_background
 from . import checkpoints
 from .figures import loss_figure, run_figures
 from .run import Run
@@ -216,7 +216,7 @@ def start_push(run: Run, due: set[str], line: dict):
     """Start to push the run folder to the Hub, if --push_to_hub is given; only the main process has a repository."""
     if run.repo_id is not None:
         message = "End of training" if "end" in due else f"Step {run.state.step}"
-        run.state.push = push(Path(run.config.output_dir), run.repo_id, run.config.hub_token, message)
+        run.state.push = push_in_background(Path(run.config.output_dir), run.repo_id, run.config.hub_token, message)
 
 
 # (what is due, the function that does it), called as `task(run, due, line)`.

@@ -52,7 +52,7 @@ def open_evaluation(config, model: Pretrained, train_set, validation_set) -> tup
         bound_timesteps=min(BOUND_TIMESTEPS, len(model.scheduler)),
     )
     open_extractors(evaluation)
-    reasons = {name: evaluation.skipped(name) for name in config.eval_metrics}
+    reasons = {name: evaluation.why_skipped(name) for name in config.eval_metrics}
     if reasons.get(config.best_by):
         raise UserError(f"--best_by {config.best_by} is not available: {reasons[config.best_by]}")
     return evaluation, [f"Warning: {ids} will be skipped: {reason}" for ids, reason in by_reason(reasons)]

@@ -26,6 +26,7 @@ from widgets import (
 ENABLE = "() => ({ __type__: 'update', interactive: true })"
 
 
+# Gradio passes these by position, and their names are the names in its API.
 def generate(model: Model, number, sampler, steps, seed, class_name, guidance):
     """Yield (gallery, status, zip): first the x_0 that the steps predict, at the end the images."""
     number, steps = whole("number of images", number, 1, MAX_IMAGES), whole("steps", steps, 1, model.T)

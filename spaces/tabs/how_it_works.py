@@ -23,6 +23,7 @@ noise is removed. DDPM takes many small steps and adds some fresh noise in each.
 and adds no noise."""
 
 
+# Gradio passes these by position, and their names are the names in its API.
 def forward(model: Model, source, upload, drawing, t, seed):
     """Return (gallery, status, bar): the noisy image x_t, and the clean image that the network predicts from it."""
     t, seed = whole("t", t, 0, model.T), whole("seed", seed, 0, MAX_SEED)

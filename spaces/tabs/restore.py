@@ -84,12 +84,14 @@ def damaged_image(model: Model, image, damage, strength, seed):
     return clean, damaged, caption, arguments
 
 
+# Gradio passes these by position, and their names are the names in its API.
 def degrade(model: Model, source, upload, drawing, damage, strength, seed):
     """Return (gallery, status): the image at the model's size, and damaged."""
     clean, damaged, caption, _ = damaged_image(model, (source, upload, drawing), damage, strength, seed)
     return [picture(clean, "Original"), picture(as_large(damaged, clean), caption)], f"{caption}. Now restore it."
 
 
+# Gradio passes these by position, and their names are the names in its API.
 def restore(model: Model, source, upload, drawing, damage, strength, seed, progress=gr.Progress()):  # noqa: B008
     """Return (gallery, status): the image, the damaged image, and the restored image."""
     clean, damaged, caption, arguments = damaged_image(model, (source, upload, drawing), damage, strength, seed)

@@ -1,0 +1,128 @@
+"""Write docs/python_api.md from the docstrings of the public names: `python docs/make_python_api.py`."""
+
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import ddpm_hf
+
+
+PAGE = Path(__file__).with_name("python_api.md")
+TITLES = {
+    "Train": ["TrainingConfig", "PRESETS", "train", "FinishedRun"],
+    "Load and sample": ["load", "load_classifier", "sample", "Sampler", "Classes", "guide"],
+    "Score and restore": ["evaluate", "Evaluated", "restore", "Restored"],
+    "Share": ["export", "push"],
+    "Mathematics": ["PaperDDPMScheduler"],
+    "Tables to add to": ["SAMPLERS", "METRICS", "OBJECTIVES"],
+    "Errors": ["UserError"],
+}
+# What dicts have no docstring to say.
+TABLES = {
+    "PRESETS": "The recipes: name -> `Preset(about, flags)`. `TrainingConfig.from_preset(name)` and `--preset` read "
+    "them. A preset of your own is one more entry.",
+    "SAMPLERS": "Name -> `function(scheduler, step, *, settings)` that returns the mean of the next image and its "
+    "standard deviation (None: no noise is drawn). `ddpm_hf/sampling/samplers.py` has `Step`, and ddpm, ddim and "
+    "dpmsolver++.",
+    "METRICS": "Name -> `Metric(function, extractor, suits, hub_names)`; the function takes a `Look` and returns "
+    "entries of the record. See `ddpm_hf/evaluation/metrics.py`.",
+    "OBJECTIVES": "Name -> `function(scheduler, *, loss_type, snr_gamma)` that returns a loss: `loss(model, batch)` "
+    "gives one number per image. See `ddpm_hf/diffusion/losses.py`.",
+}
+INTRODUCTION = """# ddpm_hf in Python
+
+All that the commands do can be called from Python, in a script or in a notebook. This page is made from the docstrings
+by `python docs/make_python_api.py`; the examples are run by the tests.
+
+```python
+import ddpm_hf
+
+# Train: a preset and what you want to differ. `digits` needs no network; this takes two minutes on a CPU.
+config = ddpm_hf.TrainingConfig.from_preset("digits", output_dir="runs/digits")
+run = ddpm_hf.train(config)
+print(run.losses["loss"], run.folder)
+
+# Draw: image k is the same image, however many are drawn.
+images = ddpm_hf.sample(run.folder, 16, "ddim", num_inference_steps=50, seed=0)
+images[0].save("digit.png")
+
+# Score: a table, and a JSON record that says how each number was measured.
+result = ddpm_hf.evaluate(run.folder, metrics=["bits_per_dim", "memorization"], suite="smoke")
+print(result)
+print(result.scores["bits_per_dim"])
+
+# Restore: images with noise, holes, few pixels, no colour or blur.
+clean = ddpm_hf.restore(run.folder, images, task="denoise")
+
+# Anybody can load it: stock diffusers, nothing of ours.
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained(run.folder)
+```
+
+Names with a slash, such as `me/ddpm-mnist`, are Hub ids wherever a model is asked for. Bad input raises
+`ddpm_hf.UserError`, a `ValueError` of one sentence. Progress bars work in notebooks. Ctrl-C while training writes a
+checkpoint and returns the run so far, with `finished=False`; the same config with `resume_from_checkpoint="latest"`
+goes on exactly where it was.
+"""
+
+
+def render(docstring: str) -> str:
+    """Return a docstring as Markdown: the sections become headings, arguments a list, the example a code block."""
+    parts = re.split(r"^(Args|Attributes|Returns|Raises|Example):\n", inspect.cleandoc(docstring), flags=re.MULTILINE)
+    lines = [parts[0].strip()]
+    for title, body in zip(parts[1::2], parts[2::2]):
+        body = textwrap.dedent(body).strip()
+        if title == "Example":
+            lines.append(f"```pycon\n{body}\n```")
+            continue
+        items = [body] if title == "Returns" else re.split(r"\n(?! )", body)
+        items = [re.sub(r"^([\w, ]+): ", r"**\1**: ", " ".join(item.split())) for item in items]
+        lines.append(f"*{title.replace('Args', 'Arguments')}*\n\n" + "\n".join(f"- {item}" for item in items))
+    return "\n\n".join(lines)
+
+
+def methods(value) -> list[tuple[str, object]]:
+    """Return the public methods of our own of a class, with docstrings, by name."""
+    found = vars(value).items() if inspect.isclass(value) else []
+    found = [(name, getattr(each, "__func__", each)) for name, each in found if not name.startswith("_")]
+    return [(name, each) for name, each in found if inspect.isfunction(each) and each.__doc__]
+
+
+def signature(name: str, value) -> str:
+    """Return the signature on one line, or one argument a line where that would be long; annotations left out."""
+    arguments = [str(each.replace(annotation=each.empty)) for each in inspect.signature(value).parameters.values()]
+    arguments = [argument.replace("'", '"') for argument in arguments]
+    star = next((k for k, each in enumerate(inspect.signature(value).parameters.values()) if each.kind == 3), None)
+    if star is not None:
+        arguments.insert(star, "*")
+    line = f"{name}({', '.join(arguments)})"
+    return line if len(line) < 100 else f"{name}(\n    " + ",\n    ".join(arguments) + ",\n)"
+
+
+def section(name: str) -> str:
+    """Return what the page says of one public name."""
+    value = getattr(ddpm_hf, name)
+    if name in TABLES:
+        return f"### `{name}`\n\n{TABLES[name]}"
+    text = render(value.__doc__)
+    if name == "TrainingConfig":
+        text += "\n\nEvery field is a flag of `ddpm_hf train --help`, with the same name, default and meaning."
+    call = f"```text\nddpm_hf.{signature(name, value)}\n```\n\n" if not inspect.isclass(value) else ""
+    parts = [f"### `{name}`\n\n{call}{text}"]
+    for method, function in methods(value):
+        parts.append(f"#### `{name}.{method}`\n\n{render(function.__doc__)}")
+    return "\n\n".join(parts)
+
+
+def page() -> str:
+    """Return the whole page."""
+    parts = [INTRODUCTION.rstrip()]
+    for title, names in TITLES.items():
+        parts += [f"## {title}", *map(section, names)]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
