@@ -28,7 +28,7 @@ def add_flags(parser):
     )
     add("--scale_factor", type=int, help="for super_resolution: times wider and higher; default: 2")
     add("--blur_sigma", type=float, help="for deblur: standard deviation of the Gaussian blur in pixels; default: 1")
-    add("--num_inference_steps", type=int, help="number of steps; default: 1 for denoise, else 25")
+    add("--num_inference_steps", type=int, help="number of steps; default: 1 for denoise, else 25, at most T")
     add("--num_samples", type=int, help="restorations to average; 1 is sharpest; default: 1 for one step, else 4")
     add("--batch_size", type=int, default=16, help="images restored together; default: 16")
     add("--seed", type=int, default=0, help="image k, by name, uses the generator seeded with seed + k; default: 0")
