@@ -4,8 +4,8 @@ READY := $(VENV)/.ready
 
 .PHONY: setup demo space test lint style clean
 
-# One set-up for everything: the pinned versions, the package itself in editable mode.
-# torch goes first: where a local CPU build of the pinned version is offered, pip takes it before anything asks for CUDA.
+# Install the pinned versions, and this package in editable mode. Install torch first, so that pip picks a local CPU
+# build of the pinned version, if there is one, before another package asks for CUDA.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -c constraints.txt torch
@@ -14,12 +14,12 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 
 setup: $(READY)
 
-# Trains the bundled digits on the CPU in about two minutes; the last lines say where everything lies.
-# One thread: for so small a network a second one gains little, and on a busy machine it loses tenfold.
+# Train on the bundled digits, two minutes on a CPU. The last lines of the output name the files.
+# Use one thread: a second one gains little for so small a network, and makes it ten times slower on a busy machine.
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) train_unconditional.py --preset digits --output_dir runs/digits --overwrite_output_dir
 
-# Opens the Space on the model that `make demo` made, or another: make space MODEL=folder or Hub id
+# Open the Space with the model of `make demo`, or with another one: make space MODEL=FOLDER_OR_HUB_ID
 MODEL := runs/digits
 space: $(READY)
 	DDPM_MODEL=$(MODEL) $(PYTHON) spaces/app.py

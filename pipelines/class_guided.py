@@ -81,11 +81,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         return len(self.labels) if len(self.labels) < (self.unet.config.num_class_embeds or 0) else None
 
     def class_ids(self, class_labels: Labels) -> list[int]:
-        """Return the numbers of classes given by number or name.
-
-        Raises:
-            ValueError: for an unknown class.
-        """
+        """Return the numbers of classes given by number or name. Raise ValueError for an unknown class."""
         if not self.labels:
             raise ValueError(f"class_labels is {class_labels}, but this model has no classes; give num_images.")
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
@@ -101,11 +97,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         return [numbers[label] for label in given]
 
     def guidance_scales(self, guidance_scale: Scale, timesteps: list[int]) -> list[float]:
-        """Return the scale at each timestep.
-
-        Raises:
-            ValueError: for a scale that is not a finite number, or that this model cannot apply.
-        """
+        """Return the scale at each timestep. Raise ValueError if it is not finite or this model cannot apply it."""
         T = self.scheduler.config.num_train_timesteps
         scales = [guidance_scale((t + 1) / T) if callable(guidance_scale) else guidance_scale for t in timesteps]
         for scale in scales:

@@ -14,10 +14,7 @@ import sys
 
 MODEL = os.environ.get("DDPM_MODEL")
 if not MODEL:  # before the imports below, which take seconds
-    print(
-        "DDPM_MODEL is not set: give a folder or a Hub id, as in DDPM_MODEL=runs/digits python spaces/app.py.",
-        file=sys.stderr,
-    )
+    print("DDPM_MODEL is not set: give a model, e.g. DDPM_MODEL=runs/digits python spaces/app.py.", file=sys.stderr)
     sys.exit(2)
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 

@@ -34,11 +34,7 @@ def visitor_image(model, source, upload, drawing, seed: int) -> torch.Tensor:
 
 
 def read_image(file) -> Image.Image:
-    """Return the first frame of an image file, upright, as L, RGB or RGBA.
-
-    Raises:
-        Refused: for a file that is not an image, and for more than MAX_PIXELS pixels.
-    """
+    """Return the first frame of an image file, upright, as L, RGB or RGBA. Refuse other files, and large images."""
     try:
         with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
@@ -75,10 +71,7 @@ def read_drawing(data_url: str | None) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """Return the middle of an image as (1, C, H, W) in [-1, 1].
-
-    Transparent parts become black for a grey model, white for a colour model.
-    """
+    """Return the middle of an image as (1, C, H, W) in [-1, 1]. Transparent parts turn black if grey, else white."""
     if image.mode == "RGBA":
         ground = Image.new("RGBA", image.size, "black" if channels == 1 else "white")
         image = Image.alpha_composite(ground, image)

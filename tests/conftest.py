@@ -1,4 +1,4 @@
-"""Offline, quiet, two threads at most, and nothing written outside the test's own folder."""
+"""Set up all tests: offline, quiet, at most two threads, and files only in the test's own folder."""
 
 import os
 import shutil

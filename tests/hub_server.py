@@ -1,4 +1,4 @@
-"""A small Hub on 127.0.0.1: real HTTP, in memory, enough of the API for the real clients to push and load.
+"""Serve a small Hub on 127.0.0.1 from memory, with the part of the API that the real clients need to push and load.
 
     with HubServer() as hub:
         subprocess.run([...], env=hub.environment(tmp_path, token=WRITE_TOKEN))

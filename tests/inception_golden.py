@@ -1,4 +1,4 @@
-"""Make inception_golden.json: what the reference implementations answer for seeded weights and seeded images.
+"""Make inception_golden.json: the outputs of the reference implementations for seeded weights and images.
 
     python -m tests.inception_golden PYTORCH_FID TORCH_FIDELITY TORCHVISION
 

@@ -1,4 +1,4 @@
-"""Real processes for the commands, forked from a server that has the imports done: seconds cheaper each."""
+"""Start commands in real processes, forked from a server that has done the imports, which saves seconds each."""
 
 import importlib
 import multiprocessing

@@ -1,4 +1,4 @@
-"""The Space as a visitor meets it: `python spaces/app.py` on a tiny model, on a free port of this machine."""
+"""Start the Space as users do: `python spaces/app.py` with a tiny model, on a free port of this machine."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The UNet's weights at the start, and the moving average of them."""
+"""The initial weights of the UNet, and their moving average."""
 
 import json
 

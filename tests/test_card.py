@@ -1,4 +1,4 @@
-"""The model card says what the records of a folder say, and no more."""
+"""The model card states what the records in its folder state, and nothing else."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The noisy classifier: shapes, what it depends on, that it learns, and a folder that loads by diffusers alone."""
+"""The noisy classifier: its shapes, inputs and training, and a saved folder that loads with diffusers alone."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The command line: quick, one way to refuse, the same by each of its names, and installed whole or not at all."""
+"""The command line: it is quick, reports errors in one way, works by each of its names, and installs completely."""
 
 import os
 import shutil

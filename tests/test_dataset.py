@@ -1,4 +1,4 @@
-"""Images are found, decoded, cropped and ordered as promised: tiny real datasets, values computed by hand."""
+"""Datasets: images are found, decoded, cropped and ordered as documented, on tiny datasets with known values."""
 
 import io
 import itertools

@@ -1,4 +1,4 @@
-"""The classifier that comes with the package reads digits it was not trained on, and is trained to the same bits."""
+"""The bundled digit classifier recognizes digits of other writers, and training it again gives the same weights."""
 
 import hashlib
 

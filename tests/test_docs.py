@@ -1,4 +1,4 @@
-"""The pages: every command is parsed by the real parsers, every link leads somewhere, every quoted line is the code's.
+"""The pages: every command parses, every link leads to a file, and every quoted line is in the code.
 
 A command is a line of a fenced block or of a docstring that begins with a program, or a `code span` with flags.
 """

@@ -1,4 +1,4 @@
-"""Bad input, as a user gives it: one sentence on stderr, exit code 2, no traceback, nothing written."""
+"""Bad input of a user gives one sentence on stderr, exit code 2, no traceback, and no files."""
 
 import re
 
@@ -81,7 +81,7 @@ BAD = {
     "hybrid of a fixed variance": ([*TINY, "--objective=hybrid"], "--objective hybrid trains a learned variance"),
     "simple with a learned one": (
         [*TINY, "--objective=simple", "--variance_type=learned_range"],
-        "does not train --variance_type learned_range: give --objective hybrid or vlb",
+        "is not trained by --objective simple: give hybrid or vlb",
     ),
     "weighted bound": ([*TINY, "--objective=vlb", "--snr_gamma=5"], "--objective vlb cannot be combined with"),
     "bound of another distance": (

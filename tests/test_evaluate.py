@@ -1,4 +1,4 @@
-"""Scores as a user gets them: on one process and on three, from a model and from files, whole records, refusals."""
+"""Evaluation as users run it: in one process and in three, from a model and from files; records and errors."""
 
 import json
 import math

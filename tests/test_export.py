@@ -1,4 +1,4 @@
-"""An exported folder: stock diffusers loads the model, and its pipelines, where ddpm_hf is not."""
+"""Exports: stock diffusers loads the model and its pipelines where ddpm_hf is not installed."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Figures: what is in the pixels, that every file of a run is there, that nothing half-written is left."""
+"""Figures: their pixels, all files of a run, and no incomplete files."""
 
 import json
 from pathlib import Path

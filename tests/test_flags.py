@@ -1,4 +1,4 @@
-"""Every flag changes something: what the optimizer does, which images it sees, what is written, what is refused."""
+"""Every flag has an effect: on training, on the images, on the files, or as an error."""
 
 import dataclasses
 import json
@@ -103,9 +103,11 @@ def odd_images(tmp_path_factory):
         return {"bytes": path.read_bytes(), "path": None}
 
     features = datasets.Features(
-        first=datasets.Image(), second=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]),
+        first=datasets.Image(),
+        second=datasets.Image(),
+        label=datasets.ClassLabel(names=["a", "b"]),
         other=datasets.ClassLabel(names=["x", "y", "z"]),
-    )  # fmt: skip
+    )
     rows = [
         {"first": picture(k, "L"), "second": picture(k, "I;16"), "label": k % 2, "other": k % 3} for k in range(12)
     ]
@@ -183,10 +185,21 @@ def test_output_flags_change_the_folder(ran, tmp_path):
     # An epoch is 45 steps of 40 images, so "every epoch" is the end only, unless the set is small.
     small = ["--class_names=3", "--validation_split=167", "--max_train_steps=4"]  # 16 images: two steps an epoch
     folder = finished(
-        tmp_path / "run", *small, "--checkpointing_steps=1", "--checkpoints_total_limit=3", "--save_images_epochs=1",
-        "--save_model_epochs=1", "--eval_batch_size=5", "--validation_epochs=1", "--save_best", "--logging_steps=1",
-        "--logger=tensorboard", "--logging_dir=trace", "--use_ema", "--ddpm_num_inference_steps=3",
-    )  # fmt: skip
+        tmp_path / "run",
+        *small,
+        "--checkpointing_steps=1",
+        "--checkpoints_total_limit=3",
+        "--save_images_epochs=1",
+        "--save_model_epochs=1",
+        "--eval_batch_size=5",
+        "--validation_epochs=1",
+        "--save_best",
+        "--logging_steps=1",
+        "--logger=tensorboard",
+        "--logging_dir=trace",
+        "--use_ema",
+        "--ddpm_num_inference_steps=3",
+    )
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
     assert [path.name for path in checkpoints(ran)] == ["checkpoint-4"]
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["epoch_0001.png", "epoch_0002.png"]
@@ -229,7 +242,7 @@ def test_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path, capsys):
 
 
 def test_torch_compile_asks_accelerate_for_inductor(tmp_path):
-    # Compiling itself takes minutes on a CPU: here only that the flag reaches who compiles.
+    # Compiling takes minutes on a CPU, so check only that the flag reaches accelerate.
     config = parse_config([*TINY, f"--output_dir={tmp_path}", "--torch_compile"])
     assert make_accelerator(config).state.dynamo_plugin.backend == DynamoBackend.INDUCTOR
 

@@ -1,4 +1,4 @@
-"""Guidance against formulas by hand: classifier-free, and by a classifier for each kind of prediction."""
+"""Guidance without and with a classifier, against formulas written out here, for each kind of prediction."""
 
 import json
 import shutil
@@ -185,12 +185,12 @@ def test_sample_is_guided_as_asked(guidance_models, tmp_path, capsys):
     drawn = {}
     for scale in (1, 4):
         output = tmp_path / str(scale)
-        asked = [*few, f"--guidance_scale={scale}", "--output", output]
-        assert run("sample", guidance_models / "conditional", *asked) == 0
+        wanted = [*few, f"--guidance_scale={scale}", "--output", output]
+        assert run("sample", guidance_models / "conditional", *wanted) == 0
         drawn[scale] = read_samples(output)
     assert drawn[4].sampler["guidance_scale"] == 4 and "guidance_scale" not in drawn[1].sampler
     assert not torch.equal(drawn[1].images, drawn[4].images)
-    # What is there is never taken for what was asked for, with guidance or without.
+    # Images in the folder are never taken for those of other settings, with guidance or without.
     unguided = [*few, "--output", tmp_path / "4"]
     assert run("sample", guidance_models / "conditional", *unguided) == 2
     assert "guidance_scale: 4.0 there, None here" in capsys.readouterr().err
@@ -222,7 +222,7 @@ def test_names_of_classes_come_in_the_order_of_their_numbers():
 @pytest.mark.parametrize("of_train", [list("0123456789"), ["cat", "dog"]])
 def test_class_accuracy_is_of_the_names_that_were_asked_for(of_train):
     """Labels 0 and 1 of a model of threes and sevens mean 3 and 7; the floor is of real threes and sevens."""
-    seen = torch.nn.functional.one_hot(torch.tensor([3, 7, 3, 1, 3, 9]), 10).float()  # asked: 3 7 3 7 3 7
+    seen = torch.nn.functional.one_hot(torch.tensor([3, 7, 3, 1, 3, 9]), 10).float()  # requested: 3 7 3 7 3 7
     real = SimpleNamespace(class_names=of_train, labels=torch.tensor([1, 0, -1, 1]))
     if of_train[0] == "0":
         real.labels = torch.tensor([3, 7, -1, 5])

@@ -1,4 +1,4 @@
-"""The Hub: a real client in a process of its own, talking HTTP to tests/hub_server.py; cards and pipelines on disk."""
+"""The Hub: a real client in its own process talks HTTP to tests/hub_server.py; cards and pipelines on disk."""
 
 import json
 import shutil

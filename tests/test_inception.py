@@ -1,4 +1,4 @@
-"""FID's Inception against numbers that the reference implementations gave, see inception_golden.py."""
+"""FID's Inception against the outputs of the reference implementations; see inception_golden.py."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""The house rules that a test can keep: imports point one way, files stay short, every flag is read somewhere."""
+"""The rules of the layout: imports point one way, --help needs no torch, and every flag is read somewhere."""
 
 import ast
 import dataclasses

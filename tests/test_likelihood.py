@@ -1,4 +1,4 @@
-"""The variational bound against a numpy one written from the formulas, a known entropy, and numbers by hand."""
+"""The variational bound against a numpy version of the formulas, a known entropy, and numbers computed by hand."""
 
 import math
 
@@ -133,10 +133,16 @@ def test_every_term_is_that_of_the_formulas(beta_schedule, T, prediction_type, v
 def test_a_real_unet_and_the_float32_table_that_would_be_seen():
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=4, in_channels=1, out_channels=2, layers_per_block=1, block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), norm_num_groups=4,
+        sample_size=4,
+        in_channels=1,
+        out_channels=2,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
         num_class_embeds=3,
-    )  # fmt: skip
+    )
     labels = torch.tensor([2, 2])
 
     def labelled(x, t):

@@ -1,4 +1,4 @@
-"""One short run, looked at from all sides: the folder, the record, the log, and what stock diffusers makes of it."""
+"""One short run: its folder, its record, its log, and its pipeline in stock diffusers."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Losses against numbers one can do by hand, and the noise that is keyed by image."""
+"""Losses against numbers computed by hand, and the noise of each image."""
 
 import math
 
@@ -207,11 +207,11 @@ def test_a_classifier_pays_its_cross_entropy_and_is_right_or_wrong():
 
 def test_a_share_of_the_labels_is_dropped_each_by_its_ordinal():
     labels, ordinals = torch.arange(2000) % 10, torch.arange(2000)
-    told = training_labels(labels, ordinals, 10, 0.2, seed=3)
-    dropped = told == 10
-    assert torch.equal(told[~dropped], labels[~dropped])
+    trained_with = training_labels(labels, ordinals, 10, 0.2, seed=3)
+    dropped = trained_with == 10
+    assert torch.equal(trained_with[~dropped], labels[~dropped])
     assert 0.2 * 2000 - 3 * 18 < int(dropped.sum()) < 0.2 * 2000 + 3 * 18  # deviation sqrt(2000 * 0.2 * 0.8) = 18
-    assert torch.equal(training_labels(labels[500:600], ordinals[500:600], 10, 0.2, seed=3), told[500:600])
-    assert not torch.equal(training_labels(labels, ordinals, 10, 0.2, seed=4), told)
+    assert torch.equal(training_labels(labels[500:600], ordinals[500:600], 10, 0.2, seed=3), trained_with[500:600])
+    assert not torch.equal(training_labels(labels, ordinals, 10, 0.2, seed=4), trained_with)
     assert torch.equal(training_labels(labels, ordinals, 10, 0.0, seed=3), labels)
     assert training_labels(torch.tensor([-1]), torch.tensor([0]), 10, 0.0, seed=3).item() == 10  # an image of no class

@@ -1,4 +1,4 @@
-"""Planted copies are found, named and counted; what is drawn anew is not accused."""
+"""Planted copies are found, named and counted; new images are not taken for copies."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The notebook, run from top to bottom in a kernel of this Python, with a small Hub to push to."""
+"""The notebook runs from top to bottom in a kernel of this Python, with a small Hub to push to."""
 
 import os
 import sys

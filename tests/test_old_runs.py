@@ -1,4 +1,4 @@
-"""Run folders, checkpoints, records and samples of commit 5c3000a load, resume, score and go on as they did then.
+"""Run folders, checkpoints, records and samples of commit 5c3000a still load, resume, score and continue.
 
 How the folder was made is in its README.md. Only commands are run on it, so that these tests do not change with the
 package. Names, counters and hashes must be equal. Numbers have tolerances, because other processors round differently.
@@ -27,9 +27,7 @@ TRAIN = [
     "--max_train_steps=8", "--checkpointing_steps=4",
 ]  # fmt: skip
 SCORE = ["--sampler=ddim", "--num_inference_steps=5", "--num_images=16", "--bound_images=16", "--bound_timesteps=5"]
-SAMPLE = [
-    "--sampler=ddim", "--num_inference_steps=5", "--class_labels=3,7", "--guidance_scale=2", "--batch_size=4"
-]  # fmt: skip
+SAMPLE = ["--sampler=ddim", "--num_inference_steps=5", "--class_labels=3,7", "--guidance_scale=2", "--batch_size=4"]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""pipelines/class_guided.py as users load it: against our sampler unguided, and on Gaussians where guidance is known.
+"""pipelines/class_guided.py as users load it: without guidance against ddpm_hf's sampler, with it on Gaussians.
 
 Classifier-free: class k is N(m_k, s^2 I), "no class" N(0, s^2 I). Then eps_k = sigma (x - a m_k) / (a^2 s^2 + sigma^2)
 is linear in m_k, so guidance of scale w is exactly the model of N(w m_k, s^2 I).
@@ -64,10 +64,17 @@ def untrained(num_class_embeds=4, out_channels=1):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return UNet2DModel(
-            sample_size=8, in_channels=1, out_channels=out_channels, num_class_embeds=num_class_embeds,
-            block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, add_attention=False,
-            down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2,
-        ).eval()  # fmt: skip
+            sample_size=8,
+            in_channels=1,
+            out_channels=out_channels,
+            num_class_embeds=num_class_embeds,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            add_attention=False,
+            down_block_types=["DownBlock2D"] * 2,
+            up_block_types=["UpBlock2D"] * 2,
+        ).eval()
 
 
 def ten_steps(scheduler_class=DDPMScheduler, **config):
@@ -470,9 +477,12 @@ def test_a_schedule_is_asked_at_each_step_and_0_spares_the_classifier(mixture, m
         Mixture, "forward", lambda self, x, t: (self.config.classify and classified.append(t)) or forward(self, x, t)
     )
     scale = draw(
-        pipeline, 1, guidance_scale=lambda u: asked.append(u) or 3.0 * (u < 0.5), num_inference_steps=4,
+        pipeline,
+        1,
+        guidance_scale=lambda u: asked.append(u) or 3.0 * (u < 0.5),
+        num_inference_steps=4,
         generator=generator(),
-    )  # fmt: skip
+    )
     assert asked == [1.0, 0.75, 0.5, 0.25] and classified == [249]
     assert (scale - draw(pipeline, 1, guidance_scale=0, num_inference_steps=4, generator=generator())).abs().max() > 0
 
@@ -504,9 +514,13 @@ def test_scale_0_on_few_steps_is_our_sampler(tmp_path, method, eta):
     pipeline = load(save_stock(tmp_path, variance_type="fixed_large"), classifier=tiny_classifier())
     arguments = {"num_inference_steps": 7, "eta": eta}
     expected = samplers.draw(
-        pipeline.unet, PaperDDPMScheduler.from_config(pipeline.scheduler.config), generators(5, 6), sampler=method,
-        spacing="trailing", **arguments,
-    )  # fmt: skip
+        pipeline.unet,
+        PaperDDPMScheduler.from_config(pipeline.scheduler.config),
+        generators(5, 6),
+        sampler=method,
+        spacing="trailing",
+        **arguments,
+    )
     x = draw(pipeline, [0, 0], guidance_scale=0, sampler=method, generator=generators(5, 6), **arguments)
     torch.testing.assert_close(x.clamp(-1, 1), expected, atol=1e-4, rtol=0)
 
@@ -561,9 +575,13 @@ def test_outputs_and_callback_of_a_classifier(steered):
 
     both = ["sample", "pred_original_sample"]
     (images,) = steered(
-        0, num_inference_steps=2, output_type="pt", return_dict=False, callback_on_step_end=replace,
+        0,
+        num_inference_steps=2,
+        output_type="pt",
+        return_dict=False,
+        callback_on_step_end=replace,
         callback_on_step_end_tensor_inputs=both,
-    )  # fmt: skip
+    )
     assert steps == [(True, 0, 9, sorted(both)), (True, 1, 4, sorted(both))]
     assert torch.equal(images, torch.full((1, 1, 8, 8), 0.5))
 

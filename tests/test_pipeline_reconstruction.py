@@ -1,4 +1,4 @@
-"""Inversion as users load it, on Gaussian data, whose ODE is known, and with an untrained UNet.
+"""pipelines/reconstruction.py as users load it: on Gaussian data with a known ODE, and with an untrained UNet.
 
 Where each pixel is N(0, s^2), x_t is N(0, a^2 s^2 + sigma^2) and the ODE keeps x_t / standard deviation: the latent of
 an image x is x sqrt(a_T^2 s^2 + sigma_T^2) / s.
@@ -46,10 +46,17 @@ def untrained(channels=1, num_class_embeds=None):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return UNet2DModel(
-            sample_size=8, in_channels=channels, out_channels=channels, num_class_embeds=num_class_embeds,
-            block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, add_attention=False,
-            down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2,
-        ).eval()  # fmt: skip
+            sample_size=8,
+            in_channels=channels,
+            out_channels=channels,
+            num_class_embeds=num_class_embeds,
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            add_attention=False,
+            down_block_types=["DownBlock2D"] * 2,
+            up_block_types=["UpBlock2D"] * 2,
+        ).eval()
 
 
 def cosine(scheduler_class=DDPMScheduler, prediction_type="v_prediction", **config):

@@ -1,4 +1,4 @@
-"""pipelines/restoration.py against linear algebra and against a prior whose posterior is known in closed form."""
+"""pipelines/restoration.py against linear algebra, and for a prior with a known posterior."""
 
 import math
 import sys
@@ -42,10 +42,16 @@ class GaussianUNet(ModelMixin, ConfigMixin):
 def folder(tmp_path_factory):
     """A stock pipeline, its UNet tiny and untrained."""
     unet = UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
         add_attention=False,
-    )  # fmt: skip
+    )
     path = tmp_path_factory.mktemp("models") / "tiny"
     scheduler = DDPMScheduler(T, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
     DDPMPipeline(unet, scheduler).save_pretrained(path)
@@ -167,9 +173,17 @@ def test_noise_free_restorations_agree_with_what_was_given(pipe, task):
         return {}
 
     pipe(
-        y, task, mask=mask, blur_sigma=0.5, noise_level=0, num_inference_steps=3, num_samples=1, generator=seeded(),
-        callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["pred_original_sample"],
-    )  # fmt: skip
+        y,
+        task,
+        mask=mask,
+        blur_sigma=0.5,
+        noise_level=0,
+        num_inference_steps=3,
+        num_samples=1,
+        generator=seeded(),
+        callback_on_step_end=keep,
+        callback_on_step_end_tensor_inputs=["pred_original_sample"],
+    )
     keep = pipe._kept(task, mask, 1, 8, 8)
     apply, _ = pipe._operator(task, keep, (1, 3, 8, 8), 2, 0.5)
     assert len(seen) == 3

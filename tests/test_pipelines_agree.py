@@ -1,4 +1,4 @@
-"""Pipeline files cannot import each other, so passages that several of them have are compared here."""
+"""The functions that several pipeline files share are equal. The files cannot import each other."""
 
 import ast
 import importlib.util

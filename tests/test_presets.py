@@ -1,4 +1,4 @@
-"""The recipes: parameter counts and configs against what their papers and published models have."""
+"""The presets: parameter counts and configs against their papers and the published models."""
 
 import dataclasses
 import functools
@@ -173,11 +173,14 @@ def test_every_preset_builds_and_says_what_it_is(name):
 def test_without_a_preset_64_px_rgb_is_upstreams_unet():
     unet = build("--dataset_name=x")
     upstream = UNet2DModel(
-        sample_size=64, in_channels=3, out_channels=3, layers_per_block=2,
+        sample_size=64,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=2,
         block_out_channels=(128, 128, 256, 256, 512, 512),
         down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
-    )  # fmt: skip
+    )
     ours, theirs = dict(unet.config), dict(upstream.config)
     for config in (ours, theirs):
         del config["_use_default_values"]

@@ -1,4 +1,4 @@
-"""`python -m ddpm_hf restore`: what it writes, what it refuses before it writes, and how it goes on."""
+"""`ddpm_hf restore`: the files it writes, its errors before it writes, and how it continues after a kill."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is the run that was never broken, bit for bit.
+"""A run that is killed and resumed equals an uninterrupted run, bit for bit.
 
 The runs are real ones in processes of their own (see processes.py); what several tests begin with is run once.
 """

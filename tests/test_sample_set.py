@@ -1,4 +1,4 @@
-"""Samples at scale: image k is image k, on any number of processes, through kills; what cannot be is refused."""
+"""Sets of samples: image k is the same on any number of processes and after kills; impossible requests are errors."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""The sampler against stock pipelines on the same generators, and against a Gaussian whose answer is known."""
+"""The samplers against stock pipelines with the same generators, and on a Gaussian with a known answer."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""A saved pipeline: stock classes, or our pipeline file beside it; a kill leaves one that loads."""
+"""Saved pipelines: stock classes, or our pipeline file next to them; after a kill there is one that loads."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The schedule against the papers' formulas, the posterior against Gaussian conditioning, and stock diffusers."""
+"""The schedule against the papers' formulas and stock diffusers, the posterior against Gaussian conditioning."""
 
 import copy
 import inspect

@@ -1,4 +1,4 @@
-"""Scores while a run trains: written, logged, the same again after a resume, and what best/ is chosen by."""
+"""Scores during training: written, logged, equal after a resume, and used to choose best/."""
 
 import json
 

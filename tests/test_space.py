@@ -1,4 +1,4 @@
-"""The Space's endpoints, as gradio_client calls them and as somebody hostile does."""
+"""The Space's endpoints, called by gradio_client and by hostile clients."""
 
 import base64
 import io
@@ -252,5 +252,5 @@ def test_without_a_model_it_says_what_to_set():
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert (
-        done.stderr.strip() == "DDPM_MODEL is not set: DDPM_MODEL=runs/digits python spaces/app.py opens that folder."
+        done.stderr.strip() == "DDPM_MODEL is not set: give a model, e.g. DDPM_MODEL=runs/digits python spaces/app.py."
     )

@@ -1,4 +1,4 @@
-"""The Space in a browser, on a desktop and on a phone: Debian's chromium, driven by playwright."""
+"""The Space in a browser, as on a desktop and on a phone. playwright drives Debian's chromium."""
 
 import shutil
 import time

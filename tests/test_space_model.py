@@ -1,4 +1,4 @@
-"""What the Space draws with any model: the images of the community pipelines, and what it refuses."""
+"""The Space draws the same images as the community pipelines, and refuses models that it cannot use."""
 
 import json
 import re
@@ -66,9 +66,13 @@ def test_a_class_is_drawn_as_by_the_community_pipeline(conditional, sampler, ste
     )
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
-        [2, 0], guidance, sampler.lower(), steps, output_type="pt",
+        [2, 0],
+        guidance,
+        sampler.lower(),
+        steps,
+        output_type="pt",
         generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
-    ).images  # fmt: skip
+    ).images
     ours = drawn(model, [3, 4], sampler, steps, [2, 0], guidance).clamp(-1, 1) / 2 + 0.5
     assert (ours - theirs).abs().max() < 1e-4
 
@@ -122,7 +126,7 @@ def test_a_model_that_must_be_told_the_class_restores_nothing(folder):
     *_, (shown, status, _) = generate(model, 2, "DDPM", 10, 0, "one", 4.0)
     assert len(shown) == 2 and status.startswith("Done")
     assert len(forward(model, "The model's own", None, "", 5, 0)[0]) == 2  # no guess
-    with pytest.raises(Refused, match="only images of a class"):
+    with pytest.raises(Refused, match="always needs a class"):
         restore(model, "The model's own", None, "", "Blur", "Light", 0)
 
 

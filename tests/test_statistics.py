@@ -1,4 +1,4 @@
-"""Scores against closed forms, scipy, torchmetrics and counts by hand."""
+"""Statistics against closed forms, scipy, torchmetrics and counts by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`train` called from Python, as in a notebook: what it returns, twice in a process, in threads, and when stopped."""
+"""`train` called from Python, as in a notebook: its result, two calls in one process, threads, and a stop."""
 
 import dataclasses
 import os
@@ -29,9 +29,13 @@ def test_the_finished_run_has_its_losses_and_loads_its_model(tmp_path):
     run = train(config(tmp_path / "run", "--use_ema", "--validation_split=0.05"))
     assert (run.folder, run.step, run.finished, run.signal) == (tmp_path / "run", 3, True, None)
     assert set(run.losses) == {
-        "loss", "loss_by_band", "validation_loss", "validation_loss_by_band", "validation_loss_ema",
+        "loss",
+        "loss_by_band",
+        "validation_loss",
+        "validation_loss_by_band",
+        "validation_loss_ema",
         "validation_loss_ema_by_band",
-    }  # fmt: skip
+    }
     assert 0.5 < run.losses["loss"] < 2
     model = run.load()
     assert model.unet.config.sample_size == 8 and not model.unet.training and len(model.scheduler) == 10

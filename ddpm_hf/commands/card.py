@@ -9,10 +9,7 @@ from pathlib import Path
 
 def add_flags(parser):
     parser.add_argument("run", help="folder of a run or of an export")
-    parser.add_argument(
-        "--hub_model_id",
-        help="repository that the card names; default: the run's --hub_model_id, or the folder's name",
-    )
+    parser.add_argument("--hub_model_id", help="repository on the card; default: the run's, or the folder's name")
 
 
 def run(arguments):

@@ -10,9 +10,7 @@ from .flags import add_weights_flag
 def add_flags(parser):
     parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
     parser.add_argument("output", help="new folder to write")
-    parser.add_argument(
-        "--classifier", help="classifier to include, for guidance: folder of a run of --objective classify, or Hub id"
-    )
+    parser.add_argument("--classifier", help="classifier to include: run of --objective classify, or Hub id")
     add_weights_flag(parser)
     parser.add_argument(
         "--pipeline",

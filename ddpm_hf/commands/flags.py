@@ -62,21 +62,9 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
     )
     add("--dtype", default="float32", help="precision inside the UNet: float32, bfloat16 or float16; default: float32")
     add("--seed", type=int, default=0, help="image k uses the generator seeded with seed + k; default: 0")
-    add(
-        "--class_labels",
-        type=names,
-        help="classes to draw in turn, by name or number, e.g. cat or 0,1,2; default: all classes of the model",
-    )
-    add(
-        "--guidance_scale",
-        type=float,
-        default=1.0,
-        help="how strongly images are pushed towards their class; default: 1, the model without extra guidance",
-    )
-    add(
-        "--classifier",
-        help="classifier that guides a model without classes: folder of a run of --objective classify, or Hub id",
-    )
+    add("--class_labels", type=names, help="classes to draw in turn, e.g. cat,dog or 0,1,2; default: all")
+    add("--guidance_scale", type=float, default=1.0, help="strength of guidance towards the class; default: 1, none")
+    add("--classifier", help="guide a model without classes by this run of --objective classify, or Hub id")
     add_weights_flag(group)
     add("--batch_size", type=int, default=64, help="images per process drawn together; default: 64")
 
@@ -86,24 +74,15 @@ def add_weights_flag(parser):
         "--weights",
         default="published",
         choices=["published", "raw"],
-        help="published: the moving average, if the run kept one; raw: the weights before averaging, from a "
-        "checkpoint; default: published",
+        help="published: the moving average, if there is one; raw: the weights of a checkpoint before averaging",
     )
 
 
 def add_repository_flags(parser, name: str):
     """Add the flags of a repository on the Hub. `name` is the help's words for its default name."""
     add = parser.add_argument
-    add(
-        "--hub_model_id",
-        metavar="[USER/]NAME",
-        help=f"repository, which is created if it does not exist; default: {name}",
-    )
-    add(
-        "--hub_private_repo",
-        action="store_true",
-        help="create the repository as private; an existing one must be private already",
-    )
+    add("--hub_model_id", metavar="[USER/]NAME", help=f"repository, created if it does not exist; default: {name}")
+    add("--hub_private_repo", action="store_true", help="create it as private; an existing one must be private")
     add("--hub_token", help="Hub token; default: the token of `hf auth login`")
 
 

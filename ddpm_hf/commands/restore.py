@@ -11,21 +11,10 @@ from pathlib import Path
 
 def add_flags(parser):
     parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
-    parser.add_argument(
-        "input",
-        help="an image, or a folder of images, whose sides can be halved once per level of the UNet but the last",
-    )
-    parser.add_argument(
-        "output",
-        help="a .png file for one image, or a folder, where each result gets the name of its input and ends in .png",
-    )
+    parser.add_argument("input", help="an image or a folder of images, of any sizes that the model's UNet can halve")
+    parser.add_argument("output", help="a .png file, or a folder for .png files with the names of the inputs")
     add = parser.add_argument
-    add(
-        "--task",
-        required=True,
-        metavar="TASK",
-        help="denoise, inpaint, super_resolution, colorize or deblur",
-    )
+    add("--task", required=True, metavar="TASK", help="denoise, inpaint, super_resolution, colorize or deblur")
     add(
         "--noise_level",
         type=float,
@@ -39,28 +28,10 @@ def add_flags(parser):
     )
     add("--scale_factor", type=int, help="for super_resolution: times wider and higher; default: 2")
     add("--blur_sigma", type=float, help="for deblur: standard deviation of the Gaussian blur in pixels; default: 1")
-    add(
-        "--num_inference_steps",
-        type=int,
-        help="evaluations of the UNet per restoration; default: 1 for denoise, else 25",
-    )
-    add(
-        "--num_samples",
-        type=int,
-        help="restorations to average: more are closer to the truth, 1 is sharpest; default: 1 in one step, else 4",
-    )
-    add(
-        "--batch_size",
-        type=int,
-        default=16,
-        help="images restored together; changes results by rounding only; default: 16",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="image k, in the order of the names, uses the generator seeded with seed + k; default: 0",
-    )
+    add("--num_inference_steps", type=int, help="number of steps; default: 1 for denoise, else 25, at most T")
+    add("--num_samples", type=int, help="restorations to average; 1 is sharpest; default: 1 for one step, else 4")
+    add("--batch_size", type=int, default=16, help="images restored together; default: 16")
+    add("--seed", type=int, default=0, help="image k, by name, uses the generator seeded with seed + k; default: 0")
     add("--overwrite", action="store_true", help="replace earlier results in OUTPUT")
 
 
@@ -81,9 +52,8 @@ def run(arguments):
         raise UserError(
             f"restore was launched with {processes} processes, but needs one: run it without the launcher."
         )
-    names = ["task", "mask", "noise_level", "scale_factor", "blur_sigma", "num_inference_steps", "num_samples"]
-    settings = {name: getattr(arguments, name) for name in [*names, "batch_size", "seed", "overwrite"]}
-    restored = restore(arguments.model, arguments.input, arguments.output, **settings)
+    settings = {name: value for name, value in vars(arguments).items() if name not in ("command", "prog", "input")}
+    restored = restore(images=arguments.input, **settings)
     what = f"{restored.num_images:,} restored images are in"
     if Path(arguments.input).is_file():
         what = "The restored image is"

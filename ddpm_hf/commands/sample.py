@@ -18,10 +18,7 @@ ON_SHEET = 64  # images on the sheet
 
 def add_flags(parser):
     parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
-    parser.add_argument(
-        "--output",
-        help="folder for PNG files, or a file ending in .npz; default: samples/MODEL-SAMPLER...",
-    )
+    parser.add_argument("--output", help="folder, or file ending in .npz; default: a folder samples/MODEL-SAMPLER...")
     parser.add_argument("--num_images", type=int, default=64, help="number of images; default: 64")
     add_sampler_flags(parser)
 

@@ -39,7 +39,7 @@ class DataOptions:
     )
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, if it has several")
     train_data_dir: str | None = flag(
-        None, "Folder of images, with one subfolder per class if there are classes; ignored with --dataset_name"
+        None, "Folder of images, or of one subfolder per class; ignored with --dataset_name"
     )
     cache_dir: str | None = flag(None, "Folder for downloads, instead of the HuggingFace cache")
     image_column: str | None = flag(None, "Column with the images; default: the first image column [ours]")
@@ -51,14 +51,10 @@ class DataOptions:
     preserve_input_precision: bool = flag(False, "Keep 16 and 32 bit images exact, instead of rounding them to 8 bit")
     streaming: bool = flag(False, "Read the dataset as a stream, without storing it on disk [ours]")
     validation_split: str | None = flag(
-        None,
-        "Held-out images: the name of a split, or a count (500) or share (0.05) of the training images; default: none "
-        "[ours]",
+        None, "Held-out images: a split's name, or a count (500) or share (0.05) of the training images [ours]"
     )
     dataloader_num_workers: int = flag(
-        0,
-        "Processes that decode images, for datasets that do not fit in memory; 0: the training process itself",
-        at_least=0,
+        0, "Extra processes that decode images, for datasets that do not fit in memory", at_least=0
     )
 
 
@@ -71,23 +67,18 @@ class ModelOptions:
     )
     base_channels: int | None = flag(None, "Channels of the first level; default: 128 [ours]", at_least=1)
     channel_mults: list[str] | None = flag(
-        None,
-        "Channels of each level, as multiples of --base_channels, e.g. 1,2,2,2; default: diffusers' script's [ours]",
+        None, "Channels of each level, as multiples of --base_channels; default: up to 1,1,2,2,4,4 [ours]"
     )
     layers_per_block: int | None = flag(None, "Residual blocks per level; default: 2 [ours]", at_least=1)
     attention_resolutions: list[str] | None = flag(
         None, "Sizes in pixels of the levels with attention, e.g. 16,8; empty: none; default: the last but one [ours]"
     )
-    dropout: float | None = flag(
-        None, "Probability of dropout in the residual blocks; default: 0 [ours]", fraction=True
-    )
+    dropout: float | None = flag(None, "Dropout in the residual blocks; default: 0 [ours]", fraction=True)
     attention_head_dim: int = flag(
         8, "Channels of each attention head; 0: one head over all channels [ours]", at_least=0
     )
     norm_num_groups: int = flag(
-        32,
-        "Largest number of groups in a GroupNorm; it is halved until it divides the channels of every level [ours]",
-        at_least=1,
+        32, "Groups in a GroupNorm; halved until the number divides the channels of every level [ours]", at_least=1
     )
     norm_eps: float = flag(1e-5, "Added to the variance in a GroupNorm [ours]", positive="e.g. 1e-5")
     resnet_time_scale_shift: Literal["default", "scale_shift"] = flag(
@@ -111,9 +102,7 @@ class ModelOptions:
     label_dropout: float = flag(
         0.1, "Share of images that are trained without their class, for classifier-free guidance [ours]", fraction=True
     )
-    enable_xformers_memory_efficient_attention: bool = flag(
-        False, "Use the attention of xformers, which saves GPU memory"
-    )
+    enable_xformers_memory_efficient_attention: bool = flag(False, "Use xformers' attention, which saves memory")
     torch_compile: bool = flag(False, "Compile the UNet; this takes a minute or two before the first step [ours]")
 
 
@@ -122,9 +111,7 @@ class DiffusionOptions:
     _argument_group_name = "diffusion"
 
     ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process", at_least=1, at_most=100_000)
-    ddpm_num_inference_steps: int = flag(
-        1000, "Sampling steps of the preview images, at most --ddpm_num_steps", at_least=1
-    )
+    ddpm_num_inference_steps: int = flag(1000, "Sampling steps of the preview images", at_least=1)
     ddpm_beta_schedule: str = flag(
         "linear", "Noise schedule: ho_linear (scaled by 1000/T), nichol_cosine, or a beta_schedule of diffusers"
     )
@@ -158,9 +145,7 @@ class OptimisationOptions:
     train_batch_size: int = flag(16, "Images per process in one forward pass", at_least=1)
     gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step", at_least=1)
     num_epochs: int = flag(100, "Passes over the training images", at_least=1)
-    max_train_steps: int | None = flag(
-        None, "Optimizer steps to train for, instead of --num_epochs [ours]", at_least=1
-    )
+    max_train_steps: int | None = flag(None, "Optimizer steps, instead of --num_epochs [ours]", at_least=1)
     learning_rate: float = flag(1e-4, "Highest learning rate, after warm-up", at_least=0)
     lr_scheduler: str = flag("cosine", "Learning-rate schedule of diffusers, e.g. constant_with_warmup or cosine")
     lr_warmup_steps: int = flag(500, "Optimizer steps of linear warm-up", at_least=0)
@@ -171,9 +156,7 @@ class OptimisationOptions:
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0: do not clip [ours]", at_least=0)
     use_ema: bool = flag(False, "Publish an exponential moving average of the weights")
     ema_inv_gamma: float = flag(
-        1.0,
-        "The decay after s steps is 1 - (1 + s/inv_gamma)^-power; 0: --ema_max_decay from the first step",
-        at_least=0,
+        1.0, "The decay after s steps is 1 - (1 + s/inv_gamma)^-power; 0: always --ema_max_decay", at_least=0
     )
     ema_power: float = flag(0.75, "The power in the formula of --ema_inv_gamma", at_least=0)
     ema_max_decay: float = flag(0.9999, "Highest decay of the moving average", fraction=True)
@@ -190,8 +173,7 @@ class OutputOptions:
     output_dir: str = flag("ddpm-model-64", "Folder that the run is written to")
     overwrite_output_dir: bool = flag(False, "Replace an earlier run in --output_dir")
     resume_from_checkpoint: str | None = flag(
-        None,
-        "Checkpoint to continue from: `latest` in --output_dir (starts anew if there is none), or a checkpoint folder",
+        None, "Checkpoint to continue from: its folder, or `latest` (starts anew if there is none)"
     )
     checkpointing_steps: int = flag(500, "Optimizer steps between checkpoints", at_least=1)
     checkpoints_total_limit: int | None = flag(None, "Number of checkpoints to keep; default: all", at_least=1)
@@ -212,19 +194,14 @@ class EvaluationOptions:
     _argument_group_name = "evaluation"
 
     eval_metrics: list[str] | None = flag(
-        None,
-        "Metrics to compute while training, on samples by DDIM in 50 steps, e.g. fid,kid; default: none [ours]",
+        None, "Metrics to compute while training, from samples by DDIM in 50 steps, e.g. fid,kid [ours]"
     )
     eval_epochs: int = flag(10, "Epochs between computations of --eval_metrics [ours]", at_least=1)
-    eval_num_images: int = flag(
-        2000, "Generated images for --eval_metrics, drawn from the same noise each time [ours]", at_least=40
-    )
+    eval_num_images: int = flag(2000, "Images for --eval_metrics, from the same noise each time [ours]", at_least=40)
     eval_inception: str | None = flag(
         None, "File with the weights of FID's Inception network; default: pytorch-fid's [ours]"
     )
-    best_by: str = flag(
-        "validation_loss", "What chooses the pipeline in best/: validation_loss or one of --eval_metrics [ours]"
-    )
+    best_by: str = flag("validation_loss", "Measure for best/: validation_loss or one of --eval_metrics [ours]")
 
 
 @dataclass(kw_only=True)
@@ -233,9 +210,7 @@ class HubOptions:
 
     push_to_hub: bool = flag(False, "Upload the run to the Hub, during and after training")
     hub_token: str | None = flag(None, "Hub token; default: the token of `hf auth login`")
-    hub_model_id: str | None = flag(
-        None, "Repository on the Hub, NAME or USER/NAME; default: the name of --output_dir"
-    )
+    hub_model_id: str | None = flag(None, "Hub repository, [USER/]NAME; default: the name of --output_dir")
     hub_private_repo: bool = flag(False, "Create the repository as private")
 
 
@@ -315,9 +290,7 @@ class TrainingConfig(*reversed(GROUPS)):
                 "--variance_type learned_range, or --objective simple or vlb."
             )
         if self.objective == "simple" and learned:
-            raise UserError(
-                "--objective simple does not train --variance_type learned_range: give --objective hybrid or vlb."
-            )
+            raise UserError("--variance_type learned_range is not trained by --objective simple: give hybrid or vlb.")
         if self.objective == "vlb" and (self.snr_gamma is not None or self.loss_type != "l2"):
             raise UserError("--objective vlb cannot be combined with --snr_gamma or --loss_type: leave them out.")
         if self.objective == "classify":
@@ -344,24 +317,18 @@ class TrainingConfig(*reversed(GROUPS)):
         """Refuse scores that cannot be computed, and a --best_by that is not measured."""
         self.eval_metrics = split_list(self.eval_metrics)
         if self.eval_metrics and self.streaming:
-            raise UserError(
-                "--eval_metrics needs the whole dataset, which --streaming does not keep: drop one of them."
-            )
+            raise UserError("--eval_metrics needs the whole dataset, which --streaming does not keep: drop one.")
         if self.best_by not in ["validation_loss", *(self.eval_metrics or [])]:
             raise UserError(
                 f"--best_by {self.best_by} is not measured: give validation_loss or one of --eval_metrics."
             )
         if self.save_best and self.best_by == "validation_loss" and self.validation_split is None:
-            raise UserError(
-                "--save_best needs held-out images for the validation loss: add --validation_split, e.g. 0.05."
-            )
+            raise UserError("--save_best needs held-out images for its loss: add --validation_split, e.g. 0.05.")
 
     def _check_data(self):
         """Refuse a config without training images, or whose held-out images are the training images."""
         if self.validation_split == "train":
-            raise UserError(
-                "--validation_split train names the training images: give another split, a count or a share."
-            )
+            raise UserError("--validation_split train names the training images: give another split or a share.")
         if self.dataset_name is None and self.train_data_dir is None:
             raise UserError(
                 "there is nothing to train on: give --preset, --dataset_name (Hub id or folder) or --train_data_dir."

@@ -86,9 +86,7 @@ def add(model: Model):
             seed = seed_box()
             start, stop = two_buttons("Generate", "Stop", primary="Generate")
         with outputs_column():
-            limit = (
-                f"Images x steps: at most {model.max_evaluations:,}{', or half of that with guidance' * has_guidance}"
-            )
+            limit = f"Images x steps: at most {model.max_evaluations:,}{', half with guidance' * has_guidance}"
             status, shown = status_line(f"Ready. {limit}."), gallery("Images", columns=4)
             download = gr.DownloadButton("Download as zip", interactive=False)
     sampler.change(None, sampler, count, js=f"(one) => one === 'DDPM' ? {many} : {steps}", api_visibility="private")

@@ -24,9 +24,7 @@ from widgets import (
 
 
 STRENGTHS = ("Light", "Medium", "Strong")
-NEEDS_NO_CLASS = (
-    "This model always needs a class, but restoring needs a model that can draw without one: open another."
-)
+NEEDS_NO_CLASS = "This model always needs a class, but restoring needs one that can draw without: open another model."
 
 
 def noise(size: tuple[int, int], level: int) -> tuple[dict, str]:
