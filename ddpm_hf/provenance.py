@@ -46,10 +46,15 @@ def without_paths(value):
 
 
 def hide_paths(folder: Path):
-    """Rewrite a folder's train_config.json, if it has one, without paths of this machine."""
-    path = folder / "train_config.json"
-    if path.exists():
-        write_json(path, without_paths(read_json(path)))
+    """Rewrite the JSON files of a folder, and of the folders in it, without paths of this machine."""
+    for path in folder.rglob("*.json"):
+        content = read_json(path)
+        # diffusers notes in a network's config where it was loaded from.
+        shown = {key: value for key, value in content.items() if key != "_name_or_path"}
+        if path.name == "train_config.json":
+            shown = without_paths(shown)
+        if shown != content:
+            write_json(path, shown)
 
 
 def without_token(words: list[str]) -> list[str]:

@@ -228,5 +228,11 @@ def test_no_path_of_this_machine_and_no_token_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("ddpm_hf.provenance.sys", SimpleNamespace(argv=argv))
     assert command() == "python train_unconditional.py --dataset_name 'a b' --hub_token '***' '--hub-token=***'"
     (tmp_path / "train_config.json").write_text(json.dumps({"flags": {"output_dir": "/home/me/run"}}))
+    # diffusers and earlier versions of ddpm_hf write this key. A class may have any name.
+    for name in ("unet/config.json", "best/classifier/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(json.dumps({"_name_or_path": "runs/x/unet", "id2label": {"0": "/a"}}))
     hide_paths(tmp_path)
     assert json.loads((tmp_path / "train_config.json").read_text()) == {"flags": {"output_dir": "run"}}
+    for path in tmp_path.rglob("config.json"):
+        assert json.loads(path.read_text()) == {"id2label": {"0": "/a"}}

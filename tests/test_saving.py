@@ -12,8 +12,9 @@ from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
 from ddpm_hf.community_pipelines import shipped
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.models import saving
-from ddpm_hf.models.pretrained import load_pretrained
-from ddpm_hf.models.saving import save_pipeline
+from ddpm_hf.models.classifier import NoisyClassifier
+from ddpm_hf.models.pretrained import load_classifier, load_pretrained
+from ddpm_hf.models.saving import save_classifier, save_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,27 @@ def test_a_pipeline_is_stock_and_loads_as_ddpm_and_ddim(tmp_path, unet):
     assert (tmp_path / "README.md").read_text() == "mine"
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["README.md", "model_index.json", "scheduler", "unet"]
+
+
+def test_a_saved_network_does_not_say_where_it_was_loaded_from(tmp_path, unet, monkeypatch):
+    """diffusers keeps the path of a loaded network in its config, as `_name_or_path`."""
+    scheduler = PaperDDPMScheduler.nichol_cosine(10)
+    save_pipeline(tmp_path / "one", unet, scheduler)
+    blocks = {"down_block_types": ["DownBlock2D"], "block_out_channels": [4], "attention_head_dim": 4}
+    save_classifier(tmp_path / "one", NoisyClassifier(in_channels=1, layers_per_block=1, norm_num_groups=4, **blocks))
+    monkeypatch.chdir(tmp_path)
+    for name in (tmp_path / "one", "one"):
+        loaded = load_pretrained(name).unet
+        classifier = load_classifier(name)
+        assert all("one" in str(each.config["_name_or_path"]) for each in (loaded, classifier))
+        save_pipeline(tmp_path / "two", loaded, scheduler)
+        save_classifier(tmp_path / "two", classifier)
+        configs = sorted(tmp_path.glob("two/**/*.json"))
+        assert len(configs) == 4
+        for path in configs:
+            assert "_name_or_path" not in json.loads(path.read_text()) and str(tmp_path) not in path.read_text()
+    assert DDPMPipeline.from_pretrained(tmp_path / "two").unet.config.sample_size == 8
+    assert load_classifier(tmp_path / "two").config.num_classes == 10
 
 
 @pytest.mark.parametrize("kill_at", range(1, 5))

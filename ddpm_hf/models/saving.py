@@ -16,6 +16,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 
 from ..community_pipelines import pipeline_file
 from ..files import read_json, write_json
+from ..provenance import hide_paths
 
 
 def save_pipeline(
@@ -64,11 +65,13 @@ def _in_float32(network):
 def _replacing_files(folder: str | Path):
     """Yield a temporary folder, then move its files to `folder` one by one, weights first and model_index.json last.
 
-    After a kill at any time, `folder` loads or has no index yet.
+    Paths of this machine are taken out of the JSON files first. After a kill at any time, `folder` loads or has no
+    index yet.
     """
     new = Path(folder, ".saving")
     shutil.rmtree(new, ignore_errors=True)  # remove what an earlier kill left
     yield new
+    hide_paths(new)
     order = ["*/*.safetensors*", "*/*", "*.py", "model_index.json"]
     files = (path for pattern in order for path in sorted(new.glob(pattern)))
     for file in dict.fromkeys(files):
