@@ -25,12 +25,36 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
+def files_in(folder: str | Path, patterns: list[str]) -> list[Path]:
+    """Return the files of a folder that patterns name, in the order of the patterns. No link is followed.
+
+    Args:
+        folder: may itself be a link, but what is in it may not.
+        patterns: paths in the folder. In the name of a file `#` is any number, and `*` any name without a dot first.
+    """
+    root = Path(folder).resolve()
+    found = []
+    for pattern in map(Path, patterns):
+        name = re.escape(pattern.name).replace(r"\#", "[0-9]+").replace(r"\*", "[^.].*")
+        parent = Path(folder, pattern.parent)
+        for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+            # Resolving gives another path if the file, or a folder on the way to it, is a link.
+            is_real = path.is_file() and path.resolve() == root / pattern.parent / path.name
+            if re.fullmatch(name, path.name) and is_real:
+                found.append(path)
+    return found
+
+
+WEIGHTS = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"]
+WEIGHTS += ["diffusion_pytorch_model-#-of-#.safetensors"]  # in shards
+PIPELINE = ["model_index.json", "scheduler/scheduler_config.json"]
+PIPELINE += ["unet/" + name for name in ("config.json", *WEIGHTS)]
+PIPELINE += sorted(path.name for path in shipped("pipelines").glob("*.py"))
+PIPELINE += ["class_conditional.py", "classifier_guided.py"]  # earlier versions saved these, not class_guided.py
+CLASSIFIER = ["classifier/" + name for name in ("config.json", "classifier.py", *WEIGHTS)]
+# What says how the model was trained and how good it is. An export copies it, but not best/. Pictures of training
+# images, figures/forward.png and evaluations/*.png, are not here: the user may not be allowed to publish them.
+RECORDS = ["train_config.json", "metrics.jsonl", "samples/epoch_#.png", "evaluations/*.json"]
+RECORDS += ["figures/" + name for name in ("loss.png", "schedule.png", "reverse.png", "reverse.gif", "ddim_#.png")]
 # Only these files are published. Checkpoints, the tracker's logs and the user's own files are not.
-PUBLISHED = ["model_index.json", "unet", "scheduler", "README.md", "train_config.json", "metrics.jsonl", "samples"]
-PUBLISHED += ["figures", "evaluations", "best", "classifier"]
-PUBLISHED += sorted(path.name for path in shipped("pipelines").glob("*.py"))
-PUBLISHED += ["class_conditional.py", "classifier_guided.py"]  # earlier versions saved these, not class_guided.py
-# These show training images, which the user may not be allowed to publish.
-PRIVATE = ["evaluations/*.png", "figures/forward.png"]
-# An export copies these, which say how the model was trained and how good it is, but not `best/` and checkpoints.
-RECORDS = ["train_config.json", "metrics.jsonl", "samples", "figures", "evaluations"]
+PUBLISHED = [*PIPELINE, *CLASSIFIER, "README.md", *RECORDS, *("best/" + name for name in (*PIPELINE, *CLASSIFIER))]

@@ -1,6 +1,7 @@
 """Exports: stock diffusers loads the model and its pipelines where ddpm_hf is not installed."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import ROOT
 from diffusers import DDPMPipeline, DiffusionPipeline
 from test_guidance import run
+from test_hub import OTHER_TOKEN, add_own_files
 
 
 ALONE = """
@@ -73,6 +75,26 @@ def test_a_plain_export_is_stock_unless_asked_and_brings_its_records(guidance_mo
     flags = json.loads((tmp_path / "mender" / "train_config.json").read_text())["flags"]
     assert flags["output_dir"] == "conditional" and (tmp_path / "mender" / "figures" / "reverse.gif").is_file()
     assert "| Optimizer steps | 6 |" in (tmp_path / "mender" / "README.md").read_text()
+
+
+def test_of_a_folder_full_of_own_files_only_those_of_the_run_are_exported(guidance_models, tmp_path, caplog):
+    folder = shutil.copytree(guidance_models / "conditional", tmp_path / "full")
+    (folder / "best/unet").mkdir(parents=True)
+    (folder / "classifier").mkdir()
+    add_own_files(folder, tmp_path / "elsewhere")
+    assert run("export", folder, tmp_path / "new") == 0
+    files = {path.relative_to(tmp_path / "new").as_posix(): path for path in (tmp_path / "new").rglob("*")}
+    files = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    names = {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "class_guided.py"}
+    names |= {"unet/diffusion_pytorch_model.safetensors", "restoration.py", "reconstruction.py", "README.md"}
+    names |= {"train_config.json", "metrics.jsonl", "evaluations/finished.json", "samples/epoch_0001.png"}
+    figures = {name for name in files if name.startswith("figures/")}
+    assert set(files) == names | figures and {"figures/loss.png", "figures/reverse.gif"} <= figures
+    assert not figures & {"figures/forward.png", "figures/id_rsa", "figures/me.png", "figures/reverse.png"}
+    ours = {name: content for name, content in files.items() if not name.endswith(".py")}
+    words = ("of my diary", OTHER_TOKEN, str(tmp_path), str(guidance_models), '"_name_or_path"')
+    assert not any(word.encode() in content for word in words for content in ours.values())
+    assert "reverse.png holds an access token" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,50 @@ def run(tmp_path):
     return folder
 
 
+def add_own_files(folder, elsewhere):
+    """Put into a run folder what a user may keep there: own files in every place, links out of it, and secrets."""
+    record = json.loads((ROOT / "tests/fixtures/run_5c3000a/run/evaluations/finished.json").read_text())
+    elsewhere.mkdir()
+    outside = {
+        "private.json": json.dumps(record),
+        "private.png": "of my diary",
+        "pictures/epoch_0007.png": "of my diary",
+        "network/config.json": "{}",
+    }
+    inside = [
+        "secrets.txt", "id_rsa.py", "class_guided.py.bak", ".env", "samples/secrets.txt", "samples/epoch_.png",
+        "samples/epoch_me.png", "samples/epoch_0001.png.txt", "samples/sub/epoch_0001.png", "samples/.epoch_0003.png",
+        "figures/id_rsa", "figures/loss.svg", "figures/me.png", "figures/forward.png", "figures/ddim_mine.png",
+        "evaluations/notes.txt", "evaluations/sub/pairs.png", "evaluations/mine.pairs.png", "evaluations/sub/r.json",
+        "evaluations/.hidden.json", "unet/pytorch_model.bin", "unet/diffusion_pytorch_model.bin", "unet/notes.md",
+        "unet/diffusion_pytorch_model.fp16.safetensors", "scheduler/config.json", "best/notes.txt", "best/README.md",
+        "best/samples/epoch_0001.png", "best/unet/optimizer.bin", "classifier/photos/me.png", "classifier/notes.txt",
+    ]  # fmt: skip
+    for name, text in outside.items():
+        (elsewhere / name).parent.mkdir(exist_ok=True)
+        (elsewhere / name).write_text(text)
+    for name in inside:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{name} of my diary")
+    passwords = {"schema": record["schema"], "password": "of my diary"}
+    (folder / "evaluations/passwords.json").write_text(json.dumps(passwords))
+    (folder / "evaluations/list.json").write_text('["of my diary"]')
+    (folder / "evaluations/half.json").write_text('{"of my diary')
+    links = {
+        "samples/epoch_0008.png": "private.png",
+        "evaluations/linked.json": "private.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors": "private.png",
+        "restoration.py": "private.png",
+        "best/classifier": "network",
+    }
+    for name, target in links.items():
+        (folder / name).symlink_to(elsewhere / target)
+    # Names that are on the list, with a token in them.
+    (folder / "figures/reverse.png").write_bytes(b"\x89PNG tEXt" + OTHER_TOKEN.encode() + b"\0")
+    (folder / "reconstruction.py").write_text(f'TOKEN = "{OTHER_TOKEN}"')
+    (folder / "evaluations/finished.json").write_text(json.dumps(record))
+
+
 def client(hub, tmp_path, script, token=None):
     """Run a script as a user of this Hub; return what it printed and what it warned."""
     done = subprocess.run(
@@ -172,7 +216,7 @@ def test_a_full_disk_is_a_warning(run, monkeypatch, caplog):
     def copyfile(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ddpm_hub.shutil, "copyfile", copyfile)
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
     assert not ddpm_hub.push_in_background(run, "me/run", None, "Step 3").result()
     assert (
         "Nothing was pushed to me/run, because the files could not be copied ([Errno 28] No space left" in caplog.text
@@ -217,6 +261,42 @@ for name in {list(failures)}:
         assert repo.commits[-1]["message"] == "End of training"
         assert len(repo.commits) == (1 if name == "shut" else 2)
         assert b"| Optimizer steps | 6 |" in repo.files["README.md"] and "unet/config.json" in repo.files
+
+
+def test_of_a_folder_full_of_own_files_only_those_of_the_run_are_pushed(hub, tmp_path, run):
+    add_own_files(run, tmp_path / "elsewhere")
+    (run / "unet/diffusion_pytorch_model-00002-of-00002.safetensors").write_text("a shard")
+    config = json.loads((run / "unet/config.json").read_text())
+    (run / "unet/config.json").write_text(json.dumps({"_name_or_path": str(run / "unet"), **config}))
+    script = f'from ddpm_hf.__main__ import main\nmain(["push", "{run}", "--hub_model_id", "me/full"])'
+    _, warned = client(hub, tmp_path, script, token=WRITE_TOKEN)
+    pipeline = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"]
+    pipeline += ["unet/diffusion_pytorch_model.safetensors"]
+    rest = ["README.md", "train_config.json", "metrics.jsonl", "samples/epoch_0001.png", "figures/loss.png"]
+    rest += ["evaluations/finished.json", "unet/diffusion_pytorch_model-00002-of-00002.safetensors"]
+    files = hub.repos["me/full"].files
+    assert set(files) == {*pipeline, *(f"best/{name}" for name in pipeline), *rest}
+    sent = b"".join(files.values())
+    words = ("of my diary", OTHER_TOKEN, str(tmp_path), '"_name_or_path"')
+    assert not any(word.encode() in sent for word in words)
+    for name in ("evaluations/leak.json", "figures/reverse.png", "reconstruction.py"):
+        assert f"{run / name} holds an access token" in warned
+    assert "half.json cannot be read as JSON" in warned and "list.json holds a list" in warned
+
+
+def test_no_folder_of_a_run_that_is_a_link_is_pushed_but_a_run_behind_a_link_is(hub, tmp_path, run):
+    for name in ("samples", "evaluations", "unet", "best"):
+        (run / name).rename(tmp_path / name)
+        (run / name).symlink_to(tmp_path / name)
+    (tmp_path / "linked").symlink_to(run)
+    script = f"""
+from ddpm_hf.sharing.hub import create_repository, push_in_background
+
+print(push_in_background("{tmp_path}/linked", create_repository("me/linked"), None, "Step 3").result())
+"""
+    assert client(hub, tmp_path, script, token=WRITE_TOKEN)[0] == ["True"]
+    files = {"README.md", "model_index.json", "train_config.json", "metrics.jsonl", "figures/loss.png"}
+    assert set(hub.repos["me/linked"].files) == files | {"scheduler/scheduler_config.json"}
 
 
 def test_push_sends_what_changed_and_the_card_anew(hub, tmp_path, run):

@@ -89,6 +89,13 @@ def read_record(path) -> dict:
     return record
 
 
+def is_record(content: dict) -> bool:
+    """Return whether the content of a JSON file has the schema and the parts of a record."""
+    parts = {"command": str, "model": dict, "sampler": dict, "data": dict, "metrics": list, "cost": dict}
+    has_parts = all(isinstance(content.get(key), kind) for key, kind in parts.items())
+    return content.get("schema") == EVALUATION_SCHEMA and has_parts
+
+
 def record_table(record: dict) -> str:
     """Return a record as a text table: each value with its error, its floor and its N, then the skipped metrics."""
     rows = [["metric", "value", "+-", "floor (real)", "N", "N real"]]

@@ -15,11 +15,13 @@ from ..config.presets import PRESETS
 from ..config.training_config import GROUPS, EvaluationOptions, HubOptions, OutputOptions
 from ..errors import UserError
 from ..evaluation.metrics import METRICS
-from ..evaluation.records import EVALUATION_SCHEMA, data_name, number, read_record, table
+from ..evaluation.records import data_name, number, read_record, table
 from ..files import read_json, write_beside
 from ..provenance import without_paths
+from ..run_folder import files_in
 from .hub import is_hub_id
 from .licences import LICENCES, UNKNOWN_LICENCE
+from .published import is_ours
 
 
 MARKER = r"<!-- ddpm_hf: (\S+) -->"  # with the name of the repository in the card
@@ -73,9 +75,7 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
     flags = run.get("flags", {})
     pushed_to = before[1] if before is not None and "/" in before[1] else None
     name = name or pushed_to or flags.get("hub_model_id") or folder.resolve().name
-    found = sorted(folder.glob("evaluations/*.json"))
-    found = [path for path in found if EVALUATION_SCHEMA in path.read_text(encoding="utf-8")]
-    records = {path.name: read_record(path) for path in found}
+    records = {path.name: read_record(path) for path in files_in(folder, ["evaluations/*.json"]) if is_ours(path)}
     data = flags.get("dataset_name") or flags.get("train_data_dir")
     on_hub = data is not None and is_hub_id(data)
     known = (entry for pattern, entry in LICENCES.items() if re.fullmatch(pattern, str(data), re.IGNORECASE))
@@ -165,14 +165,11 @@ def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> s
 
 def pictures(folder: Path) -> list[str]:
     """Return Markdown for the last sheet of samples and the animation from noise to images, those that exist."""
-    sheets = sorted(folder.glob("samples/epoch_*.png"), key=lambda sheet: (len(sheet.name), sheet.name))
+    sheets = sorted(files_in(folder, ["samples/epoch_#.png"]), key=lambda sheet: (len(sheet.name), sheet.name))
     shown = {f"Samples, `{sheet.stem}`": sheet for sheet in sheets[-1:]}
-    shown |= {"From noise to images": folder / "figures" / "reverse.gif"}
-    return [
-        f"![{what}]({path.relative_to(folder).as_posix()})\n\n*{what}*"
-        for what, path in shown.items()
-        if path.is_file()
-    ]
+    if files_in(folder, ["figures/reverse.gif"]):
+        shown["From noise to images"] = folder / "figures" / "reverse.gif"
+    return [f"![{what}]({path.relative_to(folder).as_posix()})\n\n*{what}*" for what, path in shown.items()]
 
 
 def classifier_usage(name: str) -> list[str]:
@@ -300,7 +297,7 @@ def training(folder: Path, run: dict) -> list[str]:
         for field in fields
         if field.name != "local_rank" and (flags[field.name] or flags[field.name] != field.default)
     ]
-    curve = ["![Loss](figures/loss.png)"] if (folder / "figures" / "loss.png").is_file() else []
+    curve = ["![Loss](figures/loss.png)"] if files_in(folder, ["figures/loss.png"]) else []
     return [
         f"## Training\n\n```bash\n{run['command']}\n```" if run.get("command") else "## Training",
         table([["", "value"], *rows], markdown=True),

@@ -9,10 +9,11 @@ from ..files import read_json, write_json, writing
 from ..models.classifier import NoisyClassifier
 from ..models.pretrained import Pretrained, load_classifier, load_pretrained
 from ..models.saving import save_classifier, save_pipeline
-from ..provenance import hide_paths
-from ..run_folder import PRIVATE, RECORDS
+from ..provenance import without_paths
+from ..run_folder import RECORDS
 from ..sampling.guidance import check_classifier
 from .card import PIPELINES, write_card
+from .published import copy_published
 
 
 def export(
@@ -77,13 +78,9 @@ def export(
             write_json(new / "model_index.json", index)
         for name in names:
             shutil.copyfile(pipeline_file(name), new / f"{name}.py")
-        for path in (model.run_folder / name for name in RECORDS):
-            if path.is_dir():
-                patterns = [Path(private).name for private in PRIVATE if Path(private).parent.name == path.name]
-                shutil.copytree(path, new / path.name, ignore=shutil.ignore_patterns(*patterns))
-            elif path.is_file():
-                shutil.copyfile(path, new / path.name)
-        hide_paths(new)
+        copy_published(model.run_folder, new, RECORDS)
+        if model.facts["revision"] is not None and model.run:  # the Hub's cache is made of links
+            write_json(new / "train_config.json", without_paths(model.run))
         write_card(new, output.resolve().name)
         new.rename(output)
     return names

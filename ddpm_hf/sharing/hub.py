@@ -2,26 +2,24 @@
 
 import logging
 import re
-import shutil
 import tempfile
 import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi
 
 # Import httpx's HTTPError from here, because huggingface_hub decides which major version of httpx it uses.
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
 from ..errors import UserError
-from ..provenance import hide_paths
-from ..run_folder import PRIVATE, PUBLISHED
+from ..run_folder import PUBLISHED
+from .published import copy_published
 
 
 logger = logging.getLogger(__name__)
 # The process has one client. It has one worker thread, so pushes arrive in the order in which they were made.
 API = HfApi()
-TOKEN = r"\bhf_[A-Za-z0-9]{30,}"
 WAITS = (5, 30, 120)  # seconds to wait before each new attempt of a push
 LOG_IN = "log in with `hf auth login`, or give --hub_token a token that may write there"
 
@@ -81,24 +79,13 @@ def is_final(error: Exception) -> bool:
 def push_in_background(output_dir: str | Path, repo_id: str, token: str | None, message: str) -> "Future[bool]":
     """Start to upload a run as one commit. Return a future, whose result is whether the upload succeeded.
 
-    The files are copied first, so that training can go on writing. A file that holds a token is left out with a
-    warning. Local paths are cut to their last parts. Files that the Hub has are not sent again. A push that fails is
-    tried again; in the end it is only a warning, because a network failure must not end hours of training.
+    The files are copied first by `copy_published`, so that training can go on writing. Files that the Hub has are not
+    sent again. A push that fails is tried again; in the end it is only a warning, because a network failure must not
+    end hours of training.
     """
-    secrets = "|".join([TOKEN, *map(re.escape, filter(None, [token, get_token()]))]).encode()
-    paths = [path for name in PUBLISHED for path in [Path(output_dir, name), *Path(output_dir, name).rglob("*")]]
     try:
         snapshot = tempfile.TemporaryDirectory(prefix=".push-", dir=output_dir, ignore_cleanup_errors=True)
-        for source in filter(Path.is_file, paths):
-            target = Path(snapshot.name, source.relative_to(output_dir))
-            if source.suffix in (".json", ".jsonl", ".md") and re.search(secrets, source.read_bytes()):
-                logger.warning("%s holds an access token and was not pushed: remove the token from it.", source)
-            elif any(source.match(private) for private in PRIVATE):
-                continue
-            elif "/." not in f"/{source.relative_to(output_dir).as_posix()}":  # half-written files start with a dot
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
-        hide_paths(Path(snapshot.name))
+        copy_published(Path(output_dir), Path(snapshot.name), PUBLISHED, token)
     except OSError as error:
         logger.warning(
             "Nothing was pushed to %s, because the files could not be copied (%s): free some space and push again.",

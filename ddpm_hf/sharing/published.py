@@ -1,0 +1,59 @@
+"""Copy the files of a run or an export that may be published, without access tokens and paths of this machine."""
+
+import logging
+import mmap
+import re
+import shutil
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+from ..errors import UserError
+from ..evaluation.records import is_record
+from ..files import read_json
+from ..provenance import hide_paths
+from ..run_folder import files_in
+
+
+logger = logging.getLogger(__name__)
+TOKEN = rb"hf_[A-Za-z0-9]{30,}"
+
+
+def copy_published(folder: Path, target: Path, patterns: list[str], token: str | None = None):
+    """Copy the files of `folder` that `patterns` name to `target`, an existing folder; see `files_in`.
+
+    A file that holds an access token is left out with a warning, and so is JSON that cannot be read. JSON in
+    `evaluations` that is no record is left out. Local paths are cut to their last parts.
+
+    Args:
+        token: a token to look for, besides that of `hf auth login` and all that look like one.
+    """
+    tokens = [each.encode() for each in (token, get_token()) if each]
+    for source in files_in(folder, patterns):
+        if holds_token(source, tokens):
+            logger.warning("%s holds an access token and is not published: remove the token from it.", source)
+        elif is_ours(source):
+            copy = target / source.relative_to(folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
+    hide_paths(target)
+
+
+def holds_token(path: Path, tokens: list[bytes]) -> bool:
+    """Return whether the bytes of a file contain one of the tokens, or what looks like a token of the Hub."""
+    if path.stat().st_size == 0:
+        return False  # an empty file cannot be mapped
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return any(content.find(token) >= 0 for token in tokens) or re.search(TOKEN, content) is not None
+
+
+def is_ours(path: Path) -> bool:
+    """Return False for JSON that cannot be read, with a warning, and for JSON in `evaluations` that is no record."""
+    if path.suffix != ".json":
+        return True
+    try:
+        content = read_json(path)
+    except UserError as error:
+        logger.warning("Not published: %s", error)
+        return False
+    return path.parent.name != "evaluations" or is_record(content)
