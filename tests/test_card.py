@@ -198,6 +198,48 @@ def test_a_folder_saved_with_class_conditional_py_keeps_its_usage_and_its_file(g
     assert "class_conditional.py" in PUBLISHED
 
 
+@pytest.mark.parametrize("name", ["my digits", " digits\n2 ", "a --> b", "<!-- x", "```", 'a"b', "50%"])
+def test_the_card_of_a_folder_of_any_name_is_ours(name, tmp_path):
+    folder = tmp_path / name
+    card_of(folder)
+    (folder / "samples").mkdir()
+    (folder / "samples/epoch_0001.png").touch()
+    assert write_card(folder) and "epoch_0001" in (folder / "README.md").read_text()
+    earlier = re.sub("<!-- ddpm_hf: .* -->", lambda _: f"<!-- ddpm_hf: {name} -->", (folder / "README.md").read_text())
+    (folder / "README.md").write_text(earlier)
+    assert write_card(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["<!--", "```", "[x](http://y)", "# h", "|", "a\n# b", "<b>", "`", "\\|", "**b**", "a_b", "http://y", "&lt;"],
+)
+def test_names_from_elsewhere_cannot_change_the_card(name, tmp_path):
+    markdown_it = pytest.importorskip("markdown_it")
+    record = json.loads((ROOT / "tests/fixtures/run_5c3000a/run/evaluations/finished.json").read_text())
+
+    def kinds_of(folder, text):
+        """Return the kinds of all that a card with `text` in every place is made of, but plain text and code."""
+        (folder / "evaluations").mkdir(parents=True)
+        entries = [entry | {"id": text} for entry in record["metrics"] if "value" in entry]
+        changed = {"command": f"run\n{text}", "metrics": entries, "data": record["data"] | {"name": text}}
+        (folder / "evaluations" / "r.json").write_text(json.dumps(record | changed))
+        run = {"command": f"train\n{text}", "device": text, "processor": text}
+        save_pipeline(folder, tiny_unet(num_class_embeds=3), PaperDDPMScheduler.nichol_cosine(10), [text, "dog"])
+        flags = parse_config([f"--output_dir={folder}", "--dataset_name=digits", "--resolution=8"]).to_dict()
+        flags |= {"dataset_name": text, "channel_mults": text}
+        (folder / "train_config.json").write_text(json.dumps({"flags": flags, **run}))
+        assert write_card(folder, "me/model")
+        text = ModelCard.load(folder / "README.md").text
+        tokens = markdown_it.MarkdownIt("commonmark").enable("table").parse(text)
+        kinds = [token.type for token in tokens]
+        for token in tokens:
+            kinds += [child.type for child in token.children or []]
+        return [kind for kind in kinds if kind not in ("text", "code_inline")]
+
+    assert kinds_of(tmp_path / "1", name) == kinds_of(tmp_path / "2", "cat")
+
+
 def test_a_card_written_by_hand_stays(tmp_path, capsys):
     (tmp_path / "README.md").write_text("# By hand")
     (tmp_path / "model_index.json").write_text("{}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -122,7 +123,8 @@ def number(value) -> str:
 def table(rows: list[list[str]], markdown: bool = False) -> str:
     """Return rows as aligned text or as Markdown; the first row is the head."""
     if markdown:
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        # A bar ends a cell, even in code. A backslash before it would undo the backslash that we put there.
+        lines = ["| " + " | ".join(re.sub(r"\\*\|", r"\\|", cell) for cell in row) + " |" for row in rows]
         return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)

@@ -7,7 +7,9 @@ was not measured.
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCardData
 
@@ -24,7 +26,8 @@ from .licences import LICENCES, UNKNOWN_LICENCE
 from .published import is_ours
 
 
-MARKER = r"<!-- ddpm_hf: (\S+) -->"  # with the name of the repository in the card
+# The mark of our cards, with the name of the repository. Earlier versions wrote the name as it is, we write it quoted.
+MARKER = re.compile(r"^<!-- ddpm_hf: (.+?) -->$", re.MULTILINE | re.DOTALL)
 # What each pipeline file does, and the arguments of a call that shows it.
 PIPELINES = {
     "class_guided": ("Generate images of a class, with guidance", "class_labels=[0], guidance_scale=2.0"),
@@ -68,7 +71,7 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
     """
     folder = Path(folder)
     readme = folder / "README.md"
-    before = re.search(MARKER, readme.read_text(encoding="utf-8")) if readme.exists() else None
+    before = MARKER.search(readme.read_text(encoding="utf-8")) if readme.exists() else None
     if readme.exists() and before is None:
         return False
     run = without_paths(read_json(folder / "train_config.json", missing={}))
@@ -93,7 +96,7 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
     )
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
-        f"<!-- ddpm_hf: {name} -->\n# {name.rpartition('/')[2]}",
+        f"<!-- ddpm_hf: {quote(name, errors='replace')} -->\n# {literal(name.rpartition('/')[2])}",
         introduction(folder, flags, data, on_hub),
         *pictures(folder),
         "## Use\n\n" + "\n\n".join(classifier_usage(name) if is_classifier else usage(name, folder)),
@@ -105,6 +108,27 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
     text = "\n\n".join(filter(None, parts)) + "\n"
     write_beside(readme, lambda partial: partial.write_text(text, encoding="utf-8"))
     return True
+
+
+def literal(text) -> str:
+    """Return Markdown that shows text from elsewhere, in a line, and does nothing else. All but words become code."""
+    is_number = isinstance(text, (int, float))
+    text = str(text)
+    return text if is_number or re.fullmatch(r"[^\W_]+([ _-][^\W_]+)*", text) else code(text)
+
+
+def code(text: str) -> str:
+    """Return Markdown that shows text as code in a line. White space and control characters become single spaces."""
+    text = " ".join("".join(each if each.isprintable() else " " for each in text).split()) or " "
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in (text[0], text[-1]) else ""
+    return f"{ticks}{space}{text}{space}{ticks}"
+
+
+def code_block(language: str, text: str) -> str:
+    """Return Markdown for a block of code, with a fence longer than any in the text."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def eval_results(record: dict) -> list[EvalResult]:
@@ -148,7 +172,6 @@ def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> s
     unet = read_json(folder / "unet" / "config.json", missing={}) or read_json(
         folder / "classifier" / "config.json", missing={}
     )
-    size = unet.get("sample_size")
     classes = read_json(folder / "model_index.json", missing={}).get("id2label", {})
     kind = "A denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239))"
     if flags.get("objective") == "classify":
@@ -158,8 +181,11 @@ def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> s
     if on_hub:
         data = f"[{data}](https://huggingface.co/datasets/{data})"
     elif data is not None:
-        data = "scikit-learn's handwritten digits" if data == "digits" else f"`{data_name(data)}`"
-    of_classes = f" Its classes: {', '.join(classes[k] for k in sorted(classes, key=int))}." if classes else ""
+        data = "scikit-learn's handwritten digits" if data == "digits" else code(data_name(data))
+    of_classes = (
+        f" Its classes: {', '.join(literal(classes[k]) for k in sorted(classes, key=int))}." if classes else ""
+    )
+    size = literal(unet.get("sample_size"))
     return f"{kind} of {size}x{size} images, {f'trained on {data} ' if data else ''}with `ddpm_hf`.{of_classes}"
 
 
@@ -175,17 +201,18 @@ def pictures(folder: Path) -> list[str]:
 def classifier_usage(name: str) -> list[str]:
     """Return paragraphs in Markdown that load a classifier and guide a model by it."""
     return [
-        f"""```python
-from diffusers import AutoModel
+        code_block(
+            "python",
+            f"""from diffusers import AutoModel
 
-classifier = AutoModel.from_pretrained("{name}", subfolder="classifier", trust_remote_code=True)
-```""",
-        f"""With `ddpm_hf`, guide a model by it, or export both into one folder that stock diffusers loads:
-
-```bash
-python -m ddpm_hf sample MODEL --classifier {name} --guidance_scale 10 --sampler ddim
-python -m ddpm_hf export MODEL my-export --classifier {name}
-```""",
+classifier = AutoModel.from_pretrained({in_python(name)}, subfolder="classifier", trust_remote_code=True)""",
+        ),
+        "With `ddpm_hf`, guide a model by it, or export both into one folder that stock diffusers loads:",
+        code_block(
+            "bash",
+            f"""python -m ddpm_hf sample MODEL --classifier {shlex.quote(name)} --guidance_scale 10 --sampler ddim
+python -m ddpm_hf export MODEL my-export --classifier {shlex.quote(name)}""",
+        ),
     ]
 
 
@@ -198,32 +225,31 @@ def usage(name: str, folder: Path) -> list[str]:
     named = index["_class_name"]
     parts = []
     if isinstance(named, str) and unet["num_class_embeds"] is None:
-        parts.append(f"""Stock diffusers loads it, from the Hub or from the path of this folder:
+        call = f"""from diffusers import DDPMPipeline
 
-```python
-from diffusers import DDPMPipeline
-
-pipeline = DDPMPipeline.from_pretrained("{name}")
-image = pipeline(num_inference_steps={steps}).images[0]
-```""")
+pipeline = DDPMPipeline.from_pretrained({in_python(name)})
+image = pipeline(num_inference_steps={steps}).images[0]"""
+        parts.append("Stock diffusers loads it, from the Hub or from the path of this folder:")
+        parts.append(code_block("python", call))
         if scheduler["variance_type"] == "learned_range":
             parts.append("`DDIMPipeline` cannot use it, because its UNet predicts a variance besides the noise.")
         else:
-            parts.append(
-                f'In fewer steps: `DDIMPipeline.from_pretrained("{name}")'
-                f"(num_inference_steps={min(50, steps)}).images[0]`."
-            )
+            call = f"DDIMPipeline.from_pretrained({in_python(name)})(num_inference_steps={min(50, steps)}).images[0]"
+            parts.append(f"In fewer steps: {code(call)}.")
     needs_class = bool(unet["num_class_embeds"]) and unet["num_class_embeds"] <= len(index.get("id2label", {}))
     for pipeline in EARLIER_PIPELINES | PIPELINES:
         if (folder / f"{pipeline}.py").is_file():
             parts.append(pipeline_usage(name, pipeline, is_default=named[0] == pipeline, needs_class=needs_class))
-    parts.append(f"""Sample many images and score them with `ddpm_hf`:
+    model = shlex.quote(name)
+    few = min(50, steps)
+    commands = f"""python -m ddpm_hf sample {model} --num_images 64 --sampler ddim --num_inference_steps {few}
+python -m ddpm_hf evaluate {model}"""
+    return [*parts, "Sample many images and score them with `ddpm_hf`:", code_block("bash", commands)]
 
-```bash
-python -m ddpm_hf sample {name} --num_images 64 --sampler ddim --num_inference_steps {min(50, steps)}
-python -m ddpm_hf evaluate {name}
-```""")
-    return parts
+
+def in_python(name: str) -> str:
+    """Return the literal of a string in Python, in double quotes."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def pipeline_usage(name: str, pipeline: str, *, is_default: bool, needs_class: bool) -> str:
@@ -240,14 +266,11 @@ def pipeline_usage(name: str, pipeline: str, *, is_default: bool, needs_class: b
         arguments += ", class_labels=0"
     which = "" if is_default else f'custom_pipeline="{pipeline}", '
     image = "from PIL import Image\n" if "Image" in arguments else ""
-    return f"""{what}:
-
-```python
-from diffusers import DiffusionPipeline
+    call = f"""from diffusers import DiffusionPipeline
 {image}
-pipeline = DiffusionPipeline.from_pretrained("{name}", {which}trust_remote_code=True)
-pipeline({arguments}).images[0].save("result.png")
-```"""
+pipeline = DiffusionPipeline.from_pretrained({in_python(name)}, {which}trust_remote_code=True)
+pipeline({arguments}).images[0].save("result.png")"""
+    return f"{what}:\n\n{code_block('python', call)}"
 
 
 def scores(records: dict[str, dict]) -> str:
@@ -257,20 +280,21 @@ def scores(records: dict[str, dict]) -> str:
         sampler = record["sampler"]
         data = record["data"]
         cost = record["cost"]
-        how = [f"{sampler['method'].upper()} in {sampler['num_inference_steps']} steps"] if "method" in sampler else []
-        how += [f"{key} {sampler[key]}" for key in ("eta", "seed", "guidance_scale") if key in sampler]
-        how += [f"weights: {record['model']['weights']}"] if "weights" in record["model"] else []
+        steps = literal(sampler.get("num_inference_steps"))
+        how = [f"{literal(sampler['method'].upper())} in {steps} steps"] if "method" in sampler else []
+        how += [f"{key} {literal(sampler[key])}" for key in ("eta", "seed", "guidance_scale") if key in sampler]
+        how += [f"weights: {literal(record['model']['weights'])}"] if "weights" in record["model"] else []
         rows = [["metric", "value", "+-", "floor (real images)", "N", "N real"]]
         rows += [
-            [f"`{entry['id']}`", *(number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))]
+            [code(entry["id"]), *(number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))]
             for entry in record["metrics"]
             if entry.get("status") != "skipped"
         ]
-        against = f"against `{data['name']}` ({number(data['train']['n'])} training images"
+        against = f"against {code(data['name'])} ({number(data['train']['n'])} training images"
         against += f", {number(data['held_out']['n'])} held out)" if data["held_out"] else ")"
         spent = f"drawn in {number(cost['drawing_s'])} s, scored in {number(cost['scoring_s'])} s"
-        sentence = f"{', '.join(how)}; {against}; {spent}; [record](evaluations/{file})."
-        command = f"\n\n```bash\n{record['command']}\n```" if record.get("command") else ""
+        sentence = f"{', '.join(how)}; {against}; {spent}; [record](evaluations/{quote(file)})."
+        command = "\n\n" + code_block("bash", record["command"]) if record.get("command") else ""
         parts.append(f"{sentence[0].upper()}{sentence[1:]}{command}\n\n{table(rows, markdown=True)}")
     return "\n\n".join(parts) or "Not scored yet: `python -m ddpm_hf evaluate` adds the scores here."
 
@@ -285,7 +309,9 @@ def training(folder: Path, run: dict) -> list[str]:
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
         last |= {key: value for key, value in json.loads(line).items() if value is not None}
     known = {what: (run | last).get(key) for key, what in MEASURES.items()}
-    rows = [[what, value if isinstance(value, str) else number(value)] for what, value in known.items() if value]
+    rows = [
+        [what, literal(value) if isinstance(value, str) else number(value)] for what, value in known.items() if value
+    ]
     preset = PRESETS.get(flags.get("preset"))
     recipe = f"The recipe is the preset `{flags['preset']}`: {preset.about}. " if preset else ""
     recipe += "The sources of the presets' numbers are in `ddpm_hf/config/presets.py`."
@@ -293,13 +319,13 @@ def training(folder: Path, run: dict) -> list[str]:
     fields = [field for group in groups for field in dataclasses.fields(group) if field.name in flags]
     # Show 0, False and an empty list only where the default is another value.
     shown = [
-        [f"`{field.name}`", str(flags[field.name])]
+        [f"`{field.name}`", literal(flags[field.name])]
         for field in fields
         if field.name != "local_rank" and (flags[field.name] or flags[field.name] != field.default)
     ]
     curve = ["![Loss](figures/loss.png)"] if files_in(folder, ["figures/loss.png"]) else []
     return [
-        f"## Training\n\n```bash\n{run['command']}\n```" if run.get("command") else "## Training",
+        "## Training\n\n" + code_block("bash", run["command"]) if run.get("command") else "## Training",
         table([["", "value"], *rows], markdown=True),
         *curve,
         f"{recipe} Every flag is in [train_config.json](train_config.json), every logged step in "
@@ -311,7 +337,7 @@ def training(folder: Path, run: dict) -> list[str]:
 def limits(flags: dict, data: str | None, records: dict[str, dict]) -> str:
     """Return sentences on what the model cannot do, and on what was not measured."""
     entries = {entry["id"]: entry for record in records.values() for entry in record["metrics"]}
-    sentences = [f"It was trained on `{data_name(data)}` alone and does not suit other images."] if data else []
+    sentences = [f"It was trained on {code(data_name(data))} alone and does not suit other images."] if data else []
     copies = entries.get("memorization_exact_copies", {}).get("value")
     if copies is None:
         sentences.append("Whether it copies training images was not measured.")
