@@ -265,7 +265,6 @@ SERVER_PATHS = {
     "descriptor": lambda secret, mine: {"path": 0},
     "no number": lambda secret, mine: {"path": True},
     "nul": lambda secret, mine: {"path": f"{mine}\0.png"},
-    "surrogate": lambda secret, mine: {"path": f"{mine}\ud800"},
     "too long": lambda secret, mine: {"path": f"{mine}/{'a' * 5000}"},
     "empty": lambda secret, mine: {"path": ""},
     "no such upload": lambda secret, mine: {"path": f"{mine}.none"},

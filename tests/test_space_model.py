@@ -13,6 +13,9 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from PIL import Image
 from space_server import pixels, save_model
 
+from ddpm_hf.errors import UserError
+from ddpm_hf.models.pretrained import load_pretrained
+
 
 sys.path.insert(0, str(ROOT / "spaces"))
 
@@ -198,6 +201,12 @@ def test_pickles_are_refused(folder, spoil):
         with pytest.raises(Refused, match="safetensors") as error:
             open_model(str(path))
         assert "\n" not in str(error.value)
+
+
+def test_the_package_refuses_an_index_of_pickles_too(folder):
+    an_index_of_pickles(path := save_model(folder / "sharded", 10))
+    with pytest.raises(UserError, match="index.json names files that are not safetensors: give"):
+        load_pretrained(path)
 
 
 def edited(part, **values):

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,7 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
                 f"{name} has no checkpoint, and only checkpoints hold raw weights: give --weights published."
             )
         return _from_checkpoint(found[-1], weights)
+    _check_shards(_part_folder(folder, "unet"))
     try:
         unet = UNet2DModel.from_pretrained(_part_folder(folder, "unet"), local_files_only=True, use_safetensors=True)
         scheduler = PaperDDPMScheduler.from_config(DDPMScheduler.load_config(_part_folder(folder, "scheduler")))
@@ -111,6 +113,15 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
 def _part_folder(folder: Path, name: str) -> Path:
     """Return the folder with a part's files; some old pipelines have the files of all parts at the top."""
     return folder / name if (folder / name).is_dir() else folder
+
+
+def _check_shards(folder: Path):
+    """Refuse an index of shards that names anything but safetensors, because diffusers would read pickles."""
+    for path in folder.glob("*.safetensors.index.json"):
+        names = read_json(path).get("weight_map")
+        names = list(names.values()) if isinstance(names, dict) else [names]
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+            raise UserError(f"{path} names files that are not safetensors: give a model that is saved as safetensors.")
 
 
 @contextlib.contextmanager
@@ -205,6 +216,7 @@ def load_classifier(name: str | Path) -> NoisyClassifier:
     """
     name, folder, _ = _find_folder(name)
     folder = _part_folder(folder, "classifier")
+    _check_shards(folder)
     try:
         with quiet_diffusers():  # it warns that our class does not use the config's auto_map
             classifier = NoisyClassifier.from_pretrained(folder, local_files_only=True, use_safetensors=True)
