@@ -2,11 +2,11 @@
 
 import argparse
 
-from ..errors import no_such, no_such_flag, one_sentence
+from ..config.parser_errors import OneSentenceErrors
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence, without the usage, and suggest a correction of a typo."""
+class Parser(OneSentenceErrors, argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence, and whose help keeps the line breaks of the description."""
 
     def __init__(self, prog: str, description: str, **options):
         super().__init__(
@@ -16,24 +16,6 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
-
-    def parse_args(self, words: list[str], namespace=None) -> argparse.Namespace:
-        """Return the parsed flags. An unknown flag is reported before a missing argument."""
-        known = self._option_string_actions
-        for word in words[: words.index("--") if "--" in words else None]:
-            if word.startswith("--") and word.partition("=")[0] not in known:
-                self.error(no_such_flag(word, known))
-        arguments, unknown = self.parse_known_args(words, namespace)
-        if unknown:
-            self.error(no_such_flag(unknown[0], known))
-        return arguments
-
-    def _check_value(self, action, value):
-        if action.choices is not None and value not in action.choices:
-            self.error(no_such(action.option_strings[0], value, action.choices))
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {one_sentence(message)}\n")
 
 
 def names(text: str) -> list[str]:
@@ -94,10 +76,3 @@ def sampler_settings(arguments) -> dict:
     settings = {name: getattr(arguments, name) for name in [*names, "guidance_scale"]}
     classifier = None if arguments.classifier is None else load_classifier(arguments.classifier)
     return settings | {"classifier": classifier}
-
-
-def requested_sampler(arguments, default: str):
-    """Return the Sampler of the flags."""
-    from ..sampling.settings import sampler_named
-
-    return sampler_named(arguments.sampler or default, sampler_settings(arguments))

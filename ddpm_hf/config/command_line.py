@@ -9,7 +9,8 @@ import dataclasses
 
 from transformers.hf_argparser import HfArgumentParser
 
-from ..errors import UserError, no_such, no_such_flag, one_sentence
+from ..errors import UserError
+from .parser_errors import OneSentenceErrors
 from .training_config import GROUPS, TrainingConfig
 
 
@@ -20,7 +21,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class FlagParser(HfArgumentParser):
+class FlagParser(OneSentenceErrors, HfArgumentParser):
     """An HfArgumentParser where every boolean has a `--no_` form, lists may be empty and errors are one sentence."""
 
     def __init__(self, prog: str, description: str | None):
@@ -54,25 +55,15 @@ class FlagParser(HfArgumentParser):
         plain.metadata = {"help": field.metadata["help"]}
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
-    def _check_value(self, action, value):
-        if action.choices is not None and value not in action.choices:
-            self.error(no_such(action.option_strings[0], value, action.choices))
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {one_sentence(message)}\n")
-
 
 def parse_config(
-    argv: list[str] | None = None, prog: str = "train_unconditional.py", description: str | None = None
+    argv: list[str], prog: str = "train_unconditional.py", description: str | None = None
 ) -> TrainingConfig:
     """Return the TrainingConfig of a command line. If it is wrong, print one sentence and exit with code 2."""
     parser = FlagParser(prog, description)
     # Set every flag to None first. argparse then fills in no defaults, so a flag that is still None was not given.
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
-    flags, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names)))
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        parser.error(no_such_flag(unknown[0], known))
+    flags = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
     given = {name: value for name, value in vars(flags).items() if value is not None}
     try:
         return TrainingConfig.from_preset(**given)
