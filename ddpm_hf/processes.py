@@ -1,11 +1,12 @@
 """Start and check the processes of this launch."""
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
 from .errors import UserError
 
@@ -37,6 +38,11 @@ def check_processes():
         raise UserError(
             f"{launched} processes were launched without a GPU each: set ACCELERATE_USE_CPU=true for CPUs."
         )
+
+
+def gather_in_order(numbers: Iterable[int], values: Iterable) -> list:
+    """Return the values of all processes on every process, in the order of their numbers. Every process calls this."""
+    return [value for _, value in sorted(gather_object(list(zip(numbers, values))), key=lambda pair: pair[0])]
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from ..errors import UserError
 from ..models.pretrained import Pretrained
 from ..randomness import keyed_generator
-from ..sampling.generate import sample_images
+from ..sampling.generate import sample_together
 from ..sampling.sample_set import SampleSet, draw_samples, read_samples
 from ..sampling.settings import Sampler
 from . import inputs
@@ -265,24 +264,11 @@ def run_evaluation(evaluation: Evaluation, started: float | None = None) -> dict
 
 def _draw(evaluation: Evaluation) -> torch.Tensor:
     """Return images 0..num_images-1 of the model, uint8 (N, C, H, W), on every process; each draws its share."""
-    model = evaluation.model
-    sampler = evaluation.sampler
-    count = evaluation.num_images
-    if evaluation.samples_dir is not None:
-        draw_samples(model, sampler, count, evaluation.samples_dir, batch_size=evaluation.batch_size)
-        return read_samples(evaluation.samples_dir).images[:count]
-    state = PartialState()
-    share = range(state.process_index, count, state.num_processes)
-    images = sample_images(
-        model,
-        sampler,
-        share,
-        batch_size=evaluation.batch_size,
-        on_step=evaluation.on_step,
-        progress=state.is_main_process,
-    )
-    drawn = sorted(gather_object(list(zip(share, images.numpy()))), key=lambda pair: pair[0])
-    return torch.stack([torch.from_numpy(image) for _, image in drawn])
+    what = evaluation.model, evaluation.sampler, evaluation.num_images
+    if evaluation.samples_dir is None:
+        return sample_together(*what, batch_size=evaluation.batch_size, on_step=evaluation.on_step)
+    draw_samples(*what, evaluation.samples_dir, batch_size=evaluation.batch_size)
+    return read_samples(evaluation.samples_dir).images[: evaluation.num_images]
 
 
 def score(evaluation: Evaluation, images: torch.Tensor) -> list[dict]:

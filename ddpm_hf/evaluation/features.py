@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, pad_across_processes
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..pictures import to_uint8
+from ..processes import gather_in_order
 
 
 CHUNK = 256  # images decoded at a time
@@ -93,32 +93,10 @@ def extract(extractor: Extractor, source, indices=None, batch_size: int = 64, wh
     indices = range(len(source)) if indices is None else indices
     batches = [range(start, min(start + batch_size, len(indices))) for start in range(0, len(indices), batch_size)]
     mine = batches[state.process_index :: state.num_processes]
-    features = [torch.zeros(0, extractor.num_features)]
-    logits = []
-    numbers = [torch.zeros(0, dtype=torch.int64)]
+    found = []
     hide = not state.is_main_process or len(indices) < 1000
     for batch in tqdm(mine, desc=f"{extractor.name} features of {what}", unit="batch", disable=hide):
-        found, found_logits = extractor(images_at(source, [indices[k] for k in batch]).to(state.device))
-        features.append(found.float().cpu())
-        numbers.append(torch.tensor(batch))
-        if found_logits is not None:
-            logits.append(found_logits.float().cpu())
-    features = torch.cat(features)
-    logits = torch.cat(logits) if logits else None
-    if state.num_processes == 1:
-        return Features(features, logits)
-    # A process without a batch does not know the number of logits. The first process has one if there are images.
-    width = torch.tensor([0 if logits is None else logits.shape[1]], device=state.device)
-    width = int(gather(width).max())
-    logits = torch.zeros(len(features), width) if logits is None else logits
-    numbers = _gather(torch.cat(numbers), -1)
-    table = _gather(torch.cat([features, logits], dim=1), 0)
-    table = table[numbers >= 0][numbers[numbers >= 0].argsort()]
-    d = extractor.num_features
-    return Features(table[:, :d].contiguous(), table[:, d:].contiguous() if width else None)
-
-
-def _gather(tensor: torch.Tensor, pad: int) -> torch.Tensor:
-    """Return the rows of all processes on the CPU. Processes with fewer rows than others add rows of `pad`."""
-    tensor = pad_across_processes(tensor.to(PartialState().device), dim=0, pad_index=pad)
-    return gather(tensor).cpu()
+        features, logits = extractor(images_at(source, [indices[k] for k in batch]).to(state.device))
+        found.append((features.float().cpu(), None if logits is None else logits.float().cpu()))
+    features, logits = zip(*gather_in_order([batch.start for batch in mine], found))
+    return Features(torch.cat(features), None if logits[0] is None else torch.cat(logits))

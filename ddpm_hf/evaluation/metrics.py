@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ..diffusion import likelihood
+from ..processes import gather_in_order
 from ..randomness import keyed_generator
 from . import statistics
 from .extractor import extractor_id
@@ -254,8 +255,8 @@ def bits_per_dim(look: Look) -> list[dict]:
     if share:
         terms = None if mode == "full" else timesteps
         result = bound(likelihood.bits_per_dim, share, num_timesteps=terms, pilot=pilot)
-        bounds = [(number, {name: values[k] for name, values in result.items()}) for k, number in enumerate(share)]
-    bounds = [one for _, one in sorted(gather_object(bounds), key=lambda pair: pair[0])]
+        bounds = [{name: values[k] for name, values in result.items()} for k in range(len(share))]
+    bounds = gather_in_order(share, bounds)
     summary = likelihood.summarise({name: torch.stack([one[name] for one in bounds]) for name in bounds[0]})
     entry = look.entry("bits_per_dim", summary["bits_per_dim"], lower_is_better=True, n_ref=count)
     extra = {

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import to_pil, to_uint8
+from ..processes import gather_in_order
 from .sample_set import draw_samples
 from .samplers import image_shape
 from .settings import Sampler, sampler_named
@@ -95,3 +97,17 @@ def sample_images(
             batch = slice(start, start + batch_size)
             images[batch] = to_uint8(sampler.draw(model, indices[batch], count_step))
     return images
+
+
+def sample_together(
+    model: Pretrained, sampler: Sampler, num_images: int, *, batch_size: int, on_step: Callable | None
+) -> torch.Tensor:
+    """Draw images 0..num_images-1 on all processes, a share on each: uint8 (N, C, H, W), all images on every process.
+
+    Every process must call this. The arguments are those of `sample_images`.
+    """
+    state = PartialState()
+    share = range(state.process_index, num_images, state.num_processes)
+    options = {"batch_size": batch_size, "on_step": on_step, "progress": state.is_main_process}
+    images = sample_images(model, sampler, share, **options)
+    return torch.from_numpy(np.stack(gather_in_order(share, images.numpy())))

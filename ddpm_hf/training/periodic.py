@@ -7,9 +7,7 @@ import contextlib
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .. import run_folder
@@ -19,7 +17,7 @@ from ..files import writing
 from ..models.ema import ema_decay
 from ..models.saving import save_classifier, save_pipeline
 from ..pictures import image_sheet
-from ..sampling.generate import sample_images
+from ..sampling.generate import sample_together
 from ..sampling.settings import Sampler
 from ..sharing.card import write_card
 from ..sharing.hub import push_in_background
@@ -140,8 +138,11 @@ def write_log_line(run: Run, due: set[str], line: dict):
 def add_sheet(run: Run, due: set[str], line: dict):
     """Draw the sample sheet samples/epoch_<n>.png, from the same noise each time; after a signal there is none."""
     config, accelerator = run.config, run.accelerator
+    # A Sampler's timesteps are trailing: they begin in pure noise, where leading ones keep signal with cosine betas.
+    sampler = Sampler(num_inference_steps=config.ddpm_num_inference_steps, seed=config.seed).resolve(run.pretrained)
+    count = config.eval_batch_size
     try:
-        images = draw_sheet_images(run)
+        images = sample_together(run.pretrained, sampler, count, batch_size=count, on_step=stop_on_signal(run))
     except Interrupted:
         run.state.figures_missing = "end" in due
         return
@@ -152,10 +153,10 @@ def add_sheet(run: Run, due: set[str], line: dict):
             path.parent.mkdir(exist_ok=True)
             # One column per class, if they are few enough.
             columns = len(run.class_names) if run.class_names and len(run.class_names) <= 16 else None
-            image_sheet(torch.from_numpy(images), path, columns)
+            image_sheet(images, path, columns)
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.log_images({"samples": images.transpose(0, 2, 3, 1)}, step=run.state.step, dataformats="NHWC")
+                tracker.log_images({"samples": images.numpy()}, step=run.state.step, dataformats="NCHW")
 
 
 def save_checkpoint(run: Run, due: set[str], line: dict):
@@ -308,25 +309,3 @@ def averages(rows: list[torch.Tensor]) -> dict:
         # With fp16 every norm may have overflowed, and JSON has no infinity.
         "grad_norm": float(norms.mean()) if len(norms) else None,
     }
-
-
-def draw_sheet_images(run: Run) -> np.ndarray:
-    """Return the images of a sample sheet, uint8 (N, C, H, W); every process draws its share and gets all.
-
-    Raises:
-        Interrupted: after a signal, see `stop_on_signal`.
-    """
-    config, accelerator = run.config, run.accelerator
-    share = range(accelerator.process_index, config.eval_batch_size, accelerator.num_processes)
-    # A Sampler's timesteps are trailing: they begin in pure noise, where leading ones keep signal with cosine betas.
-    sampler = Sampler(num_inference_steps=config.ddpm_num_inference_steps, seed=config.seed).resolve(run.pretrained)
-    images = sample_images(
-        run.pretrained,
-        sampler,
-        share,
-        batch_size=config.eval_batch_size,
-        on_step=stop_on_signal(run),
-        progress=accelerator.is_main_process,
-    )
-    drawn = gather_object(list(zip(share, images.cpu().numpy())))
-    return np.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])
