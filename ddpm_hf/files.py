@@ -61,3 +61,14 @@ def read_json(path: Path, *, like: type = dict, missing=None):
 def write_json(path: Path, content):
     """Write JSON with an indent of two spaces, completely or not at all."""
     write_beside(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_npz(path: Path, **arrays):
+    """Write arrays as .npz, completely or not at all."""
+    import numpy as np  # imported here, because `--help` needs this file and no arrays
+
+    def save(partial):
+        with open(partial, "wb") as file:  # numpy would append .npz to a name
+            np.savez(file, **arrays)
+
+    write_beside(path, save)

@@ -65,16 +65,15 @@ def image_sheet(images: torch.Tensor, path, columns: int | None = None) -> Path:
     return save_picture(tile(big, columns or near_square(len(big))).save, path, optimize=True)
 
 
-def frame(image: Image.Image | None, side: int) -> torch.Tensor:
-    """Return a white square, uint8 (3, side, side), with the image (if any) in its middle.
+def frame(image: Image.Image, side: int) -> torch.Tensor:
+    """Return a white square, uint8 (3, side, side), with the image in its middle.
 
     The image is enlarged by the largest whole factor that fits.
     """
     square = Image.new("RGB", (side, side), "white")
-    if image is not None:
-        factor = side // max(image.size)
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    factor = side // max(image.size)
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 

@@ -11,7 +11,7 @@ RUN_FILES = ["model_index.json", "unet", "scheduler", "classifier", "best", "eva
 RUN_FILES += ["samples/epoch_*.png"]
 RUN_FILES += ["figures/" + name for name in ("loss.png", "schedule.png", "forward.png", "reverse.*", "ddim_*.png")]
 # Temporary files that a killed run can leave.
-HALF_WRITTEN = [".writable.tmp", "checkpoint-*.tmp", "metrics.tmp", "train_config.tmp", ".push-*"]
+HALF_WRITTEN = [".writable.tmp", "checkpoint-*.tmp", ".metrics.jsonl.tmp", ".train_config.json.tmp", ".push-*"]
 
 
 def checkpoints(output_dir) -> list[Path]:

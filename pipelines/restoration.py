@@ -148,7 +148,8 @@ class RestorationPipeline(DiffusionPipeline):
         Raises:
             ValueError: for images or arguments that do not suit this model.
         """
-        y, sigma = self._read(image, task, noise_level, scale_factor=scale_factor, blur_sigma=blur_sigma)
+        options = {"scale_factor": scale_factor, "blur_sigma": blur_sigma}
+        y, sigma = self._read(image, task, noise_level, **options)
         is_denoise = task == "denoise"
         default = 1 if is_denoise else min(25, len(self.scheduler))
         steps = default if num_inference_steps is None else num_inference_steps
@@ -159,7 +160,7 @@ class RestorationPipeline(DiffusionPipeline):
         grown = scale_factor if task == "super_resolution" else 1
         shape = (len(y) * samples, self.unet.config.in_channels, grown * y.shape[2], grown * y.shape[3])
         keep = self._kept(task, mask, len(y), *shape[2:]).repeat_interleave(samples, dim=0)
-        apply, solve = self._operator(task, keep, shape, scale_factor, blur_sigma)
+        apply, solve = OPERATORS[task](keep, shape, **options, device=y.device)
         if is_denoise:
             sigma, y = self._unclip(y, sigma)
         y, sigma = y.repeat_interleave(samples, dim=0), sigma.repeat_interleave(samples)[:, None, None, None]
@@ -206,7 +207,7 @@ class RestorationPipeline(DiffusionPipeline):
         self.check_inputs(len(x), 1, 1, 0, generator)
         check_output(output_type, ())
         keep = self._kept(task, mask, len(x), *x.shape[2:])
-        y = self._operator(task, keep, x.shape, scale_factor, blur_sigma)[0](x)
+        y = OPERATORS[task](keep, x.shape, **options, device=x.device)[0](x)
         y = (y + sigma[:, None, None, None] * randn_tensor(y.shape, generator, y.device) + 1) / 2
         y = y.clamp(0, 1) if output_type == "pil" else y
         return VaeImageProcessor().postprocess(y, output_type, do_denormalize=[False] * len(y))
@@ -281,10 +282,6 @@ class RestorationPipeline(DiffusionPipeline):
         alphas_cumprod = torch.cat([alphas_cumprod, torch.ones(1, B)])[..., None, None, None]
         tables = torch.from_numpy(timesteps.clip(0)), alphas_cumprod
         return tuple(table.float().to(self._execution_device) for table in tables)
-
-    def _operator(self, task: str, keep: Tensor, shape, scale_factor: int, blur_sigma: float):
-        options = {"scale_factor": scale_factor, "blur_sigma": blur_sigma, "device": self._execution_device}
-        return OPERATORS[task](keep, shape, **options)
 
     def _kept(self, task: str, mask, N: int, H: int, W: int) -> Tensor:
         """Return 1 for pixels to keep and 0 for pixels to paint, float32 (N, 1, H, W). Only "inpaint" has zeros."""

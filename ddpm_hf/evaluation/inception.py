@@ -8,6 +8,7 @@ serves all three.
 import hashlib
 import http.client
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -226,7 +227,9 @@ def load_inception(weights: str | Path | None = None, pipeline: str = "tf1") -> 
     # A damaged or foreign file can fail in the unpickler, in safetensors or in PyTorch, with nearly any exception.
     try:
         # A plain dict drops PyTorch's versions of layers, so that num_batches_tracked may be missing.
-        network.load_state_dict(dict(_read(path)), assign=True)
+        is_safe = path.suffix == ".safetensors"
+        read = safetensors.torch.load_file if is_safe else partial(torch.load, map_location="cpu", weights_only=True)
+        network.load_state_dict(dict(read(path)), assign=True)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except Exception as error:
@@ -235,12 +238,6 @@ def load_inception(weights: str | Path | None = None, pipeline: str = "tf1") -> 
             f"{path} does not hold the weights of FID's Inception ({reason}): give --inception the file of {URL}."
         ) from error
     return InceptionExtractor(network.float(), pipeline, sha256)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _download() -> Path:

@@ -91,12 +91,16 @@ def read_record(path) -> dict:
 
 def record_table(record: dict) -> str:
     """Return a record as a text table: each value with its error, its floor and its N, then the skipped metrics."""
-    rows = [["metric", "value", "+-", "floor (real)", "N", "N real"]]
-    for entry in record["metrics"]:
-        if entry.get("status") != "skipped":
-            rows.append([entry["id"], *(number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))])
+    rows = [["metric", "value", "+-", "floor (real)", "N", "N real"], *score_rows(record)]
     reasons = by_reason({entry["id"]: entry.get("reason") for entry in record["metrics"]})
     return "\n".join([table(rows), *(f"skipped: {ids} ({reason})" for ids, reason in reasons)])
+
+
+def score_rows(record: dict) -> list[list[str]]:
+    """Return a row for each score of a record: its id, value, error, floor, N and the N of the real images."""
+    keys = ("value", "se", "floor", "n_gen", "n_ref")
+    measured = [entry for entry in record["metrics"] if entry.get("status") != "skipped"]
+    return [[entry["id"], *(number(entry[key]) for key in keys)] for entry in measured]
 
 
 def by_reason(reasons: dict[str, str | None]) -> list[tuple[str, str]]:

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 
 from ..errors import UserError
-from ..files import write_beside, writing
+from ..files import write_npz, writing
 from .extractor import extractor_id
 from .features import extract
 from .statistics import mean_and_covariance
@@ -53,9 +53,11 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
 
     Args:
         what: names the images in the progress bar.
+        cache_dir: the cache. None: the folder that DDPM_HF_CACHE names, or ddpm_hf in HuggingFace's cache.
     """
     name = f"{extractor_id(extractor)}-{image_set.fingerprint}-{len(image_set)}.npz"
-    path = cache_folder(cache_dir) / name
+    cache = cache_dir or os.environ.get("DDPM_HF_CACHE") or Path(HF_HOME) / "ddpm_hf"
+    path = Path(cache) / "references" / name
     state = PartialState()
     state.wait_for_everyone()  # no process may look for the file while another one writes it
     if path.is_file():
@@ -77,11 +79,6 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
     return reference
 
 
-def cache_folder(cache_dir=None) -> Path:
-    """Return the folder of cached references, in `cache_dir`, else DDPM_HF_CACHE, else HuggingFace's own cache."""
-    return Path(cache_dir or os.environ.get("DDPM_HF_CACHE") or Path(HF_HOME) / "ddpm_hf") / "references"
-
-
 def save_reference(reference: Reference, path: Path):
     """Write a reference as .npz, whole or not at all.
 
@@ -97,14 +94,9 @@ def save_reference(reference: Reference, path: Path):
     for name in ("features", "logits"):
         if getattr(reference, name) is not None:
             arrays[name] = getattr(reference, name).numpy()
-
-    def save(partial):
-        with open(partial, "wb") as file:
-            np.savez(file, **arrays)
-
     with writing("reference statistics", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(path, save)
+        write_npz(path, **arrays)
 
 
 def read_reference(path, extractor=None, pipeline: str | None = None) -> Reference:

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,9 @@ from tqdm.auto import tqdm
 from ..community_pipelines import pipeline_file, pipeline_module
 from ..data.decode import to_array
 from ..errors import UserError, no_such
-from ..files import read_json, write_beside, write_json, writing
+from ..files import read_json, write_json, writing
 from ..models.pretrained import Pretrained, load_pretrained
-from ..pictures import frame, image_sheet, to_uint8
+from ..pictures import GAP, frame, image_sheet, save_picture, to_uint8
 from .samplers import image_generators
 
 
@@ -328,7 +327,7 @@ def restore_items(items: list[Item], pipeline, options: dict, seed: int, batch_s
                 done = pipeline(torch.stack(images), **stack_masks(masks), **options, generator=generators)
             for item, image in zip(batch, done.images):
                 with writing("the image", item.output):
-                    write_beside(item.output, partial(image.save, format="PNG"))
+                    save_picture(image.save, item.output)
             noise_levels += done.noise_levels.tolist()
             bar.update(len(batch))
     return noise_levels
@@ -344,9 +343,6 @@ def draw_sheet(items: list[Item], path: Path) -> Path:
         array = to_uint8(2 * given - 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
         pairs.append((Image.fromarray(array).resize(result.size, Image.Resampling.NEAREST), result))
     side = max(128, *(max(result.size) for _, result in pairs))
-    columns = min(SHEET_COLUMNS, len(pairs))
-    cells = []
-    for start in range(0, len(pairs), columns):
-        row = pairs[start : start + columns] + [(None, None)] * (start + columns - len(pairs))
-        cells += [frame(image, side) for kind in zip(*row) for image in kind]
-    return image_sheet(torch.stack(cells), path, columns)
+    gap = torch.full((3, GAP, side), 255, dtype=torch.uint8)
+    cells = [torch.cat([frame(given, side), gap, frame(result, side)], dim=1) for given, result in pairs]
+    return image_sheet(torch.stack(cells), path, min(SHEET_COLUMNS, len(cells)))

@@ -20,9 +20,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..files import read_json, write_beside, write_json, writing
+from ..files import read_json, write_json, write_npz, writing
 from ..models.pretrained import Pretrained
-from ..pictures import to_pil, to_uint8
+from ..pictures import save_picture, to_pil, to_uint8
 from .samplers import autocast, class_arguments, image_shape
 from .settings import DTYPES, Sampler
 
@@ -183,7 +183,7 @@ def draw_samples(
         with writing("samples", folder):
             folder.mkdir(parents=True, exist_ok=True)
             for k, image in enumerate(to_pil(drawn)):
-                write_beside(folder / file_name(k), partial(image.save, format="PNG"))
+                save_picture(image.save, folder / file_name(k))
             write_json(folder / "samples.json", record)
     state.wait_for_everyone()
     blocks = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
@@ -244,19 +244,14 @@ def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folde
             with writing("samples", folder):
                 for k, image in zip(block, to_pil(to_uint8(images))):
                     if not (folder / file_name(k)).is_file():
-                        write_beside(folder / file_name(k), partial(image.save, format="PNG"))
+                        save_picture(image.save, folder / file_name(k))
 
 
 def _pack(folder: Path, output: Path, record: dict):
     """Write the images of a folder to one .npz file and remove the folder."""
     images = read_samples(folder).images[: record["num_images"]].permute(0, 2, 3, 1).numpy()
-
-    def save(path):
-        with open(path, "wb") as file:  # numpy would append .npz to a name
-            np.savez(file, arr_0=images, meta=np.array(json.dumps(record)))
-
     with writing("samples", output):
-        write_beside(output, save)
+        write_npz(output, arr_0=images, meta=json.dumps(record))
         shutil.rmtree(folder)
 
 

@@ -15,7 +15,7 @@ from ..config.presets import PRESETS
 from ..config.training_config import GROUPS, EvaluationOptions, HubOptions, OutputOptions
 from ..errors import UserError
 from ..evaluation.metrics import METRICS
-from ..evaluation.records import EVALUATION_SCHEMA, data_name, number, read_record, table
+from ..evaluation.records import EVALUATION_SCHEMA, data_name, number, read_record, score_rows, table
 from ..files import read_json, write_beside
 from ..provenance import without_paths
 from .hub import is_hub_id
@@ -264,11 +264,7 @@ def scores(records: dict[str, dict]) -> str:
         how += [f"{key} {sampler[key]}" for key in ("eta", "seed", "guidance_scale") if key in sampler]
         how += [f"weights: {record['model']['weights']}"] if "weights" in record["model"] else []
         rows = [["metric", "value", "+-", "floor (real images)", "N", "N real"]]
-        rows += [
-            [f"`{entry['id']}`", *(number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))]
-            for entry in record["metrics"]
-            if entry.get("status") != "skipped"
-        ]
+        rows += [[f"`{id}`", *numbers] for id, *numbers in score_rows(record)]
         against = f"against `{data['name']}` ({number(data['train']['n'])} training images"
         against += f", {number(data['held_out']['n'])} held out)" if data["held_out"] else ")"
         spent = f"drawn in {number(cost['drawing_s'])} s, scored in {number(cost['scoring_s'])} s"

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import UserError
-from ..files import remove, writing
+from ..files import remove, write_beside, writing
 from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoints, step_of
 
 
@@ -242,7 +242,6 @@ def keep_metrics_up_to(output_dir, step: int):
         lines = [
             line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
         ]
-        partial = path.with_suffix(".tmp")
+        text = "".join(line + "\n" for line in lines)
         with writing("metrics.jsonl", path):
-            partial.write_text("".join(line + "\n" for line in lines))
-            partial.replace(path)
+            write_beside(path, lambda partial: partial.write_text(text))

@@ -17,7 +17,7 @@ from ..config.training_config import TrainingConfig
 from ..data.dataset import load_images
 from ..diffusion.scheduler import PaperDDPMScheduler
 from ..errors import UserError
-from ..models.pretrained import load_pretrained
+from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import evenly, image_sheet, near_square, resize, save_picture, strip, tile, to_uint8
 from ..randomness import keyed_generator
 from ..sampling.samplers import draw, image_generators
@@ -61,19 +61,16 @@ def reverse_gif(frames: list[torch.Tensor], path) -> Path:
     return save_picture(pictures[0].save, path, save_all=True, append_images=pictures[1:], **options)
 
 
-def ddim_sheets(
-    unet, scheduler, folder, seed, *, num_images=16, steps=DDIM_STEPS, on_step=None, class_labels=None
-) -> list[Path]:
+def ddim_sheets(unet, scheduler, folder, seed, *, num_images, on_step=None, class_labels=None) -> list[Path]:
     """Draw the same images by DDIM in few steps, one sheet `ddim_<steps>.png` each; more steps than T are left out.
 
     The spacing is trailing, which begins at the noisiest timestep, because the samples begin as pure noise.
     """
     paths = []
-    for count in [count for count in steps if count <= len(scheduler)]:
-        options = dict(
-            sampler="ddim", num_inference_steps=count, spacing="trailing", on_step=on_step, class_labels=class_labels
-        )
-        images = draw(unet, scheduler, image_generators(seed, range(num_images)), **options)
+    options = dict(sampler="ddim", spacing="trailing", on_step=on_step, class_labels=class_labels)
+    for count in [count for count in DDIM_STEPS if count <= len(scheduler)]:
+        generators = image_generators(seed, range(num_images))
+        images = draw(unet, scheduler, generators, num_inference_steps=count, **options)
         paths.append(image_sheet(to_uint8(images), Path(folder, f"ddim_{count}.png")))
     return paths
 
@@ -220,6 +217,22 @@ def reverse_figures(unet, scheduler, folder, seed, *, steps, num_images, on_step
     reverse_gif([samples for _, (samples, _) in frames], folder / "reverse.gif")
 
 
+def figures_of_run(folder: Path, model: Pretrained, train_set, config: TrainingConfig, on_step=None):
+    """Draw every figure of a run of `config` into `folder`/figures, see `run_figures`."""
+    num_images = min(16, config.eval_batch_size)
+    run_figures(
+        folder,
+        model.unet,
+        model.scheduler,
+        train_set.get(list(range(min(4, train_set.num_images or 4)))),
+        config.seed,
+        num_images=num_images,
+        num_inference_steps=config.ddpm_num_inference_steps,
+        on_step=on_step,
+        class_labels=model.classes.in_turn(range(num_images)),
+    )
+
+
 def redraw_figures(folder: str | Path):
     """Draw the figures of a finished run again, from its pipeline, its metrics and its data.
 
@@ -238,15 +251,4 @@ def redraw_figures(folder: str | Path):
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder}/train_config.json is not of this version ({error}): train the run anew.") from error
     train_set, _ = load_images(config, model.unet.config.in_channels)
-    images = train_set.get(list(range(min(8, train_set.num_images or 8))))
-    num_images = min(16, config.eval_batch_size)
-    run_figures(
-        folder,
-        model.unet,
-        model.scheduler,
-        images,
-        config.seed,
-        num_images=num_images,
-        num_inference_steps=config.ddpm_num_inference_steps,
-        class_labels=model.classes.in_turn(range(num_images)),
-    )
+    figures_of_run(folder, model, train_set, config)

@@ -22,7 +22,7 @@ from ..sampling.settings import Sampler
 from ..sharing.card import write_card
 from ..sharing.hub import push_in_background
 from . import checkpoints
-from .figures import loss_figure, run_figures
+from .figures import figures_of_run, loss_figure
 from .run import Run
 from .scoring import score_run
 from .validation import per_band, validate
@@ -189,19 +189,8 @@ def draw_figures(run: Run, due: set[str], line: dict):
         if config.objective == "classify":
             loss_figure(folder / "metrics.jsonl", folder / "figures" / "loss.png")
             return
-        num_images = min(16, config.eval_batch_size)
         try:
-            run_figures(
-                folder,
-                run.published,
-                run.scheduler,
-                run.train_set.get(list(range(min(8, run.num_images)))),
-                config.seed,
-                num_images=num_images,
-                num_inference_steps=config.ddpm_num_inference_steps,
-                on_step=stop_on_signal(run),
-                class_labels=run.classes.in_turn(range(num_images)),
-            )
+            figures_of_run(folder, run.pretrained, run.train_set, config, stop_on_signal(run))
         except Interrupted:
             run.state.figures_missing = True
 

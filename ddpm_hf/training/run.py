@@ -23,7 +23,7 @@ from ..diffusion.losses import OBJECTIVES
 from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ..diffusion.timestep_sampling import new_history
 from ..errors import UserError
-from ..files import writing
+from ..files import write_json, writing
 from ..models.build import build_classifier, build_unet, unet_channels
 from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
@@ -129,7 +129,8 @@ def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
     Raises:
         UserError: for input that cannot be trained on.
     """
-    check_objective(config)
+    if config.objective not in OBJECTIVES:
+        raise UserError(f"--objective {config.objective} is not known: choose from {', '.join(OBJECTIVES)}.")
     accelerator = make_accelerator(config)
     with accelerator.local_main_process_first():
         train_set, validation_set = load_images(config, unet_channels(config))
@@ -215,12 +216,6 @@ def restore_state(run: Run, checkpoint: Path | None):
         state.loss_history = None
     elif state.loss_history is None:
         state.loss_history = new_history(config.ddpm_num_steps)
-
-
-def check_objective(config):
-    """Refuse, with a UserError, an --objective that is not in OBJECTIVES."""
-    if config.objective not in OBJECTIVES:
-        raise UserError(f"--objective {config.objective} is not known: choose from {', '.join(OBJECTIVES)}.")
 
 
 def check_classes(config, train_set):
@@ -349,6 +344,4 @@ def write_record(run: Run):
     """Write train_config.json: "flags" and the facts. It never contains the token."""
     path = Path(run.config.output_dir) / "train_config.json"
     with writing("train_config.json", path):
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps({"flags": run.config.to_dict(), **run.facts}, indent=2) + "\n")
-        partial.replace(path)
+        write_json(path, {"flags": run.config.to_dict(), **run.facts})

@@ -6,21 +6,10 @@ from functools import partial
 
 import gradio as gr
 import torch
+import widgets
 from checks import MAX_SEED, Refused, one_of, seconds_since, whole
 from images import as_large, picture, psnr, visitor_image
 from model import Model
-from widgets import (
-    BUSY,
-    QUICK,
-    gallery,
-    image_inputs,
-    inputs_column,
-    outputs_column,
-    say_failure,
-    seed_box,
-    status_line,
-    two_buttons,
-)
 
 
 STRENGTHS = ("Light", "Medium", "Strong")
@@ -127,17 +116,17 @@ def add(model: Model):
             gr.Markdown(NEEDS_NO_CLASS)
             return
         with gr.Row():
-            with inputs_column():
-                inputs = image_inputs(model)
+            with widgets.inputs_column():
+                inputs = widgets.image_inputs(model)
                 damage = gr.Radio(damages(model), value="Hole", label="Damage")
                 strength = gr.Radio(STRENGTHS, value="Medium", label="Strength")
-                seed = seed_box()
-                buttons = two_buttons("Damage", "Restore", primary="Restore")
-            with outputs_column():
-                status = status_line("Ready. Choose an image of the model, upload one or draw one.")
-                shown = gallery("Before and after", columns=3)
+                seed = widgets.seed_box()
+                buttons = widgets.two_buttons("Damage", "Restore", primary="Restore")
+            with widgets.outputs_column():
+                status = widgets.status_line("Ready. Choose an image of the model, upload one or draw one.")
+                shown = widgets.gallery("Before and after", columns=3)
     inputs, outputs = [*inputs, damage, strength, seed], [shown, status]
-    quick = {**QUICK, "show_progress": "minimal"}
-    for button, action, options in zip(buttons, (degrade, restore), (quick, BUSY)):
+    quick = {**widgets.QUICK, "show_progress": "minimal"}
+    for button, action, options in zip(buttons, (degrade, restore), (quick, widgets.BUSY)):
         options = {"api_name": action.__name__, "show_progress_on": status, **options}
-        say_failure(button.click(partial(action, model), inputs, outputs, **options), status)
+        widgets.say_failure(button.click(partial(action, model), inputs, outputs, **options), status)
