@@ -30,7 +30,7 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
-from diffusers.utils import numpy_to_pil
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -333,6 +333,10 @@ def _variance_kind(config) -> str:
     return (config.get("variance_type") or "fixed_small").removesuffix("_log")
 
 
+# Converts images (B, C, H, W) in [-1, 1] to an output_type, in [0, 1]. "pt" stays on its device.
+to_output = VaeImageProcessor().postprocess
+
+
 # Pipeline files cannot import each other, so they have copies of the functions below. A test compares the copies.
 
 
@@ -368,15 +372,6 @@ def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: 
         return tensors["sample"]
     returned = callback(pipeline, *step, {name: tensors[name] for name in names}) or {}
     return returned.get("sample", tensors["sample"])
-
-
-def to_output(x: torch.Tensor, output_type: str):
-    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. "pt" stays on its device."""
-    images = (x / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return images
-    images = images.permute(0, 2, 3, 1).cpu().numpy()
-    return images if output_type == "np" else numpy_to_pil(images)
 
 
 def check_steps(num_inference_steps: int, T: int):

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput, numpy_to_pil
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
@@ -210,7 +210,7 @@ class RestorationPipeline(DiffusionPipeline):
         y = OPERATORS[task](keep, x.shape, **options, device=x.device)[0](x)
         y = (y + sigma[:, None, None, None] * randn_tensor(y.shape, generator, y.device) + 1) / 2
         y = y.clamp(0, 1) if output_type == "pil" else y
-        return VaeImageProcessor().postprocess(y, output_type, do_denormalize=[False] * len(y))
+        return to_output(y, output_type, do_denormalize=[False] * len(y))
 
     @torch.no_grad()
     def estimate_noise(self, image) -> Tensor:
@@ -357,6 +357,10 @@ def _pixels(image, channels: int) -> Tensor:
     return image / 255 if image.dtype == torch.uint8 else image.float()
 
 
+# Converts images (B, C, H, W) in [-1, 1] to an output_type, in [0, 1]. "pt" stays on its device.
+to_output = VaeImageProcessor().postprocess
+
+
 # Pipeline files cannot import each other, so they have copies of the functions below. A test compares the copies.
 
 
@@ -387,15 +391,6 @@ def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: 
         return tensors["sample"]
     returned = callback(pipeline, *step, {name: tensors[name] for name in names}) or {}
     return returned.get("sample", tensors["sample"])
-
-
-def to_output(x: torch.Tensor, output_type: str):
-    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. "pt" stays on its device."""
-    images = (x / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return images
-    images = images.permute(0, 2, 3, 1).cpu().numpy()
-    return images if output_type == "np" else numpy_to_pil(images)
 
 
 def check_steps(num_inference_steps: int, T: int):

@@ -1,5 +1,7 @@
 """Build the parts of the page that several tabs share."""
 
+from functools import partial
+
 import gradio as gr
 from checks import MAX_SEED
 from images import SOURCES
@@ -76,6 +78,16 @@ def image_inputs(model: Model) -> list[gr.components.Component]:
     return [source, upload, drawing]
 
 
-def say_failure(event, status: gr.HTML):
-    """Make the status line say "Stopped." when an event fails. The reason is shown in a message of its own."""
-    event.failure(lambda: "Stopped.", None, status, queue=False, api_visibility="private")
+def answer(trigger, function, *, model: Model, inputs: list, outputs: list, **options):
+    """Let an event call `function(model, *inputs)`, and return the event. Its name in the API is the function's.
+
+    The second output is the status line. It says "Stopped." when the event fails; the reason is shown in a message of
+    its own.
+
+    Args:
+        trigger: e.g. `button.click`.
+        options: of the event, BUSY or QUICK and others.
+    """
+    event = trigger(partial(function, model), inputs, outputs, api_name=function.__name__, **options)
+    event.failure(lambda: "Stopped.", None, outputs[1], queue=False, api_visibility="private")
+    return event

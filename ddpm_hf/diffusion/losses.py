@@ -40,13 +40,12 @@ def hybrid_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gam
 
     The mean is detached in the bound, so the bound teaches only the variance.
     """
-    T = len(scheduler)
 
     def loss(model, batch):
         noisy, prediction, variance = predict(scheduler, model, batch)
         # L_vlb sums over t, so its estimate from one t is T times that term.
         bound = bound_term(scheduler, batch, noisy, prediction.detach(), variance)
-        return prediction_error(scheduler, batch, prediction, loss_type, snr_gamma) + 0.001 * T * bound
+        return prediction_error(scheduler, batch, prediction, loss_type, snr_gamma) + 0.001 * len(scheduler) * bound
 
     return loss
 
@@ -56,11 +55,10 @@ def vlb_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma:
 
     A likelihood has no other distance and no weights: TrainingConfig refuses `loss_type` and `snr_gamma` here.
     """
-    T = len(scheduler)
 
     def loss(model, batch):
         noisy, prediction, variance = predict(scheduler, model, batch)
-        return T * bound_term(scheduler, batch, noisy, prediction, variance)
+        return len(scheduler) * bound_term(scheduler, batch, noisy, prediction, variance)
 
     return loss
 

@@ -15,6 +15,7 @@ from ..errors import UserError, no_such
 from ..files import writing
 from ..models.pretrained import Pretrained, load_pretrained
 from ..sampling.sample_set import SampleSet, read_samples
+from ..sampling.samplers import image_shape
 from ..sampling.settings import Sampler, sampler_named
 from .metrics import METRICS
 from .records import data_name
@@ -149,14 +150,13 @@ def open_data(
         )
     channels = None  # as many as the data has
     if model is not None:
-        size = model.unet.config.sample_size
-        channels = model.unet.config.in_channels
-        if not isinstance(size, int) and size[0] != size[1]:
+        channels, height, width = image_shape(model.unet)
+        if height != width:
             name = model.facts["name"]
             raise UserError(
-                f"{name} has images of {size[0]}x{size[1]}, but only square ones can be scored: give another model."
+                f"{name} has images of {height}x{width}, but only square ones can be scored: give another model."
             )
-        flags["resolution"] = size if isinstance(size, int) else size[0]
+        flags["resolution"] = height
     elif samples is not None:
         flags["resolution"] = samples.images.shape[-1]
     else:

@@ -15,12 +15,8 @@ from ..models.classifier import NoisyClassifier
 from .samplers import clipped
 
 
-class ClassifierFree(nn.Module):
-    """A conditional UNet under classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is `scale` - 1).
-
-    out = out(no class) + scale * (out(class) - out(no class)). Scale 1 is the UNet's own prediction, scale 0 draws
-    from all classes. The UNet's last embedding means "no class". A call costs two calls of the UNet.
-    """
+class Guided(nn.Module):
+    """A network with the call, the device and the dtype of `unet`."""
 
     def __init__(self, unet: UNet2DModel, scheduler: PaperDDPMScheduler, scale: float):
         super().__init__()
@@ -28,14 +24,22 @@ class ClassifierFree(nn.Module):
         self.scheduler = scheduler
         self.scale = scale
         self.config = unet.config
-        self.no_class = unet.config.num_class_embeds - 1
 
     device = property(lambda self: self.unet.device)
     dtype = property(lambda self: self.unet.dtype)
 
+
+class ClassifierFree(Guided):
+    """A conditional UNet under classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is `scale` - 1).
+
+    out = out(no class) + scale * (out(class) - out(no class)). Scale 1 is the UNet's own prediction, scale 0 draws
+    from all classes. The UNet's last embedding means "no class". A call costs two calls of the UNet.
+    """
+
     def forward(self, sample, timesteps, class_labels) -> UNet2DOutput:
         """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,). Leave a variance as is."""
-        labels = torch.cat([class_labels, torch.full_like(class_labels, self.no_class)])
+        no_class = torch.full_like(class_labels, self.config.num_class_embeds - 1)
+        labels = torch.cat([class_labels, no_class])
         output = self.unet(sample.repeat(2, 1, 1, 1), timesteps.repeat(2), labels).sample.float()
         conditional, unconditional = output.chunk(2)
         guided = (unconditional + self.scale * (conditional - unconditional))[:, : sample.shape[1]]
@@ -44,7 +48,7 @@ class ClassifierFree(nn.Module):
         return UNet2DOutput(torch.cat([prediction, conditional[:, sample.shape[1] :]], dim=1))
 
 
-class ClassifierGuided(nn.Module):
+class ClassifierGuided(Guided):
     """An unconditional UNet under classifier guidance (Dhariwal & Nichol 2021, Algorithm 2).
 
     eps = eps(x_t) - scale sqrt(1 - abar_t) grad log p(y | x_t). The factor sqrt(1 - abar_t) turns the gradient into
@@ -52,15 +56,9 @@ class ClassifierGuided(nn.Module):
     """
 
     def __init__(self, unet: UNet2DModel, scheduler: PaperDDPMScheduler, classifier: NoisyClassifier, scale: float):
-        super().__init__()
-        self.unet = unet
-        self.scheduler = scheduler
+        super().__init__(unet, scheduler, scale)
         self.classifier = classifier
-        self.scale = scale
         self.config = FrozenDict(unet.config | {"num_class_embeds": classifier.config.num_classes})
-
-    device = property(lambda self: self.unet.device)
-    dtype = property(lambda self: self.unet.dtype)
 
     def forward(self, sample, timesteps, class_labels) -> UNet2DOutput:
         """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,). Leave a variance as is."""

@@ -52,11 +52,6 @@ class FinishedRun:
         Raises:
             UserError: for a classifier, which draws no images.
         """
-        if (self.folder / "classifier").is_dir():
-            raise UserError(
-                f"{self.folder} is the run of a classifier, which draws no images: give it as the classifier that "
-                "guides a model."
-            )
         return load_pretrained(str(self.folder))
 
 

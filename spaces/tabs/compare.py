@@ -1,7 +1,6 @@
 """Compare: draw the same seeds by DDIM in few and in many steps, and by DDPM."""
 
 import time
-from functools import partial
 
 import gradio as gr
 import widgets
@@ -42,7 +41,6 @@ def add(model: Model):
             start, stop = widgets.two_buttons("Compare", "Stop", primary="Compare")
         with widgets.outputs_column():
             status, shown = widgets.status_line("Ready."), widgets.gallery("Samplers", columns=3)
-    options = {"api_name": "compare", "show_progress_on": status, **widgets.BUSY}
-    event = start.click(partial(compare, model), [seed, class_name], [shown, status], **options)
+    options = {"inputs": [seed, class_name], "outputs": [shown, status], "show_progress_on": status}
+    event = widgets.answer(start.click, compare, model=model, **options, **widgets.BUSY)
     stop.click(None, cancels=[event], api_visibility="private")
-    widgets.say_failure(event, status)

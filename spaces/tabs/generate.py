@@ -2,7 +2,6 @@
 
 import html
 import time
-from functools import partial
 
 import gradio as gr
 import widgets
@@ -81,8 +80,7 @@ def add(model: Model):
             download = gr.DownloadButton("Download as zip", interactive=False)
     sampler.change(None, sampler, count, js=f"(one) => one === 'DDPM' ? {many} : {steps}", api_visibility="private")
     inputs, outputs = [number, sampler, count, seed, class_name, guidance], [shown, status, download]
-    options = {"api_name": "generate", "show_progress_on": status, **widgets.BUSY}
-    event = start.click(partial(generate, model), inputs, outputs, **options)
+    options = {"inputs": inputs, "outputs": outputs, "show_progress_on": status}
+    event = widgets.answer(start.click, generate, model=model, **options, **widgets.BUSY)
     event.success(None, None, download, js=ENABLE, api_visibility="private")
     stop.click(None, cancels=[event], api_visibility="private")
-    widgets.say_failure(event, status)

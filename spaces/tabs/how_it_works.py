@@ -6,7 +6,7 @@ import gradio as gr
 from checks import MAX_SEED, whole
 from images import picture, visitor_image
 from model import Model
-from widgets import QUICK, gallery, image_inputs, inputs_column, outputs_column, say_failure, seed_box, status_line
+from widgets import QUICK, answer, gallery, image_inputs, inputs_column, outputs_column, seed_box, status_line
 
 
 BAR = """<div class="bar" role="img" aria-label="${Math.round(value)} % image, the rest noise">
@@ -49,5 +49,5 @@ def add(model: Model):
         gr.Markdown(HOW)
     inputs, outputs = [*inputs, t, seed], [shown, status, bar]
     triggers = [tab.select, *(part.change for part in inputs)]
-    options = {"api_name": "forward", "trigger_mode": "always_last", **QUICK}
-    say_failure(gr.on(triggers, partial(forward, model), inputs, outputs, **options), status)
+    options = {"inputs": inputs, "outputs": outputs, "trigger_mode": "always_last"}
+    answer(partial(gr.on, triggers), forward, model=model, **options, **QUICK)

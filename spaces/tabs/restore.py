@@ -2,7 +2,6 @@
 
 import math
 import time
-from functools import partial
 
 import gradio as gr
 import torch
@@ -126,7 +125,7 @@ def add(model: Model):
                 status = widgets.status_line("Ready. Choose an image of the model, upload one or draw one.")
                 shown = widgets.gallery("Before and after", columns=3)
     inputs, outputs = [*inputs, damage, strength, seed], [shown, status]
+    options = {"inputs": inputs, "outputs": outputs, "show_progress_on": status}
     quick = {**widgets.QUICK, "show_progress": "minimal"}
-    for button, action, options in zip(buttons, (degrade, restore), (quick, widgets.BUSY)):
-        options = {"api_name": action.__name__, "show_progress_on": status, **options}
-        widgets.say_failure(button.click(partial(action, model), inputs, outputs, **options), status)
+    widgets.answer(buttons[0].click, degrade, model=model, **options, **quick)
+    widgets.answer(buttons[1].click, restore, model=model, **options, **widgets.BUSY)
