@@ -4,13 +4,9 @@ Resuming, batch size and the number of processes therefore cannot change a draw:
 in every process and at any time.
 """
 
-import functools
 import hashlib
 
 import torch
-
-
-FLIP_BLOCK = 4096  # flips are drawn in blocks of this many consecutive images
 
 
 def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
@@ -39,15 +35,3 @@ def draws_for(ordinals: range, draw, seed: int, block_size: int) -> torch.Tensor
             for block in blocks
         ]
     )
-
-
-@functools.lru_cache(maxsize=2)  # a batch can span two epochs
-def epoch_order(seed: int, epoch: int, num_images: int) -> torch.Tensor:
-    """Return the order (num_images,) in which an epoch takes the images."""
-    return torch.randperm(num_images, generator=keyed_generator(seed, "order", epoch))
-
-
-@functools.lru_cache(maxsize=2)
-def flips(seed: int, block: int, count: int) -> torch.Tensor:
-    """Return (count,) bool: whether to mirror each of the images of a block."""
-    return torch.randint(2, (count,), generator=keyed_generator(seed, "flip", block)).bool()

@@ -1,12 +1,13 @@
 """Training batches by ordinal."""
 
+import functools
 import itertools
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from ..randomness import draws_for, epoch_order
+from ..randomness import draws_for, keyed_generator
 from .decode import draw_augmentations
 from .stream import StreamedSet
 
@@ -59,3 +60,9 @@ class ShuffledSet(Dataset):
             "images": self.images.get(rows, **augmentations),
         }
         return batch if self.images.labels is None else batch | {"labels": self.images.labels[rows]}
+
+
+@functools.lru_cache(maxsize=2)  # a batch can span two epochs
+def epoch_order(seed: int, epoch: int, num_images: int) -> torch.Tensor:
+    """Return the order (num_images,) in which an epoch takes the images."""
+    return torch.randperm(num_images, generator=keyed_generator(seed, "order", epoch))

@@ -3,6 +3,7 @@
 An item is `(row number, encoded image)`; an encoded image is `{"bytes": ..., "path": ...}`, as `datasets` holds it.
 """
 
+import functools
 import io
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,11 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..randomness import FLIP_BLOCK, draws_for, flips, keyed_generator
+from ..randomness import draws_for, keyed_generator
 
 
 # Seconds per image. Faster images are decoded without threads, which would cost more than they save.
+FLIP_BLOCK = 4096  # flips are drawn in blocks of this many consecutive images
 THREADS_PAY_FROM = 2e-3
 CHUNK = 256  # rows that are read from the dataset together
 
@@ -136,3 +138,9 @@ def use_file(use, item):
         path = encoded["path"] or "without a name"
         reason = str(error).split(" <_io")[0].rstrip(".")
         raise UserError(f"image {row} ({path}) cannot be read ({reason}): repair or remove it.") from error
+
+
+@functools.lru_cache(maxsize=2)
+def flips(seed: int, block: int, count: int) -> torch.Tensor:
+    """Return (count,) bool: whether to mirror each of the images of a block."""
+    return torch.randint(2, (count,), generator=keyed_generator(seed, "flip", block)).bool()

@@ -182,6 +182,11 @@ def check_settings(sampler: str, eta: float, variance_type: str | None, unet: nn
         raise UserError("variance_type learned_range needs a UNet with out_channels twice its in_channels.")
 
 
+def default_steps(sampler: str, num_train_timesteps: int) -> int:
+    """Return the default number of steps: all T for ancestral sampling, 50 (at most T) for every other sampler."""
+    return num_train_timesteps if sampler == "ddpm" else min(50, num_train_timesteps)
+
+
 def default_variance(scheduler: PaperDDPMScheduler, num_steps: int) -> str:
     """Return the default variance of ancestral sampling: fixed_small on fewer than T steps, else the config's.
 

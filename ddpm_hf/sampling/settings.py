@@ -12,11 +12,19 @@ from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.pretrained import Pretrained, weights_hash
 from .guidance import guide
-from .samplers import SAMPLERS, check_settings, default_variance, distinct_steps, draw, image_generators, settings_of
+from .samplers import (
+    SAMPLERS,
+    check_settings,
+    default_steps,
+    default_variance,
+    distinct_steps,
+    draw,
+    image_generators,
+    settings_of,
+)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FEW_STEPS = 50  # the default of every sampler but ddpm
 FAR_FROM_NOISE = 0.01  # if abar of the first step is larger, the model expects more image than pure noise has
 
 
@@ -73,7 +81,7 @@ class Sampler:
         if isinstance(timesteps, str) and re.fullmatch(r"\d+(,\d+)*", timesteps):
             timesteps = [int(t) for t in timesteps.split(",")]
         if isinstance(timesteps, str) and steps is None:
-            steps = len(model.scheduler) if self.name == "ddpm" else min(FEW_STEPS, len(model.scheduler))
+            steps = default_steps(self.name, len(model.scheduler))
         taken = distinct_steps(model.scheduler, steps, timesteps)
         variance_type = self.variance_type or default_variance(model.scheduler, len(taken))
         return replace(
