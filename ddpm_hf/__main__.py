@@ -9,6 +9,7 @@ from . import __version__
 from .commands import COMMANDS
 from .commands.flags import Parser
 from .errors import UserError, no_such
+from .output import drop_failing_output
 from .provenance import program
 
 
@@ -55,6 +56,7 @@ def refuse(words: list[str]):
 
 def main(argv: list[str] | None = None, prog: str | None = None):
     """Run a command line. Exits with code 2 after a UserError, and with code 130 after Ctrl-C."""
+    drop_failing_output()
     arguments = parse(argv, prog)
     try:
         module_of(arguments.command).run(arguments)

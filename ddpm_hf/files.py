@@ -11,19 +11,20 @@ from .errors import UserError
 
 
 @contextlib.contextmanager
-def writing(what: str, path):
-    """Turn the errors of a full disk or a read-only folder into a UserError, inside a `with` block that writes."""
+def writing(what: str, path, *, also: tuple = ()):
+    """Turn the errors of a full disk or a read-only folder into a UserError, inside a `with` block that writes.
+
+    Args:
+        also: more exceptions that mean a failed write. torch.save raises a bare RuntimeError, whose text differs
+            between versions, so a block that calls it, and computes nothing, gives RuntimeError.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, *also) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{what} could not be written to {path} ({error}): free some space or allow writing."
+            f"{what} could not be written to {path} ({reason}): free some space or allow writing."
         ) from error
-    except RuntimeError as error:
-        # torch.save reports a failed write as a bare RuntimeError, see pytorch/pytorch#112190.
-        if "PytorchStreamWriter" not in str(error) and "iostream" not in str(error):
-            raise
-        raise UserError(f"{what} could not be written to {path} (disk full?): free some space.") from error
 
 
 def write_beside(path: Path, write):

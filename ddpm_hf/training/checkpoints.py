@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
@@ -18,8 +19,9 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import UserError
-from ..files import remove, write_beside, writing
-from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoints, step_of
+from ..evaluation.records import read_record
+from ..files import read_json, remove, write_beside, writing
+from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoint_folders, checkpoints, files_in, step_of
 
 
 # A checkpoint can only be resumed with these flags as they were: with others its weights mean something else.
@@ -93,42 +95,128 @@ def find_checkpoint(config) -> Path | None:
     if config.resume_from_checkpoint == "latest" and (found := checkpoints(output_dir)):
         return found[-1]
     in_use = output_dir.is_dir() and any(output_dir.iterdir())
-    if in_use and config.resume_from_checkpoint == "latest" and (output_dir / "train_config.json").exists():
-        # A run killed before its first checkpoint leaves no pipeline; `latest` starts it again.
-        in_use = (output_dir / "model_index.json").exists()
+    if in_use and config.resume_from_checkpoint == "latest":
+        in_use = not can_start_again(output_dir, config.logging_dir)
     if in_use and not config.overwrite_output_dir:
         raise UserError(
             f"--output_dir {output_dir} is not empty: give --resume_from_checkpoint latest to go on with its run "
             "(if it has a checkpoint), --overwrite_output_dir to replace it, or another folder."
         )
+    if in_use and not is_run(output_dir) and (strange := checkpoint_folders(output_dir)):
+        raise UserError(
+            f"--output_dir {output_dir} has a {strange[0].name}, but no train_config.json of a run, so it may not be "
+            "overwritten: remove it, or give another folder."
+        )
     return None
 
 
-def prepare_output_dir(config, checkpoint: Path | None):
-    """Create the run folder, or remove from it the files of the run that is overwritten or abandoned.
+def is_run(folder: Path) -> bool:
+    """Return whether a folder has a train_config.json that a run wrote, and not another program."""
+    try:
+        record = read_json(folder / "train_config.json", missing={})
+    except UserError:
+        return False
+    flags = record.get("flags")
+    known = {"output_dir", "resolution", "ddpm_num_steps", "ddpm_beta_schedule"}
+    return isinstance(flags, dict) and flags.keys() >= known and isinstance(record.get("versions"), dict)
+
+
+def can_start_again(folder: Path, logging_dir: str) -> bool:
+    """Return whether `latest` may start a run from its beginning here: the one before was killed early.
+
+    Before its train_config.json a run writes only the folder of its tracker; before its first checkpoint no network.
+    """
+    first = {".writable.tmp", ".train_config.json.tmp", Path(logging_dir).parts[0]}
+    if {path.name for path in folder.iterdir()} <= first:
+        return True
+    return is_run(folder) and not (folder / "model_index.json").exists() and not (folder / "classifier").exists()
+
+
+def create_output_dir(output_dir: Path):
+    """Create the run folder if it is missing.
 
     Raises:
-        UserError: if the folder cannot be written to.
+        UserError: if it cannot be written to.
     """
-    output_dir = Path(config.output_dir)
     with writing("the run", output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / ".writable.tmp").touch()
-        for pattern in HALF_WRITTEN:
-            for stale in output_dir.glob(pattern):
-                remove(stale)
-        if checkpoint is None and (output_dir / "train_config.json").exists():
-            # Remove only the files that a run writes: all others are the user's.
-            for pattern in [*RUN_FILES, config.logging_dir, "train_config.json"]:
-                for old in output_dir.glob(pattern):
-                    remove(old)
-            for old in checkpoints(output_dir):
-                remove(old)
-        elif checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve():
-            # Resuming from an earlier checkpoint abandons the later ones.
-            for later in checkpoints(output_dir):
-                if step_of(later) > step_of(checkpoint):
-                    remove(later)
+        probe = output_dir / ".writable.tmp"
+        probe.touch()
+        probe.unlink()
+
+
+def replaced_by(config, checkpoint: Path | None) -> list[Path]:
+    """Return the files and checkpoints of an earlier run that this run will replace. Nothing is removed.
+
+    Only names that a run writes are listed, and only in the folder of a run: all other files are the user's.
+    """
+    output_dir = Path(config.output_dir)
+    resumed_here = checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve()
+    if not resumed_here and not is_run(output_dir):
+        return []
+    found = [path for path in output_dir.iterdir() if HALF_WRITTEN.fullmatch(path.name)]
+    if resumed_here:
+        # Resuming from an earlier checkpoint abandons the later ones. The newest goes first: a kill leaves no gap.
+        complete = checkpoints(output_dir)
+        abandoned = [
+            path
+            for path in checkpoint_folders(output_dir)
+            if step_of(path) > step_of(checkpoint) or path not in complete
+        ]
+        return found + abandoned[::-1]
+    files = files_in(output_dir, RUN_FILES)
+    return found + checkpoint_folders(output_dir)[::-1] + files + records(output_dir) + logs(config)
+
+
+def records(output_dir: Path) -> list[Path]:
+    """Return the records in the run's evaluations/ and the pictures that belong to them; not the user's own files."""
+    found = []
+    for path in files_in(output_dir, ["evaluations/*.json"]):
+        with contextlib.suppress(UserError):
+            read_record(path)
+            found += [path, *files_in(output_dir, [f"evaluations/{path.stem}.pairs.png"])]
+    return found
+
+
+def logs(config) -> list[Path]:
+    """Return what TensorBoard and wandb wrote in --logging_dir. No link is followed."""
+    folder = Path(config.output_dir, config.logging_dir)
+    if folder.resolve() != Path(config.output_dir).resolve() / config.logging_dir:
+        return []
+    tensorboard = [
+        path
+        for path in (folder / "ddpm_hf").rglob("*")
+        if re.fullmatch(r"events\.out\.tfevents\..+|hparams\.yml", path.name) and not path.is_dir()
+    ]
+    wandb = (path for path in (folder / "wandb").glob("*") if re.fullmatch(r"(offline-)?run-\d+_\d+-\w+", path.name))
+    return [*tensorboard, *wandb]
+
+
+def remove_replaced(output_dir: Path, replaced: list[Path]):
+    """Remove what `replaced_by` listed, and the folders in the run folder that are empty then.
+
+    Raises:
+        UserError: if a file cannot be removed.
+    """
+    with writing("the run", output_dir):
+        folders = checkpoint_folders(output_dir)
+        for path in replaced:
+            if path in folders:
+                remove_checkpoint(path)
+            else:
+                remove(path)
+        parents = {parent for path in replaced for parent in path.parents if output_dir in parent.parents}
+        for folder in sorted(parents, reverse=True):  # those inside others come first
+            with contextlib.suppress(OSError):  # files of the user are in it
+                folder.rmdir()
+
+
+def remove_checkpoint(checkpoint: Path):
+    """Remove a checkpoint, renamed before that, so that a kill leaves no part of it under its name."""
+    partial = checkpoint.with_name(checkpoint.name + ".tmp")  # which the next run removes
+    remove(partial)
+    checkpoint.rename(partial)
+    remove(partial)
 
 
 def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, ema, rows: list):
@@ -144,7 +232,7 @@ def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, em
     final = Path(config.output_dir) / f"checkpoint-{state.step}"
     partial = final.with_name(final.name + ".tmp")
     try:
-        with writing("a checkpoint", final):
+        with writing("a checkpoint", final, also=(RuntimeError,)):
             accelerator.save_state(str(partial))
             if accelerator.is_main_process:
                 if ema is not None:
@@ -153,12 +241,13 @@ def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, em
                 (partial / "train_config.json").write_text(json.dumps(record))
                 saved = {name: getattr(state, name) for name in SAVED} | {"pending": rows}
                 torch.save(saved, partial / "state.pt")
-            accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
+        with writing("a checkpoint", final):
             if accelerator.is_main_process:
                 partial.rename(final)
                 if config.checkpoints_total_limit is not None:
                     for old in checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
-                        remove(old)
+                        remove_checkpoint(old)
     finally:
         if accelerator.is_main_process:
             remove(partial)  # a full disk can leave part of it
@@ -210,8 +299,17 @@ def reading(checkpoint: Path):
     """Raise a UserError in place of the errors of a damaged file."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        EOFError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{checkpoint} is damaged ({reason}): remove it and resume from an earlier one.") from error
 
 
@@ -239,9 +337,10 @@ def keep_metrics_up_to(output_dir, step: int):
     """Remove the lines of metrics.jsonl after `step`, because the resumed run writes them again."""
     path = Path(output_dir) / "metrics.jsonl"
     if path.is_file():
-        lines = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
+        lines = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill or a full disk may have cut the line
+                lines += [line] if json.loads(line)["step"] <= step else []
         text = "".join(line + "\n" for line in lines)
         with writing("metrics.jsonl", path):
             write_beside(path, lambda partial: partial.write_text(text))

@@ -7,7 +7,6 @@ steps and images seen, never micro-batches or processes.
 import contextlib
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -23,6 +22,7 @@ from ..diffusion.losses import NUM_BANDS, by_band, draw_noise, training_labels
 from ..diffusion.timestep_sampling import draw_timesteps, update_history
 from ..errors import UserError
 from ..models.pretrained import Pretrained, load_pretrained
+from ..output import drop_failing_output
 from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
 from .run import Run, open_run
 
@@ -73,6 +73,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
         >>> run.step, run.finished
         (2, True)
     """
+    drop_failing_output()
     run = open_run(config)
     if run is None:
         return None
@@ -82,6 +83,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     )
     run.model.train()
     due, timed_steps, started = set(), 0, time.perf_counter()
+    signal_printed = False
     with catching_signals(state.signals), progress_bar(run) as bar:
         if state.step == run.total_steps:
             run_due_tasks(run, due_when_resumed_at_the_end(run), 0.0)
@@ -93,6 +95,9 @@ def train(config: TrainingConfig) -> FinishedRun | None:
                 raise
             bar.update()
             timed_steps += 1
+            if state.signals and not signal_printed:
+                signal_printed = True
+                tqdm.write(f"{signal.Signals(state.signals[0]).name}: writing a checkpoint, then stopping.")
             due = what_is_due(run)
             if all_agree_to_stop(run, due):
                 due |= {"stop", "checkpoint", "pipeline"}
@@ -181,13 +186,12 @@ def catching_signals(caught: list[int]):
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before, process = {}, os.getpid()
+    before = {}
 
     def note(number, frame):
+        # Only take note: it may interrupt any line, also one that prints. The loop prints a sentence after the step.
         caught.append(number)
         signal.signal(number, before[number])
-        if os.getpid() == process:  # and not a worker that decodes images
-            print(f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint.", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, note)

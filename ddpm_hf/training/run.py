@@ -115,11 +115,12 @@ def open_run(config: TrainingConfig) -> Run | None:
         if is_main:
             print(json.dumps(config.to_dict() | {"network": dict(run.network.config)}, indent=2))
         return None
+    # Whatever may still be refused comes before the first change: the checkpoint is read, then the tracker started.
+    restore_state(run, checkpoint)
     if config.push_to_hub and is_main:
         name = config.hub_model_id or Path(config.output_dir).resolve().name
         run = replace(run, repo_id=create_repository(name, config.hub_private_repo, config.hub_token))
     prepare_folder(run, checkpoint)
-    restore_state(run, checkpoint)
     return run
 
 
@@ -185,7 +186,7 @@ def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:
 
 
 def prepare_folder(run: Run, checkpoint: Path | None):
-    """Prepare the run folder, start the tracker and write train_config.json. Every process calls this.
+    """Start the tracker, remove what this run replaces, and write train_config.json. Every process calls this.
 
     Raises:
         UserError: if the folder cannot be written to, or the tracker cannot start.
@@ -193,8 +194,13 @@ def prepare_folder(run: Run, checkpoint: Path | None):
     accelerator, config = run.accelerator, run.config
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        checkpoints.prepare_output_dir(config, checkpoint)
+        output_dir = Path(config.output_dir)
+        checkpoints.create_output_dir(output_dir)
+        replaced = checkpoints.replaced_by(config, checkpoint)  # listed before the tracker adds its new files
         start_tracker(config, accelerator)
+        checkpoints.remove_replaced(output_dir, replaced)
+        if checkpoint is not None:
+            checkpoints.keep_metrics_up_to(output_dir, run.state.step)
         write_record(run)
     accelerator.wait_for_everyone()
 
@@ -202,14 +208,14 @@ def prepare_folder(run: Run, checkpoint: Path | None):
 def restore_state(run: Run, checkpoint: Path | None):
     """Put the run where its checkpoint left it, or at its beginning without one. Every process calls this.
 
+    Nothing is written.
+
     Raises:
         UserError: if the checkpoint is damaged.
     """
     config, state = run.config, run.state
     if checkpoint is not None:
         checkpoints.load_checkpoint(run.accelerator, checkpoint, state, run.ema)
-        if run.accelerator.is_main_process:
-            checkpoints.keep_metrics_up_to(config.output_dir, state.step)
         if state.stream is not None:
             run.train_set.load_state_dict(state.stream)
     if config.timestep_sampling == "uniform":
@@ -299,10 +305,10 @@ def start_tracker(config, accelerator):
     if config.logger == "none":
         return
     folder = Path(config.output_dir) / config.logging_dir
-    folder.mkdir(parents=True, exist_ok=True)  # wandb uses another folder if this one is missing
     # Trackers accept only numbers and text.
     flags = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.to_dict().items()}
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # wandb uses another folder if this one is missing
         accelerator.init_trackers("ddpm_hf", config=flags, init_kwargs={"wandb": {"dir": str(folder)}})
     except Exception as error:  # each tracker raises its own errors
         raise UserError(f"--logger {config.logger} cannot start ({error}): set it up, or give none.") from error
