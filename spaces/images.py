@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from checks import Refused, one_of
 from PIL import Image, ImageOps
+from uploads import open_upload
 
 
 SOURCES = ("The model's own", "Upload", "Draw")
@@ -27,10 +28,8 @@ def visitor_image(model, source, upload, drawing, seed: int) -> torch.Tensor:
         return model.example(seed)
     if source == "Draw":
         return to_tensor(read_drawing(drawing), model.size, model.channels)
-    path = upload.get("path") if isinstance(upload, dict) else None
-    if path is None:
-        raise Refused("No image is uploaded yet: upload one, or choose another source.")
-    return to_tensor(read_image(path), model.size, model.channels)
+    with open_upload(upload) as file:
+        return to_tensor(read_image(file), model.size, model.channels)
 
 
 def read_image(file) -> Image.Image:

@@ -1,7 +1,7 @@
 """Open any DDPM in diffusers' format, from a folder or the Hub, and draw with it for the Space."""
 
 import importlib.util
-import os
+import json
 import re
 import sys
 import time
@@ -11,14 +11,21 @@ from pathlib import Path
 
 import diffusers
 import torch
-from checks import Refused
+from checks import Refused, request_seconds
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import snapshot_download
 
 
 SAMPLERS = ("DDIM", "DDPM")
 IN_TURN, NO_CLASS = "each class in turn", "no class"
 FRAME_SECONDS = 0.2  # between two updates of the images on the page
+MAX_SIDE = 1024  # pixels
+MAX_LAYERS = 50
+MAX_T = 100_000
 HERE = Path(__file__).resolve().parent
+# The files to download from the Hub. Some old repositories have the UNet's and the scheduler's files at the top.
+FILES = ["model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model*.safetensors*"]
+FILES += ["unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
 
 
 class Model:
@@ -62,10 +69,11 @@ class Model:
         """
         labels, ends = self.class_numbers(IN_TURN, 4), [time.perf_counter()]
         for x_0 in self.draw(range(4), "DDIM", min(4, self.T), labels):
-            x_0.cpu()  # waits for a GPU
+            if not x_0.isfinite().all():  # this also waits for a GPU
+                raise ValueError("the images that it draws are not finite numbers")
             ends.append(time.perf_counter())
         fastest = min(end - start for start, end in zip(ends, ends[1:]))
-        evaluations = max(1, int(4 / fastest * float(os.environ.get("DDPM_REQUEST_SECONDS", "60"))))
+        evaluations = max(1, int(4 / fastest * request_seconds()))
         digits = 10 ** max(0, len(str(evaluations)) - 2)
         return evaluations // digits * digits
 
@@ -109,38 +117,81 @@ class Model:
 
 
 def open_model(name: str) -> Model:
-    """Open a pipeline folder or a Hub repository of a DDPM.
+    """Open a pipeline folder or a Hub repository of a DDPM, and draw with it once.
+
+    Only safetensors are read, and no code of the model is run.
 
     Raises:
-        Refused: if the model does not exist, or is not a DDPM.
+        Refused: if the model does not exist, is not a DDPM, or cannot draw.
     """
     is_here = Path(name).is_dir()
     if not is_here and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise Refused(f"DDPM_MODEL is {name!r}, which is neither a folder nor a Hub id: give a folder, or USER/NAME.")
-    diffusers.utils.logging.set_verbosity_error()  # else diffusers warns that stock pipelines ignore id2label
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the reason goes into the sentence
     diffusers.utils.logging.disable_progress_bar()
+    url = None if is_here else f"https://huggingface.co/{name}"
     try:
-        index = DDPMPipeline.load_config(name)
-        if isinstance(index["_class_name"], str):
-            pipeline = DDPMPipeline.from_pretrained(name)
-            unet, config = pipeline.unet, dict(pipeline.scheduler.config)
-        else:  # an export that names a pipeline file; its code is not needed here
-            unet = UNet2DModel.from_pretrained(name, subfolder="unet")
-            config = DDPMScheduler.load_config(name, subfolder="scheduler")
-        scheduler = DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
-        unet = unet.float().to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
-        id2label = index.get("id2label") if unet.config.num_class_embeds else None
-        guided = community_pipeline("class_guided").ClassGuidedPipeline(unet, scheduler, id2label=id2label)
+        folder = Path(name if is_here else snapshot_download(name, allow_patterns=FILES, ignore_patterns="*.fp16.*"))
+        model = Model(folder.resolve().name if is_here else name, url, _load(folder))
+        _ = model.max_evaluations  # draws for the first time
+    except Refused:
+        raise
     except Exception as error:  # a broken file may raise anything
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Refused(
             f"DDPM_MODEL is {name!r}, which cannot be opened as a DDPM ({reason}): give the folder or the Hub id of a "
             "pipeline in diffusers' format."
         ) from error
-    if unet.config.sample_size is None:
-        raise Refused(f"{name} does not say the size of its images: add sample_size to its unet/config.json.")
-    url = None if is_here else f"https://huggingface.co/{name}"
-    return Model(Path(name).resolve().name if is_here else name, url, guided)
+    return model
+
+
+def _load(folder: Path):
+    """Return the pipeline that draws, made of the UNet, the scheduler and the class names in a folder."""
+    index = DDPMPipeline.load_config(folder)
+    if index["unet"][1] != "UNet2DModel":
+        raise ValueError(f"its UNet is a {str(index['unet'][1])[:40]}, not a UNet2DModel")
+    # Some old pipelines have the files of all parts at the top.
+    unet_folder, scheduler_folder = (
+        folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")
+    )
+    _check_size(UNet2DModel.load_config(unet_folder))
+    _check_weights(unet_folder)
+    unet = UNet2DModel.from_pretrained(unet_folder, local_files_only=True, use_safetensors=True)
+    config = DDPMScheduler.load_config(scheduler_folder)
+    if not 1 <= config.get("num_train_timesteps", 1000) <= MAX_T:
+        raise ValueError(f"its num_train_timesteps is not from 1 to {MAX_T:,}")
+    scheduler = DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
+    unet = unet.float().to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    id2label = index.get("id2label") if unet.config.num_class_embeds else None
+    return community_pipeline("class_guided").ClassGuidedPipeline(unet, scheduler, id2label=id2label)
+
+
+def _check_weights(folder: Path):
+    """Refuse a folder without safetensors, or with an index that names files of another format."""
+    if not any(folder.glob("*.safetensors")):
+        raise Refused(
+            f"{folder} has no weights in safetensors, and others are not opened: give a model saved with them."
+        )
+    for path in folder.glob("*.safetensors.index.json"):
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        if not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+            raise Refused(f"{path} names other files than safetensors: give a model saved as safetensors only.")
+
+
+def _check_size(config: dict):
+    """Refuse the config of a UNet that this page cannot use, or that is too large to build."""
+    size, channels, layers = (config.get(key) for key in ("sample_size", "in_channels", "layers_per_block"))
+    sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else [size]
+    if size is None:
+        raise Refused("The model does not say the size of its images: add sample_size to its unet/config.json.")
+    if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
+        raise Refused(
+            f"The model's sample_size is {str(size)[:40]}: give a model of at most {MAX_SIDE} pixels a side."
+        )
+    if channels not in (None, 1, 3):  # diffusers' default is 3
+        raise Refused(f"The model's images have {str(channels)[:40]} channels: give a model of 1 or 3.")
+    if layers is not None and not (type(layers) is int and 1 <= layers <= MAX_LAYERS):
+        raise Refused(f"The model's layers_per_block is {str(layers)[:40]}: give a model with 1 to {MAX_LAYERS}.")
 
 
 def community_pipeline(name: str):
