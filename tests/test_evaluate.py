@@ -422,7 +422,7 @@ def folder_of(tmp_path, *images, suffix=".png"):
         (lambda folder: folder_of(folder, Image.new("L", (28, 28)), Image.new("L", (32, 28))), "mixes images"),
         (lambda folder: folder_of(folder, Image.new("L", (28, 28)), Image.new("RGB", (28, 28))), "mixes images"),
         (lambda folder: folder_of(folder, Image.new("L", (28, 28)), suffix=".jpg"), "lossy"),
-        (lambda folder: folder_of(folder, Image.new("RGBA", (28, 28))), "of mode RGBA"),
+        (lambda folder: folder_of(folder, Image.new("RGBA", (28, 28))), "has the mode RGBA"),
         (lambda folder: folder_of(folder, Image.new("RGB", (28, 28))), "samples are 3x28x28"),
         (lambda folder: folder_of(folder, Image.new("L", (28, 28))), "at least 40"),
         (lambda folder: folder / "nothing", "Hub"),

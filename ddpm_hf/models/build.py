@@ -74,9 +74,9 @@ def unet_kwargs(config, channels: int) -> dict:
         raise UserError(f"--channel_mults is {mults}, but needs one positive number per level, e.g. 1,2,2,2.")
     if resolution % 2 ** (len(mults) - 1):
         raise UserError(
-            f"--channel_mults {','.join(map(str, mults))} has {len(mults)} levels, so the resolution must be halved "
-            f"{len(mults) - 1} times, but --resolution {resolution} cannot be: give fewer levels, or a resolution "
-            f"that is a multiple of {2 ** (len(mults) - 1)}."
+            f"--resolution {resolution} cannot be halved {len(mults) - 1} times, but the {len(mults)} levels of "
+            f"--channel_mults {','.join(map(str, mults))} need that: give fewer levels, or a resolution that is a "
+            f"multiple of {2 ** (len(mults) - 1)}."
         )
     sizes = [resolution >> level for level in range(len(mults))]
     attention = sizes[-2:-1] if config.attention_resolutions is None else config.attention_resolutions
