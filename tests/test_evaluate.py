@@ -323,7 +323,7 @@ def statistics(path, d=64, **more):
         (lambda path: statistics(path), "does not say how its images were resized"),
         (
             lambda path: statistics(path, meta=json.dumps({"pipeline": "tf1"})),
-            "of the pipeline tf1, the samples of 28px",
+            "made with the pipeline tf1, but the samples use 28px",
         ),
         (lambda path: np.savez(path, feats=np.zeros(3)) or path, "no mu and sigma"),
         (lambda path: path.write_bytes(b"PK no") and path, "cannot be read as .npz"),
@@ -473,7 +473,7 @@ def test_what_is_no_npz_is_one_sentence(tmp_path, digit_folder, capsys, content)
         ("{run} --bound_timesteps 1 --metrics bits_per_dim", "at least 2"),
         ("{run} --bound_images -5 --metrics bits_per_dim", "at least 1"),
         ("{run} --require beauty", "there is no metric 'beauty'"),
-        ("{run} --reference nosuch.npz --metrics fd_mnist", "--reference is for fid"),
+        ("{run} --reference nosuch.npz --metrics fd_mnist", "--reference is only for fid"),
         ("{run} --metrics beauty", "there is no metric 'beauty'"),
         ("{run} --dataset_name nowhere/none", "cannot be loaded"),
         ("{run} --num_images 0", "at least 1"),

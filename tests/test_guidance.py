@@ -144,7 +144,7 @@ def test_what_cannot_be_guided_is_refused():
         guide(classes, scheduler, of_two, float("nan"))
     with pytest.raises(UserError, match="this model has no classes"):
         guide(plain, scheduler, Classes(), 2.0)
-    with pytest.raises(UserError, match="without --label_dropout"):
+    with pytest.raises(UserError, match="trained with --label_dropout, and this model was not"):
         guide(classes, scheduler, of_three, 2.0)
     with pytest.raises(UserError, match="this model is conditional"):
         guide(classes, scheduler, of_two, 2.0, tiny_classifier(plain))

@@ -119,7 +119,7 @@ def test_a_larger_number_goes_on_and_another_sampler_is_refused(model, unbroken,
     draw_samples(model, sampler, 6, tmp_path / "c", batch_size=4)
     assert len(read_samples(tmp_path / "c").images) == 6
     other = Sampler(name="ddim", num_inference_steps=3).resolve(model)
-    with pytest.raises(UserError, match="num_inference_steps: 2 there, 3 here"):
+    with pytest.raises(UserError, match="num_inference_steps: 2 for those samples, 3 for the new ones"):
         draw_samples(model, other, 8, tmp_path / "c", batch_size=4)
 
 
