@@ -477,13 +477,13 @@ def test_what_is_no_npz_is_one_sentence(tmp_path, digit_folder, capsys, content)
         ("{run} --metrics beauty", "there is no metric 'beauty'"),
         ("{run} --dataset_name nowhere/none", "cannot be loaded"),
         ("{run} --num_images 0", "at least 1"),
-        ("--calibrate {run}", "real images only"),
+        ("--calibrate {run}", "only real images"),
         ("--calibrate --dataset_name {data}/train", "--validation_split"),
         ("{run} --from_samples {other}", "another model"),
         ("{samples} --metrics bits_per_dim --dataset_name {data}", "give the model"),
         ("{samples}", "--dataset_name"),
         ("{samples} --from_samples {samples}", "both samples"),
-        ("{samples} --dataset_name {data} --num_images 50", "there are 40 samples"),
+        ("{samples} --dataset_name {data} --num_images 50", "there are only 40 samples"),
     ],
 )
 def test_bad_flags_are_one_sentence(tiny_run, digit_folder, record, tmp_path, capsys, flags, wanted):

@@ -93,8 +93,8 @@ def frechet_at_infinity(
     """Return the `frechet_distance` of features (N, d) to a mean and a covariance, extrapolated to N = infinity.
 
     This is FID_infinity of Chong & Forsyth 2020. The bias of the distance is about proportional to 1/n. The distance
-    is therefore computed for `num_points` random subsets of n = min(5000, N/10) to N images, and a line in 1/n is fitted.
-    Its value at 1/n = 0 is the result. It has no such bias, but it is noisier than the distance itself.
+    is therefore computed for `num_points` random subsets of n = min(5000, N/10) to N images, and a line in 1/n is
+    fitted. Its value at 1/n = 0 is the result. It has no such bias, but it is noisier than the distance itself.
 
     Raises:
         UserError: for fewer than 20 images, or fewer than 2 points.
