@@ -83,7 +83,7 @@ def memorization_report(
     scale = held_out_distances[::2]
     if scale.median() == 0:
         raise UserError(
-            "most of the held-out images are training images too; give held-out images that were not used in training."
+            "most of the held-out images are training images too; give images that were not used in training."
         )
     threshold = scale.quantile(0.01)
     for suffix, own, near in [
