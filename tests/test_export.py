@@ -80,7 +80,7 @@ def test_a_plain_export_is_stock_unless_asked_and_brings_its_records(guidance_mo
     [
         (["plain", "conditional"], "conditional is there already"),
         (["plain", "new", "--pipeline=class_guided"], "does not suit this model: choose from restoration,"),
-        (["conditional", "new", "--classifier=classifier"], "this one is conditional"),
+        (["conditional", "new", "--classifier=classifier"], "this model is conditional"),
         (["plain", "new", "--classifier=plain"], "has no classifier"),
     ],
 )
