@@ -153,7 +153,7 @@ BAD = {
     "damaged checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-4"], "is damaged"),
     "checkpoint of another folder into a full one": (
         [*TINY, "--output_dir={root}/mine", "--resume_from_checkpoint={root}/run/checkpoint-2"],
-        "belongs to another folder",
+        "is from another run folder",
     ),
     "no such checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-9"], "is not a complete checkpoint"),
     "half a checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-3"], "is not a complete checkpoint"),
