@@ -1,4 +1,4 @@
-"""Write files completely or not at all, and read JSON with its type checked."""
+"""Write files completely or not at all. Read JSON files and check their type."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ def writing(what: str, path, *, also: tuple = ()):
 
 
 def write_beside(path: Path, write):
-    """Call `write(temporary path)`, then rename that file to `path`, so that a kill leaves no incomplete file."""
+    """Call `write(temporary path)`, then rename that file to `path`. A kill thus leaves no incomplete `path`."""
     partial = path.with_name(f".{path.name}.tmp")
     write(partial)
     partial.replace(path)
@@ -43,7 +43,7 @@ def remove(path: Path):
 
 
 def read_json(path: Path, *, like: type = dict, missing=None):
-    """Return the content of a JSON file, or `missing`, if that is given and there is no such file.
+    """Return the content of a JSON file. If there is no such file, return `missing`, if that is given.
 
     Raises:
         UserError: for a file that cannot be read, or whose content is not of the type `like` (dict or list).
@@ -53,9 +53,9 @@ def read_json(path: Path, *, like: type = dict, missing=None):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): give another or a complete file.") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}): give a complete JSON file.") from error
     if not isinstance(content, like):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a {like.__name__}: give another file.")
+        raise UserError(f"{path} contains a JSON {type(content).__name__}, not a {like.__name__}: give another file.")
     return content
 
 

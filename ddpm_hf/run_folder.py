@@ -1,4 +1,4 @@
-"""The names of a run folder's files, and which of them are published."""
+"""List the names of the files in a run folder, and say which of them are published."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ def checkpoints(output_dir) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step in the name of a checkpoint."""
+    """Return the optimizer step, which the name of a checkpoint ends with."""
     return int(checkpoint.name.split("-")[1])
 
 
@@ -70,8 +70,9 @@ RUN_FILES += ["figures/ddim_#.png"]
 PUBLISHED = ["model_index.json", "unet", "scheduler", "README.md", "train_config.json", "metrics.jsonl", "samples"]
 PUBLISHED += ["figures", "evaluations", "best", "classifier"]
 PUBLISHED += sorted(path.name for path in shipped("pipelines").glob("*.py"))
-PUBLISHED += ["class_conditional.py", "classifier_guided.py"]  # earlier versions saved these, not class_guided.py
-# These show training images, which the user may not be allowed to publish.
+PUBLISHED += ["class_conditional.py", "classifier_guided.py"]  # from before class_guided.py
+# These files show training images, and the user may not have the right to publish those.
 PRIVATE = ["evaluations/*.png", "figures/forward.png"]
-# An export copies these, which say how the model was trained and how good it is, but not `best/` and checkpoints.
+# An export copies these files, because they say how the model was trained and how good it is. It does not copy `best/`
+# and checkpoints.
 RECORDS = ["train_config.json", "metrics.jsonl", "samples", "figures", "evaluations"]

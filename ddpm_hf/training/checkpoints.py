@@ -1,9 +1,9 @@
 """Prepare the run folder; save, find, check and load its checkpoints.
 
-A checkpoint is complete or absent, and saving one never touches the ones before it. accelerate writes the weights, the
-optimizer and the gradient scaler. We add the EMA as safetensors and the counters as plain tensors and numbers, which
-are read back with `weights_only`. All files go to `checkpoint-<step>.tmp`, which is renamed when every process is
-done. A kill leaves at worst that folder, and the next run removes it.
+A checkpoint is either complete or absent, and saving one never changes the earlier ones. accelerate writes the
+weights, the optimizer and the gradient scaler. We add the EMA as safetensors, and the counters as plain tensors and
+numbers that `weights_only` can read. All files are written to the folder `checkpoint-<step>.tmp`. It is renamed when
+every process is done. If a kill leaves this folder, the next run removes it.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from ..files import read_json, remove, write_beside, writing
 from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoint_folders, checkpoints, files_in, step_of
 
 
-# A checkpoint can only be resumed with these flags as they were: with others its weights mean something else.
+# A run can only be resumed with the same values of these flags, because they decide what the weights mean.
 FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
-# A change of these flags is allowed, and a warning names it.
+# A resumed run may change these flags, but a warning names each change.
 WARNED = ["seed", "dataset_name", "class_names", "label_dropout", "random_flip", "objective", "timestep_sampling"]
 WARNED += ["loss_type", "snr_gamma", "train_batch_size", "gradient_accumulation_steps", "learning_rate"]
 WARNED += ["lr_scheduler", "use_ema", "ema_max_decay", "mixed_precision"]
@@ -36,18 +36,18 @@ SAVED = ["step", "images_seen", "seconds", "best_score", "best_measure", "pendin
 
 @dataclass
 class TrainState:
-    """Everything that changes during a run, counted in optimizer steps and images seen.
+    """Everything that changes during a run. Progress is counted in optimizer steps and images seen.
 
     Saved in state.pt (the fields in SAVED):
-        seconds: time spent training so far, over all interruptions.
-        best_score, best_measure: the score of best/, lower is better, and the name of what was measured.
-        pending: one row per optimizer step that metrics.jsonl has not averaged yet.
+        seconds: time spent training so far, without the interruptions.
+        best_score, best_measure: the score of the model in best/ (lower is better), and the name of this score.
+        pending: one row for each optimizer step that is not yet averaged in metrics.jsonl.
         stream: the position in a streamed dataset.
-        loss_history: of --timestep_sampling loss_second_moment, equal in every process; see timestep_sampling.py.
+        loss_history: for --timestep_sampling loss_second_moment, equal in every process; see timestep_sampling.py.
 
-    Not saved, because it means nothing to another process:
+    Not saved, because these fields belong to the current process:
         signals: the numbers of the signals caught so far.
-        figures_missing: a signal came while the last sheet or figures were drawn, so the run is not finished.
+        figures_missing: True if a signal stopped the last sheet or the figures, so that the run is not finished.
         push: the last push to the Hub, which runs in the background.
     """
 
@@ -69,18 +69,18 @@ def find_checkpoint(config) -> Path | None:
     """Return the checkpoint to resume from, or None to start a new run. Nothing is written.
 
     Raises:
-        UserError: if the run folder is in use and the flags neither resume nor overwrite it, or if the checkpoint to
-            resume from does not exist or is not complete.
+        UserError: if the run folder is not empty and the flags neither resume nor overwrite its run. Also if the
+            checkpoint to resume from does not exist or is not complete.
     """
     output_dir = Path(config.output_dir)
-    with writing("the run", output_dir):  # a name that is too long raises here
+    with writing("the run", output_dir):  # a name that is too long raises an error here
         is_file = output_dir.exists() and not output_dir.is_dir()
     if is_file:
         raise UserError(f"--output_dir {output_dir} is a file: give the name of a folder.")
     if config.resume_from_checkpoint not in (None, "latest"):
         checkpoint = Path(config.resume_from_checkpoint)
         if not checkpoint.exists() and checkpoint.name == config.resume_from_checkpoint:
-            checkpoint = output_dir / checkpoint  # a bare name, as diffusers' script takes it
+            checkpoint = output_dir / checkpoint  # a name without a folder, as in diffusers' script
         if not (checkpoint / "state.pt").is_file() or not re.fullmatch(r"checkpoint-\d+", checkpoint.name):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: give a folder named "
@@ -89,7 +89,8 @@ def find_checkpoint(config) -> Path | None:
         elsewhere = checkpoint.parent.resolve() != output_dir.resolve()
         if elsewhere and output_dir.is_dir() and any(output_dir.iterdir()):
             raise UserError(
-                f"--output_dir {output_dir} is not empty, and {checkpoint} belongs to another folder: give a new one."
+                f"{checkpoint} is from another run folder, and --output_dir {output_dir} is not empty: give a new or "
+                "empty --output_dir."
             )
         return checkpoint
     if config.resume_from_checkpoint == "latest" and (found := checkpoints(output_dir)):
@@ -223,11 +224,12 @@ def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, em
     """Write `checkpoint-<step>`, then remove the oldest beyond --checkpoints_total_limit. Every process calls this.
 
     Args:
-        network: "unet", the config of the network, and "class_names", the classes of a conditional UNet or None.
+        network: a dict with "unet", the config of the network, and "class_names", the classes of a conditional UNet
+            or None.
         rows: the rows of `state.pending`, each summed over the processes.
 
     Raises:
-        UserError: if it cannot be written; the earlier checkpoints are untouched then.
+        UserError: if the checkpoint cannot be written. The earlier checkpoints are then unchanged.
     """
     final = Path(config.output_dir) / f"checkpoint-{state.step}"
     partial = final.with_name(final.name + ".tmp")
@@ -250,16 +252,16 @@ def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, em
                         remove_checkpoint(old)
     finally:
         if accelerator.is_main_process:
-            remove(partial)  # a full disk can leave part of it
+            remove(partial)  # a full disk can leave part of this folder
     accelerator.wait_for_everyone()
 
 
 def check_same_run(checkpoint: Path, config, network_config: dict, total_steps: int) -> list[str]:
-    """Refuse a checkpoint that this run cannot continue; return a list of one warning if other flags changed, else [].
+    """Refuse a checkpoint that this run cannot continue. Return a list of one warning if flags changed, else [].
 
     Raises:
-        UserError: if the checkpoint is of another model or diffusion process, has no EMA though --use_ema is given, is
-            past the end of this run, or cannot be read.
+        UserError: if the checkpoint is of another model or diffusion process, if it has no EMA although --use_ema is
+            given, if it is past the end of this run, or if it cannot be read.
     """
     with reading(checkpoint):
         saved = json.loads((checkpoint / "train_config.json").read_text())
@@ -284,9 +286,9 @@ def check_same_run(checkpoint: Path, config, network_config: dict, total_steps: 
 
 
 def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
-    """Refuse, with a UserError, a checkpoint whose network has another config than this run's."""
+    """Raise a UserError if the network of a checkpoint and the network of this run have different configs."""
     for name, value in json.loads(json.dumps(network_config)).items():
-        # diffusers' own notes have names with an underscore, and their order differs between processes.
+        # Skip names with an underscore: diffusers keeps notes there, and their order differs between processes.
         if not name.startswith("_") and saved.get(name) != value:
             raise UserError(
                 f"{checkpoint} is of another model: its network has {name} {saved.get(name)}, this run's has "
@@ -296,7 +298,7 @@ def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
 
 @contextlib.contextmanager
 def reading(checkpoint: Path):
-    """Raise a UserError in place of the errors of a damaged file."""
+    """Turn the errors of reading a damaged file into a UserError."""
     try:
         yield
     except (
@@ -324,7 +326,7 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema):
         saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         for name in SAVED:
             setattr(state, name, saved[name])
-    # The rows are sums over all processes, so only one process may add them again.
+    # Each row is already a sum over all processes, so only the main process keeps it. The others keep zeros.
     device, keep = accelerator.device, accelerator.is_main_process
     state.pending = [(row if keep else torch.zeros_like(row)).to(device) for row in state.pending]
     if ema is not None:
@@ -334,7 +336,7 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema):
 
 
 def keep_metrics_up_to(output_dir, step: int):
-    """Remove the lines of metrics.jsonl after `step`, because the resumed run writes them again."""
+    """Remove the lines after `step` from metrics.jsonl, because the resumed run writes them again."""
     path = Path(output_dir) / "metrics.jsonl"
     if path.is_file():
         lines = []
