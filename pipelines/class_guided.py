@@ -216,7 +216,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(timesteps)):
             prev_t = timesteps[i + 1] if i + 1 < len(timesteps) else -1
             x0, epsilon, predicted_variance = self._predict(scheduler, x, t, labels, scales[i])
-            # Use 0-dim float32 tensors and the order of stock DDPMScheduler's arithmetic, so that the images are equal.
+            # Compute in 0-dim float32 tensors and in stock DDPMScheduler's order, so that images equal those of stock.
             alpha_bar, alpha_bar_prev = alphas_cumprod[t], alphas_cumprod[prev_t]
             alpha = alpha_bar / alpha_bar_prev
             beta = 1 - alpha

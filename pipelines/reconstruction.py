@@ -1,8 +1,8 @@
 """Turn images into latents x_T and back, and walk from one image to another, by DDIM without fresh noise.
 
 DDIM with eta = 0 (Song et al. 2021, https://huggingface.co/papers/2010.02502) solves an ODE, so it also runs
-backwards, from an image to its latent (section 4.3). Here each step is written as a rotation, which stays well behaved where abar
-is 0 or 1 (Salimans & Ho 2022, https://huggingface.co/papers/2202.00512, appendix D):
+backwards, from an image to its latent (section 4.3). Here each step is written as a rotation, which stays well behaved
+where abar is 0 or 1 (Salimans & Ho 2022, https://huggingface.co/papers/2202.00512, appendix D):
 
     x_t' = cos(d) x_t - sin(d) v(x_t, t),    d = phi_t - phi_t',
 
@@ -105,8 +105,8 @@ class ReconstructionPipeline(DiffusionPipeline):
             num_inference_steps: the number of steps S, from 1 to T, at the timesteps round((k + 1) T / S) - 1. Use the
                 same number to decode.
             num_fixed_point_iterations: evaluations of the UNet in each step, at least 1.
-            class_labels: for a conditional UNet: one class for all images, or a list with one for each. A class is a number
-                or a name. None: "no class".
+            class_labels: for a conditional UNet: one class for all images, or a list with one for each, by number
+                or by name. None: "no class".
 
         Raises:
             ValueError: for images or arguments that do not suit this model.
