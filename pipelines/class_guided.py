@@ -1,7 +1,7 @@
 """Draw images of given classes with a DDPM, with classifier-free guidance, a classifier's guidance, or neither.
 
 - Classifier-free guidance (Ho & Salimans 2022, https://huggingface.co/papers/2207.12598) needs a UNet that was trained
-  with class labels, some of them dropped. The folder is a stock DDPMPipeline whose model_index.json names the K
+  with class labels and with label dropout. The folder is a stock DDPMPipeline whose model_index.json names the K
   classes: `"id2label": {"0": "cat", ...}`. A UNet with K + 1 class embeddings uses the last one for "no class" and can
   be guided. A UNet with K class embeddings cannot be guided.
 - Classifier guidance (Dhariwal & Nichol 2021, Algorithm 2, https://huggingface.co/papers/2105.05233) needs a UNet
@@ -269,8 +269,8 @@ class ClassGuidedPipeline(DiffusionPipeline):
         output, predicted_variance = self._guided_output(x, t, labels, scale).tensor_split([x.shape[1]], dim=1)
         x0 = predict_original_sample(output, x, alpha_bar, config.prediction_type)
         if self.classifier is not None and scale != 0 and alpha_bar > 0:  # at abar = 0, x_t is pure noise
-            # Apply to x_0 what the docstring of __call__ writes for eps'. DDPM does the same. Algorithm 1 shifts the
-            # mean instead, but it is the limit of this for small steps.
+            # The docstring of __call__ states this guidance for eps'. Here it is applied to x_0, for DDPM too. The
+            # shift of the mean in Algorithm 1 is its limit for small steps.
             x0 = x0 + scale * ((1 - alpha_bar) / alpha_bar**0.5) * self._log_probability_gradient(x, t, labels)
         clipped = x0
         if config.thresholding:
@@ -339,7 +339,7 @@ def _variance_kind(config) -> str:
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
     """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
-    # Drop _use_default_values: from_config would give the fields listed in it, even betas, DDPMScheduler's defaults.
+    # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)
 
@@ -372,7 +372,7 @@ def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: 
 
 
 def to_output(x: torch.Tensor, output_type: str):
-    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. For "pt", the device is kept."""
+    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. "pt" images stay on their device."""
     images = (x / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images

@@ -204,7 +204,7 @@ class ReconstructionPipeline(DiffusionPipeline):
             num_images: at least 2. The first and the last are reconstructions of a and b.
             num_inference_steps, num_fixed_point_iterations, output_type: see `invert` and `decode`.
             class_labels: one number for all images, or None; see `invert`.
-            generator: for the random latents: one generator, which draws that of image a first, or a list of two.
+            generator: one for the random latents, which draws that of image a first; or a list of two, for a and b.
 
         Raises:
             ValueError: for images or arguments that do not suit this model.
@@ -328,7 +328,7 @@ def _pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
     """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
-    # Drop _use_default_values: from_config would give the fields listed in it, even betas, DDPMScheduler's defaults.
+    # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)
 
@@ -347,7 +347,7 @@ def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: 
 
 
 def to_output(x: torch.Tensor, output_type: str):
-    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. For "pt", the device is kept."""
+    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. "pt" images stay on their device."""
     images = (x / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images

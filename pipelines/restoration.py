@@ -94,7 +94,7 @@ OPERATORS = {
 class RestorationPipeline(DiffusionPipeline):
     """Restores images with a UNet2DModel and any scheduler that holds its betas.
 
-    A class-conditional UNet needs an embedding for "no class". It follows those of the classes in `id2label`.
+    A class-conditional UNet needs an embedding for "no class". This embedding must follow those in `id2label`.
     """
 
     model_cpu_offload_seq = "unet"
@@ -177,7 +177,7 @@ class RestorationPipeline(DiffusionPipeline):
             if not is_denoise:
                 x0 = x0 + solve(y - apply(x0), sigma**2 / (1 - alpha_bar))
             epsilon = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
-            # The variance of the noise that is drawn anew. "denoise" uses that of DDPM, because y is only its first x.
+            # The variance of the noise that is drawn anew. "denoise" uses that of DDPM, because y is only the first x.
             variance = eta**2 * (1 - alpha_bar_prev)
             if is_denoise:
                 variance = variance * (1 - alpha_bar / alpha_bar_prev) / (1 - alpha_bar)
@@ -300,11 +300,11 @@ class RestorationPipeline(DiffusionPipeline):
         _check(mask is not None, "inpaint needs a mask; give one that is white in the areas to paint.")
         masks = _pixels(mask, 1).to(self._execution_device)
         fits = len(masks) in (1, N) and masks.shape[2:] == (H, W) and (masks >= 0).all()
-        _check(fits, f"The mask has shape {[*masks.shape]}; give 1 or {N} of {H}x{W}, 0 to keep, 1 to paint.")
+        _check(fits, f"The mask has shape {[*masks.shape]}; give 1 or {N} masks of {H}x{W}, 0 to keep, 1 to paint.")
         return (masks <= masks.amax((1, 2, 3), True) / 2).float().expand(N, -1, -1, -1)
 
     def _read(self, image, task, noise_level, *, scale_factor=1, blur_sigma=1.0, is_degraded=True):
-        """Check the arguments. Return the image (N, C, H, W) and its noise level (N,) or None, in [-1, 1]."""
+        """Check the arguments. Return the image (N, C, H, W) in [-1, 1], and its noise (N,) there or None."""
         _check(task in OPERATORS, f"task is {task!r}; choose {', '.join(OPERATORS)}.")
         fits = task != "colorize" or self.unet.config.in_channels > 1
         _check(fits, "colorize needs a model of color images, and this one draws grey images; give another model.")
@@ -320,7 +320,7 @@ class RestorationPipeline(DiffusionPipeline):
         is_unknown = task == "denoise" and noise_level is None
         sigma = torch.as_tensor(ROUNDING if noise_level is None else noise_level).float().flatten().to(image.device)
         fits = len(sigma) in (1, N) and ((sigma >= 0) & (sigma <= 4)).all()
-        _check(fits, f"noise_level is {noise_level}; give 0 to 4, for pixels in [0, 1], or one for each of {N}.")
+        _check(fits, f"noise_level is {noise_level}; give 0 to 4 for pixels in [0, 1], or one for each of {N} images.")
         beyond = 3 if is_unknown else 1e-3 + 6 * sigma.max() * is_degraded
         low, high = image.min(), image.max()  # nan if any value is
         what = f"The values {low:.4g} to {high:.4g} are out of range [0, 1]: divide by 255, or give the noise_level."
@@ -372,7 +372,7 @@ def _pixels(image, channels: int) -> Tensor:
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
     """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
-    # Drop _use_default_values: from_config would give the fields listed in it, even betas, DDPMScheduler's defaults.
+    # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)
 
@@ -400,7 +400,7 @@ def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: 
 
 
 def to_output(x: torch.Tensor, output_type: str):
-    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. For "pt", the device is kept."""
+    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. "pt" images stay on their device."""
     images = (x / 2 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return images

@@ -42,7 +42,7 @@ def names(text: str) -> list[str]:
 
 
 def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for ddpm, 50 for the others"):
-    """Add the flags of the sampler. `name` and `steps` tell --help the default sampler and its steps."""
+    """Add the flags of the sampler. `name` and `steps` are shown in --help as the defaults."""
     group = parser.add_argument_group("sampler")
     add = group.add_argument
     add("--sampler", metavar="NAME", help=f"ddpm, ddim or dpmsolver++; default: {name}")
@@ -69,7 +69,7 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
         default=1.0,
         help="strength of guidance towards the class; default: 1, no guidance",
     )
-    add("--classifier", help="guide a model without classes: a run of --objective classify, or Hub id")
+    add("--classifier", help="classifier to guide a model without classes: run of --objective classify, or Hub id")
     add_weights_flag(group)
     add("--batch_size", type=int, default=64, help="images that each process draws together; default: 64")
 
@@ -84,7 +84,7 @@ def add_weights_flag(parser):
 
 
 def add_repository_flags(parser, name: str):
-    """Add the flags of a repository on the Hub. `name` tells --help the default name."""
+    """Add the flags of a repository on the Hub. `name` is shown in --help as the default."""
     add = parser.add_argument
     add("--hub_model_id", metavar="[USER/]NAME", help=f"repository, created if it does not exist; default: {name}")
     add(

@@ -33,7 +33,7 @@ def add_flags(parser):
     add(
         "--num_samples",
         type=int,
-        help="restorations to average; 1 gives the sharpest; default: 1 for one step, else 4",
+        help="number of restorations to average; 1 gives the sharpest result; default: 1 for one step, else 4",
     )
     add("--batch_size", type=int, default=16, help="images restored together; default: 16")
     add(

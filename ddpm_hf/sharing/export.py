@@ -1,4 +1,4 @@
-"""Export a model and the pipeline files that suit it into one folder. Loading it needs only diffusers."""
+"""Export a model and the pipeline files that suit it into one folder. Loading the folder needs only diffusers."""
 
 import shutil
 from pathlib import Path

@@ -46,7 +46,7 @@ def create_repository(name: str, private: bool = False, token: str | None = None
     """
     kind = {"repo_type": space.get("repo_type")}
     try:
-        # Pass None instead of False, which would ask for a public one. None means the default, which may be private.
+        # False would ask for a public repository. None asks for the default, which an organisation can set to private.
         repo_id = API.create_repo(name, token=token, private=private or None, exist_ok=True, **space).repo_id
         # Check that the token can write: create_repo does not check it if the repository exists.
         API.auth_check(repo_id, token=token, write=True, **kind)
