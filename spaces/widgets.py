@@ -12,8 +12,8 @@ STATUS = '<div class="status" role="status" aria-live="polite">${value}</div>'
 GALLERY = """<div class="pictures" style="--columns: ${Math.max(1, Math.min(value.length, columns))}">
 ${value.map((one) => `<figure><a href="${one.image}" download="${one.caption}.png" title="Save"><img src="${one.image}"
 alt="${one.caption}"></a><figcaption>${one.caption}</figcaption></figure>`).join("")}</div>"""
-# Options of events. Gradio's preprocessing is off, because its errors are not written for visitors: the functions of
-# the tabs check the inputs themselves. These have many positional parameters, since gradio passes inputs by position.
+# Options of events. Gradio's preprocessing is off, because its errors are not written for visitors. The functions of
+# the tabs check their inputs themselves. Gradio passes inputs by position, so they have many positional parameters.
 BUSY = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
 QUICK = {"preprocess": False, "concurrency_id": "quick", "concurrency_limit": 2, "show_progress": "hidden"}
 
@@ -53,12 +53,12 @@ def status_line(value: str) -> gr.HTML:
 
 
 def gallery(label: str, columns: int) -> gr.HTML:
-    """Return a gallery of {image, caption}, whose pictures can change in place. A click saves a picture."""
+    """Return a gallery of {image, caption}. Its pictures can change in place. A click saves a picture."""
     return gr.HTML([], html_template=GALLERY, label=label, js_on_load=None, apply_default_css=False, columns=columns)
 
 
 def image_inputs(model: Model) -> list[gr.components.Component]:
-    """Return the inputs [source, upload, drawing] for an image. The last two are visible when they are chosen."""
+    """Return the inputs [source, upload, drawing] for an image. The last two are visible only when chosen."""
     source = gr.Radio(SOURCES, value=SOURCES[0], label="Image")
     upload = gr.Image(
         label="Your image", type="filepath", sources=["upload", "clipboard"], height=240, visible="hidden"

@@ -23,8 +23,8 @@ def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
-def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for ddpm, else 50"):
-    """Add the flags of the sampler. `name` and `steps` are the help's words for the default sampler and its steps."""
+def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for ddpm, 50 for the others"):
+    """Add the flags of the sampler. `name` and `steps` are shown in --help as the defaults."""
     group = parser.add_argument_group("sampler")
     add = group.add_argument
     add("--sampler", metavar="NAME", help=f"ddpm, ddim or dpmsolver++; default: {name}")
@@ -34,21 +34,26 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
         default="trailing",
         metavar="SPACING",
         help="which timesteps the steps visit: trailing (starts at pure noise), leading (diffusers' default), "
-        "linspace, uniform or quad (both of the DDIM paper), or a list such as 999,500,0; default: trailing",
+        "linspace, uniform or quad (both from the DDIM paper), or a list such as 999,500,0; default: trailing",
     )
     add("--eta", type=float, default=0.0, help="for ddim: share of fresh noise, 0 to 1; default: 0")
     add(
         "--variance_type",
         choices=["fixed_small", "fixed_large", "learned_range"],
-        help="variance of ddpm's steps; default: the model's own for all T steps, fixed_small for fewer",
+        help="variance of ddpm's noise; default: the model's own if all T steps are taken, else fixed_small",
     )
     add("--dtype", default="float32", help="precision inside the UNet: float32, bfloat16 or float16; default: float32")
     add("--seed", type=int, default=0, help="image k uses the generator seeded with seed + k; default: 0")
     add("--class_labels", type=names, help="classes to draw in turn, e.g. cat,dog or 0,1,2; default: all")
-    add("--guidance_scale", type=float, default=1.0, help="strength of guidance towards the class; default: 1, none")
-    add("--classifier", help="guide a model without classes by this run of --objective classify, or Hub id")
+    add(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="strength of guidance towards the class; default: 1, no guidance",
+    )
+    add("--classifier", help="classifier to guide a model without classes: run of --objective classify, or Hub id")
     add_weights_flag(group)
-    add("--batch_size", type=int, default=64, help="images per process drawn together; default: 64")
+    add("--batch_size", type=int, default=64, help="images that each process draws together; default: 64")
 
 
 def add_weights_flag(parser):
@@ -56,15 +61,19 @@ def add_weights_flag(parser):
         "--weights",
         default="published",
         choices=["published", "raw"],
-        help="published: the moving average, if there is one; raw: the weights of a checkpoint before averaging",
+        help="published: the moving average, if there is one; raw: the weights of a checkpoint without averaging",
     )
 
 
 def add_repository_flags(parser, name: str):
-    """Add the flags of a repository on the Hub. `name` is the help's words for its default name."""
+    """Add the flags of a repository on the Hub. `name` is shown in --help as the default."""
     add = parser.add_argument
     add("--hub_model_id", metavar="[USER/]NAME", help=f"repository, created if it does not exist; default: {name}")
-    add("--hub_private_repo", action="store_true", help="create it as private; an existing one must be private")
+    add(
+        "--hub_private_repo",
+        action="store_true",
+        help="create the repository as private; if it exists, it must be private",
+    )
     add("--hub_token", help="Hub token; default: the token of `hf auth login`")
 
 

@@ -64,7 +64,6 @@ def reverse_gif(frames: list[torch.Tensor], path) -> Path:
 def ddim_sheets(unet, scheduler, folder, seed, *, num_images, on_step=None, class_labels=None) -> list[Path]:
     """Draw the same images by DDIM with each number of DDIM_STEPS, and write a sheet `ddim_<steps>.png` for each.
 
-
     Numbers above T are left out. The spacing is trailing: it begins at the noisiest timestep, as the samples begin as
     pure noise.
     """

@@ -15,9 +15,9 @@ from model import NO_CLASS, SAMPLERS, Model
 ENABLE = "() => ({ __type__: 'update', interactive: true })"
 
 
-# Gradio passes these by position, and their names are the names in its API.
+# Gradio passes these arguments by position. Its API uses their names.
 def generate(model: Model, number, sampler, steps, seed, class_name, guidance):
-    """Yield (gallery, status, zip): first the x_0 that the steps predict, at the end the images."""
+    """Yield (gallery, status, zip). The gallery shows the predicted x_0 while drawing, and the images at the end."""
     number, steps = whole("number of images", number, 1, MAX_IMAGES), whole("steps", steps, 1, model.T)
     sampler, seed = one_of("sampler", sampler, SAMPLERS), whole("seed", seed, 0, MAX_SEED)
     class_name = one_of("class", class_name or model.classes[0], model.classes)
@@ -55,7 +55,7 @@ def generate(model: Model, number, sampler, steps, seed, class_name, guidance):
 
 def add(model: Model):
     has_guidance = model.null_class is not None
-    cost = 8 if has_guidance else 4  # of a step for the four images that the page starts with; guidance doubles it
+    cost = 8 if has_guidance else 4  # evaluations in a step for the page's first four images, doubled by guidance
     steps, many = model.affordable_steps(cost, 50), model.affordable_steps(cost, model.T)
     with gr.Tab("Generate"), gr.Row():
         with widgets.inputs_column():

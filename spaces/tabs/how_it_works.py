@@ -23,9 +23,9 @@ noise is removed. DDPM takes many small steps and adds some fresh noise in each.
 and adds no noise."""
 
 
-# Gradio passes these by position, and their names are the names in its API.
+# Gradio passes these arguments by position. Its API uses their names.
 def forward(model: Model, source, upload, drawing, t, seed):
-    """Return (gallery, status, bar): the noisy image x_t, and the clean image that the network predicts from it."""
+    """Return (gallery, status, bar). The gallery shows x_0, x_t and the x_0 that the network predicts from x_t."""
     t, seed = whole("t", t, 0, model.T), whole("seed", seed, 0, MAX_SEED)
     x_0 = visitor_image(model, source, upload, drawing, seed)
     x_t, alpha_bar = model.forward(x_0, t, seed + 1)  # seed + 1, because `seed` drew the model's own image
