@@ -1,4 +1,4 @@
-"""The names of a run folder's files, and which of them are published."""
+"""List the names of the files in a run folder, and say which of them are published."""
 
 import re
 from pathlib import Path
@@ -6,31 +6,73 @@ from pathlib import Path
 from .community_pipelines import shipped
 
 
-# The files that a run writes, apart from checkpoints, the tracker's folder, train_config.json and the card.
-RUN_FILES = ["model_index.json", "unet", "scheduler", "classifier", "best", "evaluations", "metrics.jsonl"]
-RUN_FILES += ["samples/epoch_*.png"]
-RUN_FILES += ["figures/" + name for name in ("loss.png", "schedule.png", "forward.png", "reverse.*", "ddim_*.png")]
-# Temporary files that a killed run can leave.
-HALF_WRITTEN = [".writable.tmp", "checkpoint-*.tmp", "metrics.tmp", "train_config.tmp", ".push-*"]
+# The names of the temporary files and folders that a killed run can leave, with those of earlier versions.
+HALF_WRITTEN = re.compile(
+    r"checkpoint-\d+\.tmp|\.writable\.tmp|\.metrics\.jsonl\.tmp|\.train_config\.json\.tmp|metrics\.tmp|train_config\.tmp"
+    r"|\.saving|\.push-\w{8}"
+)
+
+
+def checkpoint_folders(output_dir) -> list[Path]:
+    """Return the folders named checkpoint-<step>, oldest first, also those that are not complete."""
+    found = Path(output_dir).glob("checkpoint-*")
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-[0-9]+", path.name)), key=step_of)
 
 
 def checkpoints(output_dir) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/state.pt")]
-    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
+    """Return the complete checkpoints of a run, oldest first.
+
+    Earlier versions removed a checkpoint file by file, so a kill could leave state.pt without the weights.
+    """
+    needed = ("state.pt", "model.safetensors", "optimizer.bin")
+    return [path for path in checkpoint_folders(output_dir) if all((path / name).is_file() for name in needed)]
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step in the name of a checkpoint."""
+    """Return the optimizer step, which the name of a checkpoint ends with."""
     return int(checkpoint.name.split("-")[1])
+
+
+def files_in(folder: str | Path, patterns: list[str]) -> list[Path]:
+    """Return the files of a folder that patterns name, in the order of the patterns. No link is followed.
+
+    Args:
+        folder: may itself be a link, but what is in it may not.
+        patterns: paths in the folder. In the name of a file `#` is any number, and `*` any name without a dot first.
+    """
+    root = Path(folder).resolve()
+    found = []
+    for pattern in map(Path, patterns):
+        name = re.escape(pattern.name).replace(r"\#", "[0-9]+").replace(r"\*", "[^.].*")
+        parent = Path(folder, pattern.parent)
+        for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+            # Resolving gives another path if the file, or a folder on the way to it, is a link.
+            is_real = path.is_file() and path.resolve() == root / pattern.parent / path.name
+            if re.fullmatch(name, path.name) and is_real:
+                found.append(path)
+    return found
+
+
+# The files of a network that a run writes; the index first, so that an incomplete pipeline has none.
+SAVED = ["model_index.json", "scheduler/scheduler_config.json", "classifier/classifier.py"]
+SAVED += [f"{part}/config.json" for part in ("unet", "classifier")]
+SAVED += [f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "classifier")]
+SAVED += [f"{part}/diffusion_pytorch_model-#-of-#.safetensors" for part in ("unet", "classifier")]  # in shards
+SAVED += [f"{part}/diffusion_pytorch_model.safetensors.index.json" for part in ("unet", "classifier")]
+# The files that a run replaces in a folder of an earlier run: all that it writes, apart from checkpoints, records, the
+# tracker's files, train_config.json, the card and the pipeline's code.
+RUN_FILES = [*SAVED, *("best/" + name for name in [*SAVED, "class_guided.py"]), "metrics.jsonl", "samples/epoch_#.png"]
+RUN_FILES += ["figures/" + name for name in ("loss.png", "schedule.png", "forward.png", "reverse.png", "reverse.gif")]
+RUN_FILES += ["figures/ddim_#.png"]
 
 
 # Only these files are published. Checkpoints, the tracker's logs and the user's own files are not.
 PUBLISHED = ["model_index.json", "unet", "scheduler", "README.md", "train_config.json", "metrics.jsonl", "samples"]
 PUBLISHED += ["figures", "evaluations", "best", "classifier"]
 PUBLISHED += sorted(path.name for path in shipped("pipelines").glob("*.py"))
-PUBLISHED += ["class_conditional.py", "classifier_guided.py"]  # earlier versions saved these, not class_guided.py
-# These show training images, which the user may not be allowed to publish.
+PUBLISHED += ["class_conditional.py", "classifier_guided.py"]  # from before class_guided.py
+# These files show training images, and the user may not have the right to publish those.
 PRIVATE = ["evaluations/*.png", "figures/forward.png"]
-# An export copies these, which say how the model was trained and how good it is, but not `best/` and checkpoints.
+# An export copies these files, because they say how the model was trained and how good it is. It does not copy `best/`
+# and checkpoints.
 RECORDS = ["train_config.json", "metrics.jsonl", "samples", "figures", "evaluations"]

@@ -18,7 +18,7 @@ from checks import Refused, request_seconds
 
 
 MODEL = os.environ.get("DDPM_MODEL")
-if not MODEL:  # before the imports below, which take seconds
+if not MODEL:  # checked before the imports below, because they take seconds
     print("DDPM_MODEL is not set: give a model, e.g. DDPM_MODEL=runs/digits python spaces/app.py.", file=sys.stderr)
     sys.exit(2)
 PORT = os.environ.get("GRADIO_SERVER_PORT", "7860")
@@ -50,7 +50,7 @@ logger = logging.getLogger("ddpm_hf.space")
 
 
 class Page(gr.Blocks):
-    """Blocks that report every failure to the visitor in one sentence. Details of unexpected ones go to the log."""
+    """Blocks that report every failure to the visitor in one sentence. Details of unexpected failures are logged."""
 
     async def process_api(self, *args, **kwargs):
         try:
@@ -100,7 +100,7 @@ class BoundedRequests:
 
 
 def head(model: Model) -> str:
-    """Return HTML with the name of the model, linked if it is on the Hub, and facts about it."""
+    """Return HTML with the model's name and facts. The name of a model on the Hub is a link."""
     name, (height, width) = html.escape(model.name), model.size
     title = f'<a href="{model.url}" target="_blank" rel="noopener">{name}</a>' if model.url else name
     facts = [
@@ -113,7 +113,7 @@ def head(model: Model) -> str:
 
 
 def build(model: Model) -> Page:
-    """Return the whole page. Gradio deletes its files after half an hour."""
+    """Return the whole page. Gradio deletes the files made for visitors after half an hour."""
     title = f"{model.name}: images from noise"
     with Page(title=title, analytics_enabled=False, delete_cache=(300, 1800)) as page:
         gr.HTML(head(model), elem_classes="head", apply_default_css=False)

@@ -29,7 +29,10 @@ FILES += ["unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
 
 
 class Model:
-    """A model with the pipeline that draws, class_guided.py, and the one that restores, or None if it cannot."""
+    """A model and its two pipelines: one draws images (class_guided.py), the other restores them.
+
+    `restoration` is None if the model cannot restore images.
+    """
 
     def __init__(self, name: str, url: str | None, pipeline):
         self.name, self.url, self.pipeline = name, url, pipeline
@@ -49,7 +52,7 @@ class Model:
 
     @property
     def classes(self) -> list[str]:
-        """The classes that a visitor can choose, [""] if the model has none."""
+        """The classes that a visitor can choose. It is [""] if the model has no classes."""
         more = [NO_CLASS] if self.null_class is not None else []
         return [IN_TURN, *self.labels, *more] if self.labels else [""]
 
@@ -63,9 +66,9 @@ class Model:
 
     @cached_property
     def max_evaluations(self) -> int:
-        """The number of UNet evaluations, each of one image, that a request may take.
+        """The number of UNet evaluations, each of one image, that a request may use.
 
-        It is measured: as many as this machine does in DDPM_REQUEST_SECONDS, rounded down to two digits.
+        It is how many this machine can do in DDPM_REQUEST_SECONDS. This is measured, and rounded down to two digits.
         """
         labels, ends = self.class_numbers(IN_TURN, 4), [time.perf_counter()]
         for x_0 in self.draw(range(4), "DDIM", min(4, self.T), labels):
@@ -78,18 +81,18 @@ class Model:
         return evaluations // digits * digits
 
     def affordable_steps(self, number: int, wanted: int) -> int:
-        """Return `wanted` steps for `number` images, or as many as one request may take; at least 1."""
+        """Return the steps for `number` images: `wanted`, or as many as one request may use. At least 1."""
         return max(1, min(wanted, self.T, self.max_evaluations // number))
 
     def draw(self, seeds, sampler: str, steps: int, labels=None, guidance_scale=1.0) -> Iterator[torch.Tensor]:
-        """Draw one image per seed. Yield the x_0 (B, C, H, W) that each step predicts; the last is the result."""
+        """Draw one image per seed. Yield the x_0 (B, C, H, W) that each step predicts. The last x_0 is the result."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         options = {"generator": generators, "num_images": len(seeds) if labels is None else None}
         for _, _, tensors in self.pipeline.steps(labels, guidance_scale, sampler.lower(), steps, **options):
             yield tensors["pred_original_sample"]
 
     def draw_frames(self, *arguments) -> Iterator[tuple[int, torch.Tensor]]:
-        """Draw, and yield (step, x_0) every FRAME_SECONDS and at the last step. Steps count from 1."""
+        """Draw, but yield (step, x_0) only every FRAME_SECONDS and at the last step. Steps count from 1."""
         shown, frame = time.perf_counter(), None
         for i, x_0 in enumerate(self.draw(*arguments), 1):
             frame = i, x_0
@@ -106,13 +109,13 @@ class Model:
         return x_0.cpu()
 
     def forward(self, x_0: torch.Tensor, t: int, seed: int) -> tuple[torch.Tensor, float]:
-        """Add noise to x_0 in [-1, 1]; return x_t (1, C, H, W), which is x_0 at t = 0, and alpha_bar_t."""
+        """Add noise to x_0 in [-1, 1]. Return (x_t, alpha_bar_t). x_t (1, C, H, W) equals x_0 at t = 0."""
         alpha_bar = self.scheduler.alphas_cumprod[t - 1].item() if t else 1.0
         noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
         return alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * noise, alpha_bar
 
     def guess(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        """Return the clean image (1, C, H, W) that the network predicts from x_t, without a class. t is 1 to T."""
+        """Return the clean image (1, C, H, W) that the network predicts without a class from x_t, t from 1 to T."""
         return self.pipeline.predict(x.to(self.unet.device), t - 1).cpu()
 
 
@@ -195,7 +198,10 @@ def _check_size(config: dict):
 
 
 def community_pipeline(name: str):
-    """Return a file of pipelines/ as a module. A Space has that folder in this one, a checkout next to it."""
+    """Import a file of pipelines/ and return the module.
+
+    In a Space, pipelines/ is inside this folder. In a source tree, it is next to this folder.
+    """
     folder = next(folder for folder in (HERE / "pipelines", HERE.parent / "pipelines") if folder.is_dir())
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

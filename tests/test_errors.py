@@ -81,7 +81,7 @@ BAD = {
     "hybrid of a fixed variance": ([*TINY, "--objective=hybrid"], "--objective hybrid trains a learned variance"),
     "simple with a learned one": (
         [*TINY, "--objective=simple", "--variance_type=learned_range"],
-        "is not trained by --objective simple: give hybrid or vlb",
+        "--objective simple does not train --variance_type learned_range: give hybrid or vlb",
     ),
     "weighted bound": ([*TINY, "--objective=vlb", "--snr_gamma=5"], "--objective vlb cannot be combined with"),
     "bound of another distance": (
@@ -153,7 +153,7 @@ BAD = {
     "damaged checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-4"], "is damaged"),
     "checkpoint of another folder into a full one": (
         [*TINY, "--output_dir={root}/mine", "--resume_from_checkpoint={root}/run/checkpoint-2"],
-        "belongs to another folder",
+        "is from another run folder",
     ),
     "no such checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-9"], "is not a complete checkpoint"),
     "half a checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-3"], "is not a complete checkpoint"),

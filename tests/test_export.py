@@ -78,9 +78,9 @@ def test_a_plain_export_is_stock_unless_asked_and_brings_its_records(guidance_mo
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["plain", "conditional"], "conditional is there already"),
+        (["plain", "conditional"], "conditional already exists"),
         (["plain", "new", "--pipeline=class_guided"], "does not suit this model: choose from restoration,"),
-        (["conditional", "new", "--classifier=classifier"], "this one is conditional"),
+        (["conditional", "new", "--classifier=classifier"], "this model is conditional"),
         (["plain", "new", "--classifier=plain"], "has no classifier"),
     ],
 )

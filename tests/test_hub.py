@@ -146,7 +146,7 @@ hub.API.endpoint = "http://127.0.0.1:9"
 attempt("unreachable", "digits-run")
 """,
     )
-    log_in = "log in with `hf auth login`, or give --hub_token a token that may write there."
+    log_in = "log in with `hf auth login`, or give a --hub_token with write access to this repository."
     later = "check the network, or train without a push and push later."
     assert printed == [
         f"unknown token: cannot push to 'me/a' on {hub.url} (401 Unauthorized): {log_in}",
@@ -349,4 +349,4 @@ def test_what_cannot_be_published_is_refused(argv, capsys):
         main(argv)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
-    assert ("a Space cannot see this disk: push it first" if argv[0] == "push-space" else "has no model") in error
+    assert ("cannot see this disk: push the model first" if argv[0] == "push-space" else "has no model") in error
