@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from PIL import Image
-from skimage import restoration
 
 from ddpm_hf.randomness import keyed_generator
 
@@ -56,12 +55,16 @@ def rows(side: int, channels: int, with_bm3d: bool) -> list[Row]:
 
 
 def non_local_means(image, known, strength, patch_size):
+    from skimage import restoration
+
     sigma = known["noise_level"]
     options = dict(patch_size=patch_size, patch_distance=11, fast_mode=False, channel_axis=-1)
     return restoration.denoise_nl_means(image, h=strength * sigma, sigma=sigma, **options).reshape(image.shape)
 
 
 def total_variation(image, known, strength):
+    from skimage import restoration
+
     return restoration.denoise_tv_chambolle(image, strength * known["noise_level"], channel_axis=-1)
 
 
@@ -74,6 +77,8 @@ def bm3d(image, known, strength):
 
 
 def biharmonic(image, known):
+    from skimage import restoration
+
     return restoration.inpaint_biharmonic(image, known["mask"].numpy(), channel_axis=-1)
 
 
@@ -100,14 +105,20 @@ def deconvolution(method):
 
 
 def unsupervised_wiener(plane, kernel):
+    from skimage import restoration
+
     return restoration.unsupervised_wiener(plane, kernel, clip=False, rng=0)[0]
 
 
 def wiener(plane, kernel, balance):
+    from skimage import restoration
+
     return restoration.wiener(plane, kernel, balance, clip=False)
 
 
 def richardson_lucy(plane, kernel, num_iter):
+    from skimage import restoration
+
     return restoration.richardson_lucy(plane.clip(0), kernel, num_iter, clip=False)
 
 

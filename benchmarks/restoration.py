@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from classical_restoration import CLASSICAL, DIFFUSION, Row, rows
 from PIL import Image, ImageDraw, ImageFont
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm.auto import tqdm
 
 from ddpm_hf.config.training_config import TrainingConfig
@@ -44,6 +43,8 @@ COLUMNS = ["degradation", "method", "PSNR, dB", "less best classical", "SSIM", "
 
 def scores(truth: np.ndarray, result: np.ndarray) -> tuple[float, float]:
     """Return PSNR in dB and SSIM of one image (H, W, C)."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
     result = result.clip(0, 1)
     window = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     return (

@@ -7,7 +7,7 @@
     print(ddpm_hf.evaluate(run.folder, suite="smoke"))
 
 Every name is imported when it is first used (PEP 562), so that `import ddpm_hf` and `--help` need no torch.
-docs/python_api.md describes them all.
+docs/python_api.md describes all of these names.
 """
 
 from importlib import import_module
@@ -16,7 +16,7 @@ from .errors import UserError as UserError
 
 
 __version__ = "0.1.0"
-# The public names: the module that each is in, and what it is called there.
+# Each public name, with the module that defines it and its name in that module.
 _PUBLIC = {
     "TrainingConfig": ("config.training_config", "TrainingConfig"),
     "PRESETS": ("config.presets", "PRESETS"),

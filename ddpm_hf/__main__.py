@@ -9,6 +9,7 @@ from . import __version__
 from .commands import COMMANDS
 from .commands.flags import Parser
 from .errors import UserError, no_such
+from .output import drop_failing_output
 from .provenance import program
 
 
@@ -18,7 +19,7 @@ def module_of(command: str):
 
 
 def parse(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    """Return the flags of a command line, and its `command` and `prog`, the name at the start of its errors.
+    """Return the flags of a command line, with `command` and `prog`, the program name that begins error messages.
 
     Exits with code 2 on bad input, and with code 0 after --help and --version.
     """
@@ -38,13 +39,13 @@ def parse(argv: list[str] | None = None, prog: str | None = None) -> argparse.Na
 
 
 def refuse(words: list[str]):
-    """Answer --help or --version, or report that the first word is not a command. Then exit."""
+    """Answer --help or --version, or print that the first word is not a command. Then exit."""
     listing = [f"  {command:11} {module_of(command).__doc__.partition(chr(10))[0]}" for command in COMMANDS]
     parser = Parser(
         program(),
         "\n".join([__doc__, "", "commands:", *listing]),
         usage="%(prog)s COMMAND [flags]",
-        epilog="%(prog)s COMMAND --help shows the flags of a command and examples.",
+        epilog="%(prog)s COMMAND --help shows examples and the flags of a command.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     if words and not words[0].startswith("-"):
@@ -55,11 +56,12 @@ def refuse(words: list[str]):
 
 def main(argv: list[str] | None = None, prog: str | None = None):
     """Run a command line. Exits with code 2 after a UserError, and with code 130 after Ctrl-C."""
+    drop_failing_output()
     arguments = parse(argv, prog)
     try:
         module_of(arguments.command).run(arguments)
     except UserError as error:
-        if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else process 0 prints it
+        if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else only process 0 prints it
             print(f"{arguments.prog}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -7,7 +7,10 @@ from types import ModuleType
 
 
 def shipped(folder: str) -> Path:
-    """Return our folder `pipelines` or `spaces`: inside an installed package, next to the package in a source tree."""
+    """Return the path of our folder `pipelines` or `spaces`.
+
+    In an installation it is inside the package; in a source tree it is next to the package.
+    """
     here = Path(__file__).parent
     return here / folder if (here / folder).is_dir() else here.parent / folder
 
@@ -18,7 +21,7 @@ def pipeline_file(name: str) -> Path:
 
 
 def pipeline_module(name: str) -> ModuleType:
-    """Return the module of our community pipeline `name`. It is loaded once, so rows added to its tables stay."""
+    """Return the module of our community pipeline `name`. It is loaded only once, so its tables keep added entries."""
     module_name = f"{__package__}_pipeline_{name}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, pipeline_file(name))

@@ -1,4 +1,4 @@
-"""The exception that users see as one sentence, and phrases that several parsers share."""
+"""Define the exception that users see as one sentence, and the phrases that several parsers share."""
 
 import re
 
@@ -6,7 +6,7 @@ import re
 class UserError(ValueError):
     """An error that the user can correct, in one sentence: what was given, what is wanted, what to do.
 
-    Commands print the sentence and exit with code 2. In Python it is a `ValueError`.
+    Commands print the sentence and exit with code 2. Python code can catch the error as a `ValueError`.
 
     Example:
         >>> ddpm_hf.TrainingConfig(dataset_name="digits", train_batch_size=0)
@@ -18,7 +18,7 @@ class UserError(ValueError):
 
 
 def suggestion(word: str, known) -> str:
-    """Return advice for a mistyped `word`: the closest name in `known`, or all names, or --help if there are many."""
+    """Return advice for a mistyped `word`: the closest name in `known`, else all names, or --help if they are many."""
     import difflib  # imported here to keep `import ddpm_hf` fast
 
     if close := difflib.get_close_matches(word, known, n=1):
@@ -32,11 +32,11 @@ def no_such(kind: str, word: str, known) -> str:
 
 
 def no_such_flag(word: str, known) -> str:
-    """Return the sentence for a flag that is not in `known`, without the flag's value, which may be a token."""
+    """Return the sentence for a flag that is not in `known`. It leaves out the flag's value, which may be a token."""
     return no_such("flag", re.split(r"[=\s]", word)[0], known)
 
 
 def one_sentence(message: str) -> str:
-    """Return an argparse message as one line that ends in what to do, with the Hub's access tokens masked."""
+    """Return an argparse message as one line that ends with what to do. Access tokens of the Hub are masked."""
     message = re.sub(r"\bhf_\w+", "hf_***", " ".join(message.split()))
     return message if message.endswith((".", "?")) else f"{message}; see --help."

@@ -1,4 +1,4 @@
-"""Write files completely or not at all, and read JSON with its type checked."""
+"""Write files completely or not at all. Read JSON files and check their type."""
 
 import contextlib
 import json
@@ -11,23 +11,24 @@ from .errors import UserError
 
 
 @contextlib.contextmanager
-def writing(what: str, path):
-    """Turn the errors of a full disk or a read-only folder into a UserError, inside a `with` block that writes."""
+def writing(what: str, path, *, also: tuple = ()):
+    """Turn the errors of a full disk or a read-only folder into a UserError, inside a `with` block that writes.
+
+    Args:
+        also: more exceptions that mean a failed write. torch.save raises a bare RuntimeError, whose text differs
+            between versions, so a block that calls it, and computes nothing, gives RuntimeError.
+    """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, *also) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"{what} could not be written to {path} ({error}): free some space or allow writing."
+            f"{what} could not be written to {path} ({reason}): free some space or allow writing."
         ) from error
-    except RuntimeError as error:
-        # torch.save reports a failed write as a bare RuntimeError, see pytorch/pytorch#112190.
-        if "PytorchStreamWriter" not in str(error) and "iostream" not in str(error):
-            raise
-        raise UserError(f"{what} could not be written to {path} (disk full?): free some space.") from error
 
 
 def write_beside(path: Path, write):
-    """Call `write(temporary path)`, then rename that file to `path`, so that a kill leaves no incomplete file."""
+    """Call `write(temporary path)`, then rename that file to `path`. A kill thus leaves no incomplete `path`."""
     partial = path.with_name(f".{path.name}.tmp")
     write(partial)
     partial.replace(path)
@@ -42,7 +43,7 @@ def remove(path: Path):
 
 
 def read_json(path: Path, *, like: type = dict, missing=None):
-    """Return the content of a JSON file, or `missing`, if that is given and there is no such file.
+    """Return the content of a JSON file. If there is no such file, return `missing`, if that is given.
 
     Raises:
         UserError: for a file that cannot be read, or whose content is not of the type `like` (dict or list).
@@ -52,12 +53,23 @@ def read_json(path: Path, *, like: type = dict, missing=None):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): give another or a complete file.") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}): give a complete JSON file.") from error
     if not isinstance(content, like):
-        raise UserError(f"{path} holds a {type(content).__name__}, not a {like.__name__}: give another file.")
+        raise UserError(f"{path} contains a JSON {type(content).__name__}, not a {like.__name__}: give another file.")
     return content
 
 
 def write_json(path: Path, content):
     """Write JSON with an indent of two spaces, completely or not at all."""
     write_beside(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_npz(path: Path, **arrays):
+    """Write arrays as .npz, completely or not at all."""
+    import numpy as np  # imported here, because `--help` needs this file and no arrays
+
+    def save(partial):
+        with open(partial, "wb") as file:  # numpy would append .npz to a name
+            np.savez(file, **arrays)
+
+    write_beside(path, save)

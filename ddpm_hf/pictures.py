@@ -15,13 +15,13 @@ GAP = 4  # white pixels between images
 
 
 def save_picture(write, path, **options) -> Path:
-    """Write a picture under a temporary name, then rename it, so that a kill leaves no half picture; return the path.
+    """Write a picture to `path` and return the path. A kill leaves no half-written picture there.
 
-    `write(path, format=..., **options)` is e.g. the `save` method of a PIL image.
+    `write(path, format=..., **options)` writes the file. It is e.g. the `save` method of a PIL image.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The temporary name has no extension to take the format from.
+    # Give the format, because the temporary name has no extension that would tell it.
     write_beside(path, partial(write, format=path.suffix[1:], **options))
     return path
 
@@ -34,7 +34,8 @@ def evenly(items: list, most: int) -> list:
 def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     """Scale uint8 images (N, C, H, W) by a whole factor so that the longer side is at most `size` pixels.
 
-    Enlarging repeats pixels, so that a pixel stays a square. Reducing averages squares of pixels.
+    To enlarge, each pixel is repeated to fill a square. To reduce, each square block of pixels is replaced by its
+    mean.
     """
     side = max(images.shape[-2:])
     if side > size:
@@ -43,13 +44,13 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def near_square(count: int) -> int:
-    """Return the columns of a sheet of `count` images: nearly as many as rows, without a gap if that is possible."""
+    """Return how many columns to use for `count` images: about as many as rows, and without a gap if possible."""
     root = math.ceil(count**0.5)
     return next((columns for columns in range(root, 2 * root) if count % columns == 0), root)
 
 
 def tile(images: torch.Tensor, columns: int) -> Image.Image:
-    """Return uint8 images (N, C, H, W) laid out in rows on white, as a picture of mode L or RGB."""
+    """Lay out uint8 images (N, C, H, W) in rows on white, and return this picture, of mode L or RGB."""
     count, channels, height, width = images.shape
     size = math.ceil(count / columns) * (height + GAP) - GAP, columns * (width + GAP) - GAP
     canvas = np.full((*size, channels), 255, dtype=np.uint8)
@@ -60,26 +61,25 @@ def tile(images: torch.Tensor, columns: int) -> Image.Image:
 
 
 def image_sheet(images: torch.Tensor, path, columns: int | None = None) -> Path:
-    """Write uint8 images (N, C, H, W), C = 1 or 3, as a sheet and return its path; it is near-square by default."""
+    """Write uint8 images (N, C, H, W), C = 1 or 3, as one sheet, by default nearly square. Return the sheet's path."""
     big = resize(images, max(128, *images.shape[-2:]))
     return save_picture(tile(big, columns or near_square(len(big))).save, path, optimize=True)
 
 
-def frame(image: Image.Image | None, side: int) -> torch.Tensor:
-    """Return a white square, uint8 (3, side, side), with the image (if any) in its middle.
+def frame(image: Image.Image, side: int) -> torch.Tensor:
+    """Return a white square, uint8 (3, side, side), with the image in its middle.
 
     The image is enlarged by the largest whole factor that fits.
     """
     square = Image.new("RGB", (side, side), "white")
-    if image is not None:
-        factor = side // max(image.size)
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    factor = side // max(image.size)
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 def strip(rows: list[torch.Tensor], column_labels: list[str], row_labels: list[str], path) -> Path:
-    """Write rows of uint8 images (K, C, H, W) with K labels above and one left of each row; return the path."""
+    """Write rows of uint8 images (K, C, H, W), with K labels above and a label left of each row. Return the path."""
     rows = [resize(row, 128) for row in rows]
     body = tile(torch.cat(rows), len(column_labels))
     font = ImageFont.load_default(18)
@@ -96,7 +96,7 @@ def strip(rows: list[torch.Tensor], column_labels: list[str], row_labels: list[s
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Return images in [-1, 1] as uint8 of the same shape and device, rounded to the nearest level and clamped."""
+    """Return images in [-1, 1] as uint8, rounded to the nearest level and clamped; shape and device stay the same."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -1,23 +1,24 @@
 """Start and check the processes of this launch."""
 
 import os
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 
 from .errors import UserError
 
 
 def start_processes():
-    """Connect the processes of this launch, so that PartialState knows them.
+    """Connect the processes of this launch, so that PartialState knows about all of them.
 
     Raises:
-        UserError: as `check_processes`.
+        UserError: for the same reasons as in `check_processes`.
     """
     # Create an Accelerator, because PartialState alone does not read ACCELERATE_USE_CPU. The timeout is two hours,
-    # because processes may wait that long for another one's scores.
+    # because processes may wait that long while another process computes scores.
     Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
     check_processes()
 
@@ -26,8 +27,8 @@ def check_processes():
     """Refuse a launch that would silently go wrong.
 
     Raises:
-        UserError: if the processes are not connected, so that each would do all the work; or if the model is sharded,
-            because we save, average and sample whole networks.
+        UserError: if the processes are not connected, because each would then do all the work. Also if the model is
+            sharded, because we save, average and sample whole networks.
     """
     launched = int(os.environ.get("WORLD_SIZE", 1))
     kind = PartialState().distributed_type
@@ -39,8 +40,13 @@ def check_processes():
         )
 
 
+def gather_in_order(numbers: Iterable[int], values: Iterable) -> list:
+    """Return the values of all processes on every process, in the order of their numbers. Every process calls this."""
+    return [value for _, value in sorted(gather_object(list(zip(numbers, values))), key=lambda pair: pair[0])]
+
+
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16 matrices in hardware; if not, autocast makes training slower."""
+    """Return whether a device multiplies bfloat16 matrices in hardware. If not, autocast would slow training down."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # The public torch.cpu.get_capabilities() is missing in the oldest torch that we support.

@@ -1,4 +1,4 @@
-"""Where a result comes from: the command line, the versions and the commit, without tokens and local paths."""
+"""Record where a result comes from: the command line, the versions and the commit, without tokens and local paths."""
 
 import shlex
 import subprocess
@@ -14,7 +14,7 @@ PACKAGES = ["ddpm_hf", "torch", "diffusers", "accelerate", "datasets", "transfor
 
 
 def program() -> str:
-    """Return `python -m ddpm_hf` if this process was started so, else `ddpm_hf`."""
+    """Return how this program was started: `python -m ddpm_hf` or `ddpm_hf`."""
     return "python -m ddpm_hf" if Path(sys.argv[0]).parts[-2:] == ("ddpm_hf", "__main__.py") else "ddpm_hf"
 
 
@@ -27,12 +27,15 @@ def command() -> str:
 
 
 def version(package: str) -> str:
-    """Return the version of an installed package, or of this package, which may run without being installed."""
+    """Return the version of an installed package. `ddpm_hf` itself may also run without being installed."""
     return __version__ if package == "ddpm_hf" else metadata.version(package)
 
 
 def without_paths(value):
-    """Return JSON values or arguments with local paths (absolute, or beginning with `..` or `~`) cut to their name."""
+    """Return JSON values or arguments in which each local path is cut to its last part, the file name.
+
+    A local path is absolute, or begins with `..` or `~`.
+    """
     if isinstance(value, dict):
         return {key: without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -46,7 +49,7 @@ def without_paths(value):
 
 
 def hide_paths(folder: Path):
-    """Rewrite the JSON files of a folder, and of the folders in it, without paths of this machine."""
+    """Remove the paths of this machine from the JSON files of a folder and of the folders in it."""
     for path in folder.rglob("*.json"):
         content = read_json(path)
         # diffusers notes in a network's config where it was loaded from.
@@ -70,7 +73,7 @@ def without_token(words: list[str]) -> list[str]:
 
 
 def git_commit() -> str | None:
-    """Return the commit of this package's source tree, or None for an installed package or without git."""
+    """Return the commit of this package's source tree; None if the package is installed or git is missing."""
 
     def git(*words):
         answer = subprocess.run(

@@ -1,4 +1,4 @@
-"""The names of a run folder's files, and which of them are published."""
+"""List the names of the files in a run folder, and say which of them are published."""
 
 import re
 from pathlib import Path
@@ -6,22 +6,30 @@ from pathlib import Path
 from .community_pipelines import shipped
 
 
-# The files that a run writes, apart from checkpoints, the tracker's folder, train_config.json and the card.
-RUN_FILES = ["model_index.json", "unet", "scheduler", "classifier", "best", "evaluations", "metrics.jsonl"]
-RUN_FILES += ["samples/epoch_*.png"]
-RUN_FILES += ["figures/" + name for name in ("loss.png", "schedule.png", "forward.png", "reverse.*", "ddim_*.png")]
-# Temporary files that a killed run can leave.
-HALF_WRITTEN = [".writable.tmp", "checkpoint-*.tmp", "metrics.tmp", "train_config.tmp", ".push-*"]
+# The names of the temporary files and folders that a killed run can leave, with those of earlier versions.
+HALF_WRITTEN = re.compile(
+    r"checkpoint-\d+\.tmp|\.writable\.tmp|\.metrics\.jsonl\.tmp|\.train_config\.json\.tmp|metrics\.tmp|train_config\.tmp"
+    r"|\.saving|\.push-\w{8}"
+)
+
+
+def checkpoint_folders(output_dir) -> list[Path]:
+    """Return the folders named checkpoint-<step>, oldest first, also those that are not complete."""
+    found = Path(output_dir).glob("checkpoint-*")
+    return sorted((path for path in found if re.fullmatch(r"checkpoint-[0-9]+", path.name)), key=step_of)
 
 
 def checkpoints(output_dir) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    found = [path.parent for path in Path(output_dir).glob("checkpoint-*/state.pt")]
-    return sorted((path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
+    """Return the complete checkpoints of a run, oldest first.
+
+    Earlier versions removed a checkpoint file by file, so a kill could leave state.pt without the weights.
+    """
+    needed = ("state.pt", "model.safetensors", "optimizer.bin")
+    return [path for path in checkpoint_folders(output_dir) if all((path / name).is_file() for name in needed)]
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step in the name of a checkpoint."""
+    """Return the optimizer step, which the name of a checkpoint ends with."""
     return int(checkpoint.name.split("-")[1])
 
 
@@ -47,14 +55,21 @@ def files_in(folder: str | Path, patterns: list[str]) -> list[Path]:
 
 WEIGHTS = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"]
 WEIGHTS += ["diffusion_pytorch_model-#-of-#.safetensors"]  # in shards
+# The index comes first, so that a pipeline that is removed in part has none.
 PIPELINE = ["model_index.json", "scheduler/scheduler_config.json"]
 PIPELINE += ["unet/" + name for name in ("config.json", *WEIGHTS)]
-PIPELINE += sorted(path.name for path in shipped("pipelines").glob("*.py"))
-PIPELINE += ["class_conditional.py", "classifier_guided.py"]  # earlier versions saved these, not class_guided.py
 CLASSIFIER = ["classifier/" + name for name in ("config.json", "classifier.py", *WEIGHTS)]
-# What says how the model was trained and how good it is. An export copies it, but not best/. Pictures of training
-# images, figures/forward.png and evaluations/*.png, are not here: the user may not be allowed to publish them.
-RECORDS = ["train_config.json", "metrics.jsonl", "samples/epoch_#.png", "evaluations/*.json"]
-RECORDS += ["figures/" + name for name in ("loss.png", "schedule.png", "reverse.png", "reverse.gif", "ddim_#.png")]
+CODE = sorted(path.name for path in shipped("pipelines").glob("*.py"))
+CODE += ["class_conditional.py", "classifier_guided.py"]  # earlier versions saved these, not class_guided.py
+FIGURES = ["figures/" + name for name in ("loss.png", "schedule.png", "reverse.png", "reverse.gif", "ddim_#.png")]
+# The files that a run replaces in a folder of an earlier run: all that it writes, apart from checkpoints, records, the
+# tracker's files, train_config.json, the card and the pipeline's code.
+RUN_FILES = [*PIPELINE, *CLASSIFIER, *("best/" + name for name in (*PIPELINE, *CLASSIFIER, "class_guided.py"))]
+RUN_FILES += ["metrics.jsonl", "samples/epoch_#.png", "figures/forward.png", *FIGURES]
+# These files say how the model was trained and how good it is. An export copies them, but not best/. Pictures of
+# training images, figures/forward.png and evaluations/*.png, are not here: the user may not have the right to publish
+# them.
+RECORDS = ["train_config.json", "metrics.jsonl", "samples/epoch_#.png", "evaluations/*.json", *FIGURES]
 # Only these files are published. Checkpoints, the tracker's logs and the user's own files are not.
-PUBLISHED = [*PIPELINE, *CLASSIFIER, "README.md", *RECORDS, *("best/" + name for name in (*PIPELINE, *CLASSIFIER))]
+PUBLISHED = [*PIPELINE, *CODE, *CLASSIFIER, "README.md", *RECORDS]
+PUBLISHED += ["best/" + name for name in (*PIPELINE, *CODE, *CLASSIFIER)]

@@ -18,32 +18,32 @@ TITLES = {
     "Tables to add to": ["SAMPLERS", "METRICS", "OBJECTIVES"],
     "Errors": ["UserError"],
 }
-# What dicts have no docstring to say.
+# The texts for the public dicts, because a dict has no docstring.
 TABLES = {
     "PRESETS": "The recipes: name -> `Preset(about, flags)`. `TrainingConfig.from_preset(name)` and `--preset` read "
-    "them. A preset of your own is one more entry.",
+    "this table. Add an entry to define your own preset.",
     "SAMPLERS": "Name -> `function(scheduler, step, *, settings)` that returns the mean of the next image and its "
-    "standard deviation (None: no noise is drawn). `ddpm_hf/sampling/samplers.py` has `Step`, and ddpm, ddim and "
-    "dpmsolver++.",
-    "METRICS": "Name -> `Metric(function, extractor, suits, hub_names)`; the function takes a `Look` and returns "
-    "entries of the record. See `ddpm_hf/evaluation/metrics.py`.",
-    "OBJECTIVES": "Name -> `function(scheduler, *, loss_type, snr_gamma)` that returns a loss: `loss(model, batch)` "
+    "standard deviation (None: no noise is drawn). `ddpm_hf/sampling/samplers.py` defines `Step` and the samplers "
+    "ddpm, ddim and dpmsolver++.",
+    "METRICS": "Name -> `Metric(function, extractor, suits, hub_names)`. The function takes a `Look` and returns "
+    "entries for the record. See `ddpm_hf/evaluation/metrics.py`.",
+    "OBJECTIVES": "Name -> `function(scheduler, *, loss_type, snr_gamma)` that returns a loss. `loss(model, batch)` "
     "gives one number per image. See `ddpm_hf/diffusion/losses.py`.",
 }
 INTRODUCTION = """# ddpm_hf in Python
 
-All that the commands do can be called from Python, in a script or in a notebook. This page is made from the docstrings
-by `python docs/make_python_api.py`; the examples are run by the tests.
+Everything that the commands do can also be called from Python, in a script or in a notebook.
+`python docs/make_python_api.py` makes this page from the docstrings, and the tests run the examples.
 
 ```python
 import ddpm_hf
 
-# Train: a preset and what you want to differ. `digits` needs no network; this takes two minutes on a CPU.
+# Train: take a preset and change some flags. `digits` needs no network and takes two minutes on a CPU.
 config = ddpm_hf.TrainingConfig.from_preset("digits", output_dir="runs/digits")
 run = ddpm_hf.train(config)
 print(run.losses["loss"], run.folder)
 
-# Draw: image k is the same image, however many are drawn.
+# Draw: image k is always the same image, however many images are drawn.
 images = ddpm_hf.sample(run.folder, 16, "ddim", num_inference_steps=50, seed=0)
 images[0].save("digit.png")
 
@@ -52,24 +52,24 @@ result = ddpm_hf.evaluate(run.folder, metrics=["bits_per_dim", "memorization"], 
 print(result)
 print(result.scores["bits_per_dim"])
 
-# Restore: images with noise, holes, few pixels, no colour or blur.
+# Restore: remove noise or blur, fill holes, add pixels or colours.
 clean = ddpm_hf.restore(run.folder, images, task="denoise")
 
-# Anybody can load it: stock diffusers, nothing of ours.
+# Anybody can load the model with stock diffusers alone, without ddpm_hf.
 from diffusers import DDPMPipeline
 
 pipeline = DDPMPipeline.from_pretrained(run.folder)
 ```
 
-Names with a slash, such as `me/ddpm-mnist`, are Hub ids wherever a model is asked for. Bad input raises
-`ddpm_hf.UserError`, a `ValueError` of one sentence. Progress bars work in notebooks. Ctrl-C while training writes a
-checkpoint and returns the run so far, with `finished=False`; the same config with `resume_from_checkpoint="latest"`
-goes on exactly where it was.
+Wherever a model is wanted, a name with a slash, such as `me/ddpm-mnist`, is a Hub id. Bad input raises
+`ddpm_hf.UserError`, a `ValueError` whose message is one sentence. Progress bars work in notebooks. Ctrl-C during
+training writes a checkpoint and returns the run so far, with `finished=False`. To continue exactly from there, train
+again with the same config and `resume_from_checkpoint="latest"`.
 """
 
 
 def render(docstring: str) -> str:
-    """Return a docstring as Markdown: the sections become headings, arguments a list, the example a code block."""
+    """Return a docstring as Markdown. Sections become headings, arguments become a list, the example a code block."""
     parts = re.split(r"^(Args|Attributes|Returns|Raises|Example):\n", inspect.cleandoc(docstring), flags=re.MULTILINE)
     lines = [parts[0].strip()]
     for title, body in zip(parts[1::2], parts[2::2]):
@@ -84,14 +84,14 @@ def render(docstring: str) -> str:
 
 
 def methods(value) -> list[tuple[str, object]]:
-    """Return the public methods of our own of a class, with docstrings, by name."""
+    """Return (name, function) for each public method with a docstring that a class itself defines."""
     found = vars(value).items() if inspect.isclass(value) else []
     found = [(name, getattr(each, "__func__", each)) for name, each in found if not name.startswith("_")]
     return [(name, each) for name, each in found if inspect.isfunction(each) and each.__doc__]
 
 
 def signature(name: str, value) -> str:
-    """Return the signature on one line, or one argument a line where that would be long; annotations left out."""
+    """Return the signature without annotations: on one line, or with one argument per line if it is long."""
     arguments = [str(each.replace(annotation=each.empty)) for each in inspect.signature(value).parameters.values()]
     arguments = [argument.replace("'", '"') for argument in arguments]
     star = next((k for k, each in enumerate(inspect.signature(value).parameters.values()) if each.kind == 3), None)
@@ -102,7 +102,7 @@ def signature(name: str, value) -> str:
 
 
 def section(name: str) -> str:
-    """Return what the page says of one public name."""
+    """Return the part of the page about one public name."""
     value = getattr(ddpm_hf, name)
     if name in TABLES:
         return f"### `{name}`\n\n{TABLES[name]}"

@@ -1,12 +1,12 @@
 """Draw images of given classes with a DDPM, with classifier-free guidance, a classifier's guidance, or neither.
 
 - Classifier-free guidance (Ho & Salimans 2022, https://huggingface.co/papers/2207.12598) needs a UNet that was trained
-  with class labels, of which some were dropped. The folder is a stock DDPMPipeline whose model_index.json names the K
+  with class labels and with label dropout. The folder is a stock DDPMPipeline whose model_index.json names the K
   classes: `"id2label": {"0": "cat", ...}`. A UNet with K + 1 class embeddings uses the last one for "no class" and can
-  be guided. A UNet with K cannot.
+  be guided. A UNet with K class embeddings cannot be guided.
 - Classifier guidance (Dhariwal & Nichol 2021, Algorithm 2, https://huggingface.co/papers/2105.05233) needs a UNet
   without classes, and a classifier of noisy images that was trained on the same noise schedule.
-- An unconditional model without a classifier is sampled as it is.
+- An unconditional model without a classifier is sampled without guidance.
 
 The samplers are DDIM (Song et al. 2021, eq. 12) and ancestral sampling (Ho et al. 2020, Algorithm 2).
 
@@ -30,7 +30,7 @@ from numbers import Integral, Real
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin, UNet2DModel
-from diffusers.utils import numpy_to_pil
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -42,15 +42,15 @@ class ClassGuidedPipeline(DiffusionPipeline):
     """Draws images with a UNet2DModel and any scheduler whose config holds its betas.
 
     Args:
-        classifier: for an unconditional UNet. `classifier(sample, timestep)` returns logits (B, K) that can be
-            differentiated by `sample`; its config has `in_channels`, `num_classes`, `num_train_timesteps` and
-            `id2label` (names by number, or None).
-        id2label: the K names of a conditional UNet's classes by number, 0 to K - 1; keys may be strings, as in JSON.
-            It is saved in model_index.json. Without it classes have numbers only and there is no null class.
+        classifier: a classifier of noisy images, to guide an unconditional UNet. `classifier(sample, timestep)`
+            returns logits (B, K), which must be differentiable with respect to `sample`. The classifier's config has
+            `in_channels`, `num_classes`, `num_train_timesteps` and `id2label` (a dict of names by number, or None).
+        id2label: the names of a conditional UNet's K classes, by number from 0 to K - 1. Keys may be strings, as in
+            JSON. The dict is saved in model_index.json. Without it, there are no names and there is no null class.
 
     Raises:
-        ValueError: for an id2label that does not fit the UNet, a classifier that does not fit it (other channels or
-            timesteps), or a classifier for a UNet that has classes already.
+        ValueError: if id2label does not fit the UNet, if the classifier does not fit the UNet (other channels or
+            timesteps), or if a classifier is given for a UNet that already has classes.
     """
 
     model_cpu_offload_seq = "unet->classifier"
@@ -72,16 +72,16 @@ class ClassGuidedPipeline(DiffusionPipeline):
         _check_classifier(classifier, unet, scheduler)
         names = {int(key): name for key, name in (classifier.config.id2label or {}).items()}
         self.labels = [names.get(k, str(k)) for k in range(classifier.config.num_classes)]
-        # Once saved, the classifier's code is classifier/<file>.py, whatever package it was imported from here.
+        # Register only the name of the classifier's file: in a saved folder, its code is classifier/<file>.py.
         self.register_to_config(classifier=(type(classifier).__module__.split(".")[-1], type(classifier).__name__))
 
     @property
     def null_class(self) -> int | None:
-        """The number of the embedding that means "no class": the one after the last name. None if there is none."""
+        """The number of the embedding for "no class", which follows the named classes. None if it does not exist."""
         return len(self.labels) if len(self.labels) < (self.unet.config.num_class_embeds or 0) else None
 
     def class_ids(self, class_labels: Labels) -> list[int]:
-        """Return the numbers of classes given by number or name. Raise ValueError for an unknown class."""
+        """Return the numbers of classes that are given by number or name. Raise ValueError for an unknown class."""
         if not self.labels:
             raise ValueError(f"class_labels is {class_labels}, but this model has no classes; give num_images.")
         if isinstance(class_labels, (torch.Tensor, np.ndarray)):
@@ -106,7 +106,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
             if scale != 1 and self.classifier is None and self.null_class is None:
                 raise ValueError(
                     f"guidance_scale is {scale}, but the UNet has no null class and there is no classifier; use 1, "
-                    "give a classifier for a model without classes, or a model trained with label dropout."
+                    "or a model trained with label dropout, or an unconditional model with a classifier."
                 )
         return scales
 
@@ -116,7 +116,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         if sampler not in ("ddim", "ddpm"):
             raise ValueError(f"sampler is {sampler!r}; choose 'ddim' or 'ddpm'.")
         if not isinstance(eta, Real) or not 0 <= eta <= 1 or (sampler == "ddpm" and eta != 0):
-            raise ValueError(f"eta is {eta} with sampler {sampler!r}; it belongs to 'ddim' and is from 0 to 1.")
+            raise ValueError(f"eta is {eta} with sampler {sampler!r}; give 0 to 1 for 'ddim', 0 for 'ddpm'.")
         prediction_type = config.get("prediction_type", "epsilon")
         if prediction_type not in ("epsilon", "sample", "v_prediction"):
             raise ValueError(
@@ -128,7 +128,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
             raise ValueError(f"The scheduler's variance_type is {kind!r}, which ddpm cannot use; take sampler='ddim'.")
         has_variance = self.unet.config.out_channels == 2 * self.unet.config.in_channels
         if sampler == "ddpm" and kind == "learned_range" and not has_variance:
-            raise ValueError("variance_type learned_range needs a UNet with out_channels twice its in_channels.")
+            raise ValueError("The UNet does not predict the variance, which ddpm needs; take sampler='ddim'.")
 
     @torch.no_grad()
     def __call__(
@@ -149,27 +149,28 @@ class ClassGuidedPipeline(DiffusionPipeline):
         """Draw one image per label, or `num_images` images without a class.
 
         Args:
-            class_labels: numbers from 0 to K - 1, or names; one, or a list with one per image. None: "no class", from
-                a UNet that has a null class or is unconditional.
+            class_labels: a class by number (0 to K - 1) or by name, or a list with one class per image. None: draw
+                without a class. This needs a UNet that has a null class or is unconditional.
             guidance_scale: a number, or a function of u = (t + 1) / T, which goes from 1 at pure noise down to 1 / T.
                 `lambda u: 3.0 if 0.2 < u < 0.7 else 1.0` guides in an interval only (Kynkäänniemi et al. 2024,
-                https://huggingface.co/papers/2404.07724), `lambda u: 1 + 2 * u` falls linearly.
-                With a null class it is w in out = out_null + w (out_class - out_null): 0 ignores the class, 1 is the
-                conditional model, more is clearer and less varied. At 1 a step costs one evaluation of the UNet, at
-                others two. (Ho & Salimans count from 0: their w is this one less 1.)
-                With a classifier it is s in eps' = eps - s sqrt(1 - abar_t) grad log p(class | x_t): 0 is the
-                unconditional model, 1 follows Bayes' rule, more is clearer and less varied.
-            sampler: "ddim", or "ddpm" (ancestral). "ddpm" takes the variance of the scheduler's config on all T steps;
-                on fewer it takes fixed_small, unless the variance is learned.
-            num_inference_steps: S from 1 to T, at the timesteps round((k + 1) T / S) - 1 ("trailing").
+                https://huggingface.co/papers/2404.07724). With `lambda u: 1 + 2 * u` the scale falls linearly.
+                With a null class, the scale is w in out = out_null + w (out_class - out_null). 0 ignores the class,
+                and 1 is the conditional model. Larger scales give clearer but less varied images. A step costs one
+                evaluation of the UNet at scale 1, and two at other scales. (The w of Ho & Salimans is this w minus 1.)
+                With a classifier, the scale is s in eps' = eps - s sqrt(1 - abar_t) grad log p(class | x_t). 0 is the
+                unconditional model, and 1 follows Bayes' rule. Larger scales give clearer but less varied images.
+            sampler: "ddim" or "ddpm" (ancestral). With all T steps, "ddpm" uses the variance_type of the scheduler's
+                config. With fewer steps it uses fixed_small, unless the variance is learned.
+            num_inference_steps: the number of steps S, from 1 to T. They are at the timesteps
+                round((k + 1) T / S) - 1 ("trailing").
             eta: DDIM's share of fresh noise, from 0 (none) to 1 (as much as DDPM).
             num_images: how many images to draw when class_labels is None; 1 if not given.
             generator: one for all images, or a list with one per image. With a list, image k is the same in any batch.
             output_type: "pil"; "np", float (B, H, W, C) in [0, 1]; or "pt", float (B, C, H, W) in [0, 1], on the
                 pipeline's device.
-            callback_on_step_end: called as (pipeline, i, t, tensors) after step i. `tensors` has those of "sample" and
-                "pred_original_sample" (B, C, H, W) that callback_on_step_end_tensor_inputs names. If it returns a dict
-                with a "sample", the next step starts from that.
+            callback_on_step_end: called as callback(pipeline, i, t, tensors) after step i. `tensors` is a dict of the
+                tensors (B, C, H, W) that callback_on_step_end_tensor_inputs names: "sample", "pred_original_sample" or
+                both. If the callback returns a dict with "sample", the next step starts from that tensor.
 
         Raises:
             ValueError: for arguments that do not suit this model.
@@ -195,7 +196,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         num_images: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Iterator[tuple[int, int, dict[str, torch.Tensor]]]:
-        """Draw as `__call__` does, and yield (i, t, tensors) after step i, at timestep t.
+        """Draw as `__call__` does, and yield (i, t, tensors) after step i, which is at timestep t.
 
         `tensors` has "sample" and "pred_original_sample", float32 (B, C, H, W), images in [-1, 1]. The next step
         starts from tensors["sample"], which the caller may replace.
@@ -207,7 +208,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         self.check_inputs(sampler, eta)
         scheduler, timesteps = ddpm_scheduler(self.scheduler), trailing_timesteps(T, num_inference_steps)
         scales, kind = self.guidance_scales(guidance_scale, timesteps), _variance_kind(scheduler.config)
-        alphas_cumprod = torch.cat([scheduler.alphas_cumprod, torch.ones(1)])  # the last one, [-1]: the clean image
+        alphas_cumprod = torch.cat([scheduler.alphas_cumprod, torch.ones(1)])  # entry -1 is the clean image
         labels = None if numbers[0] is None else torch.tensor(numbers, device=device)
         size = self.unet.config.sample_size
         shape = len(numbers), self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
@@ -215,7 +216,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(timesteps)):
             prev_t = timesteps[i + 1] if i + 1 < len(timesteps) else -1
             x0, epsilon, predicted_variance = self._predict(scheduler, x, t, labels, scales[i])
-            # 0-dim float32 tensors, in the order of stock DDPMScheduler's arithmetic, so that images equal stock's.
+            # Compute in 0-dim float32 tensors and in stock DDPMScheduler's order, so that images equal those of stock.
             alpha_bar, alpha_bar_prev = alphas_cumprod[t], alphas_cumprod[prev_t]
             alpha = alpha_bar / alpha_bar_prev
             beta = 1 - alpha
@@ -230,7 +231,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
                 if kind == "learned_range":  # Nichol & Dhariwal 2021, eq. 15
                     fraction = (predicted_variance + 1) / 2
                     variance = (fraction * beta.log() + (1 - fraction) * beta_tilde.log()).exp()
-                elif kind == "fixed_large" and len(timesteps) == T:  # on fewer steps it overshoots
+                elif kind == "fixed_large" and len(timesteps) == T:  # with fewer steps, beta is too large
                     variance = beta
                 weight_0 = alpha_bar_prev**0.5 * beta / (1 - alpha_bar)
                 weight_t = alpha**0.5 * (1 - alpha_bar_prev) / (1 - alpha_bar)
@@ -252,7 +253,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
         if class_labels is not None:
             if num_images is not None:
                 raise ValueError(
-                    f"num_images is {num_images}, but class_labels already say how many images to draw; drop it."
+                    f"num_images is {num_images}, but class_labels already set the number of images; drop num_images."
                 )
             return self.class_ids(class_labels)
         if self.labels and self.null_class is None:
@@ -268,8 +269,8 @@ class ClassGuidedPipeline(DiffusionPipeline):
         output, predicted_variance = self._guided_output(x, t, labels, scale).tensor_split([x.shape[1]], dim=1)
         x0 = predict_original_sample(output, x, alpha_bar, config.prediction_type)
         if self.classifier is not None and scale != 0 and alpha_bar > 0:  # at abar = 0, x_t is pure noise
-            # Write eps' of the docstring above as x_0. DDPM uses it too, because Algorithm 1, which shifts the mean
-            # instead, is its limit for small steps.
+            # The docstring of __call__ states this guidance for eps'. Here it is applied to x_0, for DDPM too. The
+            # shift of the mean in Algorithm 1 is its limit for small steps.
             x0 = x0 + scale * ((1 - alpha_bar) / alpha_bar**0.5) * self._log_probability_gradient(x, t, labels)
         clipped = x0
         if config.thresholding:
@@ -310,14 +311,14 @@ def _class_names(num_embeds: int, id2label: dict | None) -> list[str]:
     if id2label is not None and not is_numbered:
         raise ValueError(
             f"id2label names the classes {sorted(labels)} of a UNet with {num_embeds} class embeddings; give one "
-            f"name to each of 0..{num_embeds - 1}, or of 0..{num_embeds - 2} where the last means no class."
+            f"name to each of 0..{num_embeds - 1}, or to each of 0..{num_embeds - 2} if the last means no class."
         )
     return [labels.get(k, str(k)) for k in range(len(labels) or num_embeds)]
 
 
 def _check_classifier(classifier: ModelMixin, unet: UNet2DModel, scheduler: SchedulerMixin):
     if unet.config.num_class_embeds is not None:
-        raise ValueError("The UNet has classes already; give an unconditional one, or leave the classifier out.")
+        raise ValueError("The UNet has classes already; give an unconditional UNet, or leave the classifier out.")
     for name, of_classifier, of_model in (
         ("channels", classifier.config.in_channels, unet.config.in_channels),
         ("timesteps", classifier.config.num_train_timesteps, scheduler.config.num_train_timesteps),
@@ -333,12 +334,16 @@ def _variance_kind(config) -> str:
     return (config.get("variance_type") or "fixed_small").removesuffix("_log")
 
 
-# Pipeline files cannot import each other, so they have copies of the functions below. A test compares the copies.
+# Converts images (B, C, H, W) in [-1, 1] to an output_type, in [0, 1]. "pt" images stay on their device.
+to_output = VaeImageProcessor().postprocess
+
+
+# Pipeline files cannot import each other, so each has its own copies of these functions. A test compares them.
 
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
     """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
-    # Drop _use_default_values: from_config would replace the fields in it, even betas, by DDPMScheduler's defaults.
+    # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)
 
@@ -368,15 +373,6 @@ def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: 
         return tensors["sample"]
     returned = callback(pipeline, *step, {name: tensors[name] for name in names}) or {}
     return returned.get("sample", tensors["sample"])
-
-
-def to_output(x: torch.Tensor, output_type: str):
-    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. "pt" stays on its device."""
-    images = (x / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return images
-    images = images.permute(0, 2, 3, 1).cpu().numpy()
-    return images if output_type == "np" else numpy_to_pil(images)
 
 
 def check_steps(num_inference_steps: int, T: int):

@@ -1,8 +1,8 @@
 """Turn images into latents x_T and back, and walk from one image to another, by DDIM without fresh noise.
 
-DDIM with eta = 0 (Song et al. 2021, https://huggingface.co/papers/2010.02502) is an ODE, so it also runs backwards,
-from an image to its latent (section 4.3). Here each step is written as a rotation, which stays well behaved where abar
-is 0 or 1 (Salimans & Ho 2022, https://huggingface.co/papers/2202.00512, appendix D):
+DDIM with eta = 0 (Song et al. 2021, https://huggingface.co/papers/2010.02502) solves an ODE, so it also runs
+backwards, from an image to its latent (section 4.3). Here each step is written as a rotation, which stays well behaved
+where abar is 0 or 1 (Salimans & Ho 2022, https://huggingface.co/papers/2202.00512, appendix D):
 
     x_t' = cos(d) x_t - sin(d) v(x_t, t),    d = phi_t - phi_t',
 
@@ -27,7 +27,8 @@ from numbers import Integral
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
-from diffusers.utils import BaseOutput, numpy_to_pil
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -40,8 +41,8 @@ Labels = int | str | Sequence[int | str] | torch.Tensor | None
 class ReconstructionOutput(BaseOutput):
     """`images` in the requested `output_type`, and their latents x_T, float32 (B, C, H, W).
 
-    `psnr`, float32 (B,), compares each image with the given one, both in [0, 1], in dB. It is inf if they are equal,
-    and None if no image was given.
+    `psnr`, float32 (B,), is the PSNR in dB of each image against the given image, both in [0, 1]. It is inf for equal
+    images, and None if no image was given.
     """
 
     images: list[Image.Image] | np.ndarray | torch.Tensor
@@ -50,7 +51,7 @@ class ReconstructionOutput(BaseOutput):
 
 
 class ReconstructionPipeline(DiffusionPipeline):
-    """Inverts images to latents, decodes latents, and walks between two of them.
+    """Inverts images to latents, decodes latents to images, and interpolates between two images.
 
     `id2label` in model_index.json names the K classes of a conditional UNet. If the UNet has K + 1 embeddings, the
     last one means "no class". x_0 is never clipped, whatever the config says, because clipping has no inverse.
@@ -102,19 +103,25 @@ class ReconstructionPipeline(DiffusionPipeline):
 
         Args:
             image: see `preprocess`.
-            num_inference_steps: S from 1 to T, at the timesteps round((k + 1) T / S) - 1. Decode with as many.
-            num_fixed_point_iterations: evaluations of the UNet a step, at least 1.
-            class_labels: for a conditional UNet, a number or a name for all images or one for each. None: "no class".
+            num_inference_steps: the number of steps S, from 1 to T, at the timesteps round((k + 1) T / S) - 1. Use the
+                same number to decode.
+            num_fixed_point_iterations: evaluations of the UNet in each step, at least 1.
+            class_labels: for a conditional UNet: one class for all images, or a list with one for each, by number
+                or by name. None: "no class".
 
         Raises:
             ValueError: for images or arguments that do not suit this model.
 
-        To undo a step of DDIM, iterate x_t <- (x_t' + sin(d) v(x_t, t)) / cos(d), as AIDI does (Pan et al. 2023,
-        https://huggingface.co/papers/2309.04907), starting with the v of the previous step. One iteration costs as
-        much as plain inversion and is much more precise. PSNR (mean, lowest) of four MNIST test digits after inversion
-        and decoding, with the mnist preset after 500 training steps: plain 41.2, 33.1 dB in 100 + 100 evaluations; one
-        iteration 55.8, 55.4 in 101 + 100; two 60.0, 59.6 in 201 + 100; Heun's method 45.2, 44.2 in 100 + 100. With 20
-        steps: plain 23.9, 17.3; one iteration 44.1, 41.3.
+        A step of DDIM is undone by iterating x_t <- (x_t' + sin(d) v(x_t, t)) / cos(d), as in AIDI (Pan et al. 2023,
+        https://huggingface.co/papers/2309.04907). The first iteration starts with the v of the previous step. One
+        iteration costs as much as plain inversion and is much more precise. We measured this by inverting and decoding
+        four MNIST test digits, with the mnist preset after 500 training steps. These are the mean and the lowest PSNR
+        in dB, with the evaluations of the UNet to invert + decode:
+
+        - plain inversion: 41.2, 33.1 (100 + 100); with 20 steps: 23.9, 17.3
+        - one iteration: 55.8, 55.4 (101 + 100); with 20 steps: 44.1, 41.3
+        - two iterations: 60.0, 59.6 (201 + 100)
+        - Heun's method: 45.2, 44.2 (100 + 100)
         """
         check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
         if not isinstance(num_fixed_point_iterations, Integral) or num_fixed_point_iterations < 1:
@@ -144,17 +151,17 @@ class ReconstructionPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
         reference: Images | None = None,
     ) -> ReconstructionOutput:
-        """Return the images of latents, by DDIM with eta = 0, without clipping. Normal noise gives new images.
+        """Turn latents into images, by DDIM with eta = 0 and without clipping. Normal noise gives new images.
 
         Args:
             latents: x_T, floats (B, C, H, W).
             num_inference_steps, class_labels: see `invert`.
             output_type: "pil"; "np", float (B, H, W, C) in [0, 1]; or "pt", float (B, C, H, W) in [0, 1], on the
                 pipeline's device.
-            callback_on_step_end: called as (pipeline, i, t, tensors) after step i. `tensors` has those of "sample" and
-                "pred_original_sample" (B, C, H, W) that callback_on_step_end_tensor_inputs names. If it returns a dict
-                with a "sample", the next step starts from that.
-            reference: images to compute the PSNR against, as many as latents.
+            callback_on_step_end: called as callback(pipeline, i, t, tensors) after step i. `tensors` is a dict of the
+                tensors (B, C, H, W) that callback_on_step_end_tensor_inputs names: "sample", "pred_original_sample" or
+                both. If the callback returns a dict with "sample", the next step starts from that tensor.
+            reference: images to compute the PSNR against, one for each latent.
 
         Raises:
             ValueError: for latents or arguments that do not suit this model.
@@ -191,14 +198,14 @@ class ReconstructionPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
     ) -> ReconstructionOutput:
-        """Return `num_images` images from a to b, both included, along the great circle between their latents.
+        """Return `num_images` images from image a to image b, both included. Their latents lie on a great circle.
 
         Args:
-            image_a, image_b: one image each, of one size. None: a random latent.
+            image_a, image_b: one image each, of equal size. None: use a random latent instead.
             num_images: at least 2. The first and the last are reconstructions of a and b.
             num_inference_steps, num_fixed_point_iterations, output_type: see `invert` and `decode`.
             class_labels: one number for all images, or None; see `invert`.
-            generator: draws the random latents, that of a first; or a list of two, one for each end.
+            generator: one for the random latents, which draws that of image a first; or a list of two, for a and b.
 
         Raises:
             ValueError: for images or arguments that do not suit this model.
@@ -212,7 +219,7 @@ class ReconstructionPipeline(DiffusionPipeline):
         shape = 1, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
         shapes = [shape if image is None else tuple(image.shape) for image in given]
         if shapes[0] != shapes[1] or shapes[0][0] != 1:
-            raise ValueError(f"The ends have shapes {shapes[0]} and {shapes[1]}; give one image each, of one size.")
+            raise ValueError(f"The ends have shapes {shapes[0]} and {shapes[1]}; give one image each, of equal size.")
         ends = [
             randn_tensor(shape, generator=end_generator, device=self._execution_device, dtype=torch.float32)
             if image is None
@@ -224,7 +231,7 @@ class ReconstructionPipeline(DiffusionPipeline):
 
     @staticmethod
     def slerp(a: torch.Tensor, b: torch.Tensor, fraction: float) -> torch.Tensor:
-        """Return the point at `fraction` of the arc from a (0) to b (1), in their shape (Song et al. 2021, eq. 67).
+        """Return the point at `fraction` of the arc from a (0) to b (1), in the shape of a (Song et al. 2021, eq. 67).
 
         Parallel tensors span no arc and are mixed linearly.
         """
@@ -238,8 +245,8 @@ class ReconstructionPipeline(DiffusionPipeline):
         """Return images as float32 (B, C, H, W) in [0, 1] with the UNet's channels.
 
         `image` is a PIL image or a list of them, a numpy array ((B,) H, W(, C)), or a tensor ((B,) C, H, W). Numbers
-        are uint8, or floats in [0, 1]. The UNet must be able to halve the size. RGB PIL images become grey only if
-        they have no colour.
+        are uint8, or floats in [0, 1]. Height and width must be multiples of 2^(UNet blocks - 1). For a grey model,
+        RGB PIL images are converted to grey only if they have no colour.
 
         Raises:
             ValueError: for images of another kind, size, range or number of channels.
@@ -251,7 +258,7 @@ class ReconstructionPipeline(DiffusionPipeline):
             image = image if isinstance(image, list) else [image]
             sizes = {one.size if isinstance(one, Image.Image) else type(one) for one in image}
             if len(sizes) != 1 or type in map(type, sizes):
-                raise ValueError(f"A list holds {sizes or 'nothing'}; give PIL images, all of one size, or one batch.")
+                raise ValueError(f"A list holds {sizes or 'nothing'}; give PIL images of one size, or one array.")
             image = np.stack([_pil_to_array(one, channels) for one in image])
         if isinstance(image, np.ndarray) and 2 <= image.ndim <= 4:
             if image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == channels):
@@ -261,7 +268,7 @@ class ReconstructionPipeline(DiffusionPipeline):
             image = image[None]
         shape = tuple(image.shape)
         if len(shape) != 4 or shape[1] != channels or 0 in shape or any(size % multiple for size in shape[2:]):
-            wanted = f"(B, {channels}, H, W), H and W multiples of {multiple}"
+            wanted = f"(B, {channels}, H, W), with H and W multiples of {multiple}"
             raise ValueError(f"The images make a batch of shape {shape}; this UNet takes {wanted}.")
         image = image / 255 if image.dtype == torch.uint8 else image
         if not image.is_floating_point() or not ((image >= 0) & (image <= 1)).all():
@@ -283,7 +290,7 @@ class ReconstructionPipeline(DiffusionPipeline):
         given = given if isinstance(given, (list, tuple)) else [given] * num_images
         numbers = [names.get(label) if isinstance(label, str) else label for label in given]
         if len(numbers) != num_images or any(type(k) is bool or k not in range(num_embeds) for k in numbers):
-            wanted = f"one, or {num_images}, by number from 0 to {num_embeds - 1} or by name"
+            wanted = f"one, or {num_images}, each a number from 0 to {num_embeds - 1} or a name"
             raise ValueError(f"class_labels are {given}; give {wanted}.")
         return torch.tensor(numbers, dtype=torch.int64, device=self._execution_device)
 
@@ -317,12 +324,16 @@ def _pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
     return np.asarray(image.convert(mode)).reshape(image.height, image.width, channels)
 
 
-# Pipeline files cannot import each other, so they have copies of the functions below. A test compares the copies.
+# Converts images (B, C, H, W) in [-1, 1] to an output_type, in [0, 1]. "pt" images stay on their device.
+to_output = VaeImageProcessor().postprocess
+
+
+# Pipeline files cannot import each other, so each has its own copies of these functions. A test compares them.
 
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
     """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
-    # Drop _use_default_values: from_config would replace the fields in it, even betas, by DDPMScheduler's defaults.
+    # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)
 
@@ -338,15 +349,6 @@ def after_step(callback: Callable | None, names: Sequence[str], pipeline, step: 
         return tensors["sample"]
     returned = callback(pipeline, *step, {name: tensors[name] for name in names}) or {}
     return returned.get("sample", tensors["sample"])
-
-
-def to_output(x: torch.Tensor, output_type: str):
-    """Convert images (B, C, H, W) in [-1, 1] to `output_type`, in [0, 1]. "pt" stays on its device."""
-    images = (x / 2 + 0.5).clamp(0, 1)
-    if output_type == "pt":
-        return images
-    images = images.permute(0, 2, 3, 1).cpu().numpy()
-    return images if output_type == "np" else numpy_to_pil(images)
 
 
 def check_steps(num_inference_steps: int, T: int):

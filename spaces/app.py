@@ -6,21 +6,37 @@ DDPM_MODEL is the folder or the Hub id of a pipeline in diffusers' format. DDPM_
 may take; default: 60. GRADIO_SERVER_NAME and GRADIO_SERVER_PORT are the address of the page.
 """
 
+import atexit
 import html
 import logging
 import os
+import shutil
 import sys
+
+import uploads
+from checks import Refused, request_seconds
 
 
 MODEL = os.environ.get("DDPM_MODEL")
-if not MODEL:  # before the imports below, which take seconds
+if not MODEL:  # checked before the imports below, because they take seconds
     print("DDPM_MODEL is not set: give a model, e.g. DDPM_MODEL=runs/digits python spaces/app.py.", file=sys.stderr)
     sys.exit(2)
+PORT = os.environ.get("GRADIO_SERVER_PORT", "7860")
+if not (PORT.isdecimal() and 0 < int(PORT) < 65536):  # gradio reads it when it is imported
+    print(f"GRADIO_SERVER_PORT is {PORT!r}: give a whole number from 1 to 65535.", file=sys.stderr)
+    sys.exit(2)
+try:
+    request_seconds()
+except Refused as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+UPLOADS = uploads.make_folder()
+atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
 import gradio as gr  # noqa: E402
-from checks import Refused  # noqa: E402
 from model import HERE, Model, open_model  # noqa: E402
+from starlette.concurrency import run_in_threadpool  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
 from starlette.responses import JSONResponse  # noqa: E402
 from tabs import compare, generate, how_it_works, restore  # noqa: E402
@@ -34,7 +50,7 @@ logger = logging.getLogger("ddpm_hf.space")
 
 
 class Page(gr.Blocks):
-    """Blocks that report every failure to the visitor in one sentence. Details of unexpected ones go to the log."""
+    """Blocks that report every failure to the visitor in one sentence. Details of unexpected failures are logged."""
 
     async def process_api(self, *args, **kwargs):
         try:
@@ -54,7 +70,11 @@ class Page(gr.Blocks):
 
 
 class BoundedRequests:
-    """ASGI middleware that refuses requests of more than MAX_BODY bytes, even those without a content-length."""
+    """ASGI middleware that bounds what visitors send.
+
+    It refuses requests of more than MAX_BODY bytes, even those without a content-length. After an upload it deletes
+    the oldest uploads if all together are too large.
+    """
 
     def __init__(self, app):
         self.app = app
@@ -72,11 +92,15 @@ class BoundedRequests:
             what = f"The request is larger than {MAX_BODY // 10**6} MB: send a smaller file."
             await JSONResponse({"detail": what}, status_code=413)(scope, receive, send)
         else:
-            await self.app(scope, bounded_receive, send)
+            try:
+                await self.app(scope, bounded_receive, send)
+            finally:  # also after an upload that was broken off, whose part is on the disk
+                if scope.get("path", "").rstrip("/").endswith("/upload"):
+                    await run_in_threadpool(uploads.delete_oldest, UPLOADS)
 
 
 def head(model: Model) -> str:
-    """Return HTML with the name of the model, linked if it is on the Hub, and facts about it."""
+    """Return HTML with the model's name and facts. The name of a model on the Hub is a link."""
     name, (height, width) = html.escape(model.name), model.size
     title = f'<a href="{model.url}" target="_blank" rel="noopener">{name}</a>' if model.url else name
     facts = [
@@ -89,13 +113,13 @@ def head(model: Model) -> str:
 
 
 def build(model: Model) -> Page:
-    """Return the whole page. Gradio deletes its files after half an hour."""
+    """Return the whole page. Gradio deletes the files made for visitors after half an hour."""
     title = f"{model.name}: images from noise"
     with Page(title=title, analytics_enabled=False, delete_cache=(300, 1800)) as page:
         gr.HTML(head(model), elem_classes="head", apply_default_css=False)
         for tab in TABS:
             tab.add(model)
-    return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1)
+    return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1, api_open=False)  # else /run/ skips the queue
 
 
 def main():
@@ -113,15 +137,23 @@ def main():
         button_border_width="1px",
         button_secondary_border_color="*border_color_primary",
     )
-    build(model).launch(
-        theme=theme,
-        css_paths=HERE / "page.css",
-        max_file_size="10mb",
-        state_session_capacity=200,
-        app_kwargs={"middleware": [Middleware(BoundedRequests)]},
-        ssr_mode=False,
-        footer_links=["api", "gradio"],
-    )
+    try:
+        build(model).launch(
+            theme=theme,
+            css_paths=HERE / "page.css",
+            max_file_size="10mb",
+            state_session_capacity=200,
+            app_kwargs={"middleware": [Middleware(BoundedRequests)]},
+            ssr_mode=False,
+            footer_links=["api", "gradio"],
+        )
+    except OSError:  # gradio tried 100 ports
+        name = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+        where = f"GRADIO_SERVER_NAME {name}, GRADIO_SERVER_PORT {PORT} or the ports after it"
+        print(
+            f"The page cannot be served at {where}: give an address of this machine and a free port.", file=sys.stderr
+        )
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Check a visitor's input, and format numbers for the page."""
 
+import math
+import os
 import time
 
 
@@ -30,6 +32,19 @@ def one_of(name: str, value, choices) -> str:
     if value not in choices:
         raise Refused(f"The {name} is {str(value)[:40]!r}: choose {', '.join(choices)}.")
     return value
+
+
+def request_seconds() -> float:
+    """Return how long one request may take, from DDPM_REQUEST_SECONDS, or raise Refused."""
+    given = os.environ.get("DDPM_REQUEST_SECONDS", "60")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= 86_400:  # nan is not either
+        wanted = "a number of seconds above 0 and up to 86,400"
+        raise Refused(f"DDPM_REQUEST_SECONDS is {given!r}: give {wanted}, or do not set it.")
+    return seconds
 
 
 def plural(count: int, noun: str) -> str:

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from checks import Refused, one_of
 from PIL import Image, ImageOps
+from uploads import open_upload
 
 
 SOURCES = ("The model's own", "Upload", "Draw")
 MAX_PIXELS = 16_000_000
 MAX_DRAWING = 2_000_000  # characters; the canvas of the page sends about 10,000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses twice as many, wherever it opens a file
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses any file with more than twice as many
 
 
 def visitor_image(model, source, upload, drawing, seed: int) -> torch.Tensor:
@@ -27,14 +28,16 @@ def visitor_image(model, source, upload, drawing, seed: int) -> torch.Tensor:
         return model.example(seed)
     if source == "Draw":
         return to_tensor(read_drawing(drawing), model.size, model.channels)
-    path = upload.get("path") if isinstance(upload, dict) else None
-    if path is None:
-        raise Refused("No image is uploaded yet: upload one, or choose another source.")
-    return to_tensor(read_image(path), model.size, model.channels)
+    with open_upload(upload) as file:
+        return to_tensor(read_image(file), model.size, model.channels)
 
 
 def read_image(file) -> Image.Image:
-    """Return the first frame of an image file, upright, as L, RGB or RGBA. Refuse other files, and large images."""
+    """Return the first frame of an image file, upright, as L, RGB or RGBA.
+
+    Raises:
+        Refused: for a file that is not an image, and for a large image.
+    """
     try:
         with Image.open(file, formats=FORMATS) as image:
             width, height = image.size
@@ -48,7 +51,7 @@ def read_image(file) -> Image.Image:
 
 
 def _as_8_bit(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # 65535 becomes 255 in 16-bit images, the largest value in others
+    if image.mode[0] in "IF":  # 255 stands for 65535 in 16-bit images, for the maximum in others
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         top = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
         return Image.fromarray((255 * values / top).clip(0, 255).astype(np.uint8))
@@ -58,7 +61,7 @@ def _as_8_bit(image: Image.Image) -> Image.Image:
 
 
 def read_drawing(data_url: str | None) -> Image.Image:
-    """Return the image on the page's canvas from its data URL, a PNG. Refuse an empty canvas."""
+    """Return the drawing in a data URL from the page's canvas, a PNG. Raise Refused for an empty canvas."""
     head, _, body = (data_url if isinstance(data_url, str) else "").partition(",")
     if not body:
         raise Refused("Nothing is drawn yet: draw something, or choose another source.")
@@ -71,7 +74,10 @@ def read_drawing(data_url: str | None) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """Return the middle of an image as (1, C, H, W) in [-1, 1]. Transparent parts turn black if grey, else white."""
+    """Return the middle of an image as (1, C, H, W) in [-1, 1].
+
+    Transparent parts become black if `channels` is 1, and white otherwise.
+    """
     if image.mode == "RGBA":
         ground = Image.new("RGBA", image.size, "black" if channels == 1 else "white")
         image = Image.alpha_composite(ground, image)
@@ -93,7 +99,7 @@ def enlarge(image: Image.Image, side: int = 160) -> Image.Image:
 
 
 def contact_sheet(images: list[Image.Image], columns: int, gap: int = 4) -> Image.Image:
-    """Return one image with all images, which have equal sizes, row by row on white."""
+    """Return a sheet of images of equal size, row by row on white."""
     (width, height), rows = images[0].size, math.ceil(len(images) / columns)
     sheet = Image.new(images[0].mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for k, image in enumerate(images):
@@ -109,7 +115,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def picture(image, caption: str) -> dict[str, str]:
-    """Return an entry of a gallery: an image or a tensor (1, C, H, W) as a PNG in a data URL, and its caption."""
+    """Return {image, caption} for a gallery. The image or tensor (1, C, H, W) becomes a data URL with a PNG."""
     image = to_images(image)[0] if isinstance(image, torch.Tensor) else image
     return {"image": "data:image/png;base64," + base64.b64encode(png(image)).decode(), "caption": caption}
 
@@ -121,7 +127,7 @@ def as_large(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def bundle(images: list[Image.Image], seeds: list[int], settings: dict) -> bytes:
-    """Return a zip with the images, an enlarged sheet of them, and the settings that draw them again."""
+    """Return a zip with the images, an enlarged sheet of them, and the settings to draw them again."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         sheet = contact_sheet([enlarge(image) for image in images], columns=math.ceil(len(images) ** 0.5))
@@ -132,6 +138,6 @@ def bundle(images: list[Image.Image], seeds: list[int], settings: dict) -> bytes
 
 
 def psnr(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Return the PSNR in dB of two tensors in [-1, 1]. It is inf if they are equal."""
+    """Return the PSNR in dB of two tensors in [-1, 1]. It is inf for equal tensors."""
     error = ((x.clamp(-1, 1) - y.clamp(-1, 1)) / 2).square().mean().item()
     return 10 * math.log10(1 / error) if error else math.inf

@@ -1,7 +1,7 @@
 """Open any DDPM in diffusers' format, from a folder or the Hub, and draw with it for the Space."""
 
 import importlib.util
-import os
+import json
 import re
 import sys
 import time
@@ -11,18 +11,28 @@ from pathlib import Path
 
 import diffusers
 import torch
-from checks import Refused
+from checks import Refused, request_seconds
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from huggingface_hub import snapshot_download
 
 
 SAMPLERS = ("DDIM", "DDPM")
 IN_TURN, NO_CLASS = "each class in turn", "no class"
 FRAME_SECONDS = 0.2  # between two updates of the images on the page
+MAX_SIDE = 1024  # pixels
+MAX_LAYERS = 50
+MAX_T = 100_000
 HERE = Path(__file__).resolve().parent
+# The files to download from the Hub. Some old repositories have the UNet's and the scheduler's files at the top.
+FILES = ["model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model*.safetensors*"]
+FILES += ["unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
 
 
 class Model:
-    """A model with the pipeline that draws, class_guided.py, and the one that restores, or None if it cannot."""
+    """A model and its two pipelines: one draws images (class_guided.py), the other restores them.
+
+    `restoration` is None if the model cannot restore images.
+    """
 
     def __init__(self, name: str, url: str | None, pipeline):
         self.name, self.url, self.pipeline = name, url, pipeline
@@ -42,7 +52,7 @@ class Model:
 
     @property
     def classes(self) -> list[str]:
-        """The classes that a visitor can choose, [""] if the model has none."""
+        """The classes that a visitor can choose. It is [""] if the model has no classes."""
         more = [NO_CLASS] if self.null_class is not None else []
         return [IN_TURN, *self.labels, *more] if self.labels else [""]
 
@@ -56,32 +66,33 @@ class Model:
 
     @cached_property
     def max_evaluations(self) -> int:
-        """The number of UNet evaluations, each of one image, that a request may take.
+        """The number of UNet evaluations, each of one image, that a request may use.
 
-        It is measured: as many as this machine does in DDPM_REQUEST_SECONDS, rounded down to two digits.
+        It is how many this machine can do in DDPM_REQUEST_SECONDS. This is measured, and rounded down to two digits.
         """
         labels, ends = self.class_numbers(IN_TURN, 4), [time.perf_counter()]
         for x_0 in self.draw(range(4), "DDIM", min(4, self.T), labels):
-            x_0.cpu()  # waits for a GPU
+            if not x_0.isfinite().all():  # this also waits for a GPU
+                raise ValueError("the images that it draws are not finite numbers")
             ends.append(time.perf_counter())
         fastest = min(end - start for start, end in zip(ends, ends[1:]))
-        evaluations = max(1, int(4 / fastest * float(os.environ.get("DDPM_REQUEST_SECONDS", "60"))))
+        evaluations = max(1, int(4 / fastest * request_seconds()))
         digits = 10 ** max(0, len(str(evaluations)) - 2)
         return evaluations // digits * digits
 
     def affordable_steps(self, number: int, wanted: int) -> int:
-        """Return `wanted` steps for `number` images, or as many as one request may take; at least 1."""
+        """Return the steps for `number` images: `wanted`, or as many as one request may use. At least 1."""
         return max(1, min(wanted, self.T, self.max_evaluations // number))
 
     def draw(self, seeds, sampler: str, steps: int, labels=None, guidance_scale=1.0) -> Iterator[torch.Tensor]:
-        """Draw one image per seed. Yield the x_0 (B, C, H, W) that each step predicts; the last is the result."""
+        """Draw one image per seed. Yield the x_0 (B, C, H, W) that each step predicts. The last x_0 is the result."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         options = {"generator": generators, "num_images": len(seeds) if labels is None else None}
         for _, _, tensors in self.pipeline.steps(labels, guidance_scale, sampler.lower(), steps, **options):
             yield tensors["pred_original_sample"]
 
     def draw_frames(self, *arguments) -> Iterator[tuple[int, torch.Tensor]]:
-        """Draw, and yield (step, x_0) every FRAME_SECONDS and at the last step. Steps count from 1."""
+        """Draw, but yield (step, x_0) only every FRAME_SECONDS and at the last step. Steps count from 1."""
         shown, frame = time.perf_counter(), None
         for i, x_0 in enumerate(self.draw(*arguments), 1):
             frame = i, x_0
@@ -98,53 +109,99 @@ class Model:
         return x_0.cpu()
 
     def forward(self, x_0: torch.Tensor, t: int, seed: int) -> tuple[torch.Tensor, float]:
-        """Add noise to x_0 in [-1, 1]; return x_t (1, C, H, W), which is x_0 at t = 0, and alpha_bar_t."""
+        """Add noise to x_0 in [-1, 1]. Return (x_t, alpha_bar_t). x_t (1, C, H, W) equals x_0 at t = 0."""
         alpha_bar = self.scheduler.alphas_cumprod[t - 1].item() if t else 1.0
         noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
         return alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * noise, alpha_bar
 
     def guess(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        """Return the clean image (1, C, H, W) that the network predicts from x_t, without a class. t is 1 to T."""
+        """Return the clean image (1, C, H, W) that the network predicts without a class from x_t, t from 1 to T."""
         return self.pipeline.predict(x.to(self.unet.device), t - 1).cpu()
 
 
 def open_model(name: str) -> Model:
-    """Open a pipeline folder or a Hub repository of a DDPM.
+    """Open a pipeline folder or a Hub repository of a DDPM, and draw with it once.
+
+    Only safetensors are read, and no code of the model is run.
 
     Raises:
-        Refused: if the model does not exist, or is not a DDPM.
+        Refused: if the model does not exist, is not a DDPM, or cannot draw.
     """
     is_here = Path(name).is_dir()
     if not is_here and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise Refused(f"DDPM_MODEL is {name!r}, which is neither a folder nor a Hub id: give a folder, or USER/NAME.")
-    diffusers.utils.logging.set_verbosity_error()  # else diffusers warns that stock pipelines ignore id2label
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the reason goes into the sentence
     diffusers.utils.logging.disable_progress_bar()
+    url = None if is_here else f"https://huggingface.co/{name}"
     try:
-        index = DDPMPipeline.load_config(name)
-        if isinstance(index["_class_name"], str):
-            pipeline = DDPMPipeline.from_pretrained(name)
-            unet, config = pipeline.unet, dict(pipeline.scheduler.config)
-        else:  # an export that names a pipeline file; its code is not needed here
-            unet = UNet2DModel.from_pretrained(name, subfolder="unet")
-            config = DDPMScheduler.load_config(name, subfolder="scheduler")
-        scheduler = DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
-        unet = unet.float().to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
-        id2label = index.get("id2label") if unet.config.num_class_embeds else None
-        guided = community_pipeline("class_guided").ClassGuidedPipeline(unet, scheduler, id2label=id2label)
+        folder = Path(name if is_here else snapshot_download(name, allow_patterns=FILES, ignore_patterns="*.fp16.*"))
+        model = Model(folder.resolve().name if is_here else name, url, _load(folder))
+        _ = model.max_evaluations  # draws for the first time
+    except Refused:
+        raise
     except Exception as error:  # a broken file may raise anything
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Refused(
             f"DDPM_MODEL is {name!r}, which cannot be opened as a DDPM ({reason}): give the folder or the Hub id of a "
             "pipeline in diffusers' format."
         ) from error
-    if unet.config.sample_size is None:
-        raise Refused(f"{name} does not say the size of its images: add sample_size to its unet/config.json.")
-    url = None if is_here else f"https://huggingface.co/{name}"
-    return Model(Path(name).resolve().name if is_here else name, url, guided)
+    return model
+
+
+def _load(folder: Path):
+    """Return the pipeline that draws, made of the UNet, the scheduler and the class names in a folder."""
+    index = DDPMPipeline.load_config(folder)
+    if index["unet"][1] != "UNet2DModel":
+        raise ValueError(f"its UNet is a {str(index['unet'][1])[:40]}, not a UNet2DModel")
+    # Some old pipelines have the files of all parts at the top.
+    unet_folder, scheduler_folder = (
+        folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")
+    )
+    _check_size(UNet2DModel.load_config(unet_folder))
+    _check_weights(unet_folder)
+    unet = UNet2DModel.from_pretrained(unet_folder, local_files_only=True, use_safetensors=True)
+    config = DDPMScheduler.load_config(scheduler_folder)
+    if not 1 <= config.get("num_train_timesteps", 1000) <= MAX_T:
+        raise ValueError(f"its num_train_timesteps is not from 1 to {MAX_T:,}")
+    scheduler = DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
+    unet = unet.float().to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    id2label = index.get("id2label") if unet.config.num_class_embeds else None
+    return community_pipeline("class_guided").ClassGuidedPipeline(unet, scheduler, id2label=id2label)
+
+
+def _check_weights(folder: Path):
+    """Refuse a folder without safetensors, or with an index that names files of another format."""
+    if not any(folder.glob("*.safetensors")):
+        raise Refused(
+            f"{folder} has no weights in safetensors, and others are not opened: give a model saved with them."
+        )
+    for path in folder.glob("*.safetensors.index.json"):
+        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        if not all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+            raise Refused(f"{path} names other files than safetensors: give a model saved as safetensors only.")
+
+
+def _check_size(config: dict):
+    """Refuse the config of a UNet that this page cannot use, or that is too large to build."""
+    size, channels, layers = (config.get(key) for key in ("sample_size", "in_channels", "layers_per_block"))
+    sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else [size]
+    if size is None:
+        raise Refused("The model does not say the size of its images: add sample_size to its unet/config.json.")
+    if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
+        raise Refused(
+            f"The model's sample_size is {str(size)[:40]}: give a model of at most {MAX_SIDE} pixels a side."
+        )
+    if channels not in (None, 1, 3):  # diffusers' default is 3
+        raise Refused(f"The model's images have {str(channels)[:40]} channels: give a model of 1 or 3.")
+    if layers is not None and not (type(layers) is int and 1 <= layers <= MAX_LAYERS):
+        raise Refused(f"The model's layers_per_block is {str(layers)[:40]}: give a model with 1 to {MAX_LAYERS}.")
 
 
 def community_pipeline(name: str):
-    """Return a file of pipelines/ as a module. A Space has that folder in this one, a checkout next to it."""
+    """Import a file of pipelines/ and return the module.
+
+    In a Space, pipelines/ is inside this folder. In a source tree, it is next to this folder.
+    """
     folder = next(folder for folder in (HERE / "pipelines", HERE.parent / "pipelines") if folder.is_dir())
     spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

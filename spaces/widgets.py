@@ -1,5 +1,7 @@
 """Build the parts of the page that several tabs share."""
 
+from functools import partial
+
 import gradio as gr
 from checks import MAX_SEED
 from images import SOURCES
@@ -10,8 +12,8 @@ STATUS = '<div class="status" role="status" aria-live="polite">${value}</div>'
 GALLERY = """<div class="pictures" style="--columns: ${Math.max(1, Math.min(value.length, columns))}">
 ${value.map((one) => `<figure><a href="${one.image}" download="${one.caption}.png" title="Save"><img src="${one.image}"
 alt="${one.caption}"></a><figcaption>${one.caption}</figcaption></figure>`).join("")}</div>"""
-# Options of events. Gradio's preprocessing is off, because its errors are not written for visitors: the functions of
-# the tabs check the inputs themselves. These have many positional parameters, since gradio passes inputs by position.
+# Options of events. Gradio's preprocessing is off, because its errors are not written for visitors. The functions of
+# the tabs check their inputs themselves. Gradio passes inputs by position, so they have many positional parameters.
 BUSY = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
 QUICK = {"preprocess": False, "concurrency_id": "quick", "concurrency_limit": 2, "show_progress": "hidden"}
 
@@ -51,12 +53,12 @@ def status_line(value: str) -> gr.HTML:
 
 
 def gallery(label: str, columns: int) -> gr.HTML:
-    """Return a gallery of {image, caption}, whose pictures can change in place. A click saves a picture."""
+    """Return a gallery of {image, caption}. Its pictures can change in place. A click saves a picture."""
     return gr.HTML([], html_template=GALLERY, label=label, js_on_load=None, apply_default_css=False, columns=columns)
 
 
 def image_inputs(model: Model) -> list[gr.components.Component]:
-    """Return the inputs [source, upload, drawing] for an image. The last two are visible when they are chosen."""
+    """Return the inputs [source, upload, drawing] for an image. The last two are visible only when chosen."""
     source = gr.Radio(SOURCES, value=SOURCES[0], label="Image")
     upload = gr.Image(
         label="Your image", type="filepath", sources=["upload", "clipboard"], height=240, visible="hidden"
@@ -76,6 +78,16 @@ def image_inputs(model: Model) -> list[gr.components.Component]:
     return [source, upload, drawing]
 
 
-def say_failure(event, status: gr.HTML):
-    """Make the status line say "Stopped." when an event fails. The reason is shown in a message of its own."""
-    event.failure(lambda: "Stopped.", None, status, queue=False, api_visibility="private")
+def answer(trigger, function, *, model: Model, inputs: list, outputs: list, **options):
+    """Let an event call `function(model, *inputs)`, and return the event. Its name in the API is the function's.
+
+    The second output is the status line. It says "Stopped." when the event fails; the reason is shown in a message of
+    its own.
+
+    Args:
+        trigger: e.g. `button.click`.
+        options: of the event, BUSY or QUICK and others.
+    """
+    event = trigger(partial(function, model), inputs, outputs, api_name=function.__name__, **options)
+    event.failure(lambda: "Stopped.", None, outputs[1], queue=False, api_visibility="private")
+    return event

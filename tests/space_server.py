@@ -59,12 +59,12 @@ class Space:
         except httpx.ConnectError:
             return False
 
-    def call(self, name, *data):
+    def call(self, name, *data, timeout=60):
         """Call an endpoint: ("complete", its last outputs) or ("error", what it said)."""
-        answer = httpx.post(f"{self.url}/gradio_api/call/{name}", json={"data": data}, timeout=60)
+        answer = httpx.post(f"{self.url}/gradio_api/call/{name}", json={"data": data}, timeout=timeout)
         if answer.status_code != 200:
             return "error", answer.text
-        events = httpx.get(f"{self.url}/gradio_api/call/{name}/{answer.json()['event_id']}", timeout=60).text
+        events = httpx.get(f"{self.url}/gradio_api/call/{name}/{answer.json()['event_id']}", timeout=timeout).text
         kind, message = events.strip().split("\n\n")[-1].split("\n", 1)
         message = json.loads(message.removeprefix("data: "))
         kind = kind.removeprefix("event: ")

@@ -23,8 +23,6 @@ def benchmark(monkeypatch):
 
 @pytest.mark.parametrize("name", ["growth", "restoration", "space_load", "speed", "time_to_quality"])
 def test_a_benchmark_shows_its_help(name, benchmark, capsys):
-    if name == "restoration":
-        pytest.importorskip("skimage", reason='pip install -e ".[benchmark]"')
     with pytest.raises(SystemExit) as stopped:
         benchmark(name, "--help")
     assert stopped.value.code == 0 and f"python benchmarks/{name}.py" in capsys.readouterr().out

@@ -81,7 +81,7 @@ def test_a_unet_config_may_come_from_a_file_or_a_folder(tmp_path):
         (dict(sample_size=16), "has sample_size 16, but this run needs 8"),
         (dict(in_channels=4), "has in_channels 4, but images have 1"),
         (dict(out_channels=2), "has out_channels 2, but this run needs 1"),
-        (dict(_class_name="AutoencoderKL"), "is AutoencoderKL: give the config of a UNet2DModel"),
+        (dict(_class_name="AutoencoderKL"), "holds AutoencoderKL: give the config of a UNet2DModel"),
         (dict(down_block_types=["NoSuchBlock", "DownBlock2D"]), "this UNet cannot be built"),
     ],
 )
@@ -102,7 +102,7 @@ def test_a_missing_unet_config_is_refused():
 
 def test_xformers_acts_or_is_refused():
     config = parse_config([*TINY, "--enable_xformers_memory_efficient_attention"])
-    with pytest.raises(UserError, match="--enable_xformers_memory_efficient_attention cannot act here"):
+    with pytest.raises(UserError, match="--enable_xformers_memory_efficient_attention cannot be used here"):
         build_unet(config, 1)
 
 

@@ -95,7 +95,7 @@ def test_the_card_shows_pictures_commands_and_limits(scored):
         "figures/loss.png",
         'DDPMPipeline.from_pretrained("digits-run")',
         "python -m ddpm_hf evaluate digits-run --metrics=memorization,bits_per_dim",
-        "Of 32 generated images 0 are copies of training images",
+        "Of 32 generated images, 0 are exact copies of training images",
         "CC BY 4.0",
     ):
         assert part in text, part
@@ -172,7 +172,7 @@ def test_the_card_of_a_local_folder_names_no_dataset_and_of_afhq_its_licence(tmp
 
 def test_the_card_of_a_learned_variance_does_not_promise_ddim(tmp_path):
     card = card_of(tmp_path, "--variance_type=learned_range", variance_type="learned_range")
-    assert "`DDIMPipeline` cannot use it" in card.text and "DDIMPipeline.from_pretrained" not in card.text
+    assert "`DDIMPipeline` cannot use this model" in card.text and "DDIMPipeline.from_pretrained" not in card.text
 
 
 def test_the_cards_of_conditional_models_and_classifiers(guidance_models, tmp_path):

@@ -99,7 +99,7 @@ def test_a_saved_folder_loads_by_AutoModel_from_the_code_in_it(tmp_path):
     "config, message",
     [
         ({"block_out_channels": (8,)}, "2 down_block_types and 1 block_out_channels"),
-        ({"id2label": {0: "cat", 1: "dog"}}, "names the classes 0, 1; name each from 0 to 2"),
+        ({"id2label": {0: "cat", 1: "dog"}}, "names the classes 0, 1; give a name for each class from 0 to 2"),
         ({"id2label": {"cat": 0, "dog": 1, "wild": 2}}, "names the classes cat, dog, wild"),
     ],
 )

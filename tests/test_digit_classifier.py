@@ -84,7 +84,9 @@ def test_full_precision_restores_what_it_found():
     ids=["float", "rgb", "size"],
 )
 def test_other_images_are_refused(classifier, images):
-    with pytest.raises(UserError, match=r"was given .* images of .*: it takes uint8 images of 1x28x28"):
+    with pytest.raises(
+        UserError, match=r"was given .* images of .*, but its digit classifier takes only uint8 images of 1x28x28"
+    ):
         classifier(images)
 
 
@@ -92,7 +94,7 @@ def test_other_weights_are_refused(tmp_path):
     for name, content in [("text", b"x" * 20), ("other", safetensors.torch.save({"a": torch.zeros(1)}))]:
         (tmp_path / name).write_bytes(content)
     for name in ["text", "other", "missing"]:
-        with pytest.raises(UserError, match=f"{name} does not hold the digit classifier's weights"):
+        with pytest.raises(UserError, match=f"{name} does not hold weights of the digit classifier"):
             load_digit_classifier(tmp_path / name)
 
 

@@ -149,7 +149,7 @@ def test_what_is_no_dinov2_is_refused(native, tmp_path, images):
     wider = copy("wider") / "config.json"
     wider.write_text(json.dumps(json.loads(wider.read_text()) | {"hidden_size": 32}))
     for name in ["empty", "vit", "weightless", "broken", "deeper", "wider"]:
-        with pytest.raises(UserError, match=f"{name} .*: give a folder or Hub id with the config.json") as error:
+        with pytest.raises(UserError, match=f"{name} .*: give a folder or Hub id with config.json") as error:
             load_dinov2(str(tmp_path / name))
         assert not isinstance(error.value, MissingWeights) and "\n" not in str(error.value)
     for wrong in [images.float(), images[:, :2], images[0]]:

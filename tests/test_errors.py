@@ -81,7 +81,7 @@ BAD = {
     "hybrid of a fixed variance": ([*TINY, "--objective=hybrid"], "--objective hybrid trains a learned variance"),
     "simple with a learned one": (
         [*TINY, "--objective=simple", "--variance_type=learned_range"],
-        "is not trained by --objective simple: give hybrid or vlb",
+        "--objective simple does not train --variance_type learned_range: give hybrid or vlb",
     ),
     "weighted bound": ([*TINY, "--objective=vlb", "--snr_gamma=5"], "--objective vlb cannot be combined with"),
     "bound of another distance": (
@@ -96,8 +96,8 @@ BAD = {
     "resolution cannot be halved": ([*TINY, "--resolution=7"], "--resolution 7 cannot be halved 1 times"),
     "attention nowhere": ([*TINY, "--attention_resolutions=16"], "--attention_resolutions has 16, but the levels"),
     "no such config": ([*TINY, "--model_config_name_or_path=nowhere/x"], "'nowhere/x' has no UNet2DModel config"),
-    "config of another class": ([*TINY, "--model_config_name_or_path={root}/config.json"], "is DDPMScheduler"),
-    "config of no class": ([*TINY, "--model_config_name_or_path={root}/list.json"], "is JSON of another shape"),
+    "config of another class": ([*TINY, "--model_config_name_or_path={root}/config.json"], "holds DDPMScheduler"),
+    "config of no class": ([*TINY, "--model_config_name_or_path={root}/list.json"], "holds JSON of another shape"),
     "config with classes": (
         [*TINY, "--model_config_name_or_path={root}/classes.json"],
         "has num_class_embeds 10, but",
@@ -153,7 +153,7 @@ BAD = {
     "damaged checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-4"], "is damaged"),
     "checkpoint of another folder into a full one": (
         [*TINY, "--output_dir={root}/mine", "--resume_from_checkpoint={root}/run/checkpoint-2"],
-        "belongs to another folder",
+        "is from another run folder",
     ),
     "no such checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-9"], "is not a complete checkpoint"),
     "half a checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-3"], "is not a complete checkpoint"),

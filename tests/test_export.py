@@ -100,9 +100,9 @@ def test_of_a_folder_full_of_own_files_only_those_of_the_run_are_exported(guidan
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["plain", "conditional"], "conditional is there already"),
+        (["plain", "conditional"], "conditional already exists"),
         (["plain", "new", "--pipeline=class_guided"], "does not suit this model: choose from restoration,"),
-        (["conditional", "new", "--classifier=classifier"], "this one is conditional"),
+        (["conditional", "new", "--classifier=classifier"], "this model is conditional"),
         (["plain", "new", "--classifier=plain"], "has no classifier"),
     ],
 )

@@ -134,17 +134,19 @@ def tiny_classifier(unet):
 def test_what_cannot_be_guided_is_refused():
     plain, classes, scheduler = tiny_unet(), tiny_unet(num_class_embeds=3), make_scheduler("nichol_cosine", 5)
     of_two, of_three = Classes(("a", "b"), 3), Classes(("a", "b", "c"), 3)
-    with pytest.raises(UserError, match="timesteps are 5, the model's 9"):
+    with pytest.raises(UserError, match="timesteps of the classifier are 5, but those of the model are 9"):
         guide(plain, make_scheduler("nichol_cosine", 9), Classes(), 2.0, tiny_classifier(plain))
-    with pytest.raises(UserError, match="betas are squaredcos_cap_v2, the model's linear"):
+    with pytest.raises(
+        UserError, match="betas of the classifier are squaredcos_cap_v2, but those of the model are linear"
+    ):
         guide(plain, make_scheduler("linear", 5), Classes(), 2.0, tiny_classifier(plain))
     with pytest.raises(UserError, match="--guidance_scale is nan"):
         guide(classes, scheduler, of_two, float("nan"))
-    with pytest.raises(UserError, match="this model knows no classes"):
+    with pytest.raises(UserError, match="this model has no classes"):
         guide(plain, scheduler, Classes(), 2.0)
-    with pytest.raises(UserError, match="without --label_dropout"):
+    with pytest.raises(UserError, match="trained with --label_dropout, and this model was not"):
         guide(classes, scheduler, of_three, 2.0)
-    with pytest.raises(UserError, match="this one is conditional"):
+    with pytest.raises(UserError, match="this model is conditional"):
         guide(classes, scheduler, of_two, 2.0, tiny_classifier(plain))
     assert guide(classes, scheduler, of_three, 1.0) is classes
 
@@ -193,7 +195,7 @@ def test_sample_is_guided_as_asked(guidance_models, tmp_path, capsys):
     # Images in the folder are never taken for those of other settings, with guidance or without.
     unguided = [*few, "--output", tmp_path / "4"]
     assert run("sample", guidance_models / "conditional", *unguided) == 2
-    assert "guidance_scale: 4.0 there, None here" in capsys.readouterr().err
+    assert "guidance_scale: 4.0 for those samples, None for the new one" in capsys.readouterr().err
     by = ["--classifier", guidance_models / "classifier", "--guidance_scale=400"]
     assert run("sample", guidance_models / "plain", *few, *by, "--output", tmp_path / "by") == 0
     assert "4 images are in" in capsys.readouterr().out
@@ -210,7 +212,7 @@ def test_a_checkpoint_knows_its_classes_wherever_it_lies(guidance_models, tmp_pa
 def test_a_class_goes_by_its_name_before_its_number():
     classes = Classes(("7", "3", "cat"), 3)
     assert [classes.number(label) for label in ("7", "3", "cat", "0", 1)] == [0, 1, 2, 0, 1]
-    with pytest.raises(UserError, match="has 'dog', but this model knows 7, 3, cat"):
+    with pytest.raises(UserError, match="has 'dog', but the classes of this model are 7, 3, cat"):
         classes.number("dog")
 
 
@@ -238,14 +240,14 @@ def test_class_accuracy_is_of_the_names_that_were_asked_for(of_train):
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (["plain", "--guidance_scale=2"], "this model knows no classes"),
-        (["plain", "--class_labels=1"], "this model knows no classes: leave --class_labels out"),
-        (["conditional", "--class_labels=10"], "has '10', but this model knows 0, 1, 2"),
-        (["conditional", "--classifier=classifier"], "this one is conditional"),
+        (["plain", "--guidance_scale=2"], "this model has no classes"),
+        (["plain", "--class_labels=1"], "this model has no classes: leave --class_labels out"),
+        (["conditional", "--class_labels=10"], "has '10', but the classes of this model are 0, 1, 2"),
+        (["conditional", "--classifier=classifier"], "this model is conditional"),
         (["plain", "--classifier=plain"], "plain has no classifier"),
         (["plain", "--classifier=classifier", "--guidance_scale=inf"], "must be a finite number"),
-        (["classifier"], "classifier is the run of a classifier: give a model"),
-        (["classifier/checkpoint-6"], "is of a classifier"),
+        (["classifier"], "classifier is the run of a classifier, not of a model: give a model"),
+        (["classifier/checkpoint-6"], "is a checkpoint of a classifier"),
     ],
 )
 def test_sample_refuses_guidance_that_cannot_be(guidance_models, arguments, sentence, capsys, monkeypatch):

@@ -190,7 +190,7 @@ hub.API.endpoint = "http://127.0.0.1:9"
 attempt("unreachable", "digits-run")
 """,
     )
-    log_in = "log in with `hf auth login`, or give --hub_token a token that may write there."
+    log_in = "log in with `hf auth login`, or give a --hub_token with write access to this repository."
     later = "check the network, or train without a push and push later."
     assert printed == [
         f"unknown token: cannot push to 'me/a' on {hub.url} (401 Unauthorized): {log_in}",
@@ -255,7 +255,7 @@ for name in {list(failures)}:
     }
     assert all(len(lines) == 1 for lines in told.values()), told
     assert "trying again in 0.1 s." in told["lost"][0] and "trying again in 0.1 s." in told["down"][0]
-    assert "(401 Unauthorized): log in with `hf auth login`, or give --hub_token" in told["shut"][0]
+    assert "(401 Unauthorized): log in with `hf auth login`, or give a --hub_token" in told["shut"][0]
     for name in failures:
         repo = hub.repos[f"me/{name}"]
         assert repo.commits[-1]["message"] == "End of training"
@@ -281,7 +281,7 @@ def test_of_a_folder_full_of_own_files_only_those_of_the_run_are_pushed(hub, tmp
     assert not any(word.encode() in sent for word in words)
     for name in ("evaluations/leak.json", "figures/reverse.png", "reconstruction.py"):
         assert f"{run / name} holds an access token" in warned
-    assert "half.json cannot be read as JSON" in warned and "list.json holds a list" in warned
+    assert "half.json cannot be read as JSON" in warned and "list.json contains a JSON list" in warned
 
 
 def test_no_folder_of_a_run_that_is_a_link_is_pushed_but_a_run_behind_a_link_is(hub, tmp_path, run):
@@ -429,4 +429,4 @@ def test_what_cannot_be_published_is_refused(argv, capsys):
         main(argv)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
-    assert ("a Space cannot see this disk: push it first" if argv[0] == "push-space" else "has no model") in error
+    assert ("cannot see this disk: push the model first" if argv[0] == "push-space" else "has no model") in error

@@ -247,8 +247,8 @@ def test_refusals(tiny):
     for image, words in (
         (coloured, "mode RGB; give image.convert.'L'."),
         (Image.new("RGBA", (8, 8)), "mode RGBA"),
-        ([], "all of one size"),
-        ([Image.new("L", (8, 8)), Image.new("L", (8, 6))], "all of one size"),
+        ([], "images of one size"),
+        ([Image.new("L", (8, 8)), Image.new("L", (8, 6))], "images of one size"),
         (good.expand(1, 3, 8, 8), r"takes \(B, 1, H, W\)"),
         (good[..., :7], "multiples of 2"),
         (np.zeros(8), "batch of shape"),

@@ -87,9 +87,9 @@ def operators(pipe):
     keep = (torch.rand(1, 1, 4, 4, generator=seeded()) < 0.5).float()
     return {
         "mask": (*module.mean_operator(keep.mul, keep.mul), (2, 4, 4)),
-        "blocks": (*pipe._operator("super_resolution", None, (1, 2, 4, 4), 2, 1.0), (2, 4, 4)),
-        "channels": (*pipe._operator("colorize", None, (1, 3, 4, 4), 1, 1.0), (3, 4, 4)),
-        "blur": (*pipe._operator("deblur", None, (1, 1, 4, 6), 1, 0.7), (1, 4, 6)),
+        "blocks": (*module.OPERATORS["super_resolution"](None, (1, 2, 4, 4), scale_factor=2), (2, 4, 4)),
+        "channels": (*module.OPERATORS["colorize"](None, (1, 3, 4, 4)), (3, 4, 4)),
+        "blur": (*module.OPERATORS["deblur"](None, (1, 1, 4, 6), blur_sigma=0.7, device="cpu"), (1, 4, 6)),
     }
 
 
@@ -185,7 +185,8 @@ def test_noise_free_restorations_agree_with_what_was_given(pipe, task):
         callback_on_step_end_tensor_inputs=["pred_original_sample"],
     )
     keep = pipe._kept(task, mask, 1, 8, 8)
-    apply, _ = pipe._operator(task, keep, (1, 3, 8, 8), 2, 0.5)
+    operator = sys.modules[type(pipe).__module__].OPERATORS[task]
+    apply, _ = operator(keep, (1, 3, 8, 8), scale_factor=2, blur_sigma=0.5, device="cpu")
     assert len(seen) == 3
     torch.testing.assert_close(
         apply(seen[-1]), apply(2 * y - 1) if task == "inpaint" else 2 * y - 1, atol=2e-4, rtol=0

@@ -15,7 +15,6 @@ SHARED = {
     "predict_original_sample": 2,
     "ddim_step": 2,
     "after_step": 3,
-    "to_output": 3,
     "check_steps": 3,
     "check_generator": 3,
     "check_output": 3,

@@ -221,7 +221,10 @@ def test_architecture_flags_act(flag, attribute, value):
         (dict(channel_mults=["0,1"]), "needs one positive number per level"),
         (dict(channel_mults=[""]), "needs one positive number per level"),
         (dict(attention_head_dim=64, base_channels=12), "--attention_head_dim is 64, .* has only 48 channels"),
-        (dict(freq_shift=1, base_channels=2, attention_head_dim=0), "--freq_shift 1 needs at least 4: give more"),
+        (
+            dict(freq_shift=1, base_channels=2, attention_head_dim=0),
+            "--freq_shift 1 needs at least 4 channels: give more",
+        ),
     ],
 )
 def test_architectures_that_cannot_be_are_refused(flags, sentence):

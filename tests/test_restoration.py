@@ -126,7 +126,7 @@ def test_a_mask_without_white_is_refused(tiny_run, images, tmp_path, capsys):
     flags = ["--task=inpaint", f"--mask={tmp_path / 'black.png'}"]
     with pytest.raises(SystemExit) as stopped:
         main(["restore", str(tiny_run), str(images / "a.png"), str(tmp_path / "one.png"), *flags])
-    assert stopped.value.code == 2 and "has no white pixel" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "is black everywhere" in capsys.readouterr().err
     assert not (tmp_path / "one.png").exists()
 
 
@@ -140,10 +140,10 @@ def test_an_interrupted_folder_goes_on(tiny_run, images, tmp_path, capsys):
     main(arguments)
     assert files(tmp_path / "out") == whole | {"c.png": kept}
     capsys.readouterr()
-    assert "something else" in refused(capsys, *arguments[1:], "--seed=1")
+    assert "its files are not results" in refused(capsys, *arguments[1:], "--seed=1")
     assert files(tmp_path / "out") == whole | {"c.png": kept}
     save_grey(images / "a.png", seed=9)
-    assert "something else" in refused(capsys, *arguments[1:])
+    assert "its files are not results" in refused(capsys, *arguments[1:])
     main([*arguments, "--overwrite"])
     again = files(tmp_path / "out")
     assert again["c.png"] == whole["c.png"] and again["a.png"] != whole["a.png"]
@@ -172,12 +172,12 @@ def test_colour(colour_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, wanted",
     [
-        ("--task denoise --mask {masks}", "--mask belongs to --task inpaint"),
-        ("--task denoise --scale_factor 2", "belongs to --task super_resolution"),
+        ("--task denoise --mask {masks}", "--mask applies only to --task inpaint"),
+        ("--task denoise --scale_factor 2", "applies only to --task super_resolution"),
         ("--task inpaint", "needs a mask: give --mask"),
-        ("--task inpaint --mask {masks}", "has no mask for b.png"),
+        ("--task inpaint --mask {masks}", "does not have exactly one mask for b.png"),
         ("--task inpaint --mask {small}", "is 4x4, but a.png is 28x28"),
-        ("--task inpaint --mask nowhere.png", "has no mask for a.png"),
+        ("--task inpaint --mask nowhere.png", "does not have exactly one mask for a.png"),
         ("--task denoise --noise_level -0.1", "at least 0"),
         ("--task denoise --noise_level nan", "at least 0"),
         ("--task denoise --batch_size 0", "at least 1"),
@@ -222,13 +222,13 @@ def test_bad_places(tiny_run, images, tmp_path, capsys):
     out = tmp_path / "out"
     for given, output, wanted in [
         (tmp_path / "nowhere", out, "neither a file nor a folder"),
-        (tmp_path / "empty", out, "holds no image"),
+        (tmp_path / "empty", out, "has no image directly inside"),
         (images / "a.png", out, "ending in .png"),
         (images / "a.png", tmp_path / "out.jpg", "ending in .png"),
         (images / "a.png", images / "a.png", "give another name"),
         (images / "notes.txt", tmp_path / "out.png", "cannot be read"),
-        (images, tmp_path / "file", "is a file or INPUT itself"),
-        (images, images, "is a file or INPUT itself"),
+        (images, tmp_path / "file", "is a file or the same folder as INPUT"),
+        (images, images, "is a file or the same folder as INPUT"),
         (images, tmp_path / "file" / "deeper", "could not be written"),
     ]:
         assert wanted in refused(capsys, tiny_run, given, output, "--task=denoise")

@@ -208,8 +208,15 @@ def test_changed_flags_are_told(short):
     assert "the checkpoint had other flags, so this run is a new one: seed 0 -> 5, use_ema True -> False." in log
 
 
-def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_is_good(short):
-    log = finish(short, "--resume_from_checkpoint=latest", code=2, file_size=20_000)
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9])
+def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_is_good(short, share):
+    # The optimizer is larger than the weights; share 0 is too small for these already.
+    weights, optimizer = (
+        (short / "checkpoint-4" / name).stat().st_size for name in ("model.safetensors", "optimizer.bin")
+    )
+    size = int(weights + share * (optimizer - weights)) if share else 20_000
+    assert 20_000 < weights < optimizer
+    log = finish(short, "--resume_from_checkpoint=latest", code=2, file_size=size)
     assert "could not be written" in log and "free some space" in log and "Traceback" not in log
     assert [path.name for path in checkpoints(short)] == ["checkpoint-4"] and not list(short.glob("*.tmp"))
     finish(short, "--resume_from_checkpoint=latest", "--max_train_steps=6")

@@ -72,7 +72,7 @@ def test_killed_three_times_it_ends_with_the_same_bytes(model, tmp_path):
         job.join()
         left = len(files(killed))
         assert wanted <= left < 60
-        with pytest.raises(UserError, match=f"has {left} of 60 images"):
+        with pytest.raises(UserError, match=f"has only {left} of 60 images"):
             read_samples(killed)
     draw_samples(model, sampler, 60, killed, batch_size=4)
     assert files(killed) == files(tmp_path / "whole")
@@ -98,7 +98,7 @@ def test_an_npz_goes_on_too_and_one_of_somebody_else_stays(model, tiny_run, tmp_
     draw_samples(model, sampler, 8, path, batch_size=4)
     assert torch.equal(read_samples(path).images[:4], first) and len(read_samples(path).images) == 8
     np.savez(tmp_path / "b.npz", arr_0=np.zeros((3, 28, 28, 1), np.uint8))
-    with pytest.raises(UserError, match="no samples of ddpm_hf"):
+    with pytest.raises(UserError, match="is not a set of samples of ddpm_hf"):
         draw_samples(model, sampler, 4, tmp_path / "b.npz", batch_size=4)
 
 
@@ -106,7 +106,7 @@ def test_somebody_else_s_samples_json_is_no_record(model, tmp_path):
     (tmp_path / "samples.json").write_text('{"author": "me"}')
     Image.new("L", (28, 28)).save(tmp_path / "x.png")
     assert read_samples(tmp_path).sampler == {}
-    with pytest.raises(UserError, match="no samples of ddpm_hf"):
+    with pytest.raises(UserError, match="is not a set of samples of ddpm_hf"):
         draw_samples(model, Sampler().resolve(model), 4, tmp_path, batch_size=4)
 
 
@@ -119,14 +119,14 @@ def test_a_larger_number_goes_on_and_another_sampler_is_refused(model, unbroken,
     draw_samples(model, sampler, 6, tmp_path / "c", batch_size=4)
     assert len(read_samples(tmp_path / "c").images) == 6
     other = Sampler(name="ddim", num_inference_steps=3).resolve(model)
-    with pytest.raises(UserError, match="num_inference_steps: 2 there, 3 here"):
+    with pytest.raises(UserError, match="num_inference_steps: 2 for those samples, 3 for the new ones"):
         draw_samples(model, other, 8, tmp_path / "c", batch_size=4)
 
 
 def test_a_folder_of_somebody_else_is_left_alone(model, tmp_path):
     (tmp_path / "holiday.txt").write_text("mine")
     sampler = Sampler(name="ddim", num_inference_steps=2).resolve(model)
-    with pytest.raises(UserError, match="no samples of ddpm_hf"):
+    with pytest.raises(UserError, match="is not a set of samples of ddpm_hf"):
         draw_samples(model, sampler, 2, tmp_path, batch_size=2)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.txt"]
 
@@ -190,7 +190,7 @@ def test_images_that_are_not_finite_are_refused(tmp_path, tiny_run):
     model = load_pretrained(str(tiny_run))
     model.unet.conv_out.bias.data.fill_(float("nan"))
     sampler = Sampler(name="ddim", num_inference_steps=2).resolve(model)
-    with pytest.raises(UserError, match="image 0 is not finite"):
+    with pytest.raises(UserError, match="image 0 has pixels that are not finite"):
         draw_samples(model, sampler, 2, tmp_path / "nan", batch_size=2)
     assert not files(tmp_path / "nan")
 
@@ -201,13 +201,13 @@ def test_images_that_are_not_finite_are_refused(tmp_path, tiny_run):
         ("--num_images 0", "must be at least 1"),
         ("--batch_size 0", "must be at least 1"),
         ("--dtype int8", "choose float32, bfloat16, float16"),
-        ("--eta 0.5", "belongs to ddim"),
-        ("--sampler ddim --variance_type fixed_small", "belongs to ddpm"),
+        ("--eta 0.5", "eta applies only to ddim"),
+        ("--sampler ddim --variance_type fixed_small", "variance_type applies only to ddpm"),
         ("--num_inference_steps 21", "from 1 to the model's 20 timesteps"),
         ("--timesteps 5,9,3", "strictly rising or falling"),
         ("--timesteps sideways", "choose quad"),
-        ("--class_labels 1", "this model knows no classes"),
-        ("--class_labels=-1", "this model knows no classes"),
+        ("--class_labels 1", "this model has no classes"),
+        ("--class_labels=-1", "this model has no classes"),
         ("--weights raw", "has no checkpoint"),
         ("--variance_type learned_range", "out_channels twice"),
     ],

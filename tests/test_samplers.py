@@ -377,11 +377,20 @@ def test_to_pil_has_the_stock_pipelines_modes_and_pixels():
     "kwargs, sentence",
     [
         ({"sampler": "euler"}, "sampler is 'euler'; choose ddpm, ddim, dpmsolver++."),
-        ({"eta": 0.5}, "eta is 0.5 with sampler ddpm; it belongs to ddim and is from 0 to 1."),
-        ({"sampler": "ddim", "eta": 1.5}, "eta is 1.5 with sampler ddim; it belongs to ddim and is from 0 to 1."),
+        (
+            {"eta": 0.5},
+            "eta is 0.5, and the sampler is ddpm: eta applies only to ddim and must be from 0 to 1, so change "
+            "eta or leave it out.",
+        ),
+        (
+            {"sampler": "ddim", "eta": 1.5},
+            "eta is 1.5, and the sampler is ddim: eta applies only to ddim and must be from 0 to 1, so change "
+            "eta or leave it out.",
+        ),
         (
             {"sampler": "ddim", "variance_type": "fixed_large"},
-            "variance_type is fixed_large with sampler ddim; it belongs to ddpm; leave it out.",
+            "variance_type is fixed_large, but the sampler is ddim: variance_type applies only to ddpm, so leave it "
+            "out.",
         ),
         (
             {"variance_type": "learned"},
@@ -392,7 +401,7 @@ def test_to_pil_has_the_stock_pipelines_modes_and_pixels():
             "variance_type learned_range needs a UNet with out_channels twice its in_channels.",
         ),
         ({"num_inference_steps": 11}, "num_inference_steps is 11; it must be from 1 to the model's 10 timesteps."),
-        ({"class_labels": [0, 1]}, "class_labels are [0, 1], but this UNet has no classes: leave them out."),
+        ({"class_labels": [0, 1]}, "class_labels are [0, 1], but this UNet has no classes: leave class_labels out."),
     ],
 )
 def test_refusals(kwargs, sentence):
@@ -404,9 +413,9 @@ def test_refusals(kwargs, sentence):
 @pytest.mark.parametrize(
     "class_labels, sentence",
     [
-        (None, "class_labels are []; give 2, one per image, each from 0 to 2."),
-        ([0], "class_labels are [0]; give 2, one per image, each from 0 to 2."),
-        ([0, 3], "class_labels are [0, 3]; give 2, one per image, each from 0 to 2."),
+        (None, "class_labels are []; give 2 labels, one per image, each from 0 to 2."),
+        ([0], "class_labels are [0]; give 2 labels, one per image, each from 0 to 2."),
+        ([0, 3], "class_labels are [0, 3]; give 2 labels, one per image, each from 0 to 2."),
     ],
 )
 def test_class_label_refusals(class_labels, sentence):

@@ -308,7 +308,7 @@ def test_refusals(make, sentence):
         ((None, [5, 5]), "timesteps are [5, 5]; give whole numbers from 0 to 99, strictly rising or falling."),
         ((None, [5, 1, 9]), "timesteps are [5, 1, 9]; give whole numbers from 0 to 99, strictly rising or falling."),
         ((None, [0.5, 1]), "timesteps are [0.5, 1]; give whole numbers from 0 to 99, strictly rising or falling."),
-        ((10, [0, 50]), "num_inference_steps is 10 but 2 timesteps are listed; drop one."),
+        ((10, [0, 50]), "num_inference_steps is 10, but 2 timesteps are listed: drop one."),
     ],
 )
 def test_subsequence_refusals(arguments, sentence):

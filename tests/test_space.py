@@ -8,8 +8,10 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import zipfile
 import zlib
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -18,7 +20,7 @@ import space_server
 from conftest import ROOT
 from gradio_client import Client, handle_file
 from PIL import Image
-from space_server import T, pixels, png
+from space_server import T, pixels, png, save_model
 
 
 space = space_server.space
@@ -230,6 +232,81 @@ BAD_CALLS = {
 }
 
 
+FILE_DATA = {"meta": {"_type": "gradio.FileData"}}
+# What a hostile client sends for an upload. `secret` is a readable image of the server, `mine` is an honest upload,
+# and beside `mine` are a link to the secret, a FIFO and a folder.
+SERVER_PATHS = {
+    "path": lambda secret, mine: {"path": secret},
+    "path with gradio's mark": lambda secret, mine: {"path": secret} | FILE_DATA,
+    "path with another mark": lambda secret, mine: {"path": secret, "meta": {"_type": "x"}},
+    "path with more keys": lambda secret, mine: {"path": secret, "url": "x", "size": 1, "is_stream": True},
+    "path and an honest url": lambda secret, mine: {"path": secret, "url": f"/gradio_api/file={mine}"},
+    "relative path": lambda secret, mine: {"path": os.path.relpath(secret, ROOT)},
+    "up from an upload": lambda secret, mine: {"path": os.path.join(mine, os.path.relpath(secret, mine))},
+    "up from the folder": lambda secret, mine: {"path": os.path.dirname(mine) + "/../" * 20 + secret},
+    "into a folder and up": lambda secret, mine: {"path": f"{mine}.folder/../{os.path.basename(mine)}"},
+    "doubled slashes": lambda secret, mine: {"path": "/" + secret.replace("/", "//")},
+    "file url": lambda secret, mine: {"path": f"file://{secret}"},
+    "gradio's file url": lambda secret, mine: {"path": f"/gradio_api/file={secret}"},
+    "process's root": lambda secret, mine: {"path": f"/proc/self/root{secret}"},
+    "only a url": lambda secret, mine: {"url": f"file://{secret}"},
+    "nested": lambda secret, mine: {"path": {"path": secret}},
+    "list": lambda secret, mine: [{"path": secret}],
+    "list for a path": lambda secret, mine: {"path": [secret]},
+    "text": lambda secret, mine: secret,
+    "link": lambda secret, mine: {"path": f"{mine}.link"},
+    "link, marked": lambda secret, mine: {"path": f"{mine}.link"} | FILE_DATA,
+    "fifo": lambda secret, mine: {"path": f"{mine}.fifo"},
+    "folder": lambda secret, mine: {"path": f"{mine}.folder"},
+    "the upload folder": lambda secret, mine: {"path": os.path.dirname(os.path.dirname(mine))},
+    "terminals": lambda secret, mine: {"path": "/dev/ptmx"},
+    "zeros": lambda secret, mine: {"path": "/dev/zero"},
+    "standard input": lambda secret, mine: {"path": "/dev/stdin"},
+    "descriptor": lambda secret, mine: {"path": 0},
+    "no number": lambda secret, mine: {"path": True},
+    "nul": lambda secret, mine: {"path": f"{mine}\0.png"},
+    "too long": lambda secret, mine: {"path": f"{mine}/{'a' * 5000}"},
+    "empty": lambda secret, mine: {"path": ""},
+    "no such upload": lambda secret, mine: {"path": f"{mine}.none"},
+}
+
+
+@pytest.fixture(scope="module")
+def planted(space, tmp_path_factory):
+    """Return the path of an image of the server, and of an upload beside which traps lie."""
+    secret = tmp_path_factory.mktemp("secret") / "secret.png"
+    secret.write_bytes(png(DIGIT))
+    mine = space.upload(png(DIGIT))[1]["path"]
+    if not os.path.isdir(f"{mine}.folder"):  # the same upload has the same path, and this may run twice
+        os.symlink(secret, f"{mine}.link")
+        os.mkfifo(f"{mine}.fifo")
+        os.mkdir(f"{mine}.folder")
+    return str(secret), mine
+
+
+@pytest.mark.parametrize("name", SERVER_PATHS)
+def test_no_path_of_the_server_is_opened(space, planted, name):
+    upload = SERVER_PATHS[name](*planted)
+    for endpoint, more in (
+        ("degrade", ("Noise", "Light", 0)),
+        ("restore", ("Noise", "Light", 0)),
+        ("forward", (1, 0)),
+    ):
+        kind, message = space.call(endpoint, "Upload", upload, "", *more, timeout=15)
+        assert kind == "error", f"{endpoint} read {upload}"
+        assert_sentence(message)
+
+
+def test_after_hostile_paths_an_upload_is_read_at_once(space, planted):
+    assert space.call("degrade", "Upload", {"path": planted[1]}, "", "Noise", "Light", 0, timeout=15)[0] == "complete"
+
+
+@pytest.mark.parametrize("route", ["run", "api"])
+def test_the_queue_cannot_be_bypassed(space, route):
+    answer = httpx.post(f"{space.url}/gradio_api/{route}/generate", json={"data": [*GENERATE.values()]}, timeout=60)
+    assert answer.status_code == 404 and "join the queue" in answer.text
+
+
 @pytest.mark.parametrize("name", BAD_CALLS)
 def test_a_hostile_call_gets_a_sentence(space, name):
     endpoint, *data = BAD_CALLS[name]
@@ -254,3 +331,38 @@ def test_without_a_model_it_says_what_to_set():
     assert (
         done.stderr.strip() == "DDPM_MODEL is not set: give a model, e.g. DDPM_MODEL=runs/digits python spaces/app.py."
     )
+
+
+@pytest.mark.parametrize("value", ["abc", "nan", "inf", "-inf", "", "-5", "0", "1e300", "60s"])
+def test_a_bad_number_of_seconds_is_one_sentence(tmp_path, value):
+    environment = os.environ | {"DDPM_MODEL": str(tmp_path), "DDPM_REQUEST_SECONDS": value}
+    command = [sys.executable, str(ROOT / "spaces" / "app.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.strip() == (
+        f"DDPM_REQUEST_SECONDS is {value!r}: give a number of seconds above 0 and up to 86,400, or do not set it."
+    )
+
+
+@pytest.mark.parametrize(
+    "name, value", [("PORT", "abc"), ("PORT", "-1"), ("PORT", ""), ("PORT", "70000"), ("NAME", "203.0.113.1")]
+)
+def test_a_bad_address_is_one_sentence(tmp_path, name, value):
+    model = save_model(tmp_path / "model")
+    environment = os.environ | {"DDPM_MODEL": str(model), f"GRADIO_SERVER_{name}": value}
+    command = [sys.executable, str(ROOT / "spaces" / "app.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(rf"[^\n]*GRADIO_SERVER_{name}[^\n]*{value}[^\n]*: give [^\n]*\.\n", done.stderr), done.stderr
+
+
+def test_uploads_are_bounded_on_the_disk(space):
+    """The oldest go first: here 130 MB are sent, and a file that was sent last is read."""
+    first = space.upload(bytes(9_000_000))[1]["path"]
+    for k in range(13):
+        space.upload(bytes(9_000_000) + bytes([k]))
+    mine = space.upload(png(DIGIT[:, ::-1]), "last.png")[1]
+    folder = Path(mine["path"]).parent.parent
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 100_000_000
+    assert not Path(first).exists() and folder != Path(tempfile.gettempdir(), "gradio")
+    assert space.call("degrade", "Upload", mine, "", "Noise", "Light", 0)[0] == "complete"

@@ -6,11 +6,15 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT
 from diffusers import DDIMPipeline, DDPMPipeline
 from PIL import Image
 from space_server import pixels, save_model
+
+from ddpm_hf.errors import UserError
+from ddpm_hf.models.pretrained import load_pretrained
 
 
 sys.path.insert(0, str(ROOT / "spaces"))
@@ -170,3 +174,89 @@ def test_an_export_that_names_a_pipeline_opens_without_its_code(conditional, fol
         index.write_text(plain)
     assert model.labels == list(CLASSES)
     assert torch.equal(drawn(model, [7], "DDIM", 2, [1]), drawn(conditional, [7], "DDIM", 2, [1]))
+
+
+def only_pickles(model):
+    """Replace the UNet's safetensors by a pickle of the same weights."""
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(safetensors.torch.load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+
+
+def an_index_of_pickles(model):
+    only_pickles(model)
+    pickle = model / "unet" / "diffusion_pytorch_model.bin"
+    names = dict.fromkeys(torch.load(pickle, weights_only=True), pickle.name)
+    index = {"metadata": {"total_size": 1}, "weight_map": names}
+    pickle.with_name("diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("spoil", [only_pickles, an_index_of_pickles])
+def test_pickles_are_refused(folder, spoil):
+    spoil(path := save_model(folder / spoil.__name__, 10))
+    for named in (False, True):
+        index = json.loads((path / "model_index.json").read_text())
+        index["_class_name"] = ["class_guided", "ClassGuidedPipeline"] if named else "DDPMPipeline"
+        (path / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(Refused, match="safetensors") as error:
+            open_model(str(path))
+        assert "\n" not in str(error.value)
+
+
+def test_the_package_refuses_an_index_of_pickles_too(folder):
+    an_index_of_pickles(path := save_model(folder / "sharded", 10))
+    with pytest.raises(UserError, match="index.json names files that are not safetensors: give"):
+        load_pretrained(path)
+
+
+def edited(part, **values):
+    """Return a function that changes the config of a part of a saved model."""
+
+    def edit(model):
+        (path,) = (model / part).glob("*config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return edit
+
+
+def not_a_number(model):
+    path = model / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(weights, path)
+
+
+UNUSABLE = {
+    "T of text": edited("scheduler", num_train_timesteps="ten"),
+    "T of zero": edited("scheduler", num_train_timesteps=0),
+    "T without end": edited("scheduler", num_train_timesteps=10**12),
+    "T of a fraction": edited("scheduler", num_train_timesteps=2.5),
+    "betas of text": edited("scheduler", trained_betas=["a", "b"]),
+    "unknown prediction": edited("scheduler", prediction_type="guess"),
+    "unknown schedule": edited("scheduler", beta_schedule="steep"),
+    "T in a list": edited("scheduler", num_train_timesteps=[10]),
+    "size of text": edited("unet", sample_size="8"),
+    "size of zero": edited("unet", sample_size=0),
+    "size below zero": edited("unet", sample_size=-8),
+    "size of one in a list": edited("unet", sample_size=[8]),
+    "size without end": edited("unet", sample_size=10**6),
+    "size that the levels do not divide": edited("unet", sample_size=7),
+    "two channels": edited("unet", in_channels=2),
+    "other channels out": edited("unet", out_channels=4),
+    "layers without end": edited("unet", layers_per_block=10**5),
+    "no levels": edited("unet", block_out_channels=[]),
+    "groups of zero": edited("unet", norm_num_groups=0),
+    "groups of text": edited("unet", norm_num_groups="four"),
+    "an index that is a list": lambda model: (model / "model_index.json").write_text("[]"),
+    "an index without a class": lambda model: (model / "model_index.json").write_text("{}"),
+    "a deep index": lambda model: (model / "model_index.json").write_text("[" * 10**5),
+    "weights that are not numbers": not_a_number,
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_a_model_that_cannot_draw_is_refused_in_one_sentence(folder, name):
+    path = save_model(folder / name, 10)
+    UNUSABLE[name](path)
+    with pytest.raises(Refused) as error:
+        open_model(str(path))
+    assert "\n" not in str(error.value) and re.search(": (give|add) ", str(error.value)), error.value

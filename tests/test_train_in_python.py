@@ -47,7 +47,7 @@ def test_the_finished_run_has_its_losses_and_loads_its_model(tmp_path):
 def test_a_finished_classifier_is_no_model_and_is_resumed_at_its_end(tmp_path):
     folder = tmp_path / "run"
     run = train(config(folder, "--objective=classify"))
-    with pytest.raises(UserError, match="is the run of a classifier, which draws no images: give it as"):
+    with pytest.raises(UserError, match="is the run of a classifier, not of a model: give a model, and --classifier"):
         run.load()
     (folder / "figures" / "loss.png").unlink()  # as if the run had been killed before its figures
     again = train(config(folder, "--objective=classify", "--resume_from_checkpoint=latest"))

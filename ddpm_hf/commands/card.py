@@ -9,7 +9,11 @@ from pathlib import Path
 
 def add_flags(parser):
     parser.add_argument("run", help="folder of a run or of an export")
-    parser.add_argument("--hub_model_id", help="repository on the card; default: the run's, or the folder's name")
+    parser.add_argument(
+        "--hub_model_id",
+        help="repository named on the card; default: the one last pushed to, else the run's --hub_model_id, else the "
+        "folder's name",
+    )
 
 
 def run(arguments):
@@ -20,5 +24,5 @@ def run(arguments):
         print(f"The card is {Path(arguments.run, 'README.md')}.")
     else:
         print(
-            f"{Path(arguments.run, 'README.md')} was not written by ddpm_hf and is kept: remove it to get a new one."
+            f"{Path(arguments.run, 'README.md')} was not written by ddpm_hf and is kept: remove it to get a new card."
         )

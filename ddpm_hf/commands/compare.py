@@ -1,7 +1,7 @@
 """Print the scores of several records side by side.
 
-Records that were measured differently are refused, with the names of the settings that differ. `--vary` names settings
-that may differ.
+If the records were measured differently, the command refuses them and names the settings that differ. Settings given
+with `--vary` may differ.
 
 ddpm_hf compare a.json b.json
 ddpm_hf compare ddim10.json ddim50.json --vary sampler

@@ -1,11 +1,11 @@
-"""Score a model, or samples, against real images and write a record.
+"""Score a model, or a set of images, against real images and write a record.
 
 The record is a JSON file that says how each number was measured. `ddpm_hf compare` reads it, and refuses to compare
 numbers that were measured differently.
 
 ddpm_hf evaluate runs/mnist                                  # 2,000 images by DDIM in 50 steps
 ddpm_hf evaluate me/ddpm-cifar10 --suite paper --metrics fid,kid,bits_per_dim     # 50,000 images, all steps
-ddpm_hf evaluate samples/mnist --dataset_name ylecun/mnist --validation_split test     # images without their model
+ddpm_hf evaluate samples/mnist --dataset_name ylecun/mnist --validation_split test     # scores images without a model
 """
 
 import sys
@@ -39,7 +39,11 @@ def add_flags(parser):
     add_data_flags(parser)
     add_network_flags(parser)
     add_output_flags(parser)
-    add_sampler_flags(parser, "the suite's", "the suite's; if --sampler is not the suite's: all T for ddpm, else 50")
+    add_sampler_flags(
+        parser,
+        "the sampler of the suite",
+        "the suite's number; with another sampler than the suite's, all T for ddpm and 50 for the others",
+    )
 
 
 def add_measurement_flags(parser):
@@ -52,21 +56,27 @@ def add_measurement_flags(parser):
         "10,000 by DDIM in 50. paper: 50,000 by DDPM in all T steps, and bits_per_dim from all held-out images and "
         "timesteps. Default: fast",
     )
-    add("--num_images", type=int, help="number of generated images; default: the suite's")
+    add("--num_images", type=int, help="number of generated images; default: the suite's number")
     add(
         "--features",
         choices=["inception", "dinov2", "digits"],
         help="network for the features of kid and precision_recall; default: digits for grey digits, else inception",
     )
-    add("--bound_images", type=int, help="held-out images for bits_per_dim; 0: all of them; default: the suite's")
     add(
-        "--bound_timesteps", type=int, help="random timesteps per image for bits_per_dim; 0: all; default: the suite's"
+        "--bound_images",
+        type=int,
+        help="number of held-out images for bits_per_dim; 0: all; default: the suite's number",
+    )
+    add(
+        "--bound_timesteps",
+        type=int,
+        help="number of random timesteps per image for bits_per_dim; 0: all; default: the suite's number",
     )
     add("--require", type=names, default=[], help="metrics that must not be skipped: if one is, the exit code is 1")
 
 
 def add_data_flags(parser):
-    group = parser.add_argument_group("real images", "Default: those in the run's train_config.json.")
+    group = parser.add_argument_group("real images", "Default: the data in the run's train_config.json.")
     add = group.add_argument
     add("--dataset_name", help="Hub id, or local folder: images, or a copy of a Hub dataset")
     add("--dataset_config_name", help="configuration of the dataset, if it has several")
@@ -76,14 +86,24 @@ def add_data_flags(parser):
     add("--class_names", type=names, help="keep only these classes, e.g. cat,dog")
     add("--resolution", type=int, help="height and width in pixels for --calibrate without a model; default: 32")
     add(
-        "--reference", metavar="NPZ", help="statistics (mu, sigma) of real images for FID, e.g. EDM's or pytorch-fid's"
+        "--reference",
+        metavar="NPZ",
+        help="statistics (mu, sigma) of real images for FID, e.g. from EDM or pytorch-fid",
     )
-    add("--reference_pipeline", choices=PIPELINES, help="how --reference resized its images, if the file does not say")
+    add(
+        "--reference_pipeline",
+        choices=PIPELINES,
+        help="how the images of --reference were resized, if the file does not say it",
+    )
 
 
 def add_network_flags(parser):
     add = parser.add_argument_group("networks that look at images").add_argument
-    add("--inception", metavar="FILE", help="weights of FID's Inception; default: pytorch-fid's, which are downloaded")
+    add(
+        "--inception",
+        metavar="FILE",
+        help="weights of the Inception network for FID; default: downloads those of pytorch-fid",
+    )
     add(
         "--inception_pipeline",
         choices=PIPELINES,
@@ -95,15 +115,17 @@ def add_network_flags(parser):
         "--dinov2",
         metavar="FOLDER|ID",
         default="facebook/dinov2-large",
-        help="DINOv2 for fd_dinov2; default: facebook/dinov2-large",
+        help="DINOv2 model for fd_dinov2; default: facebook/dinov2-large",
     )
 
 
 def add_output_flags(parser):
     add = parser.add_argument_group("output").add_argument
-    add("--output", metavar="JSON", help="file for the record; default: evaluations/... in the run's folder, or here")
+    add(
+        "--output", metavar="JSON", help="file for the record; default: evaluations/... in the run's or current folder"
+    )
     add("--overwrite", action="store_true", help="replace the record in --output")
-    add("--samples_dir", help="folder for the images; default: evaluation_samples/... in the run's folder, or here")
+    add("--samples_dir", help="folder for the images; default: evaluation_samples/... in the run's or current folder")
     add("--cache_dir", help="folder that keeps features of real images; default: ddpm_hf in HuggingFace's cache")
 
 
@@ -111,7 +133,7 @@ def run(arguments):
     """Evaluate, print the scores, and write the run's model card again.
 
     Raises:
-        SystemExit: with code 1, if a metric of --require was skipped; the record is written first.
+        SystemExit: with code 1, if a metric of --require was skipped. The record is written all the same.
     """
     from ..evaluation.evaluate import evaluate
     from ..evaluation.inputs import check_metrics

@@ -2,11 +2,11 @@
 
 import argparse
 
-from ..errors import no_such, no_such_flag, one_sentence
+from ..config.parser_errors import OneSentenceErrors
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one sentence, without the usage, and suggest a correction of a typo."""
+class Parser(OneSentenceErrors, argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one sentence, and whose help keeps the line breaks of the description."""
 
     def __init__(self, prog: str, description: str, **options):
         super().__init__(
@@ -17,32 +17,14 @@ class Parser(argparse.ArgumentParser):
             **options,
         )
 
-    def parse_args(self, words: list[str], namespace=None) -> argparse.Namespace:
-        """Return the parsed flags. An unknown flag is reported before a missing argument."""
-        known = self._option_string_actions
-        for word in words[: words.index("--") if "--" in words else None]:
-            if word.startswith("--") and word.partition("=")[0] not in known:
-                self.error(no_such_flag(word, known))
-        arguments, unknown = self.parse_known_args(words, namespace)
-        if unknown:
-            self.error(no_such_flag(unknown[0], known))
-        return arguments
-
-    def _check_value(self, action, value):
-        if action.choices is not None and value not in action.choices:
-            self.error(no_such(action.option_strings[0], value, action.choices))
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {one_sentence(message)}\n")
-
 
 def names(text: str) -> list[str]:
     """Return the parts of a list such as `cat,dog`."""
     return [part for part in text.split(",") if part]
 
 
-def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for ddpm, else 50"):
-    """Add the flags of the sampler. `name` and `steps` are the help's words for the default sampler and its steps."""
+def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for ddpm, 50 for the others"):
+    """Add the flags of the sampler. `name` and `steps` are shown in --help as the defaults."""
     group = parser.add_argument_group("sampler")
     add = group.add_argument
     add("--sampler", metavar="NAME", help=f"ddpm, ddim or dpmsolver++; default: {name}")
@@ -52,21 +34,26 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
         default="trailing",
         metavar="SPACING",
         help="which timesteps the steps visit: trailing (starts at pure noise), leading (diffusers' default), "
-        "linspace, uniform or quad (both of the DDIM paper), or a list such as 999,500,0; default: trailing",
+        "linspace, uniform or quad (both from the DDIM paper), or a list such as 999,500,0; default: trailing",
     )
     add("--eta", type=float, default=0.0, help="for ddim: share of fresh noise, 0 to 1; default: 0")
     add(
         "--variance_type",
         choices=["fixed_small", "fixed_large", "learned_range"],
-        help="variance of ddpm's steps; default: the model's own for all T steps, fixed_small for fewer",
+        help="variance of ddpm's noise; default: the model's own if all T steps are taken, else fixed_small",
     )
     add("--dtype", default="float32", help="precision inside the UNet: float32, bfloat16 or float16; default: float32")
     add("--seed", type=int, default=0, help="image k uses the generator seeded with seed + k; default: 0")
     add("--class_labels", type=names, help="classes to draw in turn, e.g. cat,dog or 0,1,2; default: all")
-    add("--guidance_scale", type=float, default=1.0, help="strength of guidance towards the class; default: 1, none")
-    add("--classifier", help="guide a model without classes by this run of --objective classify, or Hub id")
+    add(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="strength of guidance towards the class; default: 1, no guidance",
+    )
+    add("--classifier", help="classifier to guide a model without classes: run of --objective classify, or Hub id")
     add_weights_flag(group)
-    add("--batch_size", type=int, default=64, help="images per process drawn together; default: 64")
+    add("--batch_size", type=int, default=64, help="images that each process draws together; default: 64")
 
 
 def add_weights_flag(parser):
@@ -74,15 +61,19 @@ def add_weights_flag(parser):
         "--weights",
         default="published",
         choices=["published", "raw"],
-        help="published: the moving average, if there is one; raw: the weights of a checkpoint before averaging",
+        help="published: the moving average, if there is one; raw: the weights of a checkpoint without averaging",
     )
 
 
 def add_repository_flags(parser, name: str):
-    """Add the flags of a repository on the Hub. `name` is the help's words for its default name."""
+    """Add the flags of a repository on the Hub. `name` is shown in --help as the default."""
     add = parser.add_argument
     add("--hub_model_id", metavar="[USER/]NAME", help=f"repository, created if it does not exist; default: {name}")
-    add("--hub_private_repo", action="store_true", help="create it as private; an existing one must be private")
+    add(
+        "--hub_private_repo",
+        action="store_true",
+        help="create the repository as private; if it exists, it must be private",
+    )
     add("--hub_token", help="Hub token; default: the token of `hf auth login`")
 
 
@@ -94,10 +85,3 @@ def sampler_settings(arguments) -> dict:
     settings = {name: getattr(arguments, name) for name in [*names, "guidance_scale"]}
     classifier = None if arguments.classifier is None else load_classifier(arguments.classifier)
     return settings | {"classifier": classifier}
-
-
-def requested_sampler(arguments, default: str):
-    """Return the Sampler of the flags."""
-    from ..sampling.settings import sampler_named
-
-    return sampler_named(arguments.sampler or default, sampler_settings(arguments))

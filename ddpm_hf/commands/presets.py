@@ -1,4 +1,4 @@
-"""List the presets, or print the flags that one sets as JSON.
+"""List the presets, or print one preset's flags as JSON.
 
 ddpm_hf presets            # one line each
 ddpm_hf presets cifar10    # all that `ddpm_hf train --preset cifar10` sets
@@ -8,7 +8,7 @@ import json
 
 
 def add_flags(parser):
-    parser.add_argument("name", nargs="?", help="preset whose flags to print; default: list all presets")
+    parser.add_argument("name", nargs="?", help="preset whose flags are printed; default: list all presets")
 
 
 def run(arguments):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 def add_flags(parser):
     parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
-    parser.add_argument("input", help="an image or a folder of images, of any sizes that the model's UNet can halve")
+    parser.add_argument("input", help="an image, or a folder of images of any size that the model's UNet can halve")
     parser.add_argument("output", help="a .png file, or a folder for .png files with the names of the inputs")
     add = parser.add_argument
     add("--task", required=True, metavar="TASK", help="denoise, inpaint, super_resolution, colorize or deblur")
@@ -24,14 +24,24 @@ def add_flags(parser):
     add(
         "--mask",
         metavar="FILE|FOLDER",
-        help="for inpaint: an image, white where to paint, or a folder with one of the same name for each input",
+        help="for inpaint: a mask image, white in the areas to paint, or a folder that has a mask of the same name "
+        "for each input",
     )
     add("--scale_factor", type=int, help="for super_resolution: times wider and higher; default: 2")
     add("--blur_sigma", type=float, help="for deblur: standard deviation of the Gaussian blur in pixels; default: 1")
-    add("--num_inference_steps", type=int, help="number of steps; default: 1 for denoise, else 25, at most T")
-    add("--num_samples", type=int, help="restorations to average; 1 is sharpest; default: 1 for one step, else 4")
+    add("--num_inference_steps", type=int, help="number of steps; default: 1 for denoise, else 25 or T, if T is less")
+    add(
+        "--num_samples",
+        type=int,
+        help="number of restorations to average; 1 gives the sharpest result; default: 1 for one step, else 4",
+    )
     add("--batch_size", type=int, default=16, help="images restored together; default: 16")
-    add("--seed", type=int, default=0, help="image k, by name, uses the generator seeded with seed + k; default: 0")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="image k, in name order, uses the generator seeded with seed + k; default: 0",
+    )
     add("--overwrite", action="store_true", help="replace earlier results in OUTPUT")
 
 
@@ -39,7 +49,7 @@ def run(arguments):
     """Restore the images and say where they are.
 
     Raises:
-        UserError: as `sampling.restoration.restore`, and for a launch of several processes.
+        UserError: as `sampling.restoration.restore`, and if several processes were launched.
     """
     from accelerate import PartialState
 

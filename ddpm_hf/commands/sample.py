@@ -10,7 +10,7 @@ accelerate launch --multi_gpu -m ddpm_hf sample runs/cifar10 --num_images 50000
 
 from pathlib import Path
 
-from .flags import add_sampler_flags, requested_sampler
+from .flags import add_sampler_flags, sampler_settings
 
 
 ON_SHEET = 64  # images on the sheet
@@ -31,9 +31,10 @@ def run(arguments):
     from ..pictures import image_sheet
     from ..processes import start_processes
     from ..sampling.sample_set import draw_samples, read_samples
+    from ..sampling.settings import sampler_named
 
     start_processes()
-    sampler = requested_sampler(arguments, "ddpm")
+    sampler = sampler_named(arguments.sampler or "ddpm", sampler_settings(arguments))
     model = load_pretrained(arguments.model, arguments.weights)
     sampler = sampler.resolve(model)
     name = f"{model.facts['name'].replace('/', '--')}-{sampler.name}{sampler.num_inference_steps}"

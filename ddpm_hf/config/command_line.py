@@ -9,19 +9,20 @@ import dataclasses
 
 from transformers.hf_argparser import HfArgumentParser
 
-from ..errors import UserError, no_such, no_such_flag, one_sentence
+from ..errors import UserError
+from .parser_errors import OneSentenceErrors
 from .training_config import GROUPS, TrainingConfig
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the line breaks of the description, which has examples."""
+    """A help formatter that shows defaults. It keeps the line breaks of the description, which contains examples."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class FlagParser(HfArgumentParser):
-    """An HfArgumentParser where every boolean has a `--no_` form, lists may be empty and errors are one sentence."""
+class FlagParser(OneSentenceErrors, HfArgumentParser):
+    """An HfArgumentParser with a `--no_` form of every boolean. Lists may be empty, and an error is one sentence."""
 
     def __init__(self, prog: str, description: str | None):
         super().__init__(
@@ -29,14 +30,14 @@ class FlagParser(HfArgumentParser):
             prog=prog,
             usage="%(prog)s [--preset NAME] [--dataset_name ID_OR_FOLDER] [flags]",
             description=description,
-            epilog="A flag wins over the preset, and the preset over the defaults.\n"
+            epilog="A flag overrides the preset, and the preset overrides the defaults.\n"
             "Every boolean has a negative form: --no_use_ema is --use_ema false.",
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         for group in GROUPS:
             for field in dataclasses.fields(group):
-                if field.type is bool and not field.default:  # if True, HfArgumentParser has added the --no_ form
+                if field.type is bool and not field.default:  # for a default of True, HfArgumentParser adds --no_
                     no = [f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"]
                     self.add_argument(
                         *no, dest=field.name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS
@@ -54,25 +55,15 @@ class FlagParser(HfArgumentParser):
         plain.metadata = {"help": field.metadata["help"]}
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
-    def _check_value(self, action, value):
-        if action.choices is not None and value not in action.choices:
-            self.error(no_such(action.option_strings[0], value, action.choices))
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {one_sentence(message)}\n")
-
 
 def parse_config(
-    argv: list[str] | None = None, prog: str = "train_unconditional.py", description: str | None = None
+    argv: list[str], prog: str = "train_unconditional.py", description: str | None = None
 ) -> TrainingConfig:
-    """Return the TrainingConfig of a command line. If it is wrong, print one sentence and exit with code 2."""
+    """Return the TrainingConfig of a command line. If a flag is wrong, print one sentence and exit with code 2."""
     parser = FlagParser(prog, description)
     # Set every flag to None first. argparse then fills in no defaults, so a flag that is still None was not given.
     names = [field.name for field in dataclasses.fields(TrainingConfig)]
-    flags, unknown = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names)))
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        parser.error(no_such_flag(unknown[0], known))
+    flags = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
     given = {name: value for name, value in vars(flags).items() if value is not None}
     try:
         return TrainingConfig.from_preset(**given)

@@ -1,4 +1,4 @@
-"""Define flags as dataclass fields with a default, a help text and bounds, and check values against them.
+"""Define flags as dataclass fields with a default, a help text and bounds. Check the values of these fields.
 
 This file does not import torch, because `--help` has to answer quickly.
 """
@@ -25,18 +25,18 @@ TYPES = {
 
 
 def flag(default, help: str, **bounds):
-    """Return a dataclass field with a default, a help text and the bounds of its value.
+    """Return a dataclass field with a default, a help text and bounds for its value.
 
     Args:
         bounds: the bounds for `check_bounds`. `at_least` and `at_most` are the smallest and the largest value.
-            `fraction=True` means 0 <= value < 1. `positive="e.g. 1e-8"` means value > 0; the text ends the error
-            message.
+            `fraction=True` means 0 <= value < 1. `positive="e.g. 1e-8"` means value > 0, and the error message ends
+            with this text.
     """
     return HfArg(default=default, help=help, metadata=bounds)
 
 
 def check_types(config):
-    """Turn paths into strings, and refuse values of another type than their field.
+    """Turn paths into strings, and refuse a value whose type is not the type of its field.
 
     Only Python code can give a wrong type, because argparse converts the flags of a command line.
 
@@ -79,7 +79,7 @@ def check_bounds(config):
 
 
 def allowed(annotation) -> tuple[list[type], list[str]]:
-    """Return the types and the choices of an annotation: `Literal["a"] | None` gives ([NoneType], ["a"])."""
+    """Return the types and the choices that an annotation allows: `Literal["a"] | None` gives ([NoneType], ["a"])."""
     kinds = []
     choices = []
     parts = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else [annotation]
@@ -92,7 +92,7 @@ def allowed(annotation) -> tuple[list[type], list[str]]:
 
 
 def fits(value, kind: type) -> bool:
-    """Return whether a field of a type accepts a value. A float accepts int; a list accepts a tuple or a string."""
+    """Return whether a field of type `kind` accepts a value. float accepts int; list accepts a tuple or a string."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, {float: (float, int), list: (list, tuple, str)}.get(kind, kind))

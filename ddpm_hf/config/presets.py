@@ -1,6 +1,6 @@
-"""Define the presets: the flags of complete runs, each number with its source.
+"""Define the presets. Each holds the flags of a complete run, and each number has its source.
 
-`--preset NAME` alone is a complete run, and every other flag wins over the preset. Sources:
+`--preset NAME` alone starts a complete run. Every other flag overrides the preset. Sources:
 
     Ho        Ho et al. 2020, https://huggingface.co/papers/2006.11239, hojonathanho/diffusion `scripts/run_cifar.py`
     Nichol    Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672, and openai/improved-diffusion README
@@ -18,7 +18,7 @@ from ..errors import UserError, no_such
 
 
 class Preset(NamedTuple):
-    """Hold a description in one line, and the flags that differ from the defaults of TrainingConfig."""
+    """A description of one line, and the flags that differ from the defaults of TrainingConfig."""
 
     about: str
     flags: dict
@@ -26,8 +26,8 @@ class Preset(NamedTuple):
 
 ADAM = dict(adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.0, adam_epsilon=1e-8)  # Ho, Nichol: TF/torch default
 
-# Ho's UNet, as in the published google/ddpm-cifar10-32: one attention head, the sinusoids of Tensor2Tensor (sin before
-# cos, log(10000)/(half - 1)), and padding on the right and at the bottom before downsampling.
+# Ho's UNet, as in the published google/ddpm-cifar10-32. It has one attention head, the timestep embedding of
+# Tensor2Tensor (sin before cos, log(10000)/(half - 1)), and padding on the right and bottom before downsampling.
 HO_UNET = dict(attention_head_dim=0, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_eps=1e-6)
 # Nichol's UNet: 4 heads of 256 / 4 = 64 channels, and each block is scaled and shifted by the timestep ("FiLM").
 NICHOL_UNET = dict(attention_head_dim=64, resnet_time_scale_shift="scale_shift")
@@ -36,9 +36,9 @@ CONSTANT_EMA = dict(use_ema=True, ema_inv_gamma=0.0, ema_max_decay=0.9999)
 AFHQ = dict(
     dataset_name="huggan/AFHQ",
     class_names=["cat"],
-    validation_split="500",  # AFHQ v1 has 500 test cats, which huggan/AFHQ has merged into train
+    validation_split="500",  # as many as the test cats of AFHQ v1, which huggan/AFHQ has merged into train
     center_crop=True,
-    random_flip=True,  # Ho: all datasets but LSUN
+    random_flip=True,  # Ho: on all datasets except LSUN
     layers_per_block=2,  # Ho
     save_best=True,  # the UNet can overfit 5,000 images
     attention_resolutions=[16],  # Ho
@@ -57,7 +57,7 @@ AFHQ = dict(
     **ADAM,
     **CONSTANT_EMA,
 )
-# P2 on AFHQ at 256 px: 300,000 steps of batch 8 with dropout 0.1. Ho's 256 px models: the learning rate.
+# Steps, batch and dropout are those of P2 on AFHQ at 256 px. The learning rate is that of Ho's 256 px models.
 AFHQ_LARGE = dict(AFHQ, train_batch_size=8, max_train_steps=300_000, dropout=0.1, learning_rate=2e-5)
 MNIST = dict(
     dataset_name="ylecun/mnist",
@@ -69,18 +69,18 @@ MNIST = dict(
     attention_resolutions=[7],  # course: 14 and 7; attention at 14 would take a third of the time
     attention_head_dim=0,
     ddpm_beta_schedule="nichol_cosine",
-    # Salimans: v, because 1/sqrt(abar) amplifies the errors of epsilon at the noisy end of cosine betas. With epsilon,
-    # backgrounds stay grey for several epochs (here).
+    # Predict v, because 1/sqrt(abar) amplifies the errors of epsilon at the noisy end of cosine betas (Salimans). With
+    # epsilon, backgrounds stay grey for several epochs (here).
     prediction_type="v_prediction",
     variance_type="fixed_large",
     ddpm_num_inference_steps=100,
-    train_batch_size=64,  # course: 128; half of it gives twice the steps in the same time
+    train_batch_size=64,  # course: 128; a batch of 64 gives twice the steps in the same time
     num_epochs=5,  # course: 10; an hour on one core allows 5
     learning_rate=1e-3,  # course
     lr_warmup_steps=200,
     use_ema=True,
-    ema_max_decay=0.999,  # averages about the last 1,000 of 4,688 steps
-    mixed_precision="auto",  # here: the same loss curve in less time; all larger presets do so too
+    ema_max_decay=0.999,  # an average over about the last 1,000 of 4,688 steps
+    mixed_precision="auto",  # here: the same loss curve in less time; all larger presets use it too
     save_images_epochs=1,
     save_model_epochs=1,
     checkpointing_steps=500,
@@ -88,7 +88,7 @@ MNIST = dict(
     output_dir="runs/mnist",
     **ADAM,
 )
-# What the two papers have in common.
+# The flags that are the same in both papers, Ho and Nichol.
 CIFAR10 = dict(
     dataset_name="uoft-cs/cifar10",
     resolution=32,
@@ -108,7 +108,7 @@ CIFAR10 = dict(
 )
 PRESETS = {
     "digits": Preset(
-        "scikit-learn's 1,797 digits of 8x8 px, bundled: tries out everything in two CPU minutes",
+        "scikit-learn's 1,797 digits of 8x8 px, bundled: a trial of everything in two CPU minutes",
         dict(
             dataset_name="digits",
             resolution=8,

@@ -1,6 +1,6 @@
-"""Define every setting of a training run: each field is a command-line flag and an entry of `train_config.json`.
+"""Define every setting of a training run. Each field is a command-line flag and an entry of `train_config.json`.
 
-A flag wins over the preset, and the preset over the default. Fields marked [ours] are additions of this package. The
+A flag overrides the preset, and the preset overrides the default. This package adds the fields marked [ours]. The
 other 45 have the names, types and defaults of diffusers' example script
 `examples/unconditional_image_generation/train_unconditional.py`.
 This file does not import torch, because `--help` has to answer quickly.
@@ -39,7 +39,7 @@ class DataOptions:
     )
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, if it has several")
     train_data_dir: str | None = flag(
-        None, "Folder of images, or of one subfolder per class; ignored with --dataset_name"
+        None, "Folder of images, or folder with one subfolder per class; ignored with --dataset_name"
     )
     cache_dir: str | None = flag(None, "Folder for downloads, instead of the HuggingFace cache")
     image_column: str | None = flag(None, "Column with the images; default: the first image column [ours]")
@@ -71,7 +71,7 @@ class ModelOptions:
     )
     layers_per_block: int | None = flag(None, "Residual blocks per level; default: 2 [ours]", at_least=1)
     attention_resolutions: list[str] | None = flag(
-        None, "Sizes in pixels of the levels with attention, e.g. 16,8; empty: none; default: the last but one [ours]"
+        None, "Sizes in pixels of the levels with attention, e.g. 16,8; default: the last level but one [ours]"
     )
     dropout: float | None = flag(None, "Dropout in the residual blocks; default: 0 [ours]", fraction=True)
     attention_head_dim: int = flag(
@@ -88,7 +88,7 @@ class ModelOptions:
     flip_sin_to_cos: bool = flag(True, "Put the cosines of the timestep embedding before the sines [ours]")
     freq_shift: int = flag(
         0,
-        "Frequency k = 0, ..., n-1 of the timestep embedding is 10000^(-k/(n - freq_shift)) [ours]",
+        "The timestep embedding has the frequencies 10000^(-k/(n - freq_shift)), k = 0, ..., n-1 [ours]",
         at_least=0,
         at_most=1,
     )
@@ -100,7 +100,7 @@ class ModelOptions:
     )
     class_conditional: bool = flag(False, "Condition the UNet on the class of each image [ours]")
     label_dropout: float = flag(
-        0.1, "Share of images that are trained without their class, for classifier-free guidance [ours]", fraction=True
+        0.1, "Share of images whose class is hidden in training, for classifier-free guidance [ours]", fraction=True
     )
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use xformers' attention, which saves memory")
     torch_compile: bool = flag(False, "Compile the UNet; this takes a minute or two before the first step [ours]")
@@ -119,22 +119,22 @@ class DiffusionOptions:
         "epsilon", "What the UNet predicts: the noise, the clean image, or v"
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = flag(
-        "fixed_small", "Variance of the reverse process; learned_range: predicted by the UNet [ours]"
+        "fixed_small", "Variance of the reverse process; with learned_range the UNet predicts it [ours]"
     )
     objective: str | None = flag(
         None,
-        "What is trained: simple (the loss of Ho et al.), hybrid (of Nichol & Dhariwal), vlb (the variational bound), "
-        "or classify (a classifier of noisy images, for guidance, instead of a UNet); default: hybrid with "
+        "Loss to train with: simple (Ho et al.), hybrid (Nichol & Dhariwal), vlb (the variational bound), or classify "
+        "(trains a classifier of noisy images, for guidance, instead of a UNet); default: hybrid with "
         "--variance_type learned_range, else simple [ours]",
     )
     timestep_sampling: Literal["uniform", "loss_second_moment"] = flag(
-        "uniform", "How timesteps are drawn; loss_second_moment draws those with large losses more often [ours]"
+        "uniform", "How timesteps are drawn; loss_second_moment draws timesteps with large losses more often [ours]"
     )
     loss_type: Literal["l2", "l1", "huber"] = flag("l2", "Distance between the prediction and its target [ours]")
     snr_gamma: float | None = flag(
         None,
         "Weight the loss by Min-SNR with this gamma, e.g. 5; default: no weights [ours]",
-        positive="e.g. 5; leave it out for none",
+        positive="e.g. 5; for no weights, leave it out",
     )
 
 
@@ -156,14 +156,14 @@ class OptimisationOptions:
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0: do not clip [ours]", at_least=0)
     use_ema: bool = flag(False, "Publish an exponential moving average of the weights")
     ema_inv_gamma: float = flag(
-        1.0, "The decay after s steps is 1 - (1 + s/inv_gamma)^-power; 0: always --ema_max_decay", at_least=0
+        1.0, "The decay after s steps is 1 - (1 + s/inv_gamma)^-power; with 0 it is always --ema_max_decay", at_least=0
     )
     ema_power: float = flag(0.75, "The power in the formula of --ema_inv_gamma", at_least=0)
     ema_max_decay: float = flag(0.9999, "Highest decay of the moving average", fraction=True)
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = flag(
-        "no", "Precision inside the UNet; the rest is float32. auto [ours]: bf16 if the processor supports it"
+        "no", "Precision inside the UNet; the rest is float32. auto [ours]: bf16 if the processor supports it, else no"
     )
-    local_rank: int = flag(-1, "Rank of this process on its machine; older launchers pass it")
+    local_rank: int = flag(-1, "Rank of this process on its machine; older launchers set this flag")
 
 
 @dataclass(kw_only=True)
@@ -173,7 +173,7 @@ class OutputOptions:
     output_dir: str = flag("ddpm-model-64", "Folder that the run is written to")
     overwrite_output_dir: bool = flag(False, "Replace an earlier run in --output_dir")
     resume_from_checkpoint: str | None = flag(
-        None, "Checkpoint to continue from: its folder, or `latest` (starts anew if there is none)"
+        None, "Checkpoint to continue from: its folder, or `latest` (without a checkpoint, starts a new run)"
     )
     checkpointing_steps: int = flag(500, "Optimizer steps between checkpoints", at_least=1)
     checkpoints_total_limit: int | None = flag(None, "Number of checkpoints to keep; default: all", at_least=1)
@@ -186,7 +186,7 @@ class OutputOptions:
         "tensorboard", "Experiment tracker to log to, in addition to metrics.jsonl"
     )
     logging_dir: str = flag("logs", "The tracker's folder inside --output_dir")
-    logging_steps: int = flag(10, "Optimizer steps that each line of metrics.jsonl averages [ours]", at_least=1)
+    logging_steps: int = flag(10, "Optimizer steps averaged in each line of metrics.jsonl [ours]", at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -194,14 +194,14 @@ class EvaluationOptions:
     _argument_group_name = "evaluation"
 
     eval_metrics: list[str] | None = flag(
-        None, "Metrics to compute while training, from samples by DDIM in 50 steps, e.g. fid,kid [ours]"
+        None, "Metrics to compute during training, e.g. fid,kid; the samples are drawn by DDIM in 50 steps [ours]"
     )
     eval_epochs: int = flag(10, "Epochs between computations of --eval_metrics [ours]", at_least=1)
     eval_num_images: int = flag(2000, "Images for --eval_metrics, from the same noise each time [ours]", at_least=40)
     eval_inception: str | None = flag(
         None, "File with the weights of FID's Inception network; default: pytorch-fid's [ours]"
     )
-    best_by: str = flag("validation_loss", "Measure for best/: validation_loss or one of --eval_metrics [ours]")
+    best_by: str = flag("validation_loss", "What best/ is chosen by: validation_loss or one of --eval_metrics [ours]")
 
 
 @dataclass(kw_only=True)
@@ -228,7 +228,7 @@ GROUPS = [
 
 @dataclass(kw_only=True)
 class TrainingConfig(*reversed(GROUPS)):
-    """Hold all flags of one run, checked. `from_preset` fills them in from a preset.
+    """All flags of one run. They are checked when the config is created. `from_preset` starts from a preset.
 
     Lists may be given as on the command line (`channel_mults="1,2,2"`) or as lists (`[1, 2, 2]`), and paths as strings
     or `pathlib.Path`. The field `preset` only records where the values came from.
@@ -252,8 +252,8 @@ class TrainingConfig(*reversed(GROUPS)):
 
         Args:
             preset: a name in `PRESETS`, e.g. "mnist". None: only the defaults and `flags`.
-            flags: fields of TrainingConfig, which win over the preset even if they are None. `num_epochs` also
-                replaces the `max_train_steps` of the preset, because both say how long to train.
+            flags: fields of TrainingConfig. They override the preset even if their value is None. `num_epochs` also
+                removes the preset's `max_train_steps`, because both flags say how long to train.
 
         Raises:
             UserError: for an unknown preset or flag, or a value that is not allowed.
@@ -273,7 +273,7 @@ class TrainingConfig(*reversed(GROUPS)):
         return cls(preset=preset, **values | flags)
 
     def _read_values(self):
-        """Split the lists. Turn empty strings, which clear a preset's value on a command line, into None."""
+        """Split the lists. Turn empty strings into None: on a command line, they clear a value of the preset."""
         self.validation_split = self.validation_split or None
         self.resume_from_checkpoint = self.resume_from_checkpoint or None
         self.class_names = split_list(self.class_names)
@@ -290,7 +290,7 @@ class TrainingConfig(*reversed(GROUPS)):
                 "--variance_type learned_range, or --objective simple or vlb."
             )
         if self.objective == "simple" and learned:
-            raise UserError("--variance_type learned_range is not trained by --objective simple: give hybrid or vlb.")
+            raise UserError("--objective simple does not train --variance_type learned_range: give hybrid or vlb.")
         if self.objective == "vlb" and (self.snr_gamma is not None or self.loss_type != "l2"):
             raise UserError("--objective vlb cannot be combined with --snr_gamma or --loss_type: leave them out.")
         if self.objective == "classify":
@@ -314,19 +314,19 @@ class TrainingConfig(*reversed(GROUPS)):
             )
 
     def _check_evaluation(self):
-        """Refuse scores that cannot be computed, and a --best_by that is not measured."""
+        """Refuse metrics that cannot be computed, and a --best_by that will not be measured."""
         self.eval_metrics = split_list(self.eval_metrics)
         if self.eval_metrics and self.streaming:
-            raise UserError("--eval_metrics needs the whole dataset, which --streaming does not keep: drop one.")
+            raise UserError("--eval_metrics needs the whole dataset, and --streaming does not keep it: leave one out.")
         if self.best_by not in ["validation_loss", *(self.eval_metrics or [])]:
             raise UserError(
                 f"--best_by {self.best_by} is not measured: give validation_loss or one of --eval_metrics."
             )
         if self.save_best and self.best_by == "validation_loss" and self.validation_split is None:
-            raise UserError("--save_best needs held-out images for its loss: add --validation_split, e.g. 0.05.")
+            raise UserError("--save_best needs held-out images to measure a loss: add --validation_split, e.g. 0.05.")
 
     def _check_data(self):
-        """Refuse a config without training images, or whose held-out images are the training images."""
+        """Refuse a config without training images, and one whose held-out images are the training images."""
         if self.validation_split == "train":
             raise UserError("--validation_split train names the training images: give another split or a share.")
         if self.dataset_name is None and self.train_data_dir is None:

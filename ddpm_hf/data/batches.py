@@ -1,22 +1,24 @@
-"""Training batches by ordinal."""
+"""Build the training batches. Each image of a batch is chosen by its ordinal, see dataset.py."""
 
+import functools
 import itertools
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
-from ..randomness import draws_for, epoch_order
+from ..randomness import draws_for, keyed_generator
 from .decode import draw_augmentations
 from .stream import StreamedSet
 
 
 def training_batches(train_set, config, first_ordinal, process_index, num_processes):
-    """Yield one process's batches without end: `{"ordinals": (B,) int64, "images": (B,C,H,W), "labels": (B,) int64}`.
+    """Yield the batches of one process, without end.
 
-    Images are float32 in [-1, 1]. A set without classes has no labels. With B = `config.train_batch_size`,
-    micro-batch k of process r of P holds the ordinals `first_ordinal + (k * P + r) * B + [0, B)`. An optimizer step
-    that accumulates A micro-batches therefore takes the next A * P * B images.
+    A batch is `{"ordinals": (B,) int64, "images": (B,C,H,W), "labels": (B,) int64}`. Images are float32 in [-1, 1].
+    Data without classes gives no labels. With B = `config.train_batch_size`, micro-batch k of process r of P has the
+    ordinals `first_ordinal + (k * P + r) * B + [0, B)`. An optimizer step that accumulates A micro-batches therefore
+    takes the next A * P * B images.
 
     Raises:
         UserError: for an image that cannot be read.
@@ -28,7 +30,7 @@ def training_batches(train_set, config, first_ordinal, process_index, num_proces
         train_set if streamed else ShuffledSet(train_set, config),
         batch_sampler=(range(start, start + size) for start in starts),
         num_workers=0 if streamed or train_set.pixels is not None else config.dataloader_num_workers,
-        collate_fn=dict,  # leaves the batch as it is
+        collate_fn=dict,  # returns the batch unchanged
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # keeps the loader from drawing its seed from torch's global generator
     )
@@ -37,21 +39,21 @@ def training_batches(train_set, config, first_ordinal, process_index, num_proces
         try:
             batch = next(batches)
         except UserError as error:
-            # Keep the sentence alone: torch puts a worker's traceback into the message, and the error's own traceback
-            # is part of a cycle of references that keeps the workers alive for seconds.
+            # Keep only the sentence, because torch puts a worker's traceback into the message. Drop the error's own
+            # traceback too: it is part of a cycle of references, which keeps the workers alive for seconds.
             raise UserError(str(error.with_traceback(None)).rsplit("UserError: ", 1)[-1].strip()) from None
         yield batch
 
 
 class ShuffledSet(Dataset):
-    """The images of an `ImageSet` by ordinal: ordinal n is image `n % N` of the shuffled epoch `n // N`."""
+    """The images of an `ImageSet`, found by ordinal. Ordinal n is image `n % N` of the shuffled epoch `n // N`."""
 
     def __init__(self, images, config):
         self.images = images
         self.config = config
 
     def __getitems__(self, ordinals):
-        """Return the batch of a range of ordinals, as `training_batches` describes it."""
+        """Return the batch for a range of ordinals, in the form that `training_batches` describes."""
         rows = draws_for(ordinals, epoch_order, self.config.seed, self.images.num_images)
         augmentations = draw_augmentations(ordinals, self.config, self.images.random_crop)
         batch = {
@@ -59,3 +61,9 @@ class ShuffledSet(Dataset):
             "images": self.images.get(rows, **augmentations),
         }
         return batch if self.images.labels is None else batch | {"labels": self.images.labels[rows]}
+
+
+@functools.lru_cache(maxsize=2)  # a batch can span two epochs
+def epoch_order(seed: int, epoch: int, num_images: int) -> torch.Tensor:
+    """Return the order in which an epoch uses the images: their row numbers, (num_images,)."""
+    return torch.randperm(num_images, generator=keyed_generator(seed, "order", epoch))

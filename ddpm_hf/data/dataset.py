@@ -1,7 +1,8 @@
 """Find the images of a run and split them into training and validation images.
 
-The n-th image that a run trains on has the ordinal n. Its row, crop and mirroring are drawn with n as the key, so they
-do not depend on the batch size, the number of processes and workers, or the step at which a run was resumed.
+The n-th image that a run trains on has the ordinal n. Its row, its crop and whether it is mirrored are drawn with n as
+the key. They therefore do not depend on the batch size, on the number of processes and workers, or on the step at
+which a run was resumed.
 """
 
 import functools
@@ -25,19 +26,20 @@ GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
 def load_images(config, channels=None):
     """Return the image sets `(train, validation)` of a run; validation is None without --validation_split.
 
-    A set has these attributes:
-        num_images: None for a stream of unknown length.
-        channels, resolution: the C and H = W of its images.
+    Both sets have these attributes:
+        num_images: the number of images; None for a stream of unknown length.
+        channels, resolution: the shape of the images is (channels, resolution, resolution).
         labels: (N,) int64, -1 for "no class"; None if there are no classes, or for a stream.
-        class_names: a list with the name of class k at k, limited to `config.class_names` if given; or None.
+        class_names: the list of the class names, in the order of the labels; None if there are no classes. Only the
+            classes in `config.class_names` are kept, if that is given.
         fingerprint: 16 hex digits.
 
     Args:
-        channels: 1 or 3. None follows the data: 1 if all of up to 256 sampled images (of a stream, the first 64) are
-            grey, else 3.
+        channels: 1 or 3. None looks at up to 256 images (in a stream, at the first 64): 1 if all of them are grey,
+            else 3.
 
     Raises:
-        UserError: for images, columns, classes or splits that are missing or cannot be read.
+        UserError: if images, columns, classes or splits are missing or cannot be read.
     """
     if channels not in (None, 1, 3):
         raise UserError(f"the model has {channels} channels, but images have 1 (grey) or 3 (RGB): give another model.")
@@ -50,7 +52,7 @@ def load_images(config, channels=None):
     validation = None
     if held_out in splits:
         validation = _select_rows(splits[held_out], columns, classes, config)
-        if config.streaming:  # fetch these, because they are needed again and again
+        if config.streaming:  # fetch the rows now, because they are used many times
             validation = datasets.Dataset.from_list([{"row": n} | row for n, row in enumerate(validation)])
     elif held_out is not None:
         rows, validation = _split_by_hash(rows, held_out, splits, config)
@@ -73,7 +75,7 @@ def load_images(config, channels=None):
 
 
 def _load_splits(config):
-    """Return the dataset that the flags name, as `{split: rows}`."""
+    """Return the dataset that the flags name, as a dict `{split: rows}`."""
     name = config.dataset_name
     if not name and not config.train_data_dir:
         raise UserError("there is nothing to train on: give --dataset_name (Hub id or folder) or --train_data_dir.")
@@ -86,7 +88,7 @@ def _load_splits(config):
         return dict(datasets.load_dataset("imagefolder", data_dir=config.train_data_dir, **options))
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split("Example of usage")[0].split())
-        advice = "give a dataset of the Hub or a local folder, with images or in the Hub's layout"
+        advice = "give a dataset of the Hub or a local folder, either with images or a copy of a Hub dataset"
         if "Config" in reason:
             advice = "give one of these as --dataset_config_name"
         raise UserError(f"{name or config.train_data_dir} cannot be loaded ({reason}): {advice}.") from error
@@ -98,15 +100,18 @@ def _digits():
 
     digits = load_digits()
     pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)
-    # Write PGM files: their bytes, which --validation_split hashes, are a constant header and the pixels.
+    # Encode as PGM, because --validation_split hashes the bytes. In PGM these are a constant header and the pixels.
     files = [{"bytes": b"P5 8 8 255 " + image.tobytes(), "path": None} for image in pixels]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
     return datasets.Dataset.from_dict({"image": files, "label": digits.target.tolist()}, features=features)
 
 
 def _find_columns(rows, config):
-    """Return `{image column: "image", label column: "label"}` (the latter if any) and `{label value: class name}`."""
-    features = rows.features or {}  # None for a stream of texts
+    """Return two dicts: `{image column: "image", label column: "label"}` and `{label value: class name}`.
+
+    Data without classes has no label column in the first dict, and its second dict is empty.
+    """
+    features = rows.features or {}  # a stream of texts has None
     columns = ", ".join(features) or "none"
     first = {type(feature): name for name, feature in reversed(features.items())}
     image = config.image_column or first.get(datasets.Image)
@@ -130,8 +135,8 @@ def _find_columns(rows, config):
 
 
 def _select_rows(rows, columns, classes, config):
-    """Return the rows of the wanted classes, with columns `image` (not decoded), `label` and `row` (its number)."""
-    # Cast first, because every other step of a stream would decode the images and encode them again.
+    """Return the rows of the wanted classes, with columns `image` (not decoded), `label` and `row` (row number)."""
+    # Cast first. Otherwise each later step of a stream would decode the images and encode them again.
     rows = rows.cast_column(next(iter(columns)), datasets.Image(decode=False)).select_columns(list(columns))
     rows = rows.rename_columns({column: name for column, name in columns.items() if column != name})
     if config.streaming:
@@ -141,7 +146,10 @@ def _select_rows(rows, columns, classes, config):
 
 
 def _split_by_hash(rows, held_out, splits, config):
-    """Return (training rows, validation rows): images with the lowest hashes are held out, so copies stay together."""
+    """Return (training rows, validation rows). The images with the lowest hashes are held out.
+
+    Identical files have the same hash, so copies never end up on both sides.
+    """
     try:
         share = 0 if config.streaming else float(held_out) / (len(rows) if held_out.isdigit() else 1)
     except ValueError:

@@ -1,8 +1,10 @@
-"""Decode images to arrays: upright, opaque, scaled, resized, cropped and mirrored.
+"""Decode images to arrays: turn them upright, put them on white, scale, resize, crop and mirror them.
 
-An item is `(row number, encoded image)`; an encoded image is `{"bytes": ..., "path": ...}`, as `datasets` holds it.
+An item is a pair `(row number, encoded image)`. An encoded image is a dict `{"bytes": ..., "path": ...}`, as in
+`datasets`.
 """
 
+import functools
 import io
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,26 +18,27 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..randomness import FLIP_BLOCK, draws_for, flips, keyed_generator
+from ..randomness import draws_for, keyed_generator
 
 
-# Seconds per image. Faster images are decoded without threads, which would cost more than they save.
+FLIP_BLOCK = 4096  # flips are drawn in blocks of this many consecutive images
+# Seconds per image. If decoding takes less, we use no threads, because they would cost more time than they save.
 THREADS_PAY_FROM = 2e-3
-CHUNK = 256  # rows that are read from the dataset together
+CHUNK = 256  # number of rows that are read from the dataset at once
 
 
 def to_array(image, channels, exact=False):
-    """Return a Pillow image as an array (H,W,C) with C = `channels` (1 or 3), upright, transparent parts on white.
+    """Return a Pillow image as an upright array (H,W,C) with C = `channels` (1 or 3); transparent parts become white.
 
-    The array is uint8, and 16-bit and float greys are rounded to it. With `exact` it is float32 in [0, 1], without
-    rounding; but Pillow itself opens 16-bit *colors* as 8-bit.
+    The array is uint8, and 16-bit and float greys are rounded to 8 bits. With `exact` the array is float32 in [0, 1],
+    without rounding. But Pillow itself opens 16-bit *color* images as 8-bit.
 
     Raises:
-        UserError: for a grey value outside its range, which is 0 to 65535 for integers and 0 to 1 for floats.
+        UserError: if a grey value is outside 0 to 65535 (integers) or 0 to 1 (floats).
     """
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip these at 255
+    if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip their values at 255
         array = np.asarray(image)
         white = 1 if image.mode == "F" else 65535
         if not 0 <= array.min() <= array.max() <= white:
@@ -53,18 +56,18 @@ def to_array(image, channels, exact=False):
 
 
 def read_image(item, channels, resolution, exact):
-    """Decode an item as `to_array` does, and resize it with antialiasing so that its shorter side is `resolution`."""
+    """Decode an item with `to_array`, and resize it with antialiasing: its shorter side becomes `resolution`."""
     array = use_file(lambda file: to_array(Image.open(file), channels, exact), item)
     height, width = (round(side * resolution / min(array.shape[:2])) for side in array.shape[:2])
     if (height, width) == array.shape[:2]:
         return array
     planes = [Image.fromarray(plane) for plane in np.moveaxis(array, -1, 0)]
     planes = [plane.resize((width, height), Image.Resampling.LANCZOS) for plane in planes]
-    return np.stack(planes, axis=-1).clip(0, 1 if exact else 255)  # Lanczos overshoots at edges
+    return np.stack(planes, axis=-1).clip(0, 1 if exact else 255)  # Lanczos overshoots the range at edges
 
 
 def _square(array, crop_generator=None, mirror=False):
-    """Return (C,S,S): mirrored if asked, then cropped to a square at a random place, or in the middle."""
+    """Return the image (C,S,S): mirrored if `mirror`, then cropped to a square at a random place or in the middle."""
     if mirror:
         array = array[:, ::-1]
     side = min(array.shape[:2])
@@ -92,8 +95,8 @@ def read_batch(items, read, crop_generators=None, mirrored=None):
     """Decode items with `read` to square images, (B,C,H,W) float32 in [-1, 1].
 
     Args:
-        crop_generators: one per image, from which the place of its crop is drawn; None crops the middle.
-        mirrored: (B,) bool, which images to mirror before the crop; None mirrors no image.
+        crop_generators: one generator per image, to draw the place of its crop. With None, the middle is kept.
+        mirrored: (B,) bool, True for each image to mirror before the crop. With None, no image is mirrored.
     """
     with ThreadPoolExecutor(1 if get_worker_info() else None) as pool:  # Pillow decodes outside the GIL
         mirrored = repeat(False) if mirrored is None else mirrored
@@ -102,7 +105,7 @@ def read_batch(items, read, crop_generators=None, mirrored=None):
 
 
 def decode_all(rows, read, center_crop, pixels):
-    """Decode all rows into `pixels` (N,C,H,W) and return it as a tensor; None if an image needs random crops."""
+    """Decode all rows into `pixels` (N,C,H,W), and return this array as a tensor; None if images need random crops."""
     started = time.perf_counter()
     read(next(undecoded(rows, [0])))
     is_fast = time.perf_counter() - started < THREADS_PAY_FROM
@@ -118,14 +121,14 @@ def decode_all(rows, read, center_crop, pixels):
 
 
 def undecoded(rows, indices):
-    """Yield the item of each row in `indices`, reading `CHUNK` rows at a time."""
+    """Yield the item of each row in `indices`. `CHUNK` rows are read at a time."""
     for start in range(0, len(indices), CHUNK):
         chunk = rows[[int(index) for index in indices[start : start + CHUNK]]]
         yield from zip(chunk["row"], chunk["image"])
 
 
 def use_file(use, item):
-    """Return `use(file)` for the image file of an item; turn any error into a UserError with the row and the path."""
+    """Return `use(file)` for the image file of an item. Any error becomes a UserError with the row and the path."""
     row, encoded = item[0], item[1] or {"bytes": b"", "path": None}
     try:
         if encoded["bytes"] is not None:
@@ -136,3 +139,9 @@ def use_file(use, item):
         path = encoded["path"] or "without a name"
         reason = str(error).split(" <_io")[0].rstrip(".")
         raise UserError(f"image {row} ({path}) cannot be read ({reason}): repair or remove it.") from error
+
+
+@functools.lru_cache(maxsize=2)
+def flips(seed: int, block: int, count: int) -> torch.Tensor:
+    """Return a bool (count,) for the images of a block: True for each image to mirror."""
+    return torch.randint(2, (count,), generator=keyed_generator(seed, "flip", block)).bool()

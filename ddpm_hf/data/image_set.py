@@ -1,4 +1,4 @@
-"""Images by row number, decoded once or at each use."""
+"""Find images by row number. They are decoded once, or at each use if the set is large."""
 
 import hashlib
 
@@ -8,11 +8,11 @@ import torch
 from .decode import decode_all, read_batch, scale, undecoded
 
 
-MEMORY_LIMIT = 2 * 2**30  # bytes of pixels; the images of a larger set are decoded at each use
+MEMORY_LIMIT = 2 * 2**30  # bytes of pixels; a larger set decodes its images at each use
 
 
 class ImageSet:
-    """Images by row number, decoded once into `pixels` (N,C,H,W); if `pixels` is None, decoded at each use."""
+    """Images by row number. They are decoded once into `pixels` (N,C,H,W), or at each use if `pixels` is None."""
 
     def __init__(self, rows, *, classes, read, config):
         self.rows = rows
@@ -38,7 +38,7 @@ class ImageSet:
         return self.num_images
 
     def get(self, indices, crop_generators=None, mirrored=None):
-        """Return images `indices`, (B,C,H,W) float32 in [-1, 1]; the other arguments are those of `read_batch`."""
+        """Return the images at `indices`, (B,C,H,W) float32 in [-1, 1]. For the other arguments see `read_batch`."""
         if self.pixels is None:
             return read_batch(undecoded(self.rows, indices), self.read, crop_generators, mirrored)
         images = self.pixels.index_select(0, torch.as_tensor(indices))  # much faster than pixels[indices]

@@ -1,4 +1,4 @@
-"""Images from a stream, in an order that can be resumed."""
+"""Read images from a stream, in an order that a resumed run continues."""
 
 import hashlib
 import itertools
@@ -10,16 +10,16 @@ from ..randomness import keyed_generator
 from .decode import draw_augmentations, read_batch
 
 
-SHUFFLE_BUFFER = 1000  # consecutive rows of a stream that are shuffled together
+SHUFFLE_BUFFER = 1000  # number of consecutive rows that are shuffled together
 
 
 class StreamedSet(Dataset):
-    """Images from a stream by ordinal. Each block of `SHUFFLE_BUFFER` rows is shuffled.
+    """Images of a stream, found by ordinal. Each block of `SHUFFLE_BUFFER` rows is shuffled.
 
-    `IterableDataset.shuffle` does not serve, because it loses the content of its buffer when a stream is resumed.
+    We do not use `IterableDataset.shuffle`, because it loses the content of its buffer when a stream is resumed.
     """
 
-    labels = None  # they come with the batches
+    labels = None  # each batch brings its own labels
 
     def __init__(self, rows, *, classes, read, config, sample):
         self.rows = rows
@@ -38,21 +38,21 @@ class StreamedSet(Dataset):
 
     def __len__(self):
         if self.num_images is None:
-            raise TypeError("it is unknown how many images this stream has")
+            raise TypeError("the number of images in this stream is unknown")
         return self.num_images
 
     def get(self, indices):
-        """Return images `indices` of the stream's first 64, (B,C,H,W) float32 in [-1, 1]; larger ones are left out."""
+        """Return the images at `indices`, (B,C,H,W) float32 in [-1, 1]. Indices from 64 on are left out."""
         return read_batch([self.sample[k] for k in indices if k < len(self.sample)], self.read)
 
     def state_dict(self):
-        """Return the position after the last batch as a dict of JSON values. Process 0's serves all processes."""
+        """Return the position after the last batch, a dict of JSON values. It is valid for all processes."""
         return dict(self.state)
 
     def load_state_dict(self, state):
-        """Go to the position `state`, reading up to `SHUFFLE_BUFFER` rows again; None is the beginning."""
-        # "block" is the first ordinal of the current block, "taken" how many of the block's rows were used, "source"
-        # the stream's own position before the block.
+        """Go to the position `state`; None is the beginning. Up to `SHUFFLE_BUFFER` rows are read again."""
+        # "block" is the first ordinal of the current block. "taken" is how many rows of the block were used. "source"
+        # is the stream's own position before the block.
         self.state = dict(state or {"epoch": 0, "block": 0, "taken": 0, "source": None})
         self.shuffled = self._shuffle()
 
@@ -60,7 +60,7 @@ class StreamedSet(Dataset):
         state, seed = self.state, self.config.seed
         while True:
             files = keyed_generator(seed, "files", state["epoch"])
-            self.rows.set_epoch(int(torch.randint(1, 2**31, (), generator=files)))  # seeds the order of the files
+            self.rows.set_epoch(int(torch.randint(1, 2**31, (), generator=files)))  # this seeds the order of the files
             self.rows.load_state_dict(state["source"])
             rows = iter(self.rows)
             while block := list(itertools.islice(rows, SHUFFLE_BUFFER)):
@@ -72,8 +72,8 @@ class StreamedSet(Dataset):
             state.update(epoch=state["epoch"] + 1, source=None)
 
     def __getitems__(self, ordinals):
-        """Return the batch of a range of ordinals, as `training_batches` describes it."""
-        if ordinals.start < self.state["block"] + self.state["taken"]:  # slow: read the stream again
+        """Return the batch for a range of ordinals, in the form that `training_batches` describes."""
+        if ordinals.start < self.state["block"] + self.state["taken"]:  # slow: reads the stream again
             self.load_state_dict(None)
         skipped = ordinals.start - self.state["block"] - self.state["taken"]
         rows = list(itertools.islice(self.shuffled, skipped, skipped + len(ordinals)))

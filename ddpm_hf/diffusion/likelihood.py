@@ -1,10 +1,10 @@
-"""The variational bound on -log p(x_0) in bits per dimension: one term of it for training, all of it for scoring.
+"""Compute the variational bound on -log p(x_0) in bits per dimension: one term for training, all terms for scoring.
 
 L = sum_{t >= 0} L_t + L_prior (Ho et al. 2020, eq. 5). t counts from 0, as in diffusers: L_0 is the discretised
 decoder, and L_t for t > 0 is a KL divergence between Gaussians.
 
 All coefficients come from the scheduler's float64 tables. With diffusers' float32 `alphas_cumprod` the total would be
-wrong by 0.003 bits/dim, and with the variance of its `_get_variance(0)` L_0 would be ten times as large.
+wrong by 0.003 bits/dim. With the variance of diffusers' `_get_variance(0)`, L_0 would be ten times as large.
 """
 
 import math
@@ -21,7 +21,7 @@ from .scheduler import PaperDDPMScheduler
 
 
 FLOOR = 1e-12  # the lowest probability of a pixel, as in Ho's and Nichol's code
-PILOT_EVALUATIONS = 16_000  # 16 images for T = 1000. The bound is unbiased however few images p_t comes from.
+PILOT_EVALUATIONS = 16_000  # 16 images for T = 1000. Few images suffice: the bound is unbiased for any p_t.
 
 
 def variational_term(
@@ -35,7 +35,7 @@ def variational_term(
     variance_type: str,
     clip: bool = False,
 ) -> Tensor:
-    """Return one term of the bound per image (B,), in bits per dimension; float64 for float64 images, else float32.
+    """Return one term of the bound for each image, (B,) in bits/dim: float64 for float64 images, else float32.
 
     The term is KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) for t > 0 and -log p_theta(x_0 | x_1) for t = 0
     (Ho et al. 2020, eq. 5 and 13).
@@ -43,8 +43,9 @@ def variational_term(
     Args:
         images, noisy: x_0 = k/127.5 - 1 and x_t, both (B, C, H, W); `timesteps` is (B,).
         prediction: (B, C, H, W), of the scheduler's prediction type.
-        predicted_variance: the UNet's other C channels, for learned_range; not clamped (Nichol 2021, eq. 15).
-        variance_type: as in `PaperDDPMScheduler.reverse_log_variance`, which raises UserError for an unknown one.
+        predicted_variance: for learned_range, the last C of the UNet's 2C output channels, not clamped (Nichol &
+            Dhariwal 2021, eq. 15).
+        variance_type: a type of `PaperDDPMScheduler.reverse_log_variance`. It raises UserError for another type.
         clip: clamp the predicted x_0 to [-1, 1]. The papers do so when they score a model, but not in training.
     """
     options = dict(predicted_variance=predicted_variance, variance_type=variance_type, clip=clip)
@@ -55,7 +56,7 @@ def variational_term(
 def _nats_per_pixel(
     scheduler, images, noisy, timesteps, prediction, *, predicted_variance, variance_type, clip
 ) -> Tensor:
-    """Return the term of each pixel (B, C, H, W) in nats, for the arguments of `variational_term`."""
+    """Return the term of each pixel (B, C, H, W) in nats. The arguments are those of `variational_term`."""
     pred_original_sample = scheduler.predict_original_sample(prediction, noisy, timesteps)
     if clip:
         pred_original_sample = pred_original_sample.clamp(-1, 1)
@@ -76,9 +77,9 @@ def _nats_per_pixel(
 def discretized_log_likelihood(images: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     """Return the log-probability in nats of each 8-bit pixel under a Gaussian integrated over the pixel's bin.
 
-    Ho et al. 2020, eq. 13. The normal CDF is approximated by tanh and a probability is at least 1e-12, as in the code
-    that the published bits/dim were computed with; that is about 0.01 bits/dim from the exact value at t = 0. All
-    arguments are (B, C, H, W), or broadcast to it; images are k/127.5 - 1.
+    This is eq. 13 of Ho et al. 2020. The normal CDF is approximated by tanh, and each probability is raised to at
+    least 1e-12, as in the code that computed the published bits/dim. The error is about 0.01 bits/dim at t = 0. All
+    arguments have the shape (B, C, H, W) or broadcast to it. Images are k/127.5 - 1.
     """
     deviation, inverse_std = images - mean, torch.exp(-0.5 * log_variance)
     upper = normal_cdf(inverse_std * (deviation + 1 / 255))
@@ -90,15 +91,15 @@ def discretized_log_likelihood(images: Tensor, mean: Tensor, log_variance: Tenso
 
 
 def normal_cdf(z: Tensor) -> Tensor:
-    """Return the standard normal CDF by the tanh approximation of Ho's and Nichol's code."""
+    """Return the standard normal CDF, approximated by tanh as in Ho's and Nichol's code."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
 def prior_term(scheduler: PaperDDPMScheduler, images: Tensor) -> Tensor:
-    """Return KL(q(x_T | x_0) || N(0, 1)) per image (B,) in bits/dim, float64; images (B, C, H, W) in [-1, 1].
+    """Return KL(q(x_T | x_0) || N(0, 1)) for each image, float64 (B,) in bits/dim; images (B, C, H, W) in [-1, 1].
 
-    Ho et al. 2020, eq. 5. It measures how much of the image the schedule leaves at the last timestep, so it depends on
-    no model.
+    This is L_prior (Ho et al. 2020, eq. 5). It measures how much of the image the schedule leaves at the last
+    timestep, so it does not depend on the model.
     """
     alpha_bar = scheduler.alphas_cumprod64[-1]
     square = images.to("cpu", torch.float64).square().mean(dim=(1, 2, 3))
@@ -119,21 +120,22 @@ def bound_terms(
     progress: bool = True,
     **options,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    """Yield (rows, timesteps, weights, bits, floored) for batches of `evaluations`, each (row, timestep, weight).
+    """Evaluate terms of the bound in batches, and yield (rows, timesteps, weights, bits, floored) for each batch.
 
-    All five are (B,) on the CPU: `bits` are float64 terms in bits/dim, `floored` is the share of pixels whose
-    probability is at the decoder's floor. A batch mixes images and timesteps. The UNet computes in its own dtype and
-    is in eval mode while this runs.
+    All five are tensors (B,) on the CPU. `bits` are the terms in bits/dim, float64. `floored` is the share of pixels
+    whose probability is at the decoder's floor. A batch mixes images and timesteps. The UNet computes in its own
+    dtype, and is in eval mode during the evaluation.
 
     Args:
         images: uint8 (N, C, H, W).
         indices: the number of each image in the data set. The noise of image i at t is keyed by (seed, i, t), so
-            neither batch size nor the number of processes changes it.
+            batch size and the number of processes do not change the noise.
+        evaluations: triples (row of `images`, timestep, weight).
         num_evaluations: the length of `evaluations`, for the progress bar.
-        options: seed, variance_type, clip, dtype and class_labels of `_evaluate`.
+        options: the arguments seed, variance_type, clip, dtype and class_labels of `_evaluate`.
 
     Raises:
-        UserError: if the images are not uint8, or if variance_type learned_range meets a UNet without 2C outputs.
+        UserError: if the images are not uint8, or if variance_type is learned_range but the UNet has no 2C outputs.
     """
     if images.dtype != torch.uint8:
         raise UserError(f"images are {images.dtype}; the bound is on 8-bit images: give uint8 from 0 to 255.")
@@ -164,12 +166,12 @@ def _evaluate(
     *,
     rows: Tensor,
     seed: int = 0,
-    variance_type: str | None = None,  # None: the config's
+    variance_type: str | None = None,  # None: that of the scheduler's config
     clip: bool = True,
-    dtype: torch.dtype = torch.float64,  # of all but the UNet; float32 (MPS has no other) changes a term by 1e-5
-    class_labels: Tensor | None = None,  # (N,), of all images, for a conditional UNet
+    dtype: torch.dtype = torch.float64,  # outside the UNet; float32 (for MPS) changes a term by 1e-5
+    class_labels: Tensor | None = None,  # (N,), one per image, for a conditional UNet
 ) -> tuple[Tensor, Tensor]:
-    """Return the terms in bits/dim and the share of floored pixels, float64 (B,) on the CPU, of one batch."""
+    """Return, for one batch, the terms in bits/dim and the share of floored pixels: both float64 (B,) on the CPU."""
     device = unet.device
     generators = [keyed_generator(seed, "bound", index, t) for index, t in zip(indices, timesteps.tolist())]
     noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators])
@@ -205,20 +207,22 @@ def bits_per_dim(
     seed: int = 0,
     **options,
 ) -> dict[str, Tensor]:
-    """Return the bound of each image in bits per dimension: float64 (N,) each, to be averaged by `summarise`.
+    """Return a dict with the bound of each image and its parts, in bits per dimension. `summarise` averages them.
 
-    "bits_per_dim" is "L0" + "L1_to_last" (the sum over t = 1 .. T-1) + "prior". "floored" is the share of pixels at
-    the decoder's floor; unless it is 0, the number is not a bound. Each image and t has one noise.
+    Each value is float64 (N,). "bits_per_dim" is "L0" + "L1_to_last" (the sum over t = 1 .. T-1) + "prior". "floored"
+    is the share of pixels at the decoder's floor; unless it is 0, "bits_per_dim" is not a bound. One noise is drawn
+    for each image and t.
 
     Args:
-        images, indices: uint8 (N, C, H, W), any part of a data set, and the number of each image in it.
-        num_timesteps: None for all T terms. K evaluates L_0 and K - 1 draws of t > 0, see `_drawn_evaluations`; the
-            result is unbiased: its mean over the draws is the full bound.
-        pilot: p_t, the probabilities of the draws, from `pilot_probabilities`; None takes them from the first images.
-        options: the other keywords of `bound_terms`.
+        images: uint8 (N, C, H, W), all images of a data set or some of them.
+        indices: the number of each image in the data set.
+        num_timesteps: None evaluates all T terms. A number K evaluates L_0 and K - 1 random t > 0, as described in
+            `_drawn_evaluations`. The result is unbiased: its mean over the draws is the full bound.
+        pilot: the probabilities p_t of the draws, from `pilot_probabilities`. None computes them from a few images.
+        options: the other keyword arguments of `bound_terms`.
 
     Raises:
-        UserError: for a num_timesteps outside 2 .. T, and as `bound_terms`.
+        UserError: if num_timesteps is outside 2 .. T, and for the same reasons as in `bound_terms`.
     """
     T, num_images = scheduler.config.num_train_timesteps, len(images)
     if num_timesteps is None:
@@ -247,9 +251,9 @@ def bits_per_dim(
 
 
 def summarise(bounds: dict[str, Tensor]) -> dict[str, float]:
-    """Return the means of the tensors of `bits_per_dim`, and the total's standard error over images (nan for one).
+    """Return the means of the tensors of `bits_per_dim`, the standard error of the bound, and the number of images.
 
-    Concatenate the results of several processes first.
+    The standard error is over images, and nan for a single image. First concatenate the results of all processes.
     """
     total = bounds["bits_per_dim"]
     means = {name: float(values.mean()) for name, values in bounds.items()}
@@ -258,14 +262,15 @@ def summarise(bounds: dict[str, Tensor]) -> dict[str, float]:
 
 
 def num_pilot_images(num_train_timesteps: int) -> int:
-    """Return how many images to give to `pilot_probabilities`, from 1 to 64; it evaluates all T timesteps of each."""
+    """Return how many images to give to `pilot_probabilities`: from 1 to 64, fewer for a larger T."""
     return max(1, min(64, PILOT_EVALUATIONS // num_train_timesteps))
 
 
 def pilot_probabilities(unet, scheduler, images, indices, **options) -> Tensor:
-    """Return p_t (T,), float64, for `bits_per_dim` with few timesteps: 0 at t = 0, which is always evaluated.
+    """Return the probabilities p_t, float64 (T,), with which `bits_per_dim` draws timesteps.
 
-    The arguments are those of `bound_terms`. All T timesteps of every image are evaluated; 16 to 64 images are enough.
+    p_t is 0 at t = 0, because that term is always evaluated. The arguments are those of `bound_terms`. This evaluates
+    all T timesteps of every image; 16 to 64 images are enough.
     """
     T = scheduler.config.num_train_timesteps
     evaluations = ((row, t, 1.0) for row in range(len(images)) for t in range(T))
@@ -278,19 +283,20 @@ def pilot_probabilities(unet, scheduler, images, indices, **options) -> Tensor:
 
 
 def importance_probabilities(second_moments: Tensor) -> Tensor:
-    """Return p_t (n,) proportional to sqrt(E[L_t^2]), with 0.1 % of uniform mixed in so that none is 0.
+    """Return p_t (n,) proportional to sqrt(E[L_t^2]), plus 0.1 % of the uniform distribution, so that no p_t is 0.
 
-    Nichol & Dhariwal 2021, eq. 18, and their code. `second_moments` (n,) may have any common factor.
+    This is eq. 18 of Nichol & Dhariwal 2021; the 0.1 % are from their code. Multiplying all `second_moments` (n,) by
+    the same factor does not change p_t.
     """
     p = second_moments.sqrt()
     return 0.999 * p / p.sum() + 0.001 / len(p)
 
 
 def _drawn_evaluations(pilot: Tensor, num_timesteps: int, seed: int, indices) -> list[tuple[int, int, float]]:
-    """Return the evaluations (row, timestep, weight): t = 0, and `num_timesteps` - 1 draws of t > 0, of each image.
+    """Return the evaluations (row, timestep, weight): for each image, t = 0 and `num_timesteps` - 1 random t > 0.
 
     This is the importance sampling of Nichol & Dhariwal 2021, section 3.3: p_t is proportional to sqrt(E[L_t^2]). One
-    draw comes from each of `num_timesteps` - 1 slices of equal probability; equal draws are evaluated once.
+    draw comes from each of `num_timesteps` - 1 slices of equal probability. A t that is drawn twice is evaluated once.
     """
     return [
         (row, t, weight)
@@ -300,7 +306,7 @@ def _drawn_evaluations(pilot: Tensor, num_timesteps: int, seed: int, indices) ->
 
 
 def _stratified_draws(probabilities: Tensor, count: int, seed: int, index: int) -> list[tuple[int, float]]:
-    """Return pairs (t, weight): one draw from each of `count` slices of equal probability, equal draws merged."""
+    """Return pairs (t, weight): one draw from each of `count` slices of equal probability, with equal draws merged."""
     uniform = torch.rand(count, dtype=torch.float64, generator=keyed_generator(seed, "bound timesteps", index))
     timesteps = draw_from(probabilities, (torch.arange(count) + uniform) / count)
     drawn, times = timesteps.unique(return_counts=True)
@@ -308,7 +314,7 @@ def _stratified_draws(probabilities: Tensor, count: int, seed: int, index: int) 
 
 
 def draw_from(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Return timesteps (B,) int64 drawn from probabilities (T,) by the numbers `uniform` in [0, 1), float64 (B,)."""
+    """Return timesteps (B,) int64, drawn from `probabilities` (T,) with random numbers `uniform` (B,) in [0, 1)."""
     cumulative = probabilities.cumsum(0)
     # Rounding may leave the last sum at 1 - 1e-16. A number above it belongs to the last timestep.
     return torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp(max=len(cumulative) - 1)

@@ -1,11 +1,12 @@
-"""The objectives of training, one function each in OBJECTIVES, and what a batch needs for them.
+"""Define the losses to train with, one function each in OBJECTIVES, and draw the noise and labels that they need.
 
 A loss is a callable `(model, batch) -> float32 (B,)`, one number per image. A batch is a dict of tensors on the
 model's device: "images" (B, C, H, W) in [-1, 1], "noise" of the same shape and "timesteps" (B,) int64 in [0, T). Data
-with classes adds "labels" (B,) int64, -1 for none; a conditional UNet adds "class_labels", see `training_labels`.
+with classes adds "labels" (B,) int64, -1 for "no class". For a conditional UNet the batch also has "class_labels", see
+`training_labels`.
 
-Only the network runs under autocast. All else is float32, because in bfloat16 1 - abar rounds to 0 for the first ten
-timesteps.
+Only the network runs under autocast. Everything else is float32, because in bfloat16 1 - abar rounds to 0 for the
+first ten timesteps.
 """
 
 import torch
@@ -21,11 +22,11 @@ DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
 
 
 def simple_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma: float | None = None):
-    """Return L_simple of Ho et al. 2020, eq. 14: the distance between prediction and target, averaged over pixels.
+    """Return the loss L_simple (Ho et al. 2020, eq. 14): the distance of prediction and target, averaged over pixels.
 
     Args:
         loss_type: "l2", "l1" or "huber".
-        snr_gamma: weigh each image by Min-SNR with this gamma (Hang et al. 2023, https://huggingface.co/papers/2303.09556).
+        snr_gamma: use Min-SNR weights with this gamma (Hang et al. 2023, https://huggingface.co/papers/2303.09556).
     """
 
     def loss(model, batch):
@@ -36,39 +37,38 @@ def simple_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gam
 
 
 def hybrid_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma: float | None = None):
-    """Return L_hybrid of Nichol & Dhariwal 2021, eq. 16: `simple_loss` plus 0.001 of the variational bound.
+    """Return the loss L_hybrid (Nichol & Dhariwal 2021, eq. 16): `simple_loss` plus 0.001 times the variational bound.
 
-    The mean is detached in the bound, so the bound teaches only the variance.
+    In the bound, the mean is detached, so the bound trains only the variance.
     """
-    T = len(scheduler)
 
     def loss(model, batch):
         noisy, prediction, variance = predict(scheduler, model, batch)
-        # L_vlb sums over t, so its estimate from one t is T times that term.
+        # L_vlb is a sum over t, so T times the term of one random t estimates it.
         bound = bound_term(scheduler, batch, noisy, prediction.detach(), variance)
-        return prediction_error(scheduler, batch, prediction, loss_type, snr_gamma) + 0.001 * T * bound
+        return prediction_error(scheduler, batch, prediction, loss_type, snr_gamma) + 0.001 * len(scheduler) * bound
 
     return loss
 
 
 def vlb_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma: float | None = None):
-    """Return the variational bound in bits per dimension: T times one of its T terms.
+    """Return a loss that estimates the variational bound, in bits per dimension, as T times one of its T terms.
 
-    A likelihood has no other distance and no weights: TrainingConfig refuses `loss_type` and `snr_gamma` here.
+    `loss_type` and `snr_gamma` are not used, because a bound fixes the distance and the weights. TrainingConfig
+    refuses them here.
     """
-    T = len(scheduler)
 
     def loss(model, batch):
         noisy, prediction, variance = predict(scheduler, model, batch)
-        return T * bound_term(scheduler, batch, noisy, prediction, variance)
+        return len(scheduler) * bound_term(scheduler, batch, noisy, prediction, variance)
 
     return loss
 
 
 def classification_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma: float | None = None):
-    """Return the loss of a classifier p(y | x_t, t): its cross-entropy in nats, 0 for images without a class.
+    """Return the loss of a classifier p(y | x_t, t): the cross-entropy in nats, and 0 for images without a class.
 
-    Guidance needs the classifier at all noise levels, so it is trained at all of them (Dhariwal & Nichol 2021,
+    Guidance uses the classifier at all noise levels, so it is trained at all of them (Dhariwal & Nichol 2021,
     section 4). TrainingConfig refuses `loss_type` and `snr_gamma` here.
     """
 
@@ -85,7 +85,7 @@ OBJECTIVES = {"simple": simple_loss, "hybrid": hybrid_loss, "vlb": vlb_loss, "cl
 
 
 def predict(scheduler: PaperDDPMScheduler, model, batch: dict):
-    """Return x_t, the UNet's prediction and its variance output (None for a fixed variance), all (B, C, H, W)."""
+    """Return x_t, the UNet's prediction and the UNet's variance output (None if it is fixed), all (B, C, H, W)."""
     noisy = scheduler.q_sample(batch["images"], batch["noise"], batch["timesteps"])
     output = model(noisy, batch["timesteps"], batch.get("class_labels")).sample.float()
     if scheduler.config.variance_type == "learned_range":
@@ -111,7 +111,7 @@ def bound_term(
     prediction: torch.Tensor,
     variance: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the term (B,) of the variational bound at the batch's timesteps, in bits per dimension."""
+    """Return the term of the variational bound at each image's timestep, (B,) in bits per dimension."""
     return variational_term(
         scheduler,
         batch["images"],
@@ -124,7 +124,7 @@ def bound_term(
 
 
 def accuracy(scheduler: PaperDDPMScheduler):
-    """Return a function, called as a loss is, that gives 1.0 for each image that a classifier gets right, else 0.0."""
+    """Return a function `(model, batch) -> (B,)`: 1.0 for each image that the classifier gets right, else 0.0."""
 
     def right(model, batch):
         noisy = scheduler.q_sample(batch["images"], batch["noise"], batch["timesteps"])
@@ -134,10 +134,10 @@ def accuracy(scheduler: PaperDDPMScheduler):
 
 
 def training_labels(labels, ordinals, num_classes: int, dropout: float, seed: int) -> torch.Tensor:
-    """Return the labels (B,) to train a conditional UNet with: the class, or `num_classes` for "no class".
+    """Return the labels (B,) with which to train a conditional UNet: the class, or `num_classes` for "no class".
 
-    Unlabelled images, and a random share `dropout` of all images, get the label "no class". One UNet thus learns the
-    conditional and the unconditional noise (Ho & Salimans 2022, Algorithm 1). The draw of an image is keyed by
+    Unlabelled images, and a random share `dropout` of all images, get the label "no class". One UNet thus learns to
+    predict with and without a class (Ho & Salimans 2022, Algorithm 1). The draw for an image is keyed by
     (seed, ordinal).
     """
     draws = [torch.rand((), generator=keyed_generator(seed, "label", n)) for n in ordinals.tolist()]
@@ -147,8 +147,8 @@ def training_labels(labels, ordinals, num_classes: int, dropout: float, seed: in
 def min_snr_weights(scheduler: PaperDDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
     """Return the Min-SNR weight (B,) of each timestep for the scheduler's prediction type.
 
-    The weight of an error of x_0 is min(SNR, gamma). An error of epsilon is SNR times that of x_0, an error of v
-    SNR + 1 times, so their weights are divided by that.
+    The squared error of x_0 has the weight min(SNR, gamma). The squared error of epsilon is SNR times that of x_0, so
+    its weight is divided by SNR. For v the factor is SNR + 1.
     """
     snr = scheduler.snr(timesteps).float()
     in_x0 = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[scheduler.config.prediction_type]
@@ -156,9 +156,9 @@ def min_snr_weights(scheduler: PaperDDPMScheduler, timesteps: torch.Tensor, gamm
 
 
 def draw_noise(ordinals: torch.Tensor, shape, num_train_timesteps: int, seed: int):
-    """Return noise (B, *shape) and timesteps (B,) int64 for the images numbered `ordinals`.
+    """Return noise (B, *shape) and timesteps (B,) int64 for the images with these `ordinals`.
 
-    Each draw is keyed by (seed, ordinal), so batch size, processes, accumulation and resuming do not change it.
+    Each draw is keyed by (seed, ordinal), so batch size, processes, accumulation and resuming do not change the draws.
     """
     noise = torch.empty(len(ordinals), *shape)
     timesteps = torch.empty(len(ordinals), dtype=torch.int64)
@@ -172,8 +172,8 @@ def draw_noise(ordinals: torch.Tensor, shape, num_train_timesteps: int, seed: in
 def by_band(losses: torch.Tensor, timesteps: torch.Tensor, num_train_timesteps: int, weights=1.0) -> torch.Tensor:
     """Return (2, 4): the sum of the losses and the count of images in each quarter of the timesteps.
 
-    With the `weights` (B,) of importance sampling, return the sums of the weighted losses and of the weights. Their
-    ratio then estimates the mean loss under uniform timesteps.
+    With the `weights` (B,) of importance sampling, return the sum of the weighted losses and the sum of the weights.
+    The ratio of the two sums then estimates the mean loss under uniform timesteps.
     """
     band = timesteps * NUM_BANDS // num_train_timesteps
     sums = torch.zeros(2, NUM_BANDS, device=losses.device)

@@ -1,12 +1,12 @@
-"""The noise schedule: the papers' betas, q(x_t|x_0), q(x_t'|x_t,x_0) and the timesteps that a sampler takes.
+"""Define the noise schedule: the papers' betas, q(x_t|x_0), q(x_t'|x_t,x_0) and the timesteps of a sampler.
 
-`PaperDDPMScheduler` is diffusers' DDPMScheduler with methods added. Its config and its betas are stock, so a
-DDPMScheduler, a DDIMScheduler or a folder made from it has the same betas. Publish `scheduler.stock()`.
+`PaperDDPMScheduler` is diffusers' DDPMScheduler with added methods. Its config and its betas are those of diffusers,
+so a DDPMScheduler or DDIMScheduler made from its config has the same betas. Publish `scheduler.stock()`.
 
 Do not confuse the names: diffusers' "linear" keeps beta in [1e-4, 0.02] for every T, so at T=100 a third of the signal
 survives the last step. "ho_linear" scales both ends by 1000/T.
 
-Timesteps count from 0, as in diffusers: t here is t+1 in the papers, and t = -1 is the clean image.
+Timesteps count from 0, as in diffusers: our t is t+1 in the papers, and t = -1 is the clean image.
 """
 
 import copy
@@ -25,14 +25,14 @@ from ..errors import UserError
 
 
 BETA_SCHEDULES = ("ho_linear", "nichol_cosine", "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-Timesteps = Tensor | int  # a LongTensor of shape (B,), or one timestep for all
+Timesteps = Tensor | int  # a LongTensor of shape (B,), or one timestep for all images
 
 
 class PaperDDPMScheduler(DDPMScheduler):
-    """DDPMScheduler plus float64 tables, posteriors and subsequences.
+    """DDPMScheduler plus float64 tables, posteriors and subsequences of the timesteps.
 
-    It has no `__init__` of its own, so the stock signature stays the schema of the config, and a stock folder loads as
-    this class. Coefficients are computed in float64 and cast once, to the dtype of the images but never below float32,
+    It adds no `__init__`, so its config has the same entries as diffusers', and a folder saved by diffusers loads as
+    this class. Coefficients are computed in float64 and cast once, to the dtype of the images but at least to float32,
     because in bfloat16 1 - abar_t is 0 for the first ten timesteps.
 
     Example:
@@ -43,9 +43,9 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     @classmethod
     def ho_linear(cls, num_train_timesteps: int = 1000, **config) -> "PaperDDPMScheduler":
-        """Return a scheduler with linear betas from 1e-4 to 0.02 (Ho et al. 2020), times 1000/T (Nichol's code).
+        """Return a scheduler with linear betas from 1e-4 to 0.02 (Ho et al. 2020), scaled by 1000/T (Nichol's code).
 
-        `config` holds further arguments of DDPMScheduler, e.g. `prediction_type`. T < 21 is a UserError.
+        `config` holds further arguments of DDPMScheduler, e.g. `prediction_type`. T < 21 raises a UserError.
         """
         if num_train_timesteps < 21:
             given = f"ho_linear with num_train_timesteps={num_train_timesteps}"
@@ -56,23 +56,23 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     @classmethod
     def nichol_cosine(cls, num_train_timesteps: int = 1000, **config) -> "PaperDDPMScheduler":
-        """Return a scheduler with cosine betas: s = 0.008, each at most 0.999 (Nichol & Dhariwal 2021, eq. 17).
+        """Return a scheduler with cosine betas: s = 0.008, each beta at most 0.999 (Nichol & Dhariwal 2021, eq. 17).
 
-        `config` holds further arguments of DDPMScheduler. T < 1 is a UserError.
+        `config` holds further arguments of DDPMScheduler. T < 1 raises a UserError.
         """
         _check_num_timesteps(num_train_timesteps)
         return cls(num_train_timesteps=num_train_timesteps, beta_schedule="squaredcos_cap_v2", **config)
 
     def stock(self) -> DDPMScheduler:
-        """Return the same scheduler as diffusers' own class, with equal betas, to be saved and published."""
-        # from_config drops the arguments that _use_default_values lists, even those that were given by position.
+        """Return this scheduler as an object of diffusers' own class, with equal betas, to be saved and published."""
+        # from_config ignores the arguments listed in _use_default_values, even if they were given by position.
         return DDPMScheduler.from_config({k: v for k, v in self.config.items() if k != "_use_default_values"})
 
     def in_stock_precision(self) -> "PaperDDPMScheduler":
         """Return a copy that computes from diffusers' float32 table, so that its steps equal those of stock pipelines.
 
-        Near t = 0 that table loses three digits of 1 - abar_t/abar_t', which is 1e-4 of an image after 1000 steps.
-        Float64 is more accurate, but with this copy anyone can draw the same image with stock diffusers.
+        Near t = 0 that table loses three digits of 1 - abar_t/abar_t'. After 1000 steps this changes an image by 1e-4.
+        Float64 is more accurate, but stock diffusers draws the same images as this copy.
         """
         twin = copy.copy(self)
         twin.alphas_cumprod64 = self.alphas_cumprod
@@ -80,7 +80,7 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     @cached_property
     def betas64(self) -> Tensor:
-        """The betas in float64, shape (T,), from the config's formula; the stock float32 ones for other schedules."""
+        """The betas in float64, shape (T,), by the schedule's formula. Without a formula, diffusers' float32 betas."""
         config, T = self.config, self.config.num_train_timesteps
         formula = None if config.trained_betas is not None or config.rescale_betas_zero_snr else config.beta_schedule
         if formula == "linear":
@@ -101,7 +101,7 @@ class PaperDDPMScheduler(DDPMScheduler):
     def alphas_cumprod_at(self, timesteps: Timesteps) -> Tensor:
         """Return abar_t in float64, in the shape and on the device of `timesteps`; 1 at t = -1."""
         timesteps = torch.as_tensor(timesteps)
-        if timesteps.device.type == "mps":  # has no float64
+        if timesteps.device.type == "mps":  # MPS has no float64
             timesteps = timesteps.cpu()
         table = torch.nn.functional.pad(self.alphas_cumprod64, (1, 0), value=1.0)
         return table.to(timesteps.device, non_blocking=True)[timesteps + 1]
@@ -112,14 +112,14 @@ class PaperDDPMScheduler(DDPMScheduler):
         return (alpha_bar / (1 - alpha_bar)).float()
 
     def q_sample(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
-        """Return x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4), in at least float32."""
+        """Return x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4), at least in float32."""
         signal, sigma = self._signal_and_sigma(timesteps, original_samples)
         return signal * original_samples + sigma * noise
 
     def training_target(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
-        """Return the target of `prediction_type`: eps, x_0 or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0.
+        """Return what the model should predict: eps, x_0 or v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0.
 
-        v is from https://huggingface.co/papers/2202.00512, appendix D.
+        The config's `prediction_type` decides. v is from https://huggingface.co/papers/2202.00512, appendix D.
         """
         if self._prediction_type == "epsilon":
             return noise
@@ -129,7 +129,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         return signal * noise - sigma * original_samples
 
     def predict_original_sample(self, model_output: Tensor, sample: Tensor, timesteps: Timesteps) -> Tensor:
-        """Return the unclipped x_0 that a model's eps, x_0 or v implies at x_t = `sample` (Ho et al., eq. 15)."""
+        """Return the unclipped x_0 that follows from a model's eps, x_0 or v at x_t = `sample` (Ho et al., eq. 15)."""
         signal, sigma = self._signal_and_sigma(timesteps, sample)
         if self._prediction_type == "epsilon":
             return (sample - sigma * model_output) / signal
@@ -138,7 +138,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         return signal * sample - sigma * model_output
 
     def predict_epsilon(self, model_output: Tensor, sample: Tensor, timesteps: Timesteps) -> Tensor:
-        """Return the noise that the eps, x_0 or v of a model implies at x_t = `sample`."""
+        """Return the noise eps that follows from a model's eps, x_0 or v at x_t = `sample`."""
         signal, sigma = self._signal_and_sigma(timesteps, sample)
         if self._prediction_type == "epsilon":
             return model_output
@@ -152,7 +152,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         """Return c_0, c_t and beta~ of q(x_t' | x_t, x_0) = N(c_0 x_0 + c_t x_t, beta~) (Ho et al. 2020, eq. 6 and 7).
 
         t' is `prev_timesteps`, by default t - 1. For an earlier t', alpha_t is replaced by abar_t / abar_t', as in a
-        respaced chain (Nichol & Dhariwal 2021, section 4). All are float64, in the shape and on the device of
+        respaced chain (Nichol & Dhariwal 2021, section 4). All three are float64, in the shape and on the device of
         `timesteps`.
         """
         alpha_bar = self.alphas_cumprod_at(timesteps)
@@ -166,11 +166,11 @@ class PaperDDPMScheduler(DDPMScheduler):
     def q_posterior(
         self, original_samples: Tensor, sample: Tensor, timesteps: Timesteps, prev_timesteps: Timesteps | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean, variance and clipped log-variance of q(x_t' | x_t = `sample`, x_0).
+        """Return the mean, the variance and the clipped log-variance of q(x_t' | x_t = `sample`, x_0).
 
-        t' is as in `posterior_coefficients`. The mean has the shape of `sample`; the other two are (B, 1, 1, 1), or
-        (1, 1, 1, 1) for an int. At t' = -1 the variance is 0, and the clipped log-variance is that of step 1, as in
-        Nichol & Dhariwal's code.
+        t' is as in `posterior_coefficients`. The mean has the shape of `sample`. The other two have the shape
+        (B, 1, 1, 1), or (1, 1, 1, 1) if `timesteps` is an int. At t' = -1 the variance is 0, and the clipped
+        log-variance is that of step 1, as in Nichol & Dhariwal's code.
         """
         coefficient_0, coefficient_t, variance = self.posterior_coefficients(timesteps, prev_timesteps)
         mean = _like(coefficient_0, sample) * original_samples + _like(coefficient_t, sample) * sample
@@ -186,17 +186,19 @@ class PaperDDPMScheduler(DDPMScheduler):
         *,
         predicted_variance: Tensor | None = None,
     ) -> Tensor:
-        """Return log sigma^2 of the model's step p(x_t' | x_t), shaped to add to `sample`; finite at t' = -1 too.
+        """Return log sigma^2 of the model's step p(x_t' | x_t), in a shape that broadcasts with `sample`.
 
+        It is finite also at t' = -1. It depends on `variance_type`:
         - fixed_small: log beta~, clipped as in `q_posterior`;
-        - fixed_large: log beta, but log beta~ of step 1 at t' = -1 (Ho et al. 2020, section 3.2 and code);
-        - learned_range: between log beta~ and log beta, at the fraction (v + 1) / 2. v is `predicted_variance`, the
-          second half of the model's channels, in [-1, 1] (Nichol & Dhariwal 2021, eq. 15).
+        - fixed_large: log beta; at t' = -1, log beta~ of step 1 (Ho et al. 2020, section 3.2 and code);
+        - learned_range: interpolated between log beta~ and log beta with the fraction (v + 1) / 2. v in [-1, 1] is
+          `predicted_variance`, the second half of the model's output channels (Nichol & Dhariwal 2021, eq. 15).
 
-        diffusers' fixed_small_log and fixed_large_log mean the same as without _log.
+        diffusers' fixed_small_log and fixed_large_log are accepted too, and mean the same as fixed_small and
+        fixed_large.
 
         Raises:
-            UserError: for another variance_type, or learned_range without `predicted_variance`.
+            UserError: for another variance_type, or for learned_range without `predicted_variance`.
         """
         timesteps = torch.as_tensor(timesteps)
         prev_timesteps = timesteps - 1 if prev_timesteps is None else prev_timesteps
@@ -223,13 +225,18 @@ class PaperDDPMScheduler(DDPMScheduler):
     ) -> list[tuple[int, int]]:
         """Return the steps (t, t') of a sampler: t descends, each t' is the next t, and the last t' is -1.
 
-        With S = `num_inference_steps` (None: all T) and k = 0..S-1, `spacing` is
-        - "quad": int(0.8 T k^2 / (S-1)^2), or "uniform": every (T//S)-th, more than S if S does not divide T; both as
-          in the DDIM paper's code. quad repeats small t if S is large; a step (t, t) changes nothing, so skip it;
-        - "leading": k (T//S), diffusers' default; "trailing": round((k+1) T/S) - 1; "linspace": round(k (T-1)/(S-1));
-          as in Table 2 of https://huggingface.co/papers/2305.08891. The config's `steps_offset` is not used;
-        - or the timesteps themselves, strictly rising or falling.
-        trailing begins at T-1, and so does linspace for S > 1; the other three begin lower if S < T.
+        `spacing` is a list of the timesteps themselves, strictly rising or falling, or one of these names. Each name
+        has a formula with S = `num_inference_steps` (None: all T) and k = 0..S-1:
+        - "quad": int(0.8 T k^2 / (S-1)^2), as in the DDIM paper's code. If S is large, small t are repeated; a step
+          (t, t) changes nothing, so skip it.
+        - "uniform": every (T//S)-th timestep, as in the DDIM paper's code. This gives more than S timesteps if S does
+          not divide T.
+        - "leading": k (T//S), diffusers' default.
+        - "trailing": round((k+1) T/S) - 1.
+        - "linspace": round(k (T-1)/(S-1)).
+        The last three are as in Table 2 of https://huggingface.co/papers/2305.08891, without the config's
+        `steps_offset`. Sampling begins at T-1 with trailing, and with linspace for S > 1. With the other three names
+        it begins lower if S < T.
 
         Raises:
             UserError: for an unknown spacing, S outside 1..T, or timesteps that are not a subsequence of 0..T-1.
@@ -247,7 +254,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         if spacing == "leading":
             return _pairs(range(0, S * (T // S), T // S))
         if spacing == "trailing":
-            # [:S], because for some S (61 at T=1000) round-off makes arange longer by one, and t = -1 follows.
+            # Take [:S], because for some S (61 at T=1000) round-off makes arange longer by one, for t = -1.
             return _pairs(np.round(np.arange(T, 0, -T / S)[:S])[::-1] - 1)
         if spacing == "linspace":
             return _pairs(np.linspace(0, T - 1, S).round())
@@ -268,12 +275,12 @@ class PaperDDPMScheduler(DDPMScheduler):
 
 
 def make_scheduler(beta_schedule: str, num_train_timesteps: int = 1000, **config) -> PaperDDPMScheduler:
-    """Return a scheduler by the name of its betas: ho_linear, nichol_cosine, or a name of diffusers.
+    """Return the scheduler with a named beta schedule: ho_linear, nichol_cosine, or a `beta_schedule` of diffusers.
 
-    A name of diffusers has the same meaning as there. `config` holds further arguments of DDPMScheduler.
+    `config` holds further arguments of DDPMScheduler.
 
     Raises:
-        UserError: for an unknown name, or T < 1 (ho_linear: T < 21).
+        UserError: for an unknown name, or for T < 1 (with ho_linear: T < 21).
     """
     if beta_schedule not in BETA_SCHEDULES:
         raise UserError(f"beta_schedule is {beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}.")
@@ -282,7 +289,7 @@ def make_scheduler(beta_schedule: str, num_train_timesteps: int = 1000, **config
     if beta_schedule == "nichol_cosine":
         return PaperDDPMScheduler.nichol_cosine(num_train_timesteps, **config)
     _check_num_timesteps(num_train_timesteps)
-    # Give these although they are the defaults: HeunDiscreteScheduler, for one, has other defaults for this config.
+    # Write these defaults into the config, because e.g. HeunDiscreteScheduler has other defaults.
     config = {"beta_start": 1e-4, "beta_end": 0.02, **config}
     return PaperDDPMScheduler(num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule, **config)
 
@@ -293,7 +300,7 @@ def _check_num_timesteps(num_train_timesteps: int) -> None:
 
 
 def _checked_timesteps(timesteps: Sequence[int], T: int, num_inference_steps: int | None) -> list[int]:
-    """Return the timesteps in rising order; refuse, with a UserError, what is not a subsequence of 0..T-1."""
+    """Return the timesteps in rising order. Raise a UserError if they are not a subsequence of 0..T-1."""
     given, last = list(timesteps), T - 1
     rising = sorted(given)
     is_usable = given in (rising, rising[::-1]) and all(isinstance(t, Integral) and 0 <= t <= last for t in rising)
@@ -301,7 +308,7 @@ def _checked_timesteps(timesteps: Sequence[int], T: int, num_inference_steps: in
         raise UserError(f"timesteps are {given}; give whole numbers from 0 to {last}, strictly rising or falling.")
     if num_inference_steps not in (None, len(given)):
         raise UserError(
-            f"num_inference_steps is {num_inference_steps} but {len(given)} timesteps are listed; drop one."
+            f"num_inference_steps is {num_inference_steps}, but {len(given)} timesteps are listed: drop one."
         )
     return rising
 
@@ -312,6 +319,6 @@ def _pairs(rising_timesteps) -> list[tuple[int, int]]:
 
 
 def _like(coefficient: Tensor, sample: Tensor) -> Tensor:
-    """Return float64 coefficients, one per image, cast once (never below float32) and shaped to multiply `sample`."""
+    """Return float64 coefficients, one per image, cast once (at least to float32) and shaped to multiply `sample`."""
     dtype = torch.promote_types(sample.dtype, torch.float32)
     return coefficient.to(dtype).to(sample.device, non_blocking=True).reshape(-1, *[1] * (sample.ndim - 1))

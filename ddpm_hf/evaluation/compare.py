@@ -1,11 +1,11 @@
-"""Put records side by side if they were measured in the same way."""
+"""Show records side by side in a table, if they were measured in the same way."""
 
 from ..errors import UserError
 from .records import number, table
 
 
-# These fields may differ between two records that are compared: the model, the environment and the numbers. The
-# extractors are among them because each entry of a metric names its own.
+# Two records can be compared even if these fields differ: the model, the environment and the numbers. The list has
+# "extractors", because the entry of each metric names its extractor anyway.
 NOT_PROTOCOL = [
     "schema",
     "created",
@@ -21,15 +21,16 @@ NOT_PROTOCOL = [
 
 
 def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = False) -> str:
-    """Return a table of values with their errors: a row for each metric, a column for each record.
+    """Return a table of values with their errors. It has a row for each metric and a column for each record.
 
     Args:
-        records: by the name that heads the column.
-        vary: dotted fields that may differ; `sampler` stands for all of its fields. They become rows at the top.
+        records: the records, by the heading of their column.
+        vary: dotted names of fields that may differ, e.g. `sampler.eta`. `sampler` stands for all fields below it.
+            These fields become rows at the top.
         markdown: return Markdown instead of aligned text.
 
     Raises:
-        UserError: if any other field of the protocol differs, with the field and both values.
+        UserError: if any other field of the protocol differs. The message names the field and both values.
     """
     flat = {name: flatten(record) for name, record in records.items()}
     protocols = {name: protocol(record) for name, record in records.items()}
@@ -38,7 +39,10 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     first = next(iter(records))
     for name in vary:
         if not any(is_below(field, [name]) for field in is_metric):
-            raise UserError(f"--vary {name} is not a field of these records: give sampler, data or a field of them.")
+            raise UserError(
+                f"--vary {name} is not a field of these records: give sampler or data, or one field of these, e.g. "
+                "sampler.eta."
+            )
     varied = []
     unlike = []
     for field in is_metric:
@@ -53,10 +57,10 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     if unlike:
         fields = ",".join(field.partition(" is ")[0] for field in unlike)
         raise UserError(
-            f"the records were measured in different ways ({'; '.join(unlike)}): evaluate them alike, or add "
-            f"--vary {fields}."
+            f"the records were measured in different ways ({'; '.join(unlike)}): evaluate all of them in the same "
+            f"way, or add --vary {fields}."
         )
-    # Show how the models differ, which is not part of the protocol.
+    # Also show how the models differ. These fields are not part of the protocol, so they may differ.
     for field in ("model.name", "model.weights", "model.train_step"):
         if len({str(fields.get(field)) for fields in flat.values()}) > 1:
             varied.append(field)
@@ -72,7 +76,10 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
 
 
 def protocol(record: dict) -> dict:
-    """Return what comparable records share, by dotted name: sampler, data, and each metric's network and N."""
+    """Return the fields that must be equal in comparable records, by dotted name.
+
+    They are those of the sampler and the data, and the extractor and the number of images of each metric.
+    """
     fields = {key: value for key, value in flatten(record).items() if not is_below(key, NOT_PROTOCOL)}
     for entry in record["metrics"]:
         how = {key: entry.get(key) for key in ("n_gen", "n_ref", "extractor", "se_method")}
@@ -89,12 +96,12 @@ def flatten(value, name: str = "") -> dict:
 
 
 def is_below(field: str, names) -> bool:
-    """Return whether a dotted field is one of `names` or a part of one."""
+    """Return whether a dotted field is one of `names`, or is below one of them: sampler.eta is below sampler."""
     return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
 def cell(entry: dict | None) -> str:
-    """Return the text of a table's cell: value and error, "skipped", or "-" without an entry."""
+    """Return the text of one cell of the table: the value and its error, "skipped", or "-" if there is no entry."""
     if entry is None:
         return "-"
     if entry.get("status") == "skipped":

@@ -1,8 +1,8 @@
 """A small digit classifier that scores models of MNIST. Its weights come with the package.
 
-The metric `fd_mnist-<first 8 digits of SHA256>` is the Fréchet distance in its features. It is not FID. Values of
-other classifiers, even of this one trained from another seed, differ by up to a factor of two, so the weights are
-pinned. This command made them in about two minutes on one core:
+The metric `fd_mnist-<first 8 digits of SHA256>` is the Fréchet distance in the features of this classifier. It is not
+FID. With another classifier, even with this one trained from another seed, values differ by up to a factor of two.
+The weights are therefore fixed. They were made by this command, in about two minutes on one core:
 
     python -m ddpm_hf.evaluation.digit_classifier --dataset_name ylecun/mnist --output digit_classifier.safetensors
 """
@@ -26,13 +26,13 @@ from .features import Extractor, full_precision
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 SHA256 = "9ea1c6a65057eaf7d37a7d4706d3be706c1929b6a02af9fc87513e19e2fd9b0d"  # of the file WEIGHTS
-MAX_SHIFT = 2  # pixels, because models draw digits a little off the centre
+MAX_SHIFT = 2  # pixels; training images are shifted, because models draw digits a little off the center
 
 
 class DigitClassifier(Extractor):
     """Two convolutions of 5x5 and two linear layers, with 114,314 parameters. The features are the last layer's input.
 
-    The units are GELU and not ReLU, because a ReLU that is never on would make the features' covariance singular.
+    The activations are GELU. A ReLU that is 0 for all images would make the covariance of the features singular.
     """
 
     name = "digits"
@@ -51,9 +51,9 @@ class DigitClassifier(Extractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features (B, 64) and logits (B, 10), float32, of uint8 images (B, 1, 28, 28) or (B, 1, 32, 32).
+        """Return features (B, 64) and logits (B, 10), float32, for uint8 images (B, 1, 28, 28) or (B, 1, 32, 32).
 
-        32x32 images are MNIST's 28x28 with a border of 2, which is cut off.
+        Images of 32x32 are taken to be MNIST's 28x28 with a border of 2 pixels. The border is cut off.
 
         Raises:
             UserError: for images of another type or size.
@@ -61,8 +61,8 @@ class DigitClassifier(Extractor):
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) not in [(1, 28, 28), (1, 32, 32)]:
             given = f"{str(images.dtype).removeprefix('torch.')} images of {'x'.join(map(str, images.shape[1:]))}"
             raise UserError(
-                f"the digit classifier (fd_mnist) was given {given}: it takes uint8 images of 1x28x28, or of 1x32x32 "
-                "with a border; leave fd_mnist out."
+                f"fd_mnist was given {given}, but its digit classifier takes only uint8 images of 1x28x28, or of "
+                "1x32x32 with a border: leave fd_mnist out."
             )
         border = (images.shape[-1] - 28) // 2
         with full_precision(images.device):
@@ -76,10 +76,13 @@ def scale(images: Tensor) -> Tensor:
 
 
 def load_digit_classifier(weights: str | Path | None = None) -> DigitClassifier:
-    """Return the classifier in eval mode on the CPU, with the package's weights or those of a safetensors file.
+    """Return the classifier in eval mode on the CPU.
+
+    Args:
+        weights: a safetensors file. None: the weights that come with the package.
 
     Raises:
-        UserError: for a file that does not hold the classifier's weights.
+        UserError: if the file does not hold weights of this classifier.
     """
     path = Path(weights or WEIGHTS)
     with torch.device("meta"):
@@ -90,7 +93,8 @@ def load_digit_classifier(weights: str | Path | None = None) -> DigitClassifier:
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{path} does not hold the digit classifier's weights ({reason}): give no file, to use the package's."
+            f"{path} does not hold weights of the digit classifier ({reason}): leave the file out, to use the weights "
+            "that come with the package."
         ) from error
     classifier.sha256 = hashlib.sha256(content).hexdigest()
     return classifier.requires_grad_(False).eval()
@@ -101,9 +105,9 @@ def train_digit_classifier(
 ) -> DigitClassifier:
     """Return a classifier trained on uint8 images (N, 1, 28, 28) with labels (N,) in 0..9.
 
-    Images are shifted at random by up to 2 pixels. The optimizer is AdamW with a one-cycle learning rate (Smith &
-    Topin 2018, https://huggingface.co/papers/1708.07120) and label smoothing 0.05 (Szegedy et al. 2016). On one
-    machine and one thread, the same seed gives the same bits.
+    Each image is shifted at random by up to 2 pixels. The optimizer is AdamW with a one-cycle learning rate (Smith &
+    Topin 2018, https://huggingface.co/papers/1708.07120). The loss has label smoothing 0.05 (Szegedy et al. 2016). On
+    one machine and with one thread, the same seed gives exactly the same weights.
     """
     with torch.device("meta"):
         classifier = DigitClassifier()
@@ -132,7 +136,7 @@ def train_digit_classifier(
 
 
 def shift_randomly(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return images (B, 1, H, W), each moved at random by -2 to 2 pixels along both axes, with black edges."""
+    """Return images (B, 1, H, W), each shifted at random by -2 to 2 pixels along both axes. New pixels are black."""
     height, width = images.shape[-2:]
     windows = F.pad(images, [MAX_SHIFT] * 4).unfold(2, height, 1).unfold(3, width, 1)  # (B, 1, 5, 5, H, W)
     dy, dx = torch.randint(2 * MAX_SHIFT + 1, (2, len(images)), generator=generator)
@@ -143,9 +147,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m ddpm_hf.evaluation.digit_classifier", description="Train the classifier."
     )
-    parser.add_argument("--dataset_name", required=True, help="MNIST: a folder in the Hub's layout, or a Hub id")
-    parser.add_argument("--output", required=True, type=Path, help="safetensors file for the weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output where it exists")
+    parser.add_argument("--dataset_name", required=True, help="MNIST: a Hub id, or a folder in the Hub's layout")
+    parser.add_argument("--output", required=True, type=Path, help="the safetensors file to write the weights to")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     parser.add_argument("--num_epochs", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
@@ -161,12 +165,12 @@ def _train_command(arguments):
     from ..data.dataset import load_images
 
     if arguments.output.exists() and not arguments.overwrite:
-        raise UserError(f"{arguments.output} exists: give another --output, or --overwrite.")
+        raise UserError(f"{arguments.output} exists: give another --output, or add --overwrite to replace it.")
     config = TrainingConfig(dataset_name=arguments.dataset_name, resolution=28, validation_split="test")
     train, test = load_images(config, channels=1)
     if len(train.class_names or []) != 10:
         raise UserError(f"{arguments.dataset_name} does not have ten classes: give MNIST.")
-    torch.set_num_threads(1)  # otherwise the bits depend on the number of cores
+    torch.set_num_threads(1)  # otherwise round-off, and so the weights, depend on the number of cores
     classifier = train_digit_classifier(
         train.pixels, train.labels, num_epochs=arguments.num_epochs, seed=arguments.seed
     )

@@ -1,7 +1,7 @@
 """The extractor of FD-DINOv2 (Stein et al. 2023, https://huggingface.co/papers/2306.04675), through transformers.
 
-Their protocol resizes 8-bit images, whole and square, to 224x224 with Pillow's bicubic filter, and takes the CLS token
-after the last LayerNorm of DINOv2 ViT-L/14. transformers' own image processor crops, so it is not used.
+Their protocol resizes whole 8-bit images to a square of 224x224 with Pillow's bicubic filter. The features are the CLS
+token after the last LayerNorm of DINOv2 ViT-L/14. The image processor of transformers is not used, because it crops.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class DINOv2(Extractor):
 
     Attributes:
         pipeline: the name of the preprocessing.
-        sha256: the hash that `cat config.json *.safetensors | sha256sum` prints in the model's folder.
+        sha256: the hash that `cat config.json *.safetensors | sha256sum` prints in the folder of the model.
     """
 
     name = "dinov2"
@@ -49,7 +49,7 @@ class DINOv2(Extractor):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        """Return float32 features (B, num_features), and None for logits, of uint8 images (B, 1 or 3, H, W).
+        """Return float32 features (B, num_features) of uint8 images (B, 1 or 3, H, W). The logits are None.
 
         Raises:
             UserError: for images of another type or shape.
@@ -74,32 +74,35 @@ def preprocess(images: Tensor) -> Tensor:
 
 
 def load_dinov2(source: str = "facebook/dinov2-large") -> DINOv2:
-    """Return the DINOv2 of a folder or a Hub id (config.json and safetensors), float32, in eval mode, on the CPU.
+    """Return a DINOv2 in float32 and in eval mode, on the CPU.
 
-    The published models have a 37x37 grid of position embeddings, and 224 pixels have 16x16 patches. The grid is
-    interpolated as in the code of DINOv2, with which published values of FD-DINOv2 were computed; transformers places
-    the samples differently. A grid of 16x16 is not changed.
+    The published models have a 37x37 grid of position embeddings, but an image of 224 pixels has 16x16 patches. The
+    grid is interpolated as in the code of DINOv2, because the published values of FD-DINOv2 were computed with that
+    code. Interpolation in transformers gives slightly different values. A grid of 16x16 is not changed.
+
+    Args:
+        source: a folder or a Hub id, with config.json and safetensors.
 
     Raises:
         MissingWeights: if there is no such folder and the Hub does not have it.
         UserError: for a folder that does not hold a DINOv2.
     """
     folder = Path(source) if Path(source).exists() else _from_hub(source)
-    wanted = "give a folder or Hub id with the config.json and safetensors of a Dinov2Model"
+    wanted = "give a folder or Hub id with config.json and safetensors of a Dinov2Model"
     try:
         kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
         if kind != "dinov2":
-            raise UserError(f"{source} holds a model of type {kind}, not dinov2: {wanted}.")
+            raise UserError(f"{source} holds a model of type {kind}, but dinov2 is needed: {wanted}.")
         model, loading = Dinov2Model.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
     except (OSError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source} cannot be loaded ({' '.join(str(error).split())}): {wanted}.") from error
-    if loading["missing_keys"]:  # transformers leaves missing weights random
+    if loading["missing_keys"]:  # transformers would fill in random numbers for missing weights
         raise UserError(f"{source} lacks weights, such as {min(loading['missing_keys'])}: {wanted}.")
     embeddings = model.embeddings
     side = RESOLUTION // model.config.patch_size
-    # Transformers does not interpolate a grid that fits.
+    # Replace the grid by one that fits 224 pixels. Transformers then does not interpolate it again.
     embeddings.position_embeddings = nn.Parameter(hub_position_embeddings(embeddings.position_embeddings, side))
     digest = hashlib.sha256()
     for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
@@ -114,18 +117,19 @@ def _from_hub(source: str) -> Path:
         )
     except (HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise MissingWeights(
-            f"{source} is not a folder here, and the Hub does not give it: give --dinov2 FOLDER_OR_ID, with "
-            "config.json and model.safetensors."
+            f"{source} is not a folder here, and it cannot be downloaded from the Hub: give --dinov2 FOLDER_OR_ID, "
+            "with config.json and model.safetensors."
         ) from error
 
 
 @torch.no_grad()
 def hub_position_embeddings(position_embeddings: Tensor, side: int) -> Tensor:
-    """Return embeddings (1, 1 + grid^2, d), the CLS token's first, interpolated to (1, 1 + side^2, d) like DINOv2.
+    """Interpolate position embeddings (1, 1 + grid^2, d) to (1, 1 + side^2, d), as the code of DINOv2 does.
 
-    Its code asks for a scale of (side + 0.1) / grid, so that rounding cannot lose a row. That scale also spaces the
-    samples: pixel k is read at (k + 1/2) / scale - 1/2 (Oquab et al. 2023, https://huggingface.co/papers/2304.07193,
-    `interpolate_pos_encoding` in their vision_transformer.py).
+    The first embedding is that of the CLS token, and it is not changed. The code of DINOv2 (Oquab et al. 2023,
+    https://huggingface.co/papers/2304.07193, `interpolate_pos_encoding` in their vision_transformer.py) interpolates
+    with the scale (side + 0.1) / grid, so that rounding cannot lose a row. This scale also decides where the grid is
+    read: output k is read at (k + 1/2) / scale - 1/2.
     """
     token, patches = position_embeddings[:, :1], position_embeddings[:, 1:]
     grid = math.isqrt(patches.shape[1])

@@ -1,6 +1,7 @@
-"""evaluate(): draw a model's images, or read samples, and score them against real images.
+"""evaluate(): draw images from a model, or read samples, and score them against real images.
 
-The order of work is here. `inputs.py` opens what an evaluation needs, and `metrics.py` computes the scores.
+This file decides what is done in which order. `inputs.py` opens what an evaluation needs, and `metrics.py` computes
+the scores.
 """
 
 import time
@@ -11,12 +12,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from ..errors import UserError
 from ..models.pretrained import Pretrained
 from ..randomness import keyed_generator
-from ..sampling.generate import sample_images
+from ..sampling.generate import sample_together
 from ..sampling.sample_set import SampleSet, draw_samples, read_samples
 from ..sampling.settings import Sampler
 from . import inputs
@@ -28,32 +28,35 @@ from .records import by_reason, make_record, record_table, write_record
 from .reference import Reference, read_reference, reference_of
 
 
-FEW_FOR_FID = 2048  # Inception has 2048 features; FID of fewer images is mostly its bias
+FEW_FOR_FID = 2048  # Inception has 2048 features. With fewer images, most of an FID is its bias.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Everything that an evaluation needs, the same on every process of a launch.
+    """Everything that an evaluation needs. It is the same on every process of a launch.
 
     Attributes:
         metrics: names of METRICS, in the order of the record.
-        train, held_out: ImageSets of real images; `held_out` may be None.
+        train, held_out: ImageSets of real images. `held_out` may be None.
         data_name: the name of the data in the record.
-        model: the model to score, which bits_per_dim needs; None where only samples are known.
-        sampler: draws the images of `model`, for which it is resolved; None where `samples` are given.
-        samples: images that were drawn earlier; None to draw new ones.
+        model: the model to score. bits_per_dim needs it. None if only samples are scored.
+        sampler: draws images from `model`, and is already resolved for it. None if `samples` are given.
+        samples: images that were drawn earlier. None: draw new images.
         num_images: how many images to draw, or the number of `samples`.
-        samples_dir: the folder to draw images into; None to keep them in memory.
-        features: the extractor of the metrics that leave the choice.
-        options: keyword arguments of each extractor's loader, by the extractor's name.
-        batch_size: how many images to draw or to extract features from at a time.
-        bound_images, bound_timesteps: how many of each bits_per_dim takes; None for all.
-        reference_file, reference_pipeline: statistics that FID uses in place of those of `train`.
+        samples_dir: the folder to draw images into. None: keep the images in memory.
+        features: the extractor for metrics that can use any extractor, such as kid.
+        options: keyword arguments for the loader of each extractor, by the name of the extractor.
+        batch_size: how many images are drawn, or given to an extractor, at a time.
+        bound_images, bound_timesteps: how many held-out images bits_per_dim takes, and how many timesteps of each.
+            None: all.
+        reference_file: a file of statistics that FID uses in place of those of `train`.
+        reference_pipeline: the pipeline of `reference_file`, if the file does not say it.
         cache_dir: the folder that keeps features of real images.
-        pairs_path: the picture of the closest pairs that memorization draws; None to draw none.
-        on_step: called after every step of sampling in memory.
-        extractors: filled by `open_extractors`: by name, the module, or a sentence that says why it is unavailable.
-        real: filled by `score`: by the name of an extractor, the References of `train` and `held_out`.
+        pairs_path: where memorization writes its picture of the closest pairs. None: no picture.
+        on_step: called after every step if images are drawn in memory.
+        extractors: each extractor by its name, or a sentence that says why it is unavailable. `open_extractors` fills
+            this dict.
+        real: the References of `train` and `held_out`, by the name of the extractor. `score` fills this dict.
     """
 
     metrics: list[str]
@@ -80,12 +83,12 @@ class Evaluation:
 
     @property
     def sampler_record(self) -> dict:
-        """The record of the sampler that drew the images; {} for samples without one."""
+        """The record of the sampler that drew the images. {} for samples without such a record."""
         return self.samples.sampler if self.samples is not None else self.sampler.record(self.model)
 
     @property
     def requested_classes(self) -> list[str] | None:
-        """The names of the requested classes: image k is of class [k % len]. None without classes."""
+        """The names of the requested classes, or None without classes. Image k is of class names[k % len(names)]."""
         record = self.sampler_record
         names = record.get("class_names")
         return None if names is None else [names[label] for label in record["class_labels"]]
@@ -96,14 +99,14 @@ class Evaluation:
         return self.features if name == "chosen" else name
 
     def why_skipped(self, metric: str) -> str | None:
-        """Return why a metric is skipped, or None if it is not. Call `open_extractors` first."""
+        """Return the reason if a metric is skipped, or None if it is computed. Call `open_extractors` first."""
         extractor = self.extractors.get(self.extractor_of(metric))
         return extractor if isinstance(extractor, str) else None
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The result of `evaluate`: the record, its path, and the names of the metrics. It prints as a table."""
+    """The result of `evaluate`: the record, its path, and the names of the metrics. `print` shows it as a table."""
 
     record: dict
     path: Path
@@ -116,14 +119,14 @@ class Evaluated:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """The reason of each skipped metric, by the metric's name."""
+        """Why each skipped metric was skipped, by the name of the metric."""
         return {entry["id"]: entry["reason"] for entry in self.record["metrics"] if "reason" in entry}
 
     def __str__(self) -> str:
         return record_table(self.record)
 
 
-# Longer than 60 lines, because each of its keywords is a flag of the command and has a line of its own.
+# Longer than 60 lines, because each keyword is a flag of the command and stands on a separate line.
 def evaluate(
     subject: str | Path | Pretrained | None = None,
     *,
@@ -155,35 +158,39 @@ def evaluate(
     Args:
         subject: a model (folder, checkpoint, Hub id, or the result of `load`), or samples: a folder of PNG files or an
             .npz of uint8 images (N, H, W, C).
-        samples: samples of the model `subject`, to score in place of drawing new ones.
+        samples: samples of the model `subject`. They are scored, and no new images are drawn.
         calibrate: score held-out images against the training images, without a model.
-        metrics: names of METRICS. None: those that suit the data.
-        suite: how much to measure: smoke, fast, standard or paper, see SUITES. The next three override it.
+        metrics: names of METRICS. None: the metrics that suit the data.
+        suite: how much to measure: smoke, fast, standard or paper, see SUITES. `num_images`, `bound_images` and
+            `bound_timesteps` override the numbers of the suite.
         num_images: how many images to draw, or how many of the samples to use; at least 40.
-        bound_images, bound_timesteps: how many held-out images (at least 1), and how many timesteps of each (at least
-            2), bits_per_dim takes; 0 means all.
-        features: the extractor of kid and precision_recall: inception, dinov2 or digits. None: what suits the data.
+        bound_images, bound_timesteps: bits_per_dim uses this many held-out images (at least 1), and this many
+            timesteps of each image (at least 2). 0 means all.
+        features: the extractor of kid and precision_recall: inception, dinov2 or digits. None: digits for MNIST, else
+            inception.
         weights: published or raw, see `load`.
-        batch_size: how many images at a time; it changes scores only by rounding.
-        sampler: how to draw images, a name or a `Sampler`. None: the suite's.
-        resolution: of the images that `calibrate` compares, in pixels.
-        inception: a file with the weights of Inception. None: those of pytorch-fid.
+        batch_size: how many images are processed at a time. It changes scores only by rounding.
+        sampler: how to draw images, a name or a `Sampler`. None: the sampler of the suite.
+        resolution: the resolution, in pixels, of the images that `calibrate` compares.
+        inception: a file with the weights of Inception. None: the weights that pytorch-fid released.
         inception_pipeline: how images are resized for Inception: tf1, antialias or pytorch.
         dinov2: a folder or a Hub id with the weights of DINOv2.
         reference, reference_pipeline: a file of statistics (mu, sigma) for FID, and the pipeline that made it.
-        output: the path of the record. None: a new name in `evaluations`, in the run's folder or the current one.
+        output: the path of the record. None: a new file in the folder `evaluations`. This folder is in the folder of
+            the run, or in the current folder if there is no run on this machine.
         overwrite: replace the record at `output`.
-        samples_dir: the folder to draw images into. None: `evaluation_samples`, in the same place.
-        cache_dir: the folder that keeps features of real images. None: ddpm_hf in HuggingFace's cache.
+        samples_dir: the folder to draw images into. None: a subfolder of `evaluation_samples`, which is next to
+            `evaluations`.
+        cache_dir: the folder that keeps features of real images. None: the folder ddpm_hf in HuggingFace's cache.
         flags: fields of the sampler (num_inference_steps, seed, ...), and flags that choose the real images as in
             training: dataset_name, dataset_config_name, image_column, label_column, validation_split, class_names.
-            They override those of the model's own train_config.json.
+            They override the flags in the train_config.json of the model.
 
     Returns:
-        The record, its path and its scores on the main process; None on the others.
+        The record, its path and its scores on the main process. None on other processes.
 
     Raises:
-        UserError: for inputs that cannot be read or do not go together. Nothing has been drawn or written then.
+        UserError: for inputs that cannot be read or do not fit together. In this case nothing was drawn or written.
 
     Example:
         >>> result = ddpm_hf.evaluate("runs/digits", metrics=["bits_per_dim"], suite="smoke")
@@ -241,10 +248,10 @@ def evaluate(
 
 
 def run_evaluation(evaluation: Evaluation, started: float | None = None) -> dict | None:
-    """Draw the images, score them, and return the record on the main process, None on the others.
+    """Draw the images, score them, and return the record on the main process. Return None on other processes.
 
-    Every process of a launch must call this, after `open_extractors`. Training calls it too, so that its records
-    compare with those of `evaluate`.
+    Every process of a launch must call this function, after `open_extractors`. Training calls it too, so that records
+    of training can be compared with records of `evaluate`.
 
     Args:
         started: the value of time.perf_counter() when the work began. None: now.
@@ -264,32 +271,22 @@ def run_evaluation(evaluation: Evaluation, started: float | None = None) -> dict
 
 
 def _draw(evaluation: Evaluation) -> torch.Tensor:
-    """Return images 0..num_images-1 of the model, uint8 (N, C, H, W), on every process; each draws its share."""
-    model = evaluation.model
-    sampler = evaluation.sampler
-    count = evaluation.num_images
-    if evaluation.samples_dir is not None:
-        draw_samples(model, sampler, count, evaluation.samples_dir, batch_size=evaluation.batch_size)
-        return read_samples(evaluation.samples_dir).images[:count]
-    state = PartialState()
-    share = range(state.process_index, count, state.num_processes)
-    images = sample_images(
-        model,
-        sampler,
-        share,
-        batch_size=evaluation.batch_size,
-        on_step=evaluation.on_step,
-        progress=state.is_main_process,
-    )
-    drawn = sorted(gather_object(list(zip(share, images.numpy()))), key=lambda pair: pair[0])
-    return torch.stack([torch.from_numpy(image) for _, image in drawn])
+    """Draw images 0..num_images-1 of the model, and return them on every process, uint8 (N, C, H, W).
+
+    Each process draws a share of the images.
+    """
+    what = evaluation.model, evaluation.sampler, evaluation.num_images
+    if evaluation.samples_dir is None:
+        return sample_together(*what, batch_size=evaluation.batch_size, on_step=evaluation.on_step)
+    draw_samples(*what, evaluation.samples_dir, batch_size=evaluation.batch_size)
+    return read_samples(evaluation.samples_dir).images[: evaluation.num_images]
 
 
 def score(evaluation: Evaluation, images: torch.Tensor) -> list[dict]:
-    """Return the record's entries of all metrics. Only those on the main process are complete.
+    """Return the entries of all metrics for the record. They are complete only on the main process.
 
     Args:
-        images: uint8 (N, C, H, W), the generated ones.
+        images: the generated images, uint8 (N, C, H, W).
     """
     entries = []
     generated = {}
@@ -309,11 +306,14 @@ def score(evaluation: Evaluation, images: torch.Tensor) -> list[dict]:
             if PartialState().is_main_process:
                 look = Look(evaluation, images, extractor, generated[extractor_name], train, held_out)
                 entries += METRICS[name].function(look)
-    return list({entry["id"]: entry for entry in entries}.values())  # two metrics can have an entry in common
+    return list({entry["id"]: entry for entry in entries}.values())  # keep one entry per id: two metrics can share one
 
 
 def _real_features(evaluation: Evaluation, name: str) -> tuple[Reference, Reference | None]:
-    """Return the References of the training and of the held-out images (None without floors), computed once."""
+    """Return the Reference of the training images, and that of the held-out images or None if there are no floors.
+
+    They are computed once for each extractor.
+    """
     if name not in evaluation.real:
         extractor = evaluation.extractors[name]
         options = {"batch_size": evaluation.batch_size, "cache_dir": evaluation.cache_dir}
@@ -326,17 +326,17 @@ def _real_features(evaluation: Evaluation, name: str) -> tuple[Reference, Refere
 
 
 def open_extractors(evaluation: Evaluation):
-    """Load the networks that the metrics use, and try each on two real images before the long work begins.
+    """Load the networks that the metrics use. Try each network on two real images, before the long work begins.
 
     Raises:
-        UserError: for too few images, images that an extractor does not accept, statistics of another pipeline, or
-            bits_per_dim without a model or without the classes of its images.
+        UserError: if there are too few images, if an extractor does not accept the images, if the reference statistics
+            are from another pipeline, or if bits_per_dim has no model, or no classes for a conditional model.
     """
     inputs.check_metrics(evaluation.metrics)
     for name in evaluation.metrics:
         if name == "bits_per_dim" and evaluation.model is None:
             raise UserError(
-                "bits_per_dim scores a model, but only samples are given: give the model, or leave it out."
+                "bits_per_dim needs a model, but only samples are given: give the model, or leave bits_per_dim out."
             )
         extractor = evaluation.extractor_of(name)
         if extractor is None or extractor in evaluation.extractors:
@@ -351,7 +351,7 @@ def open_extractors(evaluation: Evaluation):
         inputs.check_labels(evaluation.model, evaluation.train, evaluation.held_out)
     if evaluation.reference_file is not None:
         if "fid" not in evaluation.metrics:
-            raise UserError("--reference is for fid: add it to --metrics, or leave the file out.")
+            raise UserError("--reference is only for fid, but fid is not computed: add fid, or leave --reference out.")
         if not evaluation.why_skipped("fid"):
             extractor = evaluation.extractors["inception"]
             read_reference(evaluation.reference_file, extractor, evaluation.reference_pipeline)
@@ -359,22 +359,30 @@ def open_extractors(evaluation: Evaluation):
 
 
 def check_count(evaluation: Evaluation):
-    """Refuse, with a UserError, fewer than FEWEST real images, or generated ones for a metric with an extractor."""
+    """Raise a UserError if there are fewer than FEWEST real images.
+
+    The same holds for generated images, if a metric with an extractor is to be computed.
+    """
     if len(evaluation.train) < FEWEST:
-        raise UserError(f"there are only {len(evaluation.train)} real images to compare with: give at least {FEWEST}.")
+        raise UserError(
+            f"there are only {len(evaluation.train)} real images to compare with: give data with at least {FEWEST}."
+        )
     for name in evaluation.metrics:
         needs_features = evaluation.extractor_of(name) is not None and not evaluation.why_skipped(name)
         if needs_features and evaluation.num_images < FEWEST:
-            raise UserError(f"{name} cannot be estimated from {evaluation.num_images} images: give at least {FEWEST}.")
+            raise UserError(
+                f"{name} cannot be estimated from {evaluation.num_images} generated images: give at least {FEWEST}."
+            )
 
 
 def warnings_about(evaluation: Evaluation) -> list[str]:
-    """Return sentences about metrics that will be skipped, floors that will be missing, and an FID of few images."""
+    """Return warnings: for metrics that will be skipped, for missing floors, and for an FID of few images."""
     reasons = by_reason({name: evaluation.why_skipped(name) for name in evaluation.metrics})
     lines = [f"Warning: {ids} will be skipped: {reason}" for ids, reason in reasons]
     if not has_floor(evaluation):
         lines.append(
-            f"Warning: fewer than {FEWEST} images are held out, so there are no floors: see --validation_split."
+            f"Warning: fewer than {FEWEST} images are held out, so no floors (values of real images) are computed: "
+            "see --validation_split."
         )
     count = evaluation.num_images
     if "fid" in evaluation.metrics and not evaluation.why_skipped("fid") and count < FEW_FOR_FID:

@@ -1,4 +1,4 @@
-"""The networks whose features scores compare, by name."""
+"""The extractors by name: networks that turn images into features, which the scores compare."""
 
 from accelerate import PartialState
 
@@ -13,11 +13,11 @@ EXTRACTORS = {"inception": load_inception, "dinov2": load_dinov2, "digits": load
 
 
 def load_extractor(name: str, **options) -> Extractor:
-    """Return an extractor on this process's device. `options` go to its loader (weights, pipeline, source).
+    """Return an extractor on the device of this process. `options` are arguments of its loader, e.g. `weights`.
 
     Raises:
-        MissingWeights: if its weights are neither on this machine nor can be downloaded.
-        UserError: for a name that is not in `EXTRACTORS`, or a file that holds something else.
+        MissingWeights: if its weights are not on this machine and cannot be downloaded.
+        UserError: for a name that is not in `EXTRACTORS`, or a file that does not hold its weights.
     """
     if name not in EXTRACTORS:
         raise UserError(f"there are no features named {name!r}: choose from {', '.join(EXTRACTORS)}.")

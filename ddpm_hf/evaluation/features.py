@@ -1,41 +1,41 @@
-"""Extract the features of many images; all processes of a launch share the work."""
+"""Extract the features of many images. All processes of a launch share the work."""
 
 import contextlib
 from dataclasses import dataclass
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, pad_across_processes
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..pictures import to_uint8
+from ..processes import gather_in_order
 
 
 CHUNK = 256  # images decoded at a time
 
 
 class Extractor(nn.Module):
-    """A network that turns images into features, always in eval mode.
+    """A network that turns images into features. It is always in eval mode.
 
-    It takes uint8 images (B, C, H, W) and returns features, float32 (B, num_features), and logits (B, k) or None.
+    It takes uint8 images (B, C, H, W). It returns features, float32 (B, num_features), and logits (B, k) or None.
 
     Attributes:
-        name: its name in EXTRACTORS.
-        pipeline: the name of how it resizes and scales images.
+        name: the name of the extractor in EXTRACTORS.
+        pipeline: the name of its preprocessing, i.e. how images are resized and scaled.
         sha256: the hash of its weights.
-        num_features: the size of its features.
+        num_features: how many features it returns for each image.
     """
 
     def train(self, mode: bool = True) -> "Extractor":
-        """Stay in eval mode, also when a model that this is a part of changes to train mode."""
+        """Stay in eval mode, even if this extractor is part of a model that changes to train mode."""
         return super().train(False)
 
 
 @contextlib.contextmanager
 def full_precision(device: torch.device):
-    """Compute in true float32 inside a `with` block, because autocast and TF32 change a Fréchet distance."""
+    """Compute in true float32 inside a `with` block. Autocast and TF32 would change a Fréchet distance."""
     convolutions = torch.backends.cudnn.allow_tf32
     products = torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
@@ -49,11 +49,11 @@ def full_precision(device: torch.device):
 
 
 def check_images(network: str, images: torch.Tensor):
-    """Refuse, with a UserError, images for a network that are not uint8 (B, 1 or 3, H, W)."""
+    """Raise a UserError if images are not uint8 (B, 1 or 3, H, W). `network` is the name that the message gives."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         given = f"{str(images.dtype).removeprefix('torch.')} images of shape {tuple(images.shape)}"
         raise UserError(
-            f"{network} was given {given}: round them to the nearest of 256 levels and give uint8 (B, 1 or 3, H, W)."
+            f"{network} was given {given}: round the pixels to 256 levels, and give uint8 images (B, 1 or 3, H, W)."
         )
 
 
@@ -66,59 +66,39 @@ class Features:
 
 
 def images_at(source, indices) -> torch.Tensor:
-    """Return uint8 images (B, C, H, W) number `indices` of a uint8 tensor (N, C, H, W) or an ImageSet."""
+    """Return the images numbered `indices`, uint8 (B, C, H, W), of a uint8 tensor (N, C, H, W) or an ImageSet."""
     if isinstance(source, torch.Tensor):
         return source[indices]
     if source.pixels is not None and source.pixels.dtype == torch.uint8:
         return source.pixels[indices]
     rows = list(indices)
     images = torch.empty(len(rows), source.channels, source.resolution, source.resolution, dtype=torch.uint8)
-    for start in range(0, len(rows), CHUNK):  # all images at once might not fit into memory as floats
+    for start in range(0, len(rows), CHUNK):  # as floats, all images together might not fit into memory
         images[start : start + CHUNK] = to_uint8(source.get(rows[start : start + CHUNK]))
     return images
 
 
 @torch.no_grad()
 def extract(extractor: Extractor, source, indices=None, batch_size: int = 64, what: str = "images") -> Features:
-    """Return the features of images `indices` (None: all) of a uint8 tensor or an ImageSet, on every process.
+    """Return the features of images of a uint8 tensor or an ImageSet, on every process.
 
-    Every process must call this with the same arguments. Each takes a share of the batches, which may be empty. The
-    batches are the same for any number of processes, so that number does not change the features. Another
-    `batch_size`, number of threads or processor rounds float32 differently, by up to 1e-6 of the largest feature.
+    Every process must call this function with the same arguments. Each process takes a share of the batches, and this
+    share may be empty. The batches are the same for any number of processes, so the number of processes does not
+    change the features. With another `batch_size`, number of threads or processor, features differ by rounding, by up
+    to 1e-6 of the largest feature.
 
     Args:
-        what: names the images in the progress bar.
+        indices: the numbers of the images. None: all images.
+        what: the name of the images in the progress bar.
     """
     state = PartialState()
     indices = range(len(source)) if indices is None else indices
     batches = [range(start, min(start + batch_size, len(indices))) for start in range(0, len(indices), batch_size)]
     mine = batches[state.process_index :: state.num_processes]
-    features = [torch.zeros(0, extractor.num_features)]
-    logits = []
-    numbers = [torch.zeros(0, dtype=torch.int64)]
+    found = []
     hide = not state.is_main_process or len(indices) < 1000
     for batch in tqdm(mine, desc=f"{extractor.name} features of {what}", unit="batch", disable=hide):
-        found, found_logits = extractor(images_at(source, [indices[k] for k in batch]).to(state.device))
-        features.append(found.float().cpu())
-        numbers.append(torch.tensor(batch))
-        if found_logits is not None:
-            logits.append(found_logits.float().cpu())
-    features = torch.cat(features)
-    logits = torch.cat(logits) if logits else None
-    if state.num_processes == 1:
-        return Features(features, logits)
-    # A process without a batch does not know the number of logits. The first process has one if there are images.
-    width = torch.tensor([0 if logits is None else logits.shape[1]], device=state.device)
-    width = int(gather(width).max())
-    logits = torch.zeros(len(features), width) if logits is None else logits
-    numbers = _gather(torch.cat(numbers), -1)
-    table = _gather(torch.cat([features, logits], dim=1), 0)
-    table = table[numbers >= 0][numbers[numbers >= 0].argsort()]
-    d = extractor.num_features
-    return Features(table[:, :d].contiguous(), table[:, d:].contiguous() if width else None)
-
-
-def _gather(tensor: torch.Tensor, pad: int) -> torch.Tensor:
-    """Return the rows of all processes on the CPU. Processes with fewer rows than others add rows of `pad`."""
-    tensor = pad_across_processes(tensor.to(PartialState().device), dim=0, pad_index=pad)
-    return gather(tensor).cpu()
+        features, logits = extractor(images_at(source, [indices[k] for k in batch]).to(state.device))
+        found.append((features.float().cpu(), None if logits is None else logits.float().cpu()))
+    features, logits = zip(*gather_in_order([batch.start for batch in mine], found))
+    return Features(torch.cat(features), None if logits[0] is None else torch.cat(logits))

@@ -1,13 +1,14 @@
 """The InceptionV3 of the Fréchet Inception Distance: the graph that TensorFlow published on 2015-12-05.
 
-It differs from torchvision's InceptionV3: average pooling ignores the padding, the pool branch of the last block takes
-the maximum, and there are 1008 logits. The weights have the names that pytorch-fid and torch-fidelity use, so one file
-serves all three.
+It differs from torchvision's InceptionV3 in three points. Average pooling ignores the padding, the pool branch of the
+last block takes the maximum, and there are 1008 logits. The weights have the same names as in pytorch-fid and
+torch-fidelity, so files of weights can be shared with both.
 """
 
 import hashlib
 import http.client
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -20,15 +21,16 @@ from ..errors import UserError
 from .features import Extractor, check_images, full_precision
 
 
-# How images become the network's input. Each pipeline gives another distance.
+# How images are resized and scaled for the network. Each pipeline gives different distances. It is used by:
 # tf1: TTUR, EDM, StyleGAN, torch-fidelity, torchmetrics with antialias=False. antialias: torchmetrics since 1.8.
 # pytorch: pytorch-fid.
 PIPELINES = ("tf1", "antialias", "pytorch")
 IMAGE_SIZE = 299
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the file at URL
-# A convolution is (channels, kernel height, kernel width), with a fourth number for a stride other than 1. A branch is
-# a list of convolutions, one after another. An inner list holds convolutions side by side, with the same input.
+# A convolution is (channels, kernel height, kernel width). A stride other than 1 is a fourth number. A branch is a
+# list of convolutions that run one after another. Convolutions in an inner list all have the same input, and their
+# outputs are concatenated.
 STEM = {
     "Conv2d_1a_3x3": (32, 3, 3, 2),
     "Conv2d_2a_3x3": (32, 3, 3),
@@ -90,11 +92,14 @@ BLOCKS = {
 
 
 class MissingWeights(UserError):
-    """The weights are neither on this machine nor can be downloaded, so the metric is skipped."""
+    """The weights are not on this machine and cannot be downloaded, so the metric is skipped."""
 
 
 class InceptionV3(nn.Module):
-    """Szegedy et al. 2015 (https://arxiv.org/abs/1512.00567) as FID uses it, with random weights until loaded."""
+    """The network of Szegedy et al. 2015 (https://arxiv.org/abs/1512.00567) in the variant that FID uses.
+
+    The weights are random until weights are loaded.
+    """
 
     def __init__(self):
         super().__init__()
@@ -109,9 +114,10 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(channels, 1008)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features (B, 2048) of the last pooling and the logits (B, 1008).
+        """Return the features (B, 2048), which the last pooling gives, and the logits (B, 1008).
 
-        The logits lack the bias, because the code of Salimans et al. 2016 computes the Inception Score without it.
+        The bias is not added to the logits, because the code of Salimans et al. 2016 does not add it either when it
+        computes the Inception Score.
 
         Args:
             x: float32 (B, 3, 299, 299) in [-1, 1], the result of `preprocess`.
@@ -127,9 +133,9 @@ class InceptionV3(nn.Module):
 
 
 class _Block(nn.Module):
-    """Branches side by side, whose outputs are concatenated. The last branch begins with a 3x3 pooling.
+    """Branches with the same input. Their outputs are concatenated. The last branch begins with a 3x3 pooling.
 
-    A pool branch without convolutions halves the resolution by a maximum.
+    A pool branch without convolutions halves the resolution by max pooling.
     """
 
     def __init__(self, in_channels: int, branches: dict, average: bool):
@@ -163,7 +169,10 @@ class _Block(nn.Module):
 
 
 def _named(branch: str, stages: list) -> Iterator[tuple[list[str], list[tuple]]]:
-    """Yield the names and the convolutions of each stage, e.g. [branch_1], [branch_2a, branch_2b]; or [branch]."""
+    """Yield the names and the convolutions of each stage of a branch.
+
+    The names of two stages are e.g. [branch_1] and [branch_2a, branch_2b]. The name of a single stage is [branch].
+    """
     for number, stage in enumerate(stages, 1):
         name = branch if len(stages) == 1 else f"{branch}_{number}"
         yield ([f"{name}a", f"{name}b"], stage) if isinstance(stage, list) else ([name], [stage])
@@ -180,10 +189,10 @@ def _convolution(in_channels: int, channels: int, height: int, width: int, strid
 
 
 class InceptionExtractor(Extractor):
-    """Turn uint8 images into features and logits, always in eval mode and in true float32.
+    """An extractor of features and logits from uint8 images, always in eval mode and in true float32.
 
     Attributes:
-        pipeline: how images become the network's input, one of PIPELINES.
+        pipeline: how images are resized and scaled, one of PIPELINES.
         sha256: the hash of the file of weights.
     """
 
@@ -198,7 +207,7 @@ class InceptionExtractor(Extractor):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features (B, 2048) and logits (B, 1008), float32, of uint8 images (B, 1 or 3, H, W).
+        """Return features (B, 2048) and logits (B, 1008), float32, for uint8 images (B, 1 or 3, H, W).
 
         Raises:
             UserError: for images of another type or shape.
@@ -208,11 +217,11 @@ class InceptionExtractor(Extractor):
 
 
 def load_inception(weights: str | Path | None = None, pipeline: str = "tf1") -> InceptionExtractor:
-    """Return the extractor of FID's features, on the CPU.
+    """Return the extractor that FID uses, on the CPU.
 
     Args:
         weights: a .pth or .safetensors file with the weights of pytorch-fid or torch-fidelity. None: the file that
-            pytorch-fid released, from torch's hub cache; it is downloaded if it is not there.
+            pytorch-fid released. It is read from torch's hub cache, and downloaded if it is not there yet.
         pipeline: one of PIPELINES.
 
     Raises:
@@ -225,26 +234,22 @@ def load_inception(weights: str | Path | None = None, pipeline: str = "tf1") -> 
         network = InceptionV3()
     # A damaged or foreign file can fail in the unpickler, in safetensors or in PyTorch, with nearly any exception.
     try:
-        # A plain dict drops PyTorch's versions of layers, so that num_batches_tracked may be missing.
-        network.load_state_dict(dict(_read(path)), assign=True)
+        # A plain dict has no version numbers of layers. PyTorch then accepts files without num_batches_tracked.
+        is_safe = path.suffix == ".safetensors"
+        read = safetensors.torch.load_file if is_safe else partial(torch.load, map_location="cpu", weights_only=True)
+        network.load_state_dict(dict(read(path)), assign=True)
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f"{path} does not hold the weights of FID's Inception ({reason}): give --inception the file of {URL}."
+            f"{path} does not hold the weights of FID's Inception ({reason}): give --inception the file from {URL}."
         ) from error
     return InceptionExtractor(network.float(), pipeline, sha256)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def _download() -> Path:
-    """Return the path of the weights in torch's hub cache, which pytorch-fid shares. Download them if needed."""
+    """Return the path of the weights in torch's hub cache, which pytorch-fid uses too. Download them if needed."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL.rsplit("/", 1)[1]
     if path.is_file():
         return path
@@ -254,11 +259,11 @@ def _download() -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
             return path
-        except (OSError, http.client.HTTPException, RuntimeError) as error:  # a RuntimeError means another hash
+        except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: the hash is wrong
             reason = str(error)
     raise MissingWeights(
         f"the Inception weights {path.name} are not in torch's hub cache and cannot be downloaded from {URL} "
-        f"({reason}): download them on a machine with a network and give --inception FILE."
+        f"({reason}): download this file on a machine with a network, and give --inception FILE."
     )
 
 
@@ -282,8 +287,8 @@ def preprocess(images: Tensor, pipeline: str) -> Tensor:
 def _tf1_matrix(size: int, device: torch.device) -> Tensor:
     """Return the (299, size) matrix of TensorFlow 1's bilinear interpolation along one axis, float32.
 
-    Output i is at position i * size / 299, without the half-pixel centres of later versions. The last pixel is
-    repeated.
+    Output i is read at position i * size / 299. (Later versions of TensorFlow add half-pixel offsets.) Beyond the last
+    pixel, that pixel is repeated.
     """
     position = torch.arange(IMAGE_SIZE, dtype=torch.float32, device=device) * (size / IMAGE_SIZE)
     low = position.long()

@@ -1,4 +1,4 @@
-"""Open what `evaluate` is given (a model, samples, real images), choose how much to measure, and name the files."""
+"""Open the inputs of `evaluate` (a model, samples, real images), choose how much to measure, and name the files."""
 
 import dataclasses
 import hashlib
@@ -15,13 +15,14 @@ from ..errors import UserError, no_such
 from ..files import writing
 from ..models.pretrained import Pretrained, load_pretrained
 from ..sampling.sample_set import SampleSet, read_samples
+from ..sampling.samplers import image_shape
 from ..sampling.settings import Sampler, sampler_named
 from .metrics import METRICS
 from .records import data_name
 
 
-# How many images a suite draws and how (steps None: all T), and how many images and timesteps its bound takes
-# (0: all).
+# For each suite: how many images are drawn, with which sampler and how many steps (None: all T), and how many images
+# and timesteps bits_per_dim takes (0: all).
 SUITES = {
     "smoke": dict(num_images=256, sampler="ddim", steps=10, bound_images=64, bound_timesteps=10),
     "fast": dict(num_images=2_000, sampler="ddim", steps=50, bound_images=1_000, bound_timesteps=20),
@@ -32,14 +33,14 @@ DATA_FLAGS = ["dataset_name", "dataset_config_name", "image_column", "label_colu
 
 
 def check_metrics(names: list[str]):
-    """Refuse, with a UserError, a name that is not in METRICS."""
+    """Raise a UserError for a name that is not in METRICS."""
     for name in names:
         if name not in METRICS:
             raise UserError(no_such("metric", name, METRICS))
 
 
 def choose_suite(suite: str, num_images, bound_images, bound_timesteps, batch_size: int) -> dict:
-    """Return the row of SUITES named `suite`, with the numbers that are not None in place of its own.
+    """Return the row of SUITES named `suite`. Numbers that are given, i.e. not None, replace the numbers of the suite.
 
     Raises:
         UserError: for an unknown suite or an impossible number.
@@ -62,14 +63,17 @@ def choose_suite(suite: str, num_images, bound_images, bound_timesteps, batch_si
 
 
 def choose_sampler(model: Pretrained, sampler: str | Sampler | None, settings: dict, suite: dict) -> Sampler:
-    """Return the resolved sampler for a model: `sampler` if it is given, else the suite's. Print its warnings.
+    """Return the resolved sampler for a model: `sampler` if it is given, else the sampler of the suite.
+
+    The warnings of the sampler are printed.
 
     Args:
-        settings: fields of the sampler. The suite sets the number of steps where they and `sampler` do not.
+        settings: fields of the sampler. If they do not decide the number of steps, and the sampler is that of the
+            suite, the suite decides it.
         suite: a row of SUITES.
 
     Raises:
-        UserError: for a sampler or a setting that does not exist, or that the model cannot do.
+        UserError: for a sampler or a setting that does not exist, or that the model does not support.
     """
     timesteps = settings.get("timesteps", "trailing")
     is_spacing = isinstance(timesteps, str) and not timesteps[:1].isdigit()
@@ -85,14 +89,17 @@ def choose_sampler(model: Pretrained, sampler: str | Sampler | None, settings: d
 def open_subject(
     subject, samples, *, calibrate: bool, weights: str, num_images: int | None
 ) -> tuple[Pretrained | None, SampleSet | None]:
-    """Return the model and the samples to score. One of them may be None; with `calibrate`, both are.
+    """Return the model and the samples to score. One of them may be None. With `calibrate`, both are None.
 
     Raises:
         UserError: if there is nothing to score, or if the model and the samples do not belong together.
     """
     if calibrate:
         if subject or samples:
-            raise UserError("--calibrate scores real images only: leave out the model and the samples.")
+            raise UserError(
+                "--calibrate scores only real images, but a model or samples are given: leave the model and the "
+                "samples out."
+            )
         return None, None
     if subject is None and samples is None:
         raise UserError("there is nothing to score: give a model, a folder or .npz of samples, or --calibrate.")
@@ -101,7 +108,10 @@ def open_subject(
         model = subject
     elif subject is not None and _holds_samples(Path(subject)):
         if samples is not None:
-            raise UserError(f"{subject} and --from_samples {samples} are both samples: give one, or a model.")
+            raise UserError(
+                f"{subject} and --from_samples {samples} are both samples: give only one of them, or a model and "
+                "--from_samples."
+            )
         samples = subject
     elif subject is not None:
         model = load_pretrained(subject, weights)
@@ -110,10 +120,16 @@ def open_subject(
     found = read_samples(samples)
     if num_images is not None:
         if num_images > len(found.images):
-            raise UserError(f"there are {len(found.images)} samples, but --num_images is {num_images}: give fewer.")
+            raise UserError(
+                f"there are only {len(found.images)} samples, but --num_images is {num_images}: give a smaller "
+                "--num_images."
+            )
         found.images = found.images[:num_images]
     if model is not None and found.model.get("unet_sha256") not in (None, model.facts["unet_sha256"]):
-        raise UserError(f"{samples} was drawn by another model than {subject}: give that model, or the samples alone.")
+        raise UserError(
+            f"{samples} was drawn from another model than {subject}: give the model of these samples, or the samples "
+            "alone."
+        )
     return model, found
 
 
@@ -130,10 +146,10 @@ def open_data(
 
     Args:
         data: values of DATA_FLAGS. They override the flags that the model was trained with.
-        resolution: in pixels, for neither a model nor samples.
+        resolution: in pixels. It is used if there is neither a model nor samples.
 
     Raises:
-        UserError: if no flag names the images, or they cannot be read.
+        UserError: if no flag names the images, or if the images cannot be read.
     """
     known = {field.name for field in dataclasses.fields(TrainingConfig)}
     flags = model.run.get("flags", {}) if model is not None else {}
@@ -145,18 +161,17 @@ def open_data(
     source = flags.get("dataset_name") or flags.get("train_data_dir")
     if not source:
         raise UserError(
-            "no real images are named to compare with: give --dataset_name, a Hub id or a folder of images."
+            "it is not known which real images to compare with: give --dataset_name, a Hub id or a folder of images."
         )
     channels = None  # as many as the data has
     if model is not None:
-        size = model.unet.config.sample_size
-        channels = model.unet.config.in_channels
-        if not isinstance(size, int) and size[0] != size[1]:
+        channels, height, width = image_shape(model.unet)
+        if height != width:
             name = model.facts["name"]
             raise UserError(
-                f"{name} has images of {size[0]}x{size[1]}, but only square ones can be scored: give another model."
+                f"{name} draws images of {height}x{width}, but only square ones can be scored: give another model."
             )
-        flags["resolution"] = size if isinstance(size, int) else size[0]
+        flags["resolution"] = height
     elif samples is not None:
         flags["resolution"] = samples.images.shape[-1]
     else:
@@ -165,48 +180,53 @@ def open_data(
     with PartialState().local_main_process_first():
         train, held_out = load_images(TrainingConfig(**flags), channels)
     if calibrate and held_out is None:
-        raise UserError("--calibrate compares held-out with training images: add --validation_split, e.g. test.")
+        raise UserError(
+            "--calibrate compares held-out images with training images, but no images are held out: add "
+            "--validation_split, e.g. test."
+        )
     return train, held_out, data_name(source)
 
 
 def check_labels(model: Pretrained, train: ImageSet, held_out: ImageSet | None):
-    """Refuse, with a UserError, real images whose labels are not classes of a conditional model."""
+    """Raise a UserError if the model is conditional and the real images do not have labels of its classes."""
     if not model.classes:
         return
     labels = (held_out or train).labels
     last = model.classes.num_embeddings - 1
     if labels is None or labels.min() < 0 or labels.max() > last:
         raise UserError(
-            f"bits_per_dim of this model needs a class from 0 to {last} for each real image, which the data does not "
-            "have: give --label_column, or leave bits_per_dim out."
+            f"to compute bits_per_dim for this model, each real image needs a class from 0 to {last}, but this data "
+            "does not have them: give --label_column, or leave bits_per_dim out."
         )
     names = model.classes.names
     if names and list(names) != train.class_names:
         raise UserError(
-            f"bits_per_dim: the model's classes are {', '.join(names)}, the data's {', '.join(train.class_names)}: "
-            "give data of the same classes, see --class_names."
+            f"bits_per_dim needs data with the classes of the model ({', '.join(names)}), but this data has the "
+            f"classes {', '.join(train.class_names)}: give data with the same classes, see --class_names."
         )
 
 
 def check_shapes(images: torch.Tensor, train: ImageSet):
-    """Refuse, with a UserError, samples (N, C, H, W) of another size than the real images."""
+    """Raise a UserError if the samples (N, C, H, W) do not have the size and the channels of the real images."""
     wanted = (train.channels, train.resolution, train.resolution)
     if tuple(images.shape[1:]) != wanted:
         given, real = ("x".join(map(str, shape)) for shape in (images.shape[1:], wanted))
-        raise UserError(f"the samples are {given}, the real images {real}: give samples and data of the same size.")
+        raise UserError(
+            f"the samples are {given}, but the real images are {real}: give samples and data of the same size."
+        )
 
 
 def record_path(output, overwrite: bool, folder: Path, stem: str) -> Path:
     """Return the path of the record: `output`, or a new name in `folder` that begins with `stem`.
 
     Raises:
-        UserError: if `output` exists, unless it may be overwritten, or if its folder cannot be made.
+        UserError: if `output` exists and `overwrite` is False, or if its folder cannot be created.
     """
     if output is not None:
         path = Path(output)
         for old in (path, path.with_suffix(".pairs.png")):
             if old.exists() and not overwrite:
-                raise UserError(f"--output: {old} exists: add --overwrite to replace it, or give another name.")
+                raise UserError(f"{old} exists already: add --overwrite to replace it, or give another --output.")
         with writing("the record", path):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -217,7 +237,7 @@ def record_path(output, overwrite: bool, folder: Path, stem: str) -> Path:
 
 
 def run_subfolder(model: Pretrained | None, name: str) -> Path:
-    """Return subfolder `name` of a local model's run, or of the current folder for a Hub model and for None."""
+    """Return the path of the subfolder `name` of the run folder. For a Hub model or None, use the current folder."""
     if model is None or model.facts["revision"] is not None:
         return Path(name)
     return model.run_folder / name
@@ -226,7 +246,8 @@ def run_subfolder(model: Pretrained | None, name: str) -> Path:
 def name_of_sampler(model: Pretrained | None, sampler: dict) -> str:
     """Return a short name for a sampler's record, e.g. ddim50-1a2b3c.
 
-    The last 6 digits are a hash of all its settings and of the weights. Images without a sampler are "samples".
+    The last 6 digits are a hash of all settings in the record and of the weights. Without a model or a record, the
+    name is "samples".
     """
     if model is None or not sampler:
         return "samples"

@@ -1,7 +1,7 @@
 """Measure whether a model copies: compare generated images with the nearest training images, in pixels.
 
-Distances are root-mean-square differences of pixels in grey levels, from 0 (a copy) to 255. Each measure comes with
-its value for held-out images, which is what a model that does not copy would reach.
+Distances are root-mean-square differences of pixels in grey levels, from 0 (a copy) to 255. Each measure is also
+computed for held-out images. A model that does not copy would reach about this value.
 """
 
 import math
@@ -17,8 +17,8 @@ from ..errors import UserError
 from ..pictures import GAP, evenly, resize, save_picture, tile
 
 
-CHUNK = 2**23  # distances in memory at a time: 64 MB
-EXACT = 1023  # float32 adds this many products of two numbers from -128 to 127 without rounding
+CHUNK = 2**23  # how many distances are in memory at a time: 64 MB
+EXACT = 1023  # float32 can add up this many products of two numbers from -128 to 127 without rounding
 
 
 def memorization_report(
@@ -30,28 +30,31 @@ def memorization_report(
     num_held_out: int = 2000,
     progress: bool = True,
 ) -> tuple[dict, list[tuple[int, int, float]]]:
-    """Return measures of memorization, and the `num_pairs` closest pairs (index of generated, of train, distance).
+    """Return measures of memorization, and the `num_pairs` closest pairs.
 
-    The generated images are compared with held-out ones, of which at most `num_held_out`, evenly spaced, are used.
-    Every second of these sets the scale, and the others are measured like generated images. The measures are:
-    - share_below_threshold: the share of images closer to train than all but 1 % of the held-out images. It finds a
-      few close copies;
-    - authpct: the percentage of images that are farther from their nearest training image than that image is from its
-      nearest other one (authenticity, Alaa et al. 2022). It falls where many images are a bit too close;
-    - median_ratio: the median distance to the nearest training image, divided by that of held-out images. It falls
-      likewise;
-    - the same three with `_held_out`: the values of held-out images;
-    - threshold: the distance that share_below_threshold compares with;
-    - exact_copies, duplicates: the number of images equal to a training image, and to another generated one.
-    Without held-out images only the last two are numbers, and the others are None. No measure finds copies that are
-    shifted by a pixel.
+    A pair is (index of a generated image, index of its nearest training image, distance). At most `num_held_out`
+    held-out images are used, evenly spaced. Every second one of them is used to set the scale. The others are measured
+    like generated images. The measures are:
+    - share_below_threshold: the share of images whose distance to the nearest training image is below a threshold.
+      Only 1 % of the held-out images are below it. This measure finds a few close copies.
+    - authpct: the percentage of images that are farther from their nearest training image than that training image is
+      from its nearest other training image (authenticity, Alaa et al. 2022). It falls if many images are a bit too
+      close to training images.
+    - median_ratio: the median distance to the nearest training image, divided by the same median for held-out images.
+      It also falls if many images are a bit too close.
+    - the same three names with `_held_out`: the values for held-out images.
+    - threshold: the threshold of share_below_threshold.
+    - exact_copies: the number of images that are equal to a training image.
+    - duplicates: the number of images that are equal to another generated image.
+    Without held-out images, only exact_copies and duplicates are measured, and the other measures are None. No measure
+    finds copies that are shifted by a pixel.
 
     Args:
         generated, train, held_out: uint8 (N, C, H, W), all on one device.
 
     Raises:
-        UserError: for images of another type, different shapes, too few images, or if most held-out images are
-            training images.
+        UserError: if images have another type or differ in shape, if there are too few images, or if most held-out
+            images are training images.
     """
     _check("generated", generated, train, least=1)
     _check("training", train, train, least=2)
@@ -79,7 +82,9 @@ def memorization_report(
     spacings[neighbours] = _nearest(train[neighbours], train, "Nearest to those", progress, own=neighbours)[0]
     scale = held_out_distances[::2]
     if scale.median() == 0:
-        raise UserError("most of the held-out images are training images too; give images that are not trained on.")
+        raise UserError(
+            "most of the held-out images are training images too; give images that were not used in training."
+        )
     threshold = scale.quantile(0.01)
     for suffix, own, near in [
         ("", distances, nearest),
@@ -92,10 +97,10 @@ def memorization_report(
 
 
 def pairs_sheet(generated: Tensor, train: Tensor, pairs: list[tuple[int, int, float]], path) -> Path:
-    """Draw the pairs of `memorization_report` in rows, the closest first, and return the path of the picture.
+    """Draw the pairs of `memorization_report` in rows, the closest pair first, and return the path of the picture.
 
-    Each generated image has its nearest training image to the right, and the distance below. Images are uint8
-    (N, C, H, W), C = 1 or 3.
+    To the right of each generated image is its nearest training image. The distance is written below both. Images are
+    uint8 (N, C, H, W), C = 1 or 3.
     """
     columns = min(4, len(pairs))
     sheets = [tile(resize(torch.stack([generated[g], train[t]]), 128), columns=2) for g, t, _ in pairs]
@@ -127,10 +132,13 @@ def _check(name: str, images: Tensor, train: Tensor, least: int):
 
 
 def _nearest(images: Tensor, train: Tensor, title: str, progress: bool, own: Tensor | None = None):
-    """Return the distances (N,), float64, and the indices (N,) of the training image nearest to each image.
+    """Find the nearest training image of each image. Return the distances (N,), float64, and the indices (N,).
 
-    The first one counts among equally near ones. `own` (N,) are the indices of training images to leave out, e.g. of
-    the images themselves. Squared distances are exact: they are whole numbers that the types here represent.
+    Of several equally near training images, the first counts. Squared distances are whole numbers, and the number
+    types used here represent them exactly.
+
+    Args:
+        own: indices (N,). For image k, the training image own[k] is left out, e.g. because it is image k itself.
     """
     images, train = images.flatten(1), train.flatten(1)
     smallest = torch.full((len(images),), math.inf, dtype=torch.float64, device=train.device)

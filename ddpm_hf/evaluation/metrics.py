@@ -1,8 +1,8 @@
-"""The metrics: one function each, and the table METRICS that names them.
+"""The metrics: a function for each metric, and the table METRICS with their names.
 
-A metric takes a `Look` and returns entries for the record: dicts with "id", "value", "se" (its standard error),
-"floor" (the value of real images), "n_gen", "n_ref", "lower_is_better" and "extra". The id says what was measured, and
-with which network.
+A metric takes a `Look` and returns entries for the record. An entry is a dict with "id", "value", "se" (the standard
+error of the value), "floor" (the value for real images), "n_gen", "n_ref", "lower_is_better" and "extra". The id says
+what was measured, and with which network.
 """
 
 from collections.abc import Callable
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ..diffusion import likelihood
+from ..processes import gather_in_order
 from ..randomness import keyed_generator
 from . import statistics
 from .extractor import extractor_id
@@ -24,15 +25,15 @@ from .reference import Reference, read_reference
 from .statistics import mean_and_covariance
 
 
-FEWEST = 40  # images: an error is estimated from 20 blocks of at least 2
+FEWEST = 40  # images, because a standard error is estimated from 20 blocks of at least 2 images
 NEIGHBOURS = 3  # k of precision, recall, density and coverage, as in Kynkäänniemi et al. 2019 and ADM
-SPLITS = 10  # the Inception score is the mean over this many parts
-ENOUGH_TO_EXTRAPOLATE = 5000  # images; with fewer, FID at infinity is mostly noise
+SPLITS = 10  # the Inception score is the mean over this many parts of the images
+ENOUGH_TO_EXTRAPOLATE = 5000  # images; with fewer images, FID at infinity is mostly noise
 
 
 @dataclass(frozen=True)
 class Look:
-    """The input of a metric. The last four are None for a metric without an extractor.
+    """The input of a metric. The last four attributes are None for a metric without an extractor.
 
     Attributes:
         evaluation: the `Evaluation`, with the real images and the model.
@@ -51,7 +52,7 @@ class Look:
     held_out: Reference | None = None
 
     def entry(self, id: str, value: float, *, lower_is_better: bool, floor=None, n_gen=None, n_ref=None) -> dict:
-        """Return the record's entry of one value, without its error. `n_gen` defaults to all generated images."""
+        """Return an entry for the record. Its standard error is still None. `n_gen` defaults to all images."""
         return {
             "id": id,
             "value": value,
@@ -67,7 +68,7 @@ class Look:
 
     @property
     def count(self) -> str:
-        """The number of generated images as it stands in ids."""
+        """The number of generated images, as ids write it."""
         return format_count(len(self.images))
 
 
@@ -89,7 +90,8 @@ def fd_dinov2(look: Look) -> list[dict]:
 def fd_mnist(look: Look) -> list[dict]:
     """Return Fréchet distances in the digit classifier's features, class balance, confidence and coverage.
 
-    The distance is not FID. Its id holds the classifier's hash, because values of another classifier do not compare.
+    The distance is not FID. Its id contains the hash of the classifier, because values of different classifiers cannot
+    be compared.
     """
     entries = frechet(look, f"fd_mnist-{look.extractor.sha256[:8]}_{look.count}")
     coverage = precision_recall(look)[-1]
@@ -130,12 +132,12 @@ def class_accuracy(look: Look) -> dict:
 
 
 def are_digits(names: list[str] | None) -> bool:
-    """Return whether there are class names and all of them are digits."""
+    """Return True if there are class names and all of them are digits."""
     return bool(names) and set(names) <= set("0123456789")
 
 
 def digit_counts(image_set, logits: Tensor) -> Tensor:
-    """Return the number of images of each digit (10,), by the set's labels, or by `logits` (N, 10) if it has none."""
+    """Return the number of images of each digit (10,). Without labels, guess the digits from `logits` (N, 10)."""
     if not are_digits(image_set.class_names):
         return torch.bincount(logits.argmax(dim=1), minlength=10)
     digits = torch.tensor([int(name) for name in image_set.class_names])
@@ -145,7 +147,7 @@ def digit_counts(image_set, logits: Tensor) -> Tensor:
 def kid(look: Look) -> list[dict]:
     """Return the kernel distance (Binkowski et al. 2018) to the training images.
 
-    Features of digits are standardised first, because the kernel depends on their scale.
+    Features of the digit classifier are standardized first, because the kernel depends on their scale.
     """
     train = look.train.features
     name = look.extractor.name
@@ -166,7 +168,10 @@ def kid(look: Look) -> list[dict]:
 
 
 def precision_recall(look: Look) -> list[dict]:
-    """Return precision, recall, density and coverage of the first generated images, as many as real ones at most."""
+    """Return precision, recall, density and coverage of the generated images.
+
+    If there are more generated images than real features, only the first of them are used, as many as real ones.
+    """
     real = look.train.features
     features = look.generated.features[: len(real)]
     floors = {}
@@ -182,7 +187,7 @@ def precision_recall(look: Look) -> list[dict]:
 
 
 def inception_score(look: Look) -> list[dict]:
-    """Return the Inception score (Salimans et al. 2016): the mean over 10 splits of the images, and its error."""
+    """Return the Inception score (Salimans et al. 2016), i.e. the mean over 10 splits of the images, and its error."""
     value, deviation = statistics.inception_score(look.generated.logits, SPLITS)
     floor = None
     if look.held_out is not None:
@@ -197,7 +202,7 @@ def frechet(look: Look, stem: str, tail: str = "", train: Reference | None = Non
 
     Args:
         stem, tail: the beginning and the end of the id.
-        train: the statistics to use in place of those of the training images.
+        train: statistics to use in place of the statistics of the training images.
     """
     device = PartialState().device  # roots of large matrices are fast on a GPU
     features = look.generated.features.to(device)
@@ -209,7 +214,7 @@ def frechet(look: Look, stem: str, tail: str = "", train: Reference | None = Non
         extra = {"mean_term": mean_term}
         floor = None
         if kind == "full" and look.held_out is not None:
-            # Take as many real images as generated ones if there are, because the bias depends on N.
+            # Take as many real images as generated ones, if there are enough, because the bias depends on N.
             real = random_rows(look.held_out.features, len(features)).to(device)
             floor = statistics.frechet_distance(*mean_and_covariance(real), *target)[0]
             extra["floor_n"] = len(real)
@@ -225,8 +230,8 @@ def frechet(look: Look, stem: str, tail: str = "", train: Reference | None = Non
 def bits_per_dim(look: Look) -> list[dict]:
     """Return the variational bound (Ho et al. 2020) on the held-out images, in bits per dimension.
 
-    Without held-out images it is that of the training images. Every process computes a share of the images. The noise
-    of an image is keyed by the image's number.
+    Without held-out images, the training images are used. Every process computes the bound of a share of the images.
+    The noise of an image depends only on the number of the image.
     """
     evaluation = look.evaluation
     state = PartialState()
@@ -254,8 +259,8 @@ def bits_per_dim(look: Look) -> list[dict]:
     if share:
         terms = None if mode == "full" else timesteps
         result = bound(likelihood.bits_per_dim, share, num_timesteps=terms, pilot=pilot)
-        bounds = [(number, {name: values[k] for name, values in result.items()}) for k, number in enumerate(share)]
-    bounds = [one for _, one in sorted(gather_object(bounds), key=lambda pair: pair[0])]
+        bounds = [{name: values[k] for name, values in result.items()} for k in range(len(share))]
+    bounds = gather_in_order(share, bounds)
     summary = likelihood.summarise({name: torch.stack([one[name] for one in bounds]) for name in bounds[0]})
     entry = look.entry("bits_per_dim", summary["bits_per_dim"], lower_is_better=True, n_ref=count)
     extra = {
@@ -274,7 +279,7 @@ def bits_per_dim(look: Look) -> list[dict]:
 def memorization(look: Look) -> list[dict]:
     """Return how close the generated images are to training images, and draw the closest pairs.
 
-    The floors are the values of held-out images.
+    The floors are the values for held-out images.
     """
     if not PartialState().is_main_process:
         return []
@@ -306,23 +311,26 @@ def memorization(look: Look) -> list[dict]:
 
 
 def has_floor(evaluation) -> bool:
-    """Return whether at least FEWEST images are held out, from which floors are computed."""
+    """Return True if at least FEWEST images are held out. Then floors are computed from these images."""
     return evaluation.held_out is not None and len(evaluation.held_out) >= FEWEST
 
 
 def is_digits(image_set) -> bool:
-    """Return whether an ImageSet looks like MNIST: classes 0 to 9, grey, 28x28 or (with a border) 32x32 pixels."""
+    """Return True if an ImageSet looks like MNIST: classes 0 to 9, grey, 28x28 or (with a border) 32x32 pixels."""
     names, size = image_set.class_names, image_set.resolution
     return names == list("0123456789") and image_set.channels == 1 and size in (28, 32)
 
 
 def random_rows(rows: Tensor, n: int) -> Tensor:
-    """Return n random rows of real images (N, d), or all if N < n. Files often come class by class."""
+    """Return n random rows of `rows` (N, d), or all if N < n.
+
+    The first n rows would not do, because real images are often sorted by class.
+    """
     return rows[torch.randperm(len(rows), generator=keyed_generator(0, "floor"))[:n]]
 
 
 def format_count(n: int) -> str:
-    """Return a number of images as it stands in ids: 50k, 2k, 2048."""
+    """Return a number of images as ids write it: 50k, 2k, 2048."""
     return f"{n // 1000}k" if n % 1000 == 0 and n else str(n)
 
 
@@ -331,12 +339,13 @@ class Metric:
     """A row of METRICS.
 
     Attributes:
-        function: takes a Look and returns entries of the record. With an extractor, the main process alone calls it;
-            without one, every process does.
-        extractor: the network that it needs: a name of EXTRACTORS, or "chosen" for the one that --features names.
-            None: it needs only pixels or the model.
-        suits: takes (training images, model or None) and returns whether the metric is computed by default.
-        hub_names: the Hub's name of the metric, by what its ids begin with before a number: {"is": "inception_score"}.
+        function: takes a Look and returns entries for the record. A metric with an extractor is called on the main
+            process only. A metric without one is called on every process.
+        extractor: the network that the metric needs: a name of EXTRACTORS, or "chosen" for the extractor that
+            --features names. None: the metric needs only pixels or the model.
+        suits: takes (training images, model or None) and returns True if the metric is computed by default.
+        hub_names: the names of the metric on the Hub. The key is the beginning of an id, up to the first number:
+            {"is": "inception_score"}.
     """
 
     function: Callable[[Look], list[dict]]

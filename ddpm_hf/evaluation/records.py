@@ -19,7 +19,7 @@ PACKAGES = ["ddpm_hf", "torch", "diffusers", "transformers", "numpy", "pillow"]
 
 
 def make_record(evaluation, entries: list[dict], images: Tensor, cost: dict) -> dict:
-    """Return the record of an Evaluation: everything that its numbers depend on, and nothing private.
+    """Return the record of an Evaluation: its scores, and everything that they depend on. It holds nothing private.
 
     Args:
         entries: what the metrics returned.
@@ -68,7 +68,7 @@ def data_name(name: str) -> str:
 
 
 def write_record(record: dict, path: Path):
-    """Write a record as JSON, whole or not at all.
+    """Write a record as JSON. If writing is interrupted, no incomplete file is left.
 
     Raises:
         UserError: if the file cannot be written.
@@ -98,17 +98,21 @@ def is_record(content: dict) -> bool:
 
 
 def record_table(record: dict) -> str:
-    """Return a record as a text table: each value with its error, its floor and its N, then the skipped metrics."""
-    rows = [["metric", "value", "+-", "floor (real)", "N", "N real"]]
-    for entry in record["metrics"]:
-        if entry.get("status") != "skipped":
-            rows.append([entry["id"], *(number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))])
+    """Return a record as text: a table of values with their errors, floors and N, then the skipped metrics."""
+    rows = [["metric", "value", "+-", "floor (real)", "N", "N real"], *score_rows(record)]
     reasons = by_reason({entry["id"]: entry.get("reason") for entry in record["metrics"]})
     return "\n".join([table(rows), *(f"skipped: {ids} ({reason})" for ids, reason in reasons)])
 
 
+def score_rows(record: dict) -> list[list[str]]:
+    """Return a row for each score of a record: its id, value, error, floor, N and the N of the real images."""
+    keys = ("value", "se", "floor", "n_gen", "n_ref")
+    measured = [entry for entry in record["metrics"] if entry.get("status") != "skipped"]
+    return [[entry["id"], *(number(entry[key]) for key in keys)] for entry in measured]
+
+
 def by_reason(reasons: dict[str, str | None]) -> list[tuple[str, str]]:
-    """Return pairs (metrics joined by commas, reason), one for each different reason that is not None."""
+    """Return pairs (names of metrics joined by commas, reason), one for each reason that is not None."""
     found = dict.fromkeys(reason for reason in reasons.values() if reason is not None)
     return [(", ".join(id for id, why in reasons.items() if why == reason), reason) for reason in found]
 
@@ -121,7 +125,7 @@ def number(value) -> str:
 
 
 def table(rows: list[list[str]], markdown: bool = False) -> str:
-    """Return rows as aligned text or as Markdown; the first row is the head."""
+    """Return rows as aligned text or as a Markdown table. The first row is the head of the table."""
     if markdown:
         # A bar ends a cell, even in code. A backslash before it would undo the backslash that we put there.
         lines = ["| " + " | ".join(re.sub(r"\\*\|", r"\\|", cell) for cell in row) + " |" for row in rows]

@@ -1,7 +1,7 @@
-"""The statistics and features of real images that scores compare with, computed once and cached as .npz.
+"""The statistics and features of real images, for scores to compare with. They are computed once and cached as .npz.
 
-A file has `mu` and `sigma` (float64), which pytorch-fid, EDM, TTUR and clean-fid read too. Our files also have
-`num_samples`, `features` (of at most 10,000 images spread over the set) and `meta` (JSON: extractor, data).
+A file has `mu` and `sigma` (float64), in the format of pytorch-fid, EDM, TTUR and clean-fid. Our files also have
+`num_samples`, `features` (of at most 10,000 images spread over the set) and `meta` (JSON about extractor and data).
 """
 
 import json
@@ -16,13 +16,13 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 
 from ..errors import UserError
-from ..files import write_beside, writing
+from ..files import write_npz, writing
 from .extractor import extractor_id
 from .features import extract
 from .statistics import mean_and_covariance
 
 
-MAX_FEATURES = 10_000  # at most so many rows of features are kept, for scores that compare image by image
+MAX_FEATURES = 10_000  # how many rows of features are kept at most, for scores that compare single images
 ARRAYS = ("mu", "sigma", "num_samples", "features", "logits", "meta")
 
 
@@ -33,8 +33,8 @@ class Reference:
     Attributes:
         mean, covariance: float64 (d,) and (d, d), over all images.
         num_samples: the number of images; None if the file does not say it.
-        features, logits: float32 (N, d) and (N, k) of at most MAX_FEATURES images; None if only statistics are known.
-        meta: the extractor and the data.
+        features, logits: float32 (N, d) and (N, k) of at most MAX_FEATURES images. None if the file has none.
+        meta: facts about the extractor and the data.
     """
 
     mean: torch.Tensor
@@ -46,16 +46,18 @@ class Reference:
 
 
 def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_dir=None) -> Reference:
-    """Return the Reference of an ImageSet, from the cache if it is there. Every process must call this.
+    """Return the Reference of an ImageSet, from the cache if it is there. Every process must call this function.
 
-    The name of the cached file holds the extractor's id and a hash of the pixels after resize and crop, so a file
-    cannot be taken for that of other data. Images are taken as they are, without mirroring.
+    The name of the cached file contains the id of the extractor and a hash of the pixels after resize and crop, so it
+    differs for other data. Images are not mirrored.
 
     Args:
-        what: names the images in the progress bar.
+        what: the name of the images in the progress bar.
+        cache_dir: the cache. None: the folder that DDPM_HF_CACHE names, or ddpm_hf in HuggingFace's cache.
     """
     name = f"{extractor_id(extractor)}-{image_set.fingerprint}-{len(image_set)}.npz"
-    path = cache_folder(cache_dir) / name
+    cache = cache_dir or os.environ.get("DDPM_HF_CACHE") or Path(HF_HOME) / "ddpm_hf"
+    path = Path(cache) / "references" / name
     state = PartialState()
     state.wait_for_everyone()  # no process may look for the file while another one writes it
     if path.is_file():
@@ -77,13 +79,8 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
     return reference
 
 
-def cache_folder(cache_dir=None) -> Path:
-    """Return the folder of cached references, in `cache_dir`, else DDPM_HF_CACHE, else HuggingFace's own cache."""
-    return Path(cache_dir or os.environ.get("DDPM_HF_CACHE") or Path(HF_HOME) / "ddpm_hf") / "references"
-
-
 def save_reference(reference: Reference, path: Path):
-    """Write a reference as .npz, whole or not at all.
+    """Write a reference as .npz. If writing is interrupted, no incomplete file is left.
 
     Raises:
         UserError: if the file cannot be written.
@@ -97,27 +94,22 @@ def save_reference(reference: Reference, path: Path):
     for name in ("features", "logits"):
         if getattr(reference, name) is not None:
             arrays[name] = getattr(reference, name).numpy()
-
-    def save(partial):
-        with open(partial, "wb") as file:
-            np.savez(file, **arrays)
-
     with writing("reference statistics", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_beside(path, save)
+        write_npz(path, **arrays)
 
 
 def read_reference(path, extractor=None, pipeline: str | None = None) -> Reference:
     """Read the statistics that `evaluate`, pytorch-fid, EDM, TTUR, clean-fid or ADM saved, as a Reference.
 
     Args:
-        extractor: refuse statistics that are not comparable with this one's features. None: check nothing.
-        pipeline: how the images were resized, for a file that does not say it: `pytorch` for pytorch-fid's, `tf1` for
-            EDM's and TTUR's.
+        extractor: the statistics must be comparable with the features of this extractor. None: check nothing.
+        pipeline: how the images were resized, for a file that does not say it. Give `pytorch` for a file of
+            pytorch-fid, and `tf1` for a file of EDM or TTUR.
 
     Raises:
-        UserError: for a file that cannot be read, statistics of another size, network or pipeline, or a sigma that is
-            not a covariance.
+        UserError: if the file cannot be read, if its statistics are of another size, network or pipeline, or if sigma
+            is not a covariance.
     """
     path = Path(path)
     try:
@@ -137,7 +129,7 @@ def read_reference(path, extractor=None, pipeline: str | None = None) -> Referen
 
 
 def _check_reference(path, mean, covariance, meta, extractor):
-    """Refuse, with a UserError, statistics that the features of `extractor` cannot be compared with."""
+    """Raise a UserError if the statistics cannot be compared with the features of `extractor`."""
     d = extractor.num_features
     if mean.shape != (d,) or covariance.shape != (d, d):
         raise UserError(
@@ -150,12 +142,13 @@ def _check_reference(path, mean, covariance, meta, extractor):
         )
     if meta["pipeline"] != extractor.pipeline:
         raise UserError(
-            f"{path} is of the pipeline {meta['pipeline']}, the samples of {extractor.pipeline}: they do not compare; "
-            f"give --inception_pipeline {meta['pipeline']}."
+            f"{path} was made with the pipeline {meta['pipeline']}, but the samples use {extractor.pipeline}, so the "
+            f"two cannot be compared: give --inception_pipeline {meta['pipeline']}."
         )
     if meta.get("extractor") not in (None, extractor_id(extractor)):
         raise UserError(
-            f"{path} is of {meta['extractor']}, the samples of {extractor_id(extractor)}: give another file."
+            f"{path} was made with {meta['extractor']}, but the samples use {extractor_id(extractor)}: give another "
+            "file."
         )
     if not (mean.isfinite().all() and covariance.isfinite().all()):
         raise UserError(f"{path} has numbers that are not finite: give another file.")

@@ -1,8 +1,8 @@
 """Scores of sets of features: Fréchet distance, kernel distance, precision and recall, Inception score.
 
-Features are float32 or float64 (N, d) on any device, with one row for each image. Statistics are float64, on the
-features' device, or on the CPU if that device has no float64. Functions of features refuse, with a UserError,
-fewer than 2 images, numbers that are not finite, and two arguments whose d differs.
+Features are float32 or float64 (N, d) on any device, with one row for each image. Statistics are float64 on the device
+of the features, or on the CPU if that device has no float64. Functions of features raise a UserError for fewer than 2
+images, for numbers that are not finite, and for two arguments with different d.
 """
 
 import torch
@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..randomness import keyed_generator
 
 
-CHUNK = 2**23  # float64 numbers in a temporary matrix, at most: 64 MB
+CHUNK = 2**23  # how many float64 numbers a temporary matrix has at most: 64 MB
 
 
 def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,9 +35,9 @@ def frechet_distance(
 ) -> tuple[float, float]:
     """Return the squared Fréchet distance of two Gaussians, and its part |mean_a - mean_b|^2.
 
-    The distance is |mean_a - mean_b|^2 + Tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6). Its last trace is
-    computed as the nuclear norm of A^(1/2) B^(1/2). Unlike a square root of the product, this is exact for covariances
-    without full rank.
+    The distance is |mean_a - mean_b|^2 + Tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6). The trace of
+    (A B)^(1/2) is computed as the nuclear norm of A^(1/2) B^(1/2). Unlike a square root of the product, this is exact
+    for covariances without full rank.
 
     Args:
         mean_a, mean_b: (d,).
@@ -48,9 +48,9 @@ def frechet_distance(
 
 
 def frechet_distance_of_features(features_a: Tensor, features_b: Tensor) -> tuple[float, float]:
-    """Return the `frechet_distance` of features (N, d) and (M, d), without a (d, d) matrix where N <= d.
+    """Return the `frechet_distance` of features (N, d) and (M, d). For N <= d, no (d, d) matrix is needed.
 
-    Centred features divided by sqrt(N - 1) are a root of their covariance, so the distance is exact.
+    Centered features divided by sqrt(N - 1) are a root of their covariance, so the distance is exact.
     """
     _check_sizes(features_a, features_b)
     return _frechet(*_mean_and_root(features_a), *_mean_and_root(features_b))
@@ -59,11 +59,12 @@ def frechet_distance_of_features(features_a: Tensor, features_b: Tensor) -> tupl
 def frechet_standard_error(features: Tensor, mean: Tensor, covariance: Tensor, num_blocks: int = 20) -> float:
     """Return the standard error of the `frechet_distance` of features (N, d) to a mean (d,) and a covariance (d, d).
 
-    The jackknife over interleaved blocks (Efron & Stein 1981) computes the distance without each block. The error
-    covers the sampling of the generated images. It covers neither the reference nor the seed of the training.
+    The error is estimated by a jackknife over interleaved blocks (Efron & Stein 1981): the distance is computed once
+    without each block. The error includes the random choice of the generated images. It does not include the choice of
+    the reference images or of the training seed.
 
     Raises:
-        UserError: for fewer than 2 blocks, or fewer than 2 images a block.
+        UserError: for fewer than 2 blocks, or fewer than 2 images per block.
     """
     _check_blocks("frechet_standard_error", len(features), num_blocks)
     _check_sizes(features, mean)
@@ -73,13 +74,13 @@ def frechet_standard_error(features: Tensor, mean: Tensor, covariance: Tensor, n
     root = _root(covariance)
     distances = []
     for k in range(num_blocks):
-        # Subtract the block from the moments about the mean of all features, which spares a pass over the others.
+        # Subtract the block from the moments of all features. This is faster than a pass over the other blocks.
         block = _float64(features[k::num_blocks]) - own_mean
         left = len(features) - len(block)
         total = block.sum(dim=0)
         rest = (scatter - block.T @ block - torch.outer(total, total) / left) / (left - 1)
-        # The eigenvalues of R rest R^T give the trace of the root five times as fast as `_frechet` does. They are off
-        # by 1e-3 for a low rank, which is good enough for an error.
+        # The eigenvalues of R rest R^T give the trace of the root, five times as fast as `_frechet` does. For a low
+        # rank the result is off by 1e-3. This is good enough for a standard error.
         trace = torch.linalg.eigvalsh(root @ rest @ root.T).clamp(min=0).sqrt().sum()
         distances.append((own_mean - total / left - mean).square().sum() + rest.trace() - 2 * trace)
     distances = torch.stack(distances)
@@ -91,9 +92,9 @@ def frechet_at_infinity(
 ) -> float:
     """Return the `frechet_distance` of features (N, d) to a mean and a covariance, extrapolated to N = infinity.
 
-    This is FID_infinity of Chong & Forsyth 2020. The bias of the distance is about proportional to 1/n, so a line in
-    1/n, fitted to `num_points` random subsets of min(5000, N/10) to N images, has the unbiased distance at 1/n = 0.
-    That value is noisier than the distance itself.
+    This is FID_infinity of Chong & Forsyth 2020. The bias of the distance is about proportional to 1/n. The distance
+    is therefore computed for `num_points` random subsets of n = min(5000, N/10) to N images, and a line in 1/n is
+    fitted. Its value at 1/n = 0 is the result. It has no such bias, but it is noisier than the distance itself.
 
     Raises:
         UserError: for fewer than 20 images, or fewer than 2 points.
@@ -117,13 +118,13 @@ def frechet_at_infinity(
 def standardise(features: Tensor, reference: Tensor) -> Tensor:
     """Return features (N, d) minus the mean of `reference` (M, d), divided by its standard deviation, in float64.
 
-    The kernel of `kernel_distance` depends on scale, so features of an uncommon network need this first. A feature
-    that is constant in the reference keeps its scale.
+    The kernel of `kernel_distance` depends on the scale of the features, so features of an uncommon network must be
+    standardized first. A feature that is constant in the reference keeps its scale.
     """
     _check_sizes(features, reference)
     _check(reference)
     std, mean = torch.std_mean(_float64(reference), dim=0)
-    # The deviation of a constant is not quite 0, because of rounding.
+    # Because of rounding, the computed deviation of a constant feature is not exactly 0.
     return (_float64(features).to(mean.device) - mean) / std.where(std > 1e-9 * mean.abs(), 1)
 
 
@@ -132,11 +133,11 @@ def kernel_distance(features_a: Tensor, features_b: Tensor, num_blocks: int = 10
 
     The distance is the unbiased estimate of the squared maximum mean discrepancy with the kernel (x.y / d + 1)^3
     (Binkowski et al. 2018, eq. 4), over all pairs rather than over random subsets. It can be below 0. The standard
-    error is that of the mean over disjoint, interleaved blocks. It is an upper estimate, because blocks have fewer
-    pairs.
+    error is computed for the mean over disjoint, interleaved blocks. It is an upper estimate, because the blocks
+    together have fewer pairs.
 
     Raises:
-        UserError: for fewer than 2 blocks, or fewer than 2 images a block.
+        UserError: for fewer than 2 blocks, or fewer than 2 images per block.
     """
     _check_sizes(features_a, features_b)
     _check_blocks("kernel_distance", min(len(features_a), len(features_b)), num_blocks)
@@ -152,7 +153,7 @@ def kernel_distance(features_a: Tensor, features_b: Tensor, num_blocks: int = 10
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, float]:
     """Return precision, recall, density and coverage of generated features (M, d) for real ones (N, d).
 
-    The ball of a point reaches to its k-th nearest other point of the same set, whose distance is its radius.
+    Each point has a ball around it. The radius is the distance to the k-th nearest other point of the same set.
     - precision: the share of generated points inside a real ball (Kynkäänniemi et al. 2019, eq. 1);
     - recall: the share of real points inside a generated ball (eq. 2);
     - density: the mean number of real balls around a generated point, divided by k (Naeem et al. 2020);
@@ -164,10 +165,11 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, f
     _check_sizes(real, generated)
     if not 1 <= k < min(len(real), len(generated)):
         given = f"precision_recall has {len(real)} real and {len(generated)} generated images and k={k}"
-        raise UserError(f"{given}; choose a k of at least 1 and below the number of either.")
+        raise UserError(f"{given}; choose a k of at least 1 and below both numbers of images.")
     for features in (real, generated):
         _check(features)
-    # Centre the features, so that distances from products are exact to 1e-9 of a radius; differences are slower.
+    # Center the features. Distances can then be computed from products, with errors below 1e-9 of a radius. Computing
+    # them from differences would be slower.
     centre = _float64(real).mean(dim=0)
     real, generated = _float64(real) - centre, _float64(generated).to(centre.device) - centre
     real_radii, generated_radii = _radii(real, k), _radii(generated, k)
@@ -192,15 +194,16 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, f
 def inception_score(logits: Tensor, num_splits: int = 10) -> tuple[float, float]:
     """Return the Inception score of logits (N, classes): its mean and its deviation over the splits.
 
-    The score of a split is exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016, section 4). Splits are successive
-    images, not shuffled, and their lengths differ by 1 at most. The deviation has the divisor `num_splits`.
+    The score of a split is exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016, section 4). The images are split in
+    their order, without shuffling, into parts whose lengths differ by 1 at most. The deviation has the divisor
+    `num_splits`.
 
     Raises:
         UserError: for fewer images than splits, or no split.
     """
     if not 1 <= num_splits <= len(logits):
         given = f"inception_score has {len(logits)} images for num_splits={num_splits}"
-        raise UserError(f"{given}; give at least one image for each, and at least one split.")
+        raise UserError(f"{given}; give at least one image per split, and at least one split.")
     scores = []
     for part in _float64(logits).softmax(dim=1).tensor_split(num_splits):
         # The mean divergence equals the entropy of the mean minus the mean entropy.
@@ -213,8 +216,8 @@ def class_report(logits: Tensor, reference_frequencies: Tensor) -> dict:
     """Return how generated images spread over the classes, by a classifier's logits (N, classes).
 
     - frequencies: the share of images of each class, by the highest logit;
-    - total_variation: half the sum of the absolute differences to `reference_frequencies` (classes,), which are
-      counts or shares: 0 for equal ones, 1 for no class in common;
+    - total_variation: half the sum of the absolute differences to `reference_frequencies` (classes,), which may be
+      counts or shares. It is 0 for equal frequencies, and 1 if no class is in both;
     - mean_confidence: the mean of the highest probability;
     - mean_entropy: the mean entropy of the probabilities, in nats.
 
@@ -248,26 +251,26 @@ def _rows(columns: int) -> int:
 def _check(features: Tensor):
     if len(features) < 2 or not features.isfinite().all():
         infinite = "" if features.isfinite().all() else ", and not all of their numbers are finite"
-        raise UserError(f"features of {len(features)} images{infinite}; give finite ones of at least 2 images.")
+        raise UserError(f"features of {len(features)} images{infinite}; give finite features of at least 2 images.")
 
 
 def _check_sizes(a: Tensor, b: Tensor):
     if a.shape[-1] != b.shape[-1]:
-        given = f"features of size {a.shape[-1]} cannot be compared with ones of size {b.shape[-1]}"
+        given = f"features of size {a.shape[-1]} cannot be compared with features of size {b.shape[-1]}"
         raise UserError(f"{given}; take both from the same network.")
 
 
 def _check_blocks(name: str, num_images: int, num_blocks: int):
     if not 2 <= num_blocks <= num_images // 2:
         given = f"{name} has {num_images} images for num_blocks={num_blocks}"
-        raise UserError(f"{given}; give at least 2 images for each, and at least 2 blocks.")
+        raise UserError(f"{given}; give at least 2 images per block, and at least 2 blocks.")
 
 
 def _root(covariance: Tensor) -> Tensor:
     """Return R (d, d) with R^T R = covariance.
 
-    Eigenvalues that are 0 come out of eigh as 1e-16 of the largest one, which would be 1e-8 after the root. They are
-    set to 0.
+    For an eigenvalue of 0, eigh returns about 1e-16 of the largest eigenvalue. Its root would be 1e-8 of the largest
+    root, so such eigenvalues are set to 0.
     """
     values, vectors = torch.linalg.eigh(_float64(covariance))
     noise = values[-1] * len(values) * torch.finfo(torch.float64).eps
@@ -303,7 +306,7 @@ def _squared_discrepancy(a: Tensor, b: Tensor) -> float:
         total = 0
         for start in range(0, len(x), _rows(len(x))):
             part = x[start : start + _rows(len(x))]
-            values = kernel(part, x[start:])  # the other pairs were in the rows above, because the kernel is symmetric
+            values = kernel(part, x[start:])  # the kernel is symmetric, so pairs with earlier rows are counted already
             total = total + 2 * values.sum() - values[:, : len(part)].sum()
         diagonal = (x.square().sum(dim=1) / x.shape[1] + 1) ** 3
         return (total - diagonal.sum()) / (len(x) * (len(x) - 1))
@@ -317,7 +320,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """Return the distance (N,) to the k-th nearest other point, plus 1e-6 of it to allow for rounding."""
+    """Return the distance (N,) to the k-th nearest other point, enlarged by a factor of 1 + 1e-6 against rounding."""
     parts = features.split(_rows(len(features)))
     return torch.cat([_distances(part, features).kthvalue(k + 1).values for part in parts]) * (1 + 1e-6)
 

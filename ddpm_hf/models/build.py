@@ -49,14 +49,14 @@ def build_unet(config, channels: int, class_names: list[str] | None = None) -> U
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError) as error:
             raise UserError(
-                f"--enable_xformers_memory_efficient_attention cannot act here ({str(error).splitlines()[0]}): "
+                f"--enable_xformers_memory_efficient_attention cannot be used here ({str(error).splitlines()[0]}): "
                 "leave it out (torch's own attention is as fast), or install xformers on a machine with a GPU."
             ) from error
     return unet
 
 
 def output_channels(config, channels: int) -> int:
-    """Return the UNet's output channels: twice the images' if it also predicts a variance."""
+    """Return how many output channels the UNet needs: `channels`, or twice as many if it also predicts a variance."""
     return channels * (2 if config.variance_type == "learned_range" else 1)
 
 
@@ -74,16 +74,16 @@ def unet_kwargs(config, channels: int) -> dict:
         raise UserError(f"--channel_mults is {mults}, but needs one positive number per level, e.g. 1,2,2,2.")
     if resolution % 2 ** (len(mults) - 1):
         raise UserError(
-            f"--resolution {resolution} cannot be halved {len(mults) - 1} times, as the {len(mults)} levels of "
-            f"--channel_mults {','.join(map(str, mults))} need: give fewer levels, or a multiple of "
-            f"{2 ** (len(mults) - 1)}."
+            f"--resolution {resolution} cannot be halved {len(mults) - 1} times, but the {len(mults)} levels of "
+            f"--channel_mults {','.join(map(str, mults))} need that: give fewer levels, or a resolution that is a "
+            f"multiple of {2 ** (len(mults) - 1)}."
         )
     sizes = [resolution >> level for level in range(len(mults))]
     attention = sizes[-2:-1] if config.attention_resolutions is None else config.attention_resolutions
     if unknown := sorted(set(attention) - set(sizes)):
         raise UserError(
             f"--attention_resolutions has {unknown[0]}, but the levels of this UNet are {sizes} pixels wide: "
-            "choose from these."
+            "choose from these widths."
         )
     base = 128 if config.base_channels is None else config.base_channels
     block_out_channels = [base * mult for mult in mults]
@@ -95,10 +95,10 @@ def unet_kwargs(config, channels: int) -> dict:
             f"--attention_head_dim is {config.attention_head_dim}, but a level with attention has only {min(widths)} "
             "channels: give a smaller number, or 0 for one head over all channels."
         )
-    if config.freq_shift and base // 2 <= config.freq_shift:  # the frequencies divide by the difference
+    if config.freq_shift and base // 2 <= config.freq_shift:  # UNet2DModel divides by base // 2 - freq_shift
         raise UserError(
             f"--base_channels is {base}, but --freq_shift {config.freq_shift} needs at least "
-            f"{2 * config.freq_shift + 2}: give more channels."
+            f"{2 * config.freq_shift + 2} channels: give more channels, or a smaller --freq_shift."
         )
     return dict(
         sample_size=resolution,
@@ -121,9 +121,10 @@ def unet_kwargs(config, channels: int) -> dict:
 
 
 def default_channel_mults(resolution: int) -> list[int]:
-    """Return the six levels of diffusers' example script, or the first of them if the resolution has fewer halvings.
+    """Return one channel multiplier per level: 1, 1, 2, 2, 4, 4, as in diffusers' example script.
 
-    At 64 px and --base_channels 128 these are 128, 128, 256, 256, 512, 512 channels.
+    A resolution that cannot be halved five times gets fewer levels. At 64 px and --base_channels 128, the six levels
+    have 128, 128, 256, 256, 512 and 512 channels.
     """
     halvings = 0
     while halvings < 5 and resolution % 2 ** (halvings + 1) == 0 and resolution >> (halvings + 1) >= 2:
@@ -132,7 +133,10 @@ def default_channel_mults(resolution: int) -> list[int]:
 
 
 def common_groups(groups: int, channel_counts: list[int]) -> int:
-    """Return `groups`, halved (rounding down) until it divides all channel counts: 32 becomes 4 for 12, 24 and 48."""
+    """Return `groups`, halved (rounding down) until it divides all channel counts.
+
+    For example, 32 becomes 4 for channel counts 12, 24 and 48.
+    """
     while any(count % groups for count in channel_counts):
         groups //= 2
     return groups
@@ -141,7 +145,7 @@ def common_groups(groups: int, channel_counts: list[int]) -> int:
 def build_classifier(config, channels: int, class_names: list[str]) -> NoisyClassifier:
     """Build a classifier of noisy images with the architecture flags of `config` and weights drawn from `config.seed`.
 
-    It is the downsampling half of the UNet that the same flags give.
+    The classifier is the downsampling half of the UNet that the same flags would build.
 
     Raises:
         UserError: if such a UNet or classifier cannot be built. The message says which flag to change.
@@ -162,7 +166,10 @@ def build_classifier(config, channels: int, class_names: list[str]) -> NoisyClas
 
 @contextlib.contextmanager
 def building(kind: str, seed: int):
-    """Seed torch's global generator inside a `with` block, and turn errors of the network's class into a UserError."""
+    """Seed torch's global generator inside a `with` block, and turn an error of building the network into a UserError.
+
+    After the block, the generator has its earlier state again.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -175,7 +182,7 @@ def unet_channels(config) -> int | None:
     """Return the number of channels (1 or 3) of --model_config_name_or_path, or None without that flag.
 
     Raises:
-        UserError: if the config cannot be read, or is for images that are neither grey (1) nor RGB (3).
+        UserError: if the config cannot be read, or if its images are neither grey (1 channel) nor RGB (3 channels).
     """
     if config.model_config_name_or_path is None:
         return None
@@ -189,7 +196,9 @@ def unet_channels(config) -> int | None:
 
 
 def read_unet_config(config) -> dict:
-    """Return the UNet2DModel arguments of --model_config_name_or_path: a JSON file, a folder or a Hub id.
+    """Return the UNet2DModel arguments in the config that --model_config_name_or_path names.
+
+    The flag takes a JSON file, a folder or a Hub id.
 
     Raises:
         UserError: if there is no config, or if it is not the config of a UNet2DModel that can be trained here.
@@ -201,15 +210,15 @@ def read_unet_config(config) -> dict:
     except (OSError, ValueError) as error:
         raise UserError(
             f"--model_config_name_or_path {name!r} has no UNet2DModel config ({str(error).strip().splitlines()[0]}): "
-            "give a JSON file, a folder or a Hub id that has one."
+            "give a JSON file with such a config, or a folder or Hub id that has one."
         ) from error
     kind = kwargs.get("_class_name", "UNet2DModel") if isinstance(kwargs, dict) else "JSON of another shape"
     if kind != "UNet2DModel":
-        raise UserError(f"--model_config_name_or_path {name!r} is {kind}: give the config of a UNet2DModel.")
+        raise UserError(f"--model_config_name_or_path {name!r} holds {kind}: give the config of a UNet2DModel.")
     if kwargs.get("class_embed_type"):
         raise UserError(
-            f"--model_config_name_or_path {name!r} has class_embed_type {kwargs['class_embed_type']}: give one with "
-            "num_class_embeds alone."
+            f"--model_config_name_or_path {name!r} has class_embed_type {kwargs['class_embed_type']}, but only "
+            "num_class_embeds is supported: give a config without class_embed_type."
         )
     return {key: value for key, value in kwargs.items() if not key.startswith("_")}
 
@@ -218,8 +227,8 @@ def read_unet_config(config) -> dict:
 def initialize(unet: UNet2DModel):
     """Initialize the weights as Ho et al. 2020 do (`nn.py: default_init`): Glorot-uniform weights and zero biases.
 
-    The last layer of each residual block, of each attention and of the UNet is zero. At the start, each block
-    therefore returns its input unchanged, and the UNet predicts zero.
+    The last layer of each residual block, the last layer of each attention block, and the last layer of the UNet are
+    all zeros. At the start of training, no block therefore adds anything to its input, and the UNet predicts zero.
     """
     for module in unet.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -10,13 +10,13 @@ from ..errors import UserError
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a network. `Classes()`, which is false, belongs to an unconditional network.
+    """The classes of a network. For an unconditional network this is `Classes()`, which is empty and therefore falsy.
 
     Attributes:
-        names: the name of class k at index k. None if the model does not store names; its classes then have numbers
-            only.
-        num_embeddings: how many class embeddings the network has. If it has one more than names, the last embedding
-            means "no class".
+        names: the name of class k at index k. None if the model does not store names. Its classes then have only
+            numbers.
+        num_embeddings: how many class embeddings the network has. If there is one more embedding than names, the last
+            embedding means "no class".
 
     Example:
         >>> classes = Classes(("cat", "dog"), num_embeddings=3)
@@ -29,7 +29,12 @@ class Classes:
 
     @classmethod
     def of_model(cls, num_embeddings: int | None, id2label: dict | None) -> Classes:
-        """Return the classes for a UNet's `num_class_embeds` and model_index.json's `id2label`, or `Classes()`."""
+        """Return the classes of a saved network.
+
+        Args:
+            num_embeddings: the UNet's `num_class_embeds`. None or 0 gives `Classes()`.
+            id2label: the class names that model_index.json stores, by number.
+        """
         if not num_embeddings:
             return cls()
         names = tuple(id2label[number] for number in sorted(id2label, key=int)) if id2label else None
@@ -41,7 +46,7 @@ class Classes:
 
     @property
     def no_class(self) -> int | None:
-        """The number of the embedding "no class", which guidance needs; None if the network has no such embedding."""
+        """The number of the embedding that means "no class". Guidance needs it. None if the network has none."""
         return len(self) if self.num_embeddings > len(self) else None
 
     @property
@@ -50,7 +55,7 @@ class Classes:
         return dict(enumerate(self.names)) if self.names else None
 
     def number(self, label: int | str) -> int:
-        """Return the number of a class that is given by its name or by its number, as an int or as text.
+        """Return the number of a class. `label` is its name, or its number as an int or as text.
 
         Raises:
             UserError: for a label that is not one of these classes.
@@ -62,14 +67,17 @@ class Classes:
             return int(label)
         if not known:
             raise UserError(
-                "this model knows no classes: leave --class_labels out, or give a --classifier to guide it."
+                "this model has no classes: leave --class_labels out, or give a --classifier to guide the model."
             )
         raise UserError(
-            f"--class_labels has {label!r}, but this model knows {', '.join(known)}: give names or numbers."
+            f"--class_labels has {label!r}, but the classes of this model are {', '.join(known)}: give names or "
+            "numbers of these classes."
         )
 
     def numbers(self, labels: Iterable[int | str] | None) -> list[int] | None:
-        """Return the numbers of requested labels; None means all classes in turn, if there are any.
+        """Return the numbers of the requested labels. None requests all classes in turn.
+
+        The result is None if `labels` is None and there are no classes.
 
         Raises:
             UserError: for a label that is not one of these classes.
@@ -79,5 +87,5 @@ class Classes:
         return [self.number(label) for label in labels]
 
     def in_turn(self, indices: Sequence[int]) -> list[int] | None:
-        """Return the class of each image when all classes are drawn in turn; None for an unconditional network."""
+        """Return the class of each image if the images take all classes in turn. None for an unconditional network."""
         return [index % len(self) for index in indices] if self else None

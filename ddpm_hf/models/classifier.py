@@ -1,7 +1,8 @@
-"""Classify noisy images: the classifier p(y | x_t, t) of classifier guidance, in a file that travels with its weights.
+"""Classify noisy images: the classifier p(y | x_t, t) of classifier guidance.
 
-It is the downsampling half of the UNet, with pooling (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233,
-section 4). `save_pretrained` writes this file next to config.json, so that the folder loads with diffusers alone:
+The classifier is the downsampling half of the UNet, with pooling at the end (Dhariwal & Nichol 2021,
+https://huggingface.co/papers/2105.05233, section 4). `save_pretrained` writes a copy of this file next to config.json,
+so that the folder loads with diffusers alone:
 
     classifier = AutoModel.from_pretrained("runs/mnist-classifier", subfolder="classifier", trust_remote_code=True)
 """
@@ -19,17 +20,18 @@ from torch import Tensor, nn
 class NoisyClassifier(ModelMixin, ConfigMixin):
     """A classifier of images at any noise level of a schedule with `num_train_timesteps` steps.
 
-    Arguments that UNet2DModel has too mean the same here. `sample_size` and `beta_schedule` record what the classifier
-    was trained on. `id2label` is None or names every class: {0: "cat", ...}, with ints or strings as keys.
+    Arguments with the names of UNet2DModel's arguments have the same meaning. `sample_size` and `beta_schedule` record
+    what the classifier was trained on. `id2label` is None or names every class: {0: "cat", ...}, with ints or strings
+    as keys.
 
     Raises:
-        ValueError: for lists of blocks of different lengths, names that are not one per class, or attention heads
-            wider than their block.
+        ValueError: if `down_block_types` and `block_out_channels` differ in length, if `id2label` does not name each
+            class once, or if an attention head is wider than its block.
     """
 
-    _auto_class = "AutoModel"  # writes an auto_map to config.json, so that AutoModel finds this class in this file
+    _auto_class = "AutoModel"  # diffusers then writes an auto_map to config.json, by which AutoModel finds this class
 
-    # More than 60 lines because each argument is a field of config.json and has a line of its own.
+    # Longer than 60 lines, because each argument is a field of config.json and stands on a separate line.
     @register_to_config
     def __init__(
         self,
@@ -47,23 +49,24 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         resnet_time_scale_shift: str = "default",
         dropout: float = 0.0,
         num_train_timesteps: int = 1000,
-        beta_schedule: str | None = None,  # in diffusers' words
+        beta_schedule: str | None = None,  # diffusers' name of the schedule
     ):
         super().__init__()
         if len(down_block_types) != len(block_out_channels):
             raise ValueError(
                 f"There are {len(down_block_types)} down_block_types and {len(block_out_channels)} "
-                "block_out_channels; give as many of both."
+                "block_out_channels; give the same number of both."
             )
         if id2label is not None and {str(k) for k in id2label} != {str(k) for k in range(num_classes)}:
             raise ValueError(
-                f"id2label names the classes {', '.join(map(str, id2label))}; name each from 0 to {num_classes - 1}."
+                f"id2label names the classes {', '.join(map(str, id2label))}; give a name for each class from 0 to "
+                f"{num_classes - 1}."
             )
         heads_of = [attention_head_dim or channels for channels in block_out_channels]
         if any(head_dim > channels for head_dim, channels in zip(heads_of, block_out_channels)):
             raise ValueError(
-                f"attention_head_dim is {attention_head_dim}, more than the channels {list(block_out_channels)} have; "
-                "give more channels, or None for one head."
+                f"attention_head_dim is {attention_head_dim}, but a block has fewer channels (block_out_channels is "
+                f"{list(block_out_channels)}); give more channels, or attention_head_dim None for one head."
             )
         width = block_out_channels[0]
         shared = {
@@ -97,10 +100,12 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         self.head = nn.Linear(block_out_channels[-1], num_classes)
 
     def forward(self, sample: Tensor, timestep: Tensor | int) -> Tensor:
-        """Return logits (B, num_classes) of noisy images (B, C, H, W) of any size.
+        """Return logits (B, num_classes) for noisy images (B, C, H, W) of any size.
 
-        A noisy image is x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with x_0 in [-1, 1] and t = `timestep`, which
-        is one int or (B,).
+        A noisy image is x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with x_0 in [-1, 1] and t = `timestep`.
+
+        Args:
+            timestep: one int for all images, or a tensor (B,).
         """
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         embedding = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
@@ -111,9 +116,9 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         return self.head(nn.functional.silu(self.norm_out(hidden)).mean(dim=(2, 3)))
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """Write this file and config.json; `save_pretrained` calls this."""
+        """Write config.json and a copy of this file to `save_directory`. `save_pretrained` calls this method."""
         code = Path(__file__)
-        # Write this file first, because super() may push the folder.
+        # Copy this file first, because super().save_config may push the folder to the Hub.
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         Path(save_directory, code.name).write_text(code.read_text(encoding="utf-8"), encoding="utf-8")
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -6,10 +6,11 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def ema_decay(config, updates: int) -> float:
-    """Return the decay for the update after `updates` updates: 1 - (1 + updates / inv_gamma)^-power.
+    """Return the decay of the next update of the average, when `updates` updates are already done.
 
-    This is the formula of diffusers' EMAModel. The decay is at most --ema_max_decay. The first update copies the
-    weights (decay 0), as in Ho's and diffusers' code. If --ema_inv_gamma is 0, the others use --ema_max_decay.
+    The decay is 1 - (1 + updates / inv_gamma)^-power, as in diffusers' EMAModel, but at most --ema_max_decay. The
+    first update copies the weights (decay 0), as in Ho's and diffusers' code. If --ema_inv_gamma is 0, every later
+    update has the decay --ema_max_decay.
     """
     if updates == 0:
         return 0.0

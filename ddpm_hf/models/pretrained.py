@@ -1,7 +1,8 @@
-"""Load a trained DDPM, from whichever package, out of a folder, a checkpoint or the Hub."""
+"""Load a trained DDPM from a folder, a checkpoint or the Hub. Models of other packages load too."""
 
 import contextlib
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +21,11 @@ from .classes import Classes
 from .classifier import NoisyClassifier
 
 
-# A pipeline saved with one of these schedulers is a DDPM, because their configs hold the same betas.
+# A pipeline with any of these schedulers is a DDPM, because each scheduler's config holds the betas that DDPM uses.
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
 PARTS = ("unet", "scheduler", "classifier")
 WEIGHTS = ("published", "raw")
-# The files to download from the Hub. Some old repositories have the UNet's and the scheduler's files at the top.
+# The files to download from the Hub. Some old repositories have all files in the top folder.
 PIPELINE_FILES = ["model_index.json", "train_config.json", "config.json", "scheduler_config.json"]
 PIPELINE_FILES += ["diffusion_pytorch_model*.safetensors*", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
 PIPELINE_FILES += ["classifier/*.json", "classifier/*.safetensors"]
@@ -35,12 +36,13 @@ class Pretrained:
     """A UNet (float32, in eval mode, on the CPU) with its scheduler and classes.
 
     Attributes:
-        facts: what records say about the model: "name" (a Hub id or the folder's name), "revision" (the Hub's commit),
-            "weights" ("published", or "raw" for weights before averaging), "unet_sha256", "parameters", "train_step"
-            (of a checkpoint) and "commit" (of this package's source). Unknown facts are None.
+        facts: what records say about the model: "name" (a Hub id or the folder's name), "revision" (the commit on the
+            Hub), "weights" ("published", or "raw" for weights before averaging), "unet_sha256" (a hash of the
+            weights), "parameters" (their number), "train_step" (of a checkpoint) and "commit" (of the ddpm_hf source
+            that trained the model). Unknown facts are None.
         run: the content of train_config.json, or {}.
         folder: the folder that the model was read from.
-        classes: the classes that can be requested; false for an unconditional UNet.
+        classes: the classes that can be requested. It is empty, and therefore falsy, for an unconditional UNet.
     """
 
     unet: UNet2DModel
@@ -52,14 +54,15 @@ class Pretrained:
 
     @property
     def run_folder(self) -> Path:
-        """The run's folder, also for a checkpoint inside it."""
+        """The folder of the run. For a checkpoint, this is the folder that holds the checkpoint."""
         return self.folder.parent if (self.folder / "state.pt").is_file() else self.folder
 
 
 def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
     """Load a DDPM to sample from, to score or to restore with.
 
-    Any DDPM in diffusers' format can be loaded. Only safetensors are read, and code in the folder is not run.
+    Any DDPM in diffusers' format can be loaded. Weights are read from safetensors files only, and code in the folder
+    is not run.
 
     Args:
         name: a pipeline folder, a run's `checkpoint-<step>`, or a Hub id such as `me/ddpm-mnist`.
@@ -67,7 +70,8 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
             "raw" loads the weights before averaging, from the given checkpoint or from a run's last checkpoint.
 
     Raises:
-        UserError: for a name that leads nowhere, a pipeline that is not a DDPM, or weights that are missing.
+        UserError: if there is no such folder or Hub repository, if the pipeline is not a DDPM, or if the weights are
+            missing.
 
     Example:
         >>> model = ddpm_hf.load("runs/digits")
@@ -80,10 +84,12 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
     if (folder / "state.pt").is_file():
         return _from_checkpoint(folder, weights)
     if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():
-        raise UserError(f"{name} is the run of a classifier: give a model, and --classifier {name} to guide it.")
+        raise UserError(
+            f"{name} is the run of a classifier, not of a model: give a model, and --classifier {name} to guide it."
+        )
     if not (folder / "model_index.json").is_file():
         raise UserError(
-            f"{name} has no model_index.json: give the folder or the Hub id of a pipeline, or a checkpoint."
+            f"{name} has no model_index.json: give the folder or the Hub id of a pipeline, or a checkpoint folder."
         )
     _check_is_ddpm(name, folder)
     if weights == "raw":
@@ -93,14 +99,18 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
                 f"{name} has no checkpoint, and only checkpoints hold raw weights: give --weights published."
             )
         return _from_checkpoint(found[-1], weights)
+    _check_shards(_part_folder(folder, "unet"))
     try:
         unet = UNet2DModel.from_pretrained(_part_folder(folder, "unet"), local_files_only=True, use_safetensors=True)
         scheduler = PaperDDPMScheduler.from_config(DDPMScheduler.load_config(_part_folder(folder, "scheduler")))
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{name} cannot be loaded ({reason}): give a complete pipeline.") from error
+        raise UserError(f"{name} cannot be loaded ({reason}): give a folder or Hub id of a whole pipeline.") from error
     if unet.config.sample_size is None:
-        raise UserError(f"{name} does not say the size of its images (sample_size): add it to unet/config.json.")
+        raise UserError(
+            f"the UNet config of {name} has no sample_size, the size of the images: add sample_size to "
+            "unet/config.json."
+        )
     run_folder = folder.parent if folder.name == "best" else folder  # a run's best/ holds only a pipeline
     run = read_json(run_folder / "train_config.json", missing={})
     classes = Classes.of_model(unet.config.num_class_embeds, read_json(folder / "model_index.json").get("id2label"))
@@ -109,8 +119,17 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
 
 
 def _part_folder(folder: Path, name: str) -> Path:
-    """Return the folder with a part's files; some old pipelines have the files of all parts at the top."""
+    """Return the folder with the files of one part. Some old pipelines keep all files in the top folder."""
     return folder / name if (folder / name).is_dir() else folder
+
+
+def _check_shards(folder: Path):
+    """Refuse an index of shards that names anything but safetensors, because diffusers would read pickles."""
+    for path in folder.glob("*.safetensors.index.json"):
+        names = read_json(path).get("weight_map")
+        names = list(names.values()) if isinstance(names, dict) else [names]
+        if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+            raise UserError(f"{path} names files that are not safetensors: give a model that is saved as safetensors.")
 
 
 @contextlib.contextmanager
@@ -125,7 +144,10 @@ def quiet_diffusers():
 
 
 def _find_folder(name: str | Path) -> tuple[str, Path, str | None]:
-    """Return (name, folder, revision) of a local folder, or of a Hub repository, which is downloaded first."""
+    """Return (name, folder, revision) of a local folder or of a Hub repository.
+
+    A repository is downloaded first. The revision of a local folder is None.
+    """
     name, folder = str(name), Path(name)
     if folder.exists():
         return name, folder, None
@@ -134,10 +156,14 @@ def _find_folder(name: str | Path) -> tuple[str, Path, str | None]:
     except HFValidationError:
         raise UserError(f"{name} is neither a folder here nor a Hub id: give a folder or USER/NAME.") from None
     except LocalEntryNotFoundError as error:
-        raise UserError(f"{name} is not a folder here, and the Hub cannot be reached: check the name.") from error
+        raise UserError(
+            f"{name} is not a folder here, and the Hub cannot be reached: check the name and the network."
+        ) from error
     except (HTTPError, OfflineModeIsEnabled) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{name} is not a folder here, nor on the Hub ({reason}): check the name.") from error
+        raise UserError(
+            f"{name} is not a folder here, and it was not found on the Hub ({reason}): check the name."
+        ) from error
     return name, folder, folder.name
 
 
@@ -147,7 +173,9 @@ def _check_is_ddpm(name: str, folder: Path):
     found = {key: value[1] for key, value in parts.items() if isinstance(value, list) and len(value) == 2}
     if found.get("unet") != "UNet2DModel" or found.get("scheduler") not in SCHEDULERS or set(found) - set(PARTS):
         listed = ", ".join(f"{key}: {value}" for key, value in found.items()) or "nothing"
-        raise UserError(f"{name} is not a DDPM (it has {listed}): give one with a UNet2DModel and a DDPMScheduler.")
+        raise UserError(
+            f"{name} is not a DDPM (it has {listed}): give a pipeline with a UNet2DModel and a DDPMScheduler."
+        )
 
 
 def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
@@ -155,7 +183,7 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
     averaged = weights == "published" and (checkpoint / "ema.safetensors").is_file()
     flags = saved["flags"]
     if flags.get("objective") == "classify":
-        raise UserError(f"{checkpoint} is of a classifier: give a pipeline, or a checkpoint of a model.")
+        raise UserError(f"{checkpoint} is a checkpoint of a classifier: give a pipeline or a checkpoint of a model.")
     unet = UNet2DModel.from_config(saved["unet"])
     file = checkpoint / ("ema.safetensors" if averaged else "model.safetensors")
     unet.load_state_dict(safetensors.torch.load_file(file))
@@ -183,7 +211,7 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
 
 
 def _pretrained(unet, scheduler, facts: dict, *, run: dict, folder: Path, classes: Classes) -> Pretrained:
-    """Return a `Pretrained` with the UNet in eval mode and the facts completed."""
+    """Return a `Pretrained` with the UNet in eval mode. Add commit, hash and number of parameters to `facts`."""
     unet = unet.eval().requires_grad_(False)
     facts = {"train_step": None, **facts, "commit": run.get("git_commit")}
     facts |= {"unet_sha256": weights_hash(unet), "parameters": sum(each.numel() for each in unet.parameters())}
@@ -205,8 +233,9 @@ def load_classifier(name: str | Path) -> NoisyClassifier:
     """
     name, folder, _ = _find_folder(name)
     folder = _part_folder(folder, "classifier")
+    _check_shards(folder)
     try:
-        with quiet_diffusers():  # it warns that our class does not use the config's auto_map
+        with quiet_diffusers():  # diffusers would warn that NoisyClassifier does not use auto_map
             classifier = NoisyClassifier.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(
@@ -216,7 +245,10 @@ def load_classifier(name: str | Path) -> NoisyClassifier:
 
 
 def weights_hash(module: torch.nn.Module) -> str:
-    """Return the SHA-256 of a module's tensors, by name, in float32; it does not depend on the file they came from."""
+    """Return the SHA-256 of a module's tensors, as float32 in the order of their names.
+
+    Equal weights have equal hashes, whatever file they were read from.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

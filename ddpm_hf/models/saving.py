@@ -1,7 +1,8 @@
-"""Save a network: as stock diffusers' `DDPMPipeline`, or as a classifier with its code.
+"""Save a UNet as stock diffusers' `DDPMPipeline`, or save a classifier together with its code.
 
-The saved index names diffusers' own classes only, so that the folder loads where ddpm_hf is not installed. Stock
-diffusers has no class-conditional pipeline, so we save our own pipeline file next to the weights.
+The saved model_index.json names only classes of diffusers, so the folder loads where ddpm_hf is not installed. Stock
+diffusers has no class-conditional pipeline, so for a conditional UNet we save our own pipeline file next to the
+weights.
 """
 
 import contextlib
@@ -22,21 +23,22 @@ from ..provenance import hide_paths
 def save_pipeline(
     folder: str | Path, unet, scheduler, class_names: list[str] | None = None, pipeline: str | None = None
 ):
-    """Save the UNet (float32 safetensors) and the scheduler as stock diffusers' `DDPMPipeline`, over an older one.
+    """Save the UNet (float32 safetensors) and the scheduler as stock diffusers' `DDPMPipeline`.
 
-    `class_names` are written to model_index.json as `id2label`, as for DiTPipeline. A conditional UNet also gets
-    class_guided.py next to it, for `DiffusionPipeline.from_pretrained(folder, custom_pipeline="class_guided",
-    trust_remote_code=True)`. Other files in the folder stay, and `unet` is not changed.
+    A pipeline that is already in the folder is replaced. Other files in the folder stay, and `unet` is not changed.
+    For a conditional UNet, the file class_guided.py is saved too. It is used by
+    `DiffusionPipeline.from_pretrained(folder, custom_pipeline="class_guided", trust_remote_code=True)`.
 
     Args:
-        pipeline: the name of one of our pipelines. Its file is saved too, and the index names it, so that loading
-            needs no `custom_pipeline`. (diffusers 0.42 then ignores a `custom_pipeline` that is the path of a file
-            elsewhere.)
+        class_names: written to model_index.json as `id2label`, as DiTPipeline does.
+        pipeline: the name of one of our pipelines. Its file is saved too, and model_index.json names it, so that
+            loading needs no `custom_pipeline`. (For such a folder, diffusers 0.42 ignores a `custom_pipeline` that is
+            the path of a file elsewhere.)
     """
     conditional = unet.config.num_class_embeds is not None
     with _replacing_files(folder) as new:
-        # Save trailing spacing, as our own samplers use, so that stock DDIM begins in pure noise and draws the images
-        # that were scored.
+        # Save trailing spacing, which is the default of our own samplers. Stock DDIM then begins in pure noise, and
+        # draws the same images that we scored.
         published = DDPMScheduler.from_config(scheduler.stock().config, timestep_spacing="trailing")
         DDPMPipeline(_in_float32(unet), published).save_pretrained(new)
         index = read_json(new / "model_index.json")
@@ -51,13 +53,13 @@ def save_pipeline(
 
 
 def save_classifier(folder: str | Path, classifier):
-    """Save a classifier of noisy images (float32 safetensors) and its code in `folder`/classifier."""
+    """Save a classifier of noisy images (float32 safetensors) and the file with its code in `folder`/classifier."""
     with _replacing_files(folder) as new:
         _in_float32(classifier).save_pretrained(new / "classifier")
 
 
 def _in_float32(network):
-    """Return the network, or a float32 copy of it if it has another dtype."""
+    """Return the network itself if it is float32, else a float32 copy."""
     return network if network.dtype == torch.float32 else copy.deepcopy(network).float()
 
 
@@ -65,11 +67,11 @@ def _in_float32(network):
 def _replacing_files(folder: str | Path):
     """Yield a temporary folder, then move its files to `folder` one by one, weights first and model_index.json last.
 
-    Paths of this machine are taken out of the JSON files first. After a kill at any time, `folder` loads or has no
-    index yet.
+    Paths of this machine are taken out of the JSON files first. If the process is killed at any time, `folder` either
+    loads or has no model_index.json yet.
     """
     new = Path(folder, ".saving")
-    shutil.rmtree(new, ignore_errors=True)  # remove what an earlier kill left
+    shutil.rmtree(new, ignore_errors=True)  # remove files that a killed process left
     yield new
     hide_paths(new)
     order = ["*/*.safetensors*", "*/*", "*.py", "model_index.json"]

@@ -1,8 +1,9 @@
-"""Draw images of a model in Python: as PIL images, as a tensor, or into a folder."""
+"""Draw images from a model in Python: as PIL images, as a tensor, or into a folder."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import to_pil, to_uint8
+from ..processes import gather_in_order
 from .sample_set import draw_samples
 from .samplers import image_shape
 from .settings import Sampler, sampler_named
@@ -25,24 +27,24 @@ def sample(
     batch_size: int = 64,
     **settings,
 ) -> list[Image.Image] | Path:
-    """Draw images 0 to num_images - 1 of a model, as PIL images or into a folder.
+    """Draw images 0 to num_images - 1 of a model. Return them as PIL images, or write them to `output`.
 
-    Image k is drawn from the generator seeded with seed + k. It is the same image in every batch and, up to round-off,
-    on every machine.
+    Image k is drawn from a random generator seeded with seed + k. Up to round-off, image k is therefore the same in
+    every batch and on every machine.
 
     Args:
         model: a folder, a checkpoint, a Hub id, or what `load` returned.
         sampler: ddpm, ddim, dpmsolver++ or a `Sampler`.
-        output: a folder or a file that ends in .npz, to write the images to. After a kill, the same call draws only
-            the missing images.
-        batch_size: images per batch, at least 1; changes round-off only.
+        output: a folder to write the images to, or a file whose name ends in .npz. If a call is interrupted, the same
+            call draws only the missing images.
+        batch_size: images per batch, at least 1. It changes the images only by round-off.
         settings: the other fields of `Sampler`: num_inference_steps, seed, eta, class_labels, guidance_scale, ...
 
     Returns:
-        Images of mode L or RGB at the model's own size, or the path of `output`.
+        Images of mode L or RGB in the model's own size, or the path of `output`.
 
     Raises:
-        UserError: for a model that cannot be read, settings that it does not support, or an `output` with other files.
+        UserError: if the model cannot be read or does not support the settings, or if `output` holds other files.
 
     Example:
         >>> images = ddpm_hf.sample("runs/digits", 4, "ddim", num_inference_steps=10, seed=1)
@@ -69,11 +71,11 @@ def sample_images(
     on_step: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None,
     progress: bool = True,
 ) -> torch.Tensor:
-    """Draw images `indices` in batches, with a progress bar: uint8 (N, C, H, W) on the CPU.
+    """Draw the images numbered `indices` in batches, and return them as uint8 (N, C, H, W) on the CPU.
 
     Args:
         sampler: a resolved `Sampler`.
-        batch_size: images per batch; changes round-off only.
+        batch_size: images per batch. It changes the images only by round-off.
         on_step: called after every step of every batch, as in `Sampler.draw`.
 
     Raises:
@@ -95,3 +97,17 @@ def sample_images(
             batch = slice(start, start + batch_size)
             images[batch] = to_uint8(sampler.draw(model, indices[batch], count_step))
     return images
+
+
+def sample_together(
+    model: Pretrained, sampler: Sampler, num_images: int, *, batch_size: int, on_step: Callable | None
+) -> torch.Tensor:
+    """Draw images 0..num_images-1 on all processes, a share on each: uint8 (N, C, H, W), all images on every process.
+
+    Every process must call this. The arguments are those of `sample_images`.
+    """
+    state = PartialState()
+    share = range(state.process_index, num_images, state.num_processes)
+    options = {"batch_size": batch_size, "on_step": on_step, "progress": state.is_main_process}
+    images = sample_images(model, sampler, share, **options)
+    return torch.from_numpy(np.stack(gather_in_order(share, images.numpy())))

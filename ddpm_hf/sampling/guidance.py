@@ -1,4 +1,4 @@
-"""Guide a UNet towards a class: networks with the call of a UNet, which every sampler takes in place of one."""
+"""Guide a UNet towards a class. The networks here are called like a UNet, so every sampler accepts them as one."""
 
 import math
 
@@ -15,12 +15,8 @@ from ..models.classifier import NoisyClassifier
 from .samplers import clipped
 
 
-class ClassifierFree(nn.Module):
-    """A conditional UNet under classifier-free guidance (Ho & Salimans 2022, eq. 6, whose w is `scale` - 1).
-
-    out = out(no class) + scale * (out(class) - out(no class)). Scale 1 is the UNet's own prediction, scale 0 draws
-    from all classes. The UNet's last embedding means "no class". A call costs two calls of the UNet.
-    """
+class Guided(nn.Module):
+    """A network with the call, the device and the dtype of `unet`."""
 
     def __init__(self, unet: UNet2DModel, scheduler: PaperDDPMScheduler, scale: float):
         super().__init__()
@@ -28,14 +24,26 @@ class ClassifierFree(nn.Module):
         self.scheduler = scheduler
         self.scale = scale
         self.config = unet.config
-        self.no_class = unet.config.num_class_embeds - 1
 
     device = property(lambda self: self.unet.device)
     dtype = property(lambda self: self.unet.dtype)
 
+
+class ClassifierFree(Guided):
+    """A conditional UNet under classifier-free guidance (Ho & Salimans 2022, eq. 6, where w is `scale` - 1).
+
+    out = out(no class) + scale * (out(class) - out(no class)). With scale 1 this is the prediction of the UNet itself.
+    With scale 0 the class has no effect, so images of all classes are drawn. The UNet's last embedding means "no
+    class". Each call of this network makes two predictions with the UNet.
+    """
+
     def forward(self, sample, timesteps, class_labels) -> UNet2DOutput:
-        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,). Leave a variance as is."""
-        labels = torch.cat([class_labels, torch.full_like(class_labels, self.no_class)])
+        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,).
+
+        If the UNet also predicts a variance, the variance is returned without guidance.
+        """
+        no_class = torch.full_like(class_labels, self.config.num_class_embeds - 1)
+        labels = torch.cat([class_labels, no_class])
         output = self.unet(sample.repeat(2, 1, 1, 1), timesteps.repeat(2), labels).sample.float()
         conditional, unconditional = output.chunk(2)
         guided = (unconditional + self.scale * (conditional - unconditional))[:, : sample.shape[1]]
@@ -44,26 +52,23 @@ class ClassifierFree(nn.Module):
         return UNet2DOutput(torch.cat([prediction, conditional[:, sample.shape[1] :]], dim=1))
 
 
-class ClassifierGuided(nn.Module):
+class ClassifierGuided(Guided):
     """An unconditional UNet under classifier guidance (Dhariwal & Nichol 2021, Algorithm 2).
 
-    eps = eps(x_t) - scale sqrt(1 - abar_t) grad log p(y | x_t). The factor sqrt(1 - abar_t) turns the gradient into
-    noise, because the score of x_t is -eps / sqrt(1 - abar_t).
+    eps = eps(x_t) - scale sqrt(1 - abar_t) grad log p(y | x_t). The factor sqrt(1 - abar_t) converts a gradient to the
+    scale of eps, because the gradient of log p(x_t) is -eps / sqrt(1 - abar_t).
     """
 
     def __init__(self, unet: UNet2DModel, scheduler: PaperDDPMScheduler, classifier: NoisyClassifier, scale: float):
-        super().__init__()
-        self.unet = unet
-        self.scheduler = scheduler
+        super().__init__(unet, scheduler, scale)
         self.classifier = classifier
-        self.scale = scale
         self.config = FrozenDict(unet.config | {"num_class_embeds": classifier.config.num_classes})
 
-    device = property(lambda self: self.unet.device)
-    dtype = property(lambda self: self.unet.dtype)
-
     def forward(self, sample, timesteps, class_labels) -> UNet2DOutput:
-        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,). Leave a variance as is."""
+        """Return the guided prediction for `sample` (B, C, H, W) and `class_labels` (B,).
+
+        If the UNet also predicts a variance, the variance is returned without guidance.
+        """
         output = self.unet(sample, timesteps).sample.float()
         with torch.enable_grad():
             noisy = sample.detach().float().requires_grad_()
@@ -82,10 +87,13 @@ class ClassifierGuided(nn.Module):
 
 
 def as_prediction(scheduler: PaperDDPMScheduler, original_samples, sample, timesteps) -> torch.Tensor:
-    """Clip x_0 (B, C, H, W) as the scheduler says, and return the eps, x_0 or v that implies it at x_t = `sample`.
+    """Clip x_0 (B, C, H, W) as the scheduler's config says, and convert it to a prediction at x_t = `sample`.
 
-    Guidance moves x_0 far out of range. Samplers clip it, but DDIM would keep the eps of the unclipped x_0: at scale 2
-    a classifier then recognized 70 % of 40 requested digits. With the eps of the clipped x_0 it recognized all.
+    The prediction is eps, x_0 or v, by the scheduler's prediction type. It implies exactly the clipped x_0.
+
+    Guidance moves x_0 far out of range. All samplers clip x_0, but DDIM would still use the eps of the unclipped x_0.
+    At scale 2, a classifier then recognized 70 % of 40 requested digits. With the eps of the clipped x_0, the
+    classifier recognized all 40.
     """
     alpha_bar = scheduler.alphas_cumprod_at(timesteps).reshape(-1, 1, 1, 1)
     original = clipped(original_samples, scheduler)
@@ -100,18 +108,18 @@ def guide(
     scale: float,
     classifier: NoisyClassifier | None = None,
 ) -> nn.Module:
-    """Return a network that samplers take in place of `unet`, with predictions moved towards the requested class.
+    """Return a network to use in place of `unet` in a sampler. Its predictions are moved towards the requested class.
 
-    At scale 1 without a classifier it is `unet` itself.
+    At scale 1 without a classifier, the result is `unet` itself.
 
     Args:
         classes: the classes of the UNet.
-        scale: any finite number. A larger scale follows the class more closely and varies less. 1 is the conditional
-            model itself; with a classifier, 0 is no guidance.
+        scale: any finite number. With a larger scale, images follow the class more closely and vary less. Without a
+            classifier, scale 1 is the conditional model itself. With a classifier, scale 0 is no guidance.
         classifier: guides an unconditional UNet. None: classifier-free guidance of a conditional UNet.
 
     Raises:
-        UserError: for a scale that is not finite, or a UNet or classifier that does not support the guidance.
+        UserError: if the scale is not finite, or if the UNet or the classifier does not support this guidance.
 
     Example:
         >>> model = ddpm_hf.load("runs/mnist-conditional")
@@ -126,12 +134,13 @@ def guide(
         return unet
     if not classes:
         raise UserError(
-            f"--guidance_scale is {scale:g}, but this model knows no classes: give a --classifier, or a model that "
+            f"--guidance_scale is {scale:g}, but this model has no classes: give a --classifier, or a model that "
             "was trained with --class_conditional."
         )
     if classes.no_class is None:
         raise UserError(
-            "this model was trained without --label_dropout, which guidance needs: give --guidance_scale 1."
+            "guidance needs a model that was trained with --label_dropout, and this model was not: give "
+            "--guidance_scale 1."
         )
     return ClassifierFree(unet, scheduler, scale)
 
@@ -139,7 +148,10 @@ def guide(
 def check_classifier(classifier: NoisyClassifier, unet: UNet2DModel, scheduler: PaperDDPMScheduler):
     """Raise a UserError if the classifier cannot guide this model."""
     if unet.config.num_class_embeds is not None:
-        raise UserError("--classifier guides an unconditional model, and this one is conditional: leave it out.")
+        raise UserError(
+            "--classifier can only guide an unconditional model, and this model is conditional: leave --classifier "
+            "out."
+        )
     for what, of_classifier, of_model in [
         ("image channels", classifier.config.in_channels, unet.config.in_channels),
         ("timesteps", classifier.config.num_train_timesteps, len(scheduler)),
@@ -147,6 +159,6 @@ def check_classifier(classifier: NoisyClassifier, unet: UNet2DModel, scheduler: 
     ]:
         if of_classifier != of_model:
             raise UserError(
-                f"the classifier's {what} are {of_classifier}, the model's {of_model}: give one that was trained on "
-                "the same data and schedule."
+                f"the {what} of the classifier are {of_classifier}, but those of the model are {of_model}: give a "
+                "classifier that was trained on the same data and with the same schedule as the model."
             )

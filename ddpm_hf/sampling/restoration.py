@@ -1,15 +1,15 @@
-"""Restore images with a model of clean images, through pipelines/restoration.py: in memory or from files to files.
+"""Restore images with a model that was trained on clean images, through pipelines/restoration.py.
 
-Image k, in the order of names, takes its noise from `torch.Generator().manual_seed(seed + k)`, so it is the same in
-any batch, up to one grey level of round-off. All images are read before any result is written. After an interruption
-the same command restores the missing images; restoration.json says what the finished ones were made from.
+The images are in memory, or are read from files and written to files. In the order of file names, image k takes its
+noise from `torch.Generator().manual_seed(seed + k)`, so its result is the same in any batch, up to one grey level of
+round-off. All images are read before any result is written. After an interruption, the same command restores the
+missing images. The file restoration.json stores the model, inputs and settings of the finished results.
 """
 
 import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 from ..community_pipelines import pipeline_file, pipeline_module
 from ..data.decode import to_array
 from ..errors import UserError, no_such
-from ..files import read_json, write_beside, write_json, writing
+from ..files import read_json, write_json, writing
 from ..models.pretrained import Pretrained, load_pretrained
-from ..pictures import frame, image_sheet, to_uint8
+from ..pictures import GAP, frame, image_sheet, save_picture, to_uint8
 from .samplers import image_generators
 
 
@@ -37,7 +37,7 @@ TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": 
 
 @dataclass
 class Item:
-    """One image to restore; `check_items` sets its size."""
+    """One image to restore. `check_items` fills in its size."""
 
     index: int
     path: Path
@@ -52,8 +52,9 @@ class Restored:
 
     Attributes:
         num_images: how many results there are, including those of earlier calls.
-        sheet: the picture that shows inputs above results.
-        noise_levels: the noise of each image that this call restored: standard deviations on pixels in [0, 1].
+        sheet: the path of a picture that shows each input above its result.
+        noise_levels: the noise level of each image that this call restored, as the standard deviation of the noise on
+            pixels in [0, 1].
     """
 
     num_images: int
@@ -73,29 +74,29 @@ def restore(
     overwrite: bool = False,
     **settings,
 ) -> list[Image.Image] | Restored:
-    """Denoise, inpaint, enlarge, colour or deblur images with a model that was trained on clean ones.
+    """Denoise, inpaint, enlarge, colorize or deblur images with a model that was trained on clean images.
 
     Args:
         model: a folder, a checkpoint, a Hub id, or what `load` returned.
-        images: PIL images, arrays or tensors as pipelines/restoration.py takes them. With `output`: the path of an
+        images: PIL images, arrays or tensors that pipelines/restoration.py accepts. With `output`: the path of an
             image or of a folder of images.
-        output: a .png file, or a folder, where each result has its input's name and ends in .png. None: the results
-            are returned.
+        output: a .png file, or a folder. In a folder, each result has the name of its input, with the ending .png.
+            None: the results are returned.
         task: denoise, inpaint, super_resolution, colorize or deblur.
-        mask: for inpaint, white where to paint: one mask for all images, or a list. With `output`: the path of one
-            mask, or of a folder with one mask per image, of the same name.
-        batch_size: images per batch, at least 1; changes round-off only.
-        seed: image k is drawn from the generator seeded with seed + k.
-        overwrite: replace results that are in `output`.
+        mask: for inpaint, a mask image, white in the areas to paint. Give one mask for all images, or a list with one
+            per image. With `output`: the path of one mask, or of a folder where each mask has the name of its image.
+        batch_size: images per batch, at least 1. It changes the results only by round-off.
+        seed: the noise of image k comes from a random generator seeded with seed + k.
+        overwrite: replace results that are already in `output`.
         settings: noise_level (standard deviation on pixels in [0, 1]), scale_factor, blur_sigma (pixels),
             num_inference_steps, num_samples (restorations to average). None: the pipeline's default.
 
     Returns:
-        PIL images, or with `output` a `Restored`.
+        A list of PIL images. With `output`: a `Restored`.
 
     Raises:
         UserError: for settings that contradict each other, images that are missing or unreadable, an output that
-            already exists, and whatever the pipeline refuses.
+            already exists, or images or settings that the pipeline refuses.
 
     Example:
         >>> noisy = ddpm_hf.sample("runs/digits", 2, "ddim", num_inference_steps=10)
@@ -114,7 +115,7 @@ def restore(
 
 
 def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size: int) -> list[Image.Image]:
-    """Restore one image, or several in batches, in memory."""
+    """Restore one image, or a list of images in batches, in memory. Return a list of PIL images."""
     pipeline = open_pipeline(model)
     several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
     images = list(images) if several else [images]
@@ -132,7 +133,7 @@ def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size
 def restore_files(
     model: Pretrained, items: list[Item], settings: dict, *, output: Path, seed: int, batch_size: int, overwrite: bool
 ) -> Restored:
-    """Check all items, restore those without a result, and draw a sheet."""
+    """Check all items, restore the items that have no result yet, and draw a sheet of inputs and results."""
     pipeline = open_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
     record = {
@@ -159,16 +160,19 @@ def open_pipeline(model: Pretrained) -> DiffusionPipeline:
 
 
 def check_task_settings(settings: dict, mask, batch_size: int):
-    """Raise a UserError for settings that belong to another task or are out of range."""
+    """Raise a UserError for an unknown task, or for settings that belong to another task or are out of range."""
     task = settings["task"]
     tasks = pipeline_module("restoration").OPERATORS
     if task not in tasks:
         raise UserError(no_such("task", task, tasks))
     for name, owner in TASK_OF.items():
         if (settings.get(name) is not None or name == "mask" and mask is not None) and task != owner:
-            raise UserError(f"--{name} belongs to --task {owner}, but --task is {task}: leave it out.")
+            raise UserError(f"--{name} applies only to --task {owner}, but --task is {task}: leave --{name} out.")
     if task == "inpaint" and mask is None:
-        raise UserError("--task inpaint needs a mask: give --mask, an image or a folder, white where to paint.")
+        raise UserError(
+            "--task inpaint needs a mask: give --mask, an image that is white in the areas to paint, or a folder of "
+            "such images."
+        )
     if not settings.get("noise_level", 0) >= 0:
         raise UserError(f"--noise_level is {settings['noise_level']}; it must be at least 0.")
     if batch_size < 1:
@@ -176,29 +180,38 @@ def check_task_settings(settings: dict, mask, batch_size: int):
 
 
 def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]:
-    """Return the items of one image file, or of the images directly in a folder, by name."""
+    """Return an item for one image file, or for each image directly in a folder, in the order of file names."""
     if place.is_file():
         if output.resolve() == place.resolve():
-            raise UserError(f"OUTPUT {output} is INPUT itself: give another name.")
+            raise UserError(f"OUTPUT {output} is the same file as INPUT: give another name as OUTPUT.")
         if output.suffix != ".png" or output.is_dir():
-            raise UserError(f"OUTPUT is {output}, but an image is written as PNG: give a name ending in .png.")
+            raise UserError(f"OUTPUT is {output}, but results are written as PNG files: give a name ending in .png.")
         return [Item(0, place, output, find_mask(place, mask))]
     if not place.is_dir():
         raise UserError(f"INPUT {place} is neither a file nor a folder: give an image or a folder of images.")
     if output.is_file() or output.resolve() == place.resolve():
-        raise UserError(f"OUTPUT {output} is a file or INPUT itself: give another folder.")
+        raise UserError(f"OUTPUT {output} is a file or the same folder as INPUT: give another folder as OUTPUT.")
     paths = images_in(place)
     if not paths:
-        raise UserError(f"INPUT {place} holds no image: give an image, or a folder with images directly inside.")
+        raise UserError(
+            f"INPUT {place} has no image directly inside (subfolders are not searched): give an image, or a folder "
+            "with images."
+        )
     names = [path.stem for path in paths]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"INPUT {place} has several images named {min(twice)}: rename them, as results are all .png.")
+        raise UserError(
+            f"INPUT {place} has several images named {min(twice)}, and all their results would be {min(twice)}.png: "
+            "rename these images."
+        )
     masks = [find_mask(path, mask) for path in paths]
     return [Item(k, path, output / f"{path.stem}.png", mask) for k, (path, mask) in enumerate(zip(paths, masks))]
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Return the visible files of a folder that have a suffix that Pillow reads, by name."""
+    """Return the files of a folder with a suffix that Pillow reads, in the order of their names.
+
+    Hidden files are left out.
+    """
     readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     return sorted(path for path in files if path.suffix.lower() in readable)
@@ -210,44 +223,56 @@ def find_mask(path: Path, mask: str | None) -> Path | None:
         return mask and Path(mask)
     found = [file for file in images_in(Path(mask)) if file.stem == path.stem] if Path(mask).is_dir() else []
     if len(found) != 1:
-        raise UserError(f"--mask {mask} has no mask for {path.name}: give an image, or a folder with {path.stem}.png.")
+        raise UserError(
+            f"--mask {mask} does not have exactly one mask for {path.name}: give an image, or a folder with one "
+            f"{path.stem}.png."
+        )
     return found[0]
 
 
 def read(path: Path) -> torch.Tensor:
-    """Return an image as float32 (C, H, W) in [0, 1], upright, on white; C is 1 if all pixels are grey, else 3."""
+    """Read an image as float32 (C, H, W) in [0, 1]. C is 1 if all pixels are grey, else 3.
+
+    The image is turned upright, and transparent areas become white.
+    """
     try:
         array = to_array(Image.open(path), 3, exact=True)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        raise UserError(f"{path} cannot be read ({error}): repair or remove it.") from error
+        raise UserError(f"{path} cannot be read ({error}): repair or remove this file.") from error
     image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
     return image[:1] if (image == image[:1]).all() else image
 
 
 def read_mask(path: Path) -> torch.Tensor:
-    """Return a mask as bool (H, W): True (to paint) where it is brighter than half of its brightest pixel."""
+    """Read a mask as bool (H, W). Areas to paint are True: the pixels brighter than half of the brightest pixel."""
     grey = read(path).mean(dim=0)
     if not grey.any():
-        raise UserError(f"--mask {path} has no white pixel: give a mask that is white where to paint.")
+        raise UserError(f"--mask {path} is black everywhere: give a mask that is white in the areas to paint.")
     return grey > grey.max() / 2
 
 
 def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return an item's image (C, H, W), with the channels that the task and the model need, and its mask or None."""
+    """Read the image of an item, with the number of channels that the task and the model need, and its mask.
+
+    Returns:
+        The image (C, H, W), and the mask (H, W) or None.
+    """
     image = read(item.path)
     channels = 1 if task == "colorize" else pipeline.unet.config.in_channels
     if len(image) > channels:
         why = "colorize takes grey images" if task == "colorize" else "the model has images of one channel"
-        raise UserError(f"{item.path} has colors, but {why}: convert it to grey, or remove it.")
+        raise UserError(f"{item.path} has colors, but {why}: convert this image to grey, or remove it.")
     mask = None if item.mask is None else read_mask(item.mask)
     if mask is not None and mask.shape != image.shape[1:]:
         mask_size, size = (f"{width}x{height}" for height, width in (mask.shape, image.shape[1:]))
-        raise UserError(f"--mask {item.mask} is {mask_size}, but {item.path.name} is {size}: give one of that size.")
+        raise UserError(
+            f"--mask {item.mask} is {mask_size}, but {item.path.name} is {size}: give a mask of the size of the image."
+        )
     return image.expand(channels, -1, -1), mask
 
 
 class Accepted(Exception):
-    """The pipeline has taken its first step with an image, so it accepts the image and the settings."""
+    """Raised after the pipeline's first step with an image, which shows that it accepts the image and the settings."""
 
 
 def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
@@ -276,7 +301,7 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
 
 
 def stack_masks(masks: list[torch.Tensor | None]) -> dict:
-    """Return the masks of a batch as the pipeline's argument, {"mask": (B, H, W)}, or {} if there are none."""
+    """Return the masks of a batch as a keyword argument of the pipeline: {"mask": (B, H, W)}, or {} without masks."""
     return {} if masks[0] is None else {"mask": torch.stack(masks)}
 
 
@@ -290,7 +315,7 @@ def refused_as_user_error(what: str):
 
 
 def begin_output(items: list[Item], output: Path, record: dict, *, is_file: bool, overwrite: bool) -> list[Item]:
-    """Create the output, or check that its record is the same, and return the items that have no result yet."""
+    """Create the output, or check that its record equals `record`. Return the items that have no result yet."""
     if is_file:
         if output.exists() and not overwrite:
             raise UserError(f"{output} already exists: give another OUTPUT, or --overwrite to replace it.")
@@ -300,20 +325,20 @@ def begin_output(items: list[Item], output: Path, record: dict, *, is_file: bool
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         if read_json(output / RECORD, missing={}) != json.loads(json.dumps(record)):
             raise UserError(
-                f"{output} holds something else, not results of this model, these images and these settings: give "
-                "another OUTPUT, or --overwrite to replace files of the same names."
+                f"{output} is not empty, and its files are not results of this model, these images and these "
+                "settings: give another OUTPUT, or --overwrite to replace files of the same names."
             )
         return [item for item in items if not item.output.exists()]
     with writing("the images", output):
         output.mkdir(parents=True, exist_ok=True)
-        for item in items:  # remove old files, which a later call would take for results
+        for item in items:  # remove old files, because a later call would take them for results
             item.output.unlink(missing_ok=True)
         write_json(output / RECORD, record)
     return items
 
 
 def restore_items(items: list[Item], pipeline, options: dict, seed: int, batch_size: int) -> list[float]:
-    """Restore and write the images, in batches of one size; return their noise levels."""
+    """Restore the images in batches of one size, write the results, and return the noise level of each image."""
     noise_levels = []
     batches = []
     for size in sorted({item.size for item in items}):
@@ -328,14 +353,17 @@ def restore_items(items: list[Item], pipeline, options: dict, seed: int, batch_s
                 done = pipeline(torch.stack(images), **stack_masks(masks), **options, generator=generators)
             for item, image in zip(batch, done.images):
                 with writing("the image", item.output):
-                    write_beside(item.output, partial(image.save, format="PNG"))
+                    save_picture(image.save, item.output)
             noise_levels += done.noise_levels.tolist()
             bar.update(len(batch))
     return noise_levels
 
 
 def draw_sheet(items: list[Item], path: Path) -> Path:
-    """Draw a sheet with each input above its result: enlarged to the same size, and grey where it is masked."""
+    """Draw a sheet with each input above its result, and return the path of the sheet.
+
+    Inputs are enlarged to the size of their results. Their masked areas are grey.
+    """
     pairs = []
     for item in items:
         given = read(item.path)
@@ -344,9 +372,6 @@ def draw_sheet(items: list[Item], path: Path) -> Path:
         array = to_uint8(2 * given - 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
         pairs.append((Image.fromarray(array).resize(result.size, Image.Resampling.NEAREST), result))
     side = max(128, *(max(result.size) for _, result in pairs))
-    columns = min(SHEET_COLUMNS, len(pairs))
-    cells = []
-    for start in range(0, len(pairs), columns):
-        row = pairs[start : start + columns] + [(None, None)] * (start + columns - len(pairs))
-        cells += [frame(image, side) for kind in zip(*row) for image in kind]
-    return image_sheet(torch.stack(cells), path, columns)
+    gap = torch.full((3, GAP, side), 255, dtype=torch.uint8)
+    cells = [torch.cat([frame(given, side), gap, frame(result, side)], dim=1) for given, result in pairs]
+    return image_sheet(torch.stack(cells), path, min(SHEET_COLUMNS, len(cells)))

@@ -1,7 +1,7 @@
 """Write a set of samples to disk, and read it back for scoring.
 
-A folder holds `000000.png`, `000001.png`, ... and `samples.json`, which says how they were drawn. An .npz file holds
-the images as `arr_0`, uint8 (N, H, W, C), as ADM's evaluator reads them, and the same JSON as `meta`.
+A folder holds `000000.png`, `000001.png`, ... and `samples.json`, a record of how these images were drawn. An .npz
+file holds the images as `arr_0`, uint8 (N, H, W, C), the format of ADM's evaluator. Its `meta` is the same record.
 """
 
 import json
@@ -20,9 +20,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..files import read_json, write_beside, write_json, writing
+from ..files import read_json, write_json, write_npz, writing
 from ..models.pretrained import Pretrained
-from ..pictures import to_pil, to_uint8
+from ..pictures import save_picture, to_pil, to_uint8
 from .samplers import autocast, class_arguments, image_shape
 from .settings import DTYPES, Sampler
 
@@ -34,7 +34,7 @@ SAMPLES_SCHEMA = "ddpm_hf.samples/1"
 class SampleSet:
     """Images, uint8 (N, C, H, W), in the order of their numbers.
 
-    `sampler` and `model` are the records of what drew them, or {} if that is unknown.
+    `sampler` and `model` are records of the sampler and the model that drew the images, or {} if these are unknown.
     """
 
     images: torch.Tensor
@@ -43,24 +43,35 @@ class SampleSet:
 
 
 def check_same_samples(place: Path, found: dict | None, wanted: dict):
-    """Refuse to add samples with the record `wanted` to `place`, if `place` holds samples with another record."""
+    """Raise a UserError if `place` holds other files, or samples that were drawn in another way.
+
+    Args:
+        found: the record of the samples in `place`; None if it has no record.
+        wanted: the record of the samples to add.
+    """
     if found is None:
         if place.is_file() or place.is_dir() and any(place.iterdir()):
-            raise UserError(f"{place} already exists and holds no samples of ddpm_hf: give another --output.")
+            raise UserError(f"{place} already exists and is not a set of samples of ddpm_hf: give another --output.")
         return
     pairs = [("the weights", found["model"]["unet_sha256"], wanted["model"]["unet_sha256"])]
     keys = found["sampler"] | wanted["sampler"]  # a record without guidance has no guidance_scale
     pairs += [(key, found["sampler"].get(key), wanted["sampler"].get(key)) for key in keys]
     for what, there, here in pairs:
         if there != here:
-            raise UserError(f"{place} has other samples ({what}: {there} there, {here} here): give another --output.")
+            raise UserError(
+                f"{place} has other samples ({what}: {there} for those samples, {here} for the new ones): give "
+                "another --output."
+            )
 
 
 def read_samples(path) -> SampleSet:
-    """Read a folder of PNG files, or an .npz with `arr_0` (or its only array) uint8 (N, H, W, C).
+    """Read samples from a folder of PNG files or from an .npz file.
+
+    An .npz file holds the images as `arr_0`, or as its first array, uint8 (N, H, W, C).
 
     Raises:
-        UserError: if there are no images, or if they are lossy, floats, of several sizes or modes, or unfinished.
+        UserError: if there are no images, if some are missing, if they differ in size or mode, or if they are floats
+            or in a lossy format.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -73,39 +84,49 @@ def read_samples(path) -> SampleSet:
 
 
 def _read_npz(path: Path) -> tuple[torch.Tensor, dict | None]:
-    """Return the images of an .npz file, uint8 (N, C, H, W), and its record, if it has one."""
+    """Return the images of an .npz file, uint8 (N, C, H, W), and its record, or None if it has no record."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             name = "arr_0" if "arr_0" in arrays else arrays.files[0]
             array = arrays[name]
             meta = str(arrays["meta"]) if "meta" in arrays else None
     except (OSError, ValueError, IndexError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as .npz: give one with uint8 images (N, H, W, C) as arr_0.") from error
+        raise UserError(
+            f"{path} cannot be read as .npz: give an .npz file with uint8 images (N, H, W, C) as arr_0."
+        ) from error
     if array.dtype != np.uint8:
         raise UserError(
-            f"{path} holds {array.dtype}, whose range is unknown: give uint8, round((x + 1) * 127.5) for x in [-1, 1]."
+            f"{path} holds {array.dtype} numbers, and their range is unknown: give uint8 images, e.g. "
+            "round((x + 1) * 127.5) for x in [-1, 1]."
         )
     if array.ndim != 4 or array.shape[-1] not in (1, 3) or not len(array):
-        raise UserError(f"{path} holds an array of shape {array.shape}: give images (N, H, W, C), C = 1 or 3.")
+        raise UserError(
+            f"{path} holds an array of shape {array.shape}: give images of shape (N, H, W, C) with C = 1 or 3."
+        )
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), json.loads(meta) if meta else None
 
 
 def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
-    """Return the PNG files of a folder, uint8 (N, C, H, W): those that the record counts, or all, by name."""
+    """Return the images in the PNG files of a folder, uint8 (N, C, H, W), in the order of file names.
+
+    With a record, only the `num_images` images of the record are read.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a folder of PNG files, or an .npz.")
     files = sorted(folder.glob("*.png"))
-    if record is not None:  # read only what it counts, because an abandoned larger job may have left more
+    if record is not None:  # do not read more files: an earlier run with a larger num_images may have left some
         wanted = [folder / file_name(k) for k in range(record["num_images"])]
         files = [path for path in wanted if path.is_file()]
         if len(files) < len(wanted):
             raise UserError(
-                f"{folder} has {len(files)} of {len(wanted)} images: run the same `sample` again to finish it."
+                f"{folder} has only {len(files)} of {len(wanted)} images: run the same `sample` command again to draw "
+                "the others."
             )
     lossy = [path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".webp")]
     if lossy:
         raise UserError(
-            f"{folder} has lossy images ({lossy[0].name}), whose artifacts would change the scores: save PNG files."
+            f"{folder} has images in a lossy format ({lossy[0].name}), and compression artifacts change the scores: "
+            "save the images as PNG files."
         )
     if not files:
         raise UserError(f"{folder} has no PNG files: give a folder of samples, an .npz, or a model.")
@@ -117,21 +138,22 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
                 mode = image.mode
                 array = np.asarray(image)
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error}): remove it, or draw it again.") from error
+            raise UserError(f"{path} cannot be read ({error}): remove this image, or draw it again.") from error
         if mode not in ("L", "RGB"):
-            raise UserError(f"{path} is of mode {mode}: give 8-bit grey (L) or RGB images.")
+            raise UserError(f"{path} has the mode {mode}: give 8-bit grey (L) or RGB images.")
         kind = kind or (mode, array.shape)
         if (mode, array.shape) != kind:
             raise UserError(
-                f"{folder} mixes images: {files[0].name} is {kind[0]} {kind[1][1]}x{kind[1][0]}, {path.name} "
-                f"{mode} {array.shape[1]}x{array.shape[0]}: give images of one size and mode."
+                f"{folder} mixes images of different sizes or modes ({files[0].name} is {kind[0]} "
+                f"{kind[1][1]}x{kind[1][0]}, {path.name} is {mode} {array.shape[1]}x{array.shape[0]}): give images of "
+                "one size and mode."
             )
         arrays.append(array if array.ndim == 3 else array[..., None])
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
 def read_sample_record(folder: Path) -> dict | None:
-    """Return the content of a folder's samples.json, or None if there is none or another program wrote it."""
+    """Return the content of samples.json in a folder, or None if the file is missing or from another program."""
     try:
         record = read_json(folder / "samples.json")
     except UserError:
@@ -152,17 +174,19 @@ def draw_samples(
     *,
     batch_size: int = 64,
 ) -> Path:
-    """Draw images 0..num_images-1 into a folder or an .npz file, and return its path; every process must call this.
+    """Draw images 0..num_images-1 into a folder or an .npz file, and return its path.
 
-    Image k belongs to block k // batch_size. A block with missing images is drawn as a whole, in one batch on one
-    process. So a job that was killed and started again ends with the same bytes, on any number of processes.
+    Every process must call this function. Image k belongs to block k // batch_size. If an image of a block is missing,
+    the whole block is drawn, in one batch on one process. A job that was killed and started again therefore ends with
+    the same bytes, on any number of processes.
 
     Args:
         sampler: a resolved `Sampler`.
         output: a folder, which may hold some of these images already, or a file that ends in .npz.
 
     Raises:
-        UserError: if `output` holds other samples or files or cannot be written, or if an image is not finite.
+        UserError: if `output` holds other samples or other files, if it cannot be written, or if an image has pixels
+            that are not finite.
     """
     if num_images < 1 or batch_size < 1:
         raise UserError(f"--num_images is {num_images} and --batch_size {batch_size}; both must be at least 1.")
@@ -178,12 +202,12 @@ def draw_samples(
     drawn = _read_drawn(output, folder, record)
     if len(drawn) >= num_images:
         return output
-    state.wait_for_everyone()  # all processes have read the folder before one writes to it
+    state.wait_for_everyone()  # the main process must not write to the folder before all processes have read it
     if state.is_main_process:
         with writing("samples", folder):
             folder.mkdir(parents=True, exist_ok=True)
             for k, image in enumerate(to_pil(drawn)):
-                write_beside(folder / file_name(k), partial(image.save, format="PNG"))
+                save_picture(image.save, folder / file_name(k))
             write_json(folder / "samples.json", record)
     state.wait_for_everyone()
     blocks = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
@@ -205,7 +229,11 @@ def draw_samples(
 
 
 def _read_drawn(output: Path, folder: Path, record: dict) -> torch.Tensor:
-    """Return the images of an .npz file `output`, uint8 (N, C, H, W), after checking its record and the folder's."""
+    """Return the images that an .npz file `output` already holds, uint8 (N, C, H, W).
+
+    Raises:
+        UserError: if `output` or `folder` holds other samples than `record` describes.
+    """
     drawn = torch.empty(0, 1, 1, 1, dtype=torch.uint8)
     if output.suffix == ".npz" and output.is_file():
         drawn, found = _read_npz(output)
@@ -215,7 +243,7 @@ def _read_drawn(output: Path, folder: Path, record: dict) -> torch.Tensor:
 
 
 def _print_estimate(model: Pretrained, sampler: Sampler, blocks: list[range]):
-    """Measure one step of one batch, and print about how long all blocks will take."""
+    """Time one denoising step of one batch, and print an estimate of how long drawing all these blocks will take."""
     left = sum(map(len, blocks))
     one_step = step_seconds(sampler.network(model), len(blocks[0]), DTYPES[sampler.dtype]) / len(blocks[0])
     cost = duration(one_step * sampler.num_inference_steps * left)
@@ -223,7 +251,7 @@ def _print_estimate(model: Pretrained, sampler: Sampler, blocks: list[range]):
 
 
 def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folder: Path):
-    """Draw these blocks and write the images that the folder lacks."""
+    """Draw these blocks, and write the images that are not in the folder yet."""
     num_images = sum(map(len, blocks))
     hidden = not PartialState().is_main_process
     with tqdm(desc=f"Sampling {num_images:,} images", total=num_images, unit="image", disable=hidden) as bar:
@@ -236,39 +264,34 @@ def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folde
             if not images.isfinite().all():
                 broken = block[int((~images.isfinite()).flatten(1).any(dim=1).nonzero()[0])]
                 error = UserError(
-                    f"image {broken} is not finite ({sampler.name}, {sampler.dtype}): give --dtype float32, or check "
-                    "whether the training of this model diverged."
+                    f"image {broken} has pixels that are not finite ({sampler.name}, {sampler.dtype}): give --dtype "
+                    "float32, or check whether the training of this model diverged."
                 )
                 error.on_one_process = True
                 raise error
             with writing("samples", folder):
                 for k, image in zip(block, to_pil(to_uint8(images))):
                     if not (folder / file_name(k)).is_file():
-                        write_beside(folder / file_name(k), partial(image.save, format="PNG"))
+                        save_picture(image.save, folder / file_name(k))
 
 
 def _pack(folder: Path, output: Path, record: dict):
-    """Write the images of a folder to one .npz file and remove the folder."""
+    """Write the images of a folder to one .npz file, then remove the folder."""
     images = read_samples(folder).images[: record["num_images"]].permute(0, 2, 3, 1).numpy()
-
-    def save(path):
-        with open(path, "wb") as file:  # numpy would append .npz to a name
-            np.savez(file, arr_0=images, meta=np.array(json.dumps(record)))
-
     with writing("samples", output):
-        write_beside(output, save)
+        write_npz(output, arr_0=images, meta=json.dumps(record))
         shutil.rmtree(folder)
 
 
 def step_seconds(unet: nn.Module, batch_size: int, dtype: torch.dtype) -> float:
-    """Return how many seconds one call of the UNet on a batch takes on its device, after one call to warm up."""
+    """Return how many seconds one call of the UNet on a batch takes. A first call, to warm up, is not counted."""
     x = torch.zeros(batch_size, *image_shape(unet), device=unet.device, dtype=unet.dtype)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=unet.device)
     labels = class_arguments(unet, None if unet.config.num_class_embeds is None else [0] * batch_size, batch_size)
     with torch.no_grad(), autocast(unet, dtype):
         for _ in range(2):
             start = time.perf_counter()
-            unet(x, timesteps, **labels).sample.sum().item()  # waits for a GPU
+            unet(x, timesteps, **labels).sample.sum().item()  # item() waits until the GPU is done
             seconds = time.perf_counter() - start
     return seconds
 

@@ -1,9 +1,9 @@
 """Draw images from noise: ancestral DDPM sampling, DDIM and DPM-Solver++, over any subsequence of the timesteps.
 
-A sampler is a function that computes one step, and a row of `SAMPLERS`. Image k takes all its noise from
-`torch.Generator().manual_seed(seed + k)`, in the order in which stock pipelines draw. It therefore does not depend on
-the batch or the process, and `DDPMPipeline(...)(generator=torch.Generator().manual_seed(seed + k))` draws it too, up
-to round-off of 1e-5 in [-1, 1], which occasionally is one grey level.
+A sampler is a function that computes one step, and it has a row in `SAMPLERS`. Image k takes all its noise from
+`torch.Generator().manual_seed(seed + k)`, in the same order as in stock pipelines. The image therefore does not depend
+on the batch or the process. `DDPMPipeline(...)(generator=torch.Generator().manual_seed(seed + k))` draws the same
+image, up to round-off of 1e-5 in [-1, 1]. After rounding to 8 bits, this occasionally is one grey level.
 """
 
 import contextlib
@@ -21,15 +21,16 @@ from ..errors import UserError
 
 @dataclass
 class Step:
-    """One step from x_t to x_t', as a sampler sees it. Tensors are float32 (B, C, H, W).
+    """The input of a sampler for one step from x_t to x_t'. Tensors are float32 (B, C, H, W).
 
     Attributes:
-        timestep, prev_timestep: t and t', the next timestep of the subsequence; -1 is the clean image.
+        timestep: t.
+        prev_timestep: t', the timestep that the step leads to. It is -1 for the clean image.
         sample: x_t.
         pred_original_sample: the predicted x_0, clipped or thresholded as the scheduler's config says.
         pred_epsilon: the predicted noise, which clipping does not change (as in stock diffusers).
-        predicted_variance: the second half of the channels of a UNet that learns its variance, or None.
-        previous: the step before, without its own `previous`; None for the first step.
+        predicted_variance: the second half of the output channels of a UNet that learns a variance; None for others.
+        previous: the step before this one, with its own `previous` set to None. None for the first step.
     """
 
     timestep: int
@@ -42,7 +43,7 @@ class Step:
 
 
 def ddpm_step(scheduler: PaperDDPMScheduler, step: Step, *, variance_type: str) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of x_t' by Algorithm 2 of Ho et al. 2020, for a step of any length."""
+    """Return the mean and standard deviation of x_t' by Algorithm 2 of Ho et al. 2020, for a step of any length."""
     t, prev_t = step.timestep, step.prev_timestep
     mean = scheduler.q_posterior(step.pred_original_sample, step.sample, t, prev_t)[0]
     log_variance = scheduler.reverse_log_variance(
@@ -52,9 +53,10 @@ def ddpm_step(scheduler: PaperDDPMScheduler, step: Step, *, variance_type: str) 
 
 
 def ddim_step(scheduler: PaperDDPMScheduler, step: Step, *, eta: float = 0.0) -> tuple[Tensor, float | None]:
-    """Return mean and standard deviation of x_t' by eq. (12) of Song et al. 2021; sigma = eta sqrt(beta~) by eq. (16).
+    """Return the mean and the standard deviation of x_t' by eq. (12) of Song et al. 2021.
 
-    Clipping x_0 does not change the predicted noise, as in stock diffusers. So eta=1 equals ddpm only with clip=False.
+    The standard deviation is eta sqrt(beta~), by eq. (16). If it is 0, None is returned in its place. As in stock
+    diffusers, clipping x_0 does not change the predicted noise, so eta=1 equals ddpm only with clip=False.
     """
     alpha_bar_prev = scheduler.alphas_cumprod_at(step.prev_timestep)
     variance = eta**2 * scheduler.posterior_coefficients(step.timestep, step.prev_timestep)[2]
@@ -64,10 +66,10 @@ def ddim_step(scheduler: PaperDDPMScheduler, step: Step, *, eta: float = 0.0) ->
 
 
 def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, None]:
-    """Return x_t' by the second-order multistep Algorithm 2 of Lu et al. 2022, and None, because no noise is added.
+    """Return x_t' by Algorithm 2 (second order, multistep) of Lu et al. 2022, and None, because no noise is added.
 
-    https://huggingface.co/papers/2211.01095. The last step, to the clean image, returns the predicted x_0, which is
-    the limit of the first-order step.
+    The paper is https://huggingface.co/papers/2211.01095. The last step, to the clean image, returns the predicted
+    x_0. This is the limit of a first-order step.
     """
     if step.prev_timestep < 0:
         return step.pred_original_sample, None
@@ -75,7 +77,7 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
     def signal_noise_and_h(one: Step):
         alpha_bar = scheduler.alphas_cumprod_at(torch.tensor([one.timestep, one.prev_timestep])).double()
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        return alpha, sigma, (alpha / sigma).log().diff().item()  # h: the step in half the log-SNR
+        return alpha, sigma, (alpha / sigma).log().diff().item()  # h: the change of log(alpha / sigma)
 
     alpha, sigma, h = signal_noise_and_h(step)
     mix = step.pred_original_sample
@@ -85,14 +87,14 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
     return (sigma[1] / sigma[0]).item() * step.sample - (alpha[1] * math.expm1(-h)).item() * mix, None
 
 
-# name -> function(scheduler, step, *, settings), which returns the mean of x_t' and its standard deviation, or None to
-# add no noise.
-# The settings of a sampler are its keyword-only arguments: eta, variance_type.
+# Each sampler is a function of (scheduler, step, *, settings). It returns the mean of x_t' and the standard deviation
+# of the noise to add. The second is None if no noise is added.
+# The settings of a sampler are its keyword-only arguments, such as eta and variance_type.
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmsolver++": dpmsolver_step}
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """Return one CPU generator per image, seeded `seed + k` for k in `indices` (EDM's convention: seeds s..s+N-1)."""
+    """Return one CPU generator per image, seeded with `seed + k` for each k in `indices`, as EDM does."""
     return [torch.Generator().manual_seed(seed + k) for k in indices]
 
 
@@ -104,23 +106,24 @@ def draw(
     *,
     sampler: str = "ddpm",
     num_inference_steps: int | None = None,  # None: all T, or all timesteps that `spacing` lists
-    spacing: str | Sequence[int] = "leading",  # see PaperDDPMScheduler.subsequence; the default is stock diffusers'
-    eta: float = 0.0,  # DDIM's share of fresh noise: 0 none, 1 as much as DDPM
+    spacing: str | Sequence[int] = "leading",  # see PaperDDPMScheduler.subsequence; stock diffusers' default too
+    eta: float = 0.0,  # how much fresh noise DDIM adds: 0 none, 1 as much as DDPM
     variance_type: str | None = None,  # None: see default_variance
     class_labels: Sequence[int] | Tensor | None = None,  # one per generator, for a conditional UNet
     clip: bool = True,  # clip or threshold the predicted x_0 as the scheduler's config says
-    dtype: torch.dtype = torch.float32,  # of the UNet's computation, by autocast; the rest stays float32
+    dtype: torch.dtype = torch.float32,  # the UNet computes in this dtype, by autocast; the rest stays float32
     on_step: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
-    """Draw one image per CPU generator: float32 (B, C, H, W) in [-1, 1], on the UNet's device.
+    """Draw one image per CPU generator, and return float32 (B, C, H, W) in [-1, 1] on the UNet's device.
 
     Args:
-        unet: a UNet2DModel, or a module with its call, `config`, `device` and `dtype`; in eval mode during the call.
+        unet: a UNet2DModel, or a module that is called like one and has `config`, `device` and `dtype`. It is in eval
+            mode during the call.
         sampler: a name of `SAMPLERS`.
         on_step: called after each step as on_step(i, num_steps, sample, pred_original_sample).
 
     Raises:
-        UserError: for settings that contradict each other, or an impossible subsequence.
+        UserError: for settings that contradict each other, or timesteps that `PaperDDPMScheduler.subsequence` refuses.
     """
     check_settings(sampler, eta, variance_type, unet)
     labels = class_arguments(unet, class_labels, len(generators))
@@ -146,7 +149,7 @@ def draw(
             epsilon = scheduler.predict_epsilon(output, x, t)
             if clip:
                 pred_original_sample = clipped(pred_original_sample, scheduler)
-            # Step from x_t to x_t', and add fresh noise, except to the clean image.
+            # Step from x_t to x_t'. Add fresh noise, unless x_t' is the clean image.
             previous = step and replace(step, previous=None)
             step = Step(t, prev_t, x, pred_original_sample, epsilon, predicted_variance, previous)
             x, sigma = SAMPLERS[sampler](scheduler, step, **settings)
@@ -160,39 +163,52 @@ def draw(
 
 
 def distinct_steps(scheduler, num_inference_steps: int | None, spacing) -> list[tuple[int, int]]:
-    """Return the pairs (t, t') of a subsequence, leaving out steps from t to t, which change nothing."""
+    """Return the pairs (t, t') of a subsequence. Leave out steps from t to the same t, because they change nothing."""
     return [(t, prev_t) for t, prev_t in scheduler.subsequence(num_inference_steps, spacing) if t != prev_t]
 
 
 def settings_of(sampler: str) -> set[str]:
-    """Return the names of a sampler's settings: the keyword-only arguments of its function."""
+    """Return the names of the settings of a sampler. They are the keyword-only arguments of its function."""
     arguments = inspect.signature(SAMPLERS[sampler]).parameters.values()
     return {argument.name for argument in arguments if argument.kind == argument.KEYWORD_ONLY}
 
 
 def check_settings(sampler: str, eta: float, variance_type: str | None, unet: nn.Module):
-    """Raise a UserError for an unknown sampler, or for settings that the sampler or the UNet does not have."""
+    """Raise a UserError for an unknown sampler, or for settings that the sampler or the UNet does not support."""
     if sampler not in SAMPLERS:
         raise UserError(f"sampler is {sampler!r}; choose {', '.join(SAMPLERS)}.")
     if not 0 <= eta <= 1 or (eta != 0 and "eta" not in settings_of(sampler)):
-        raise UserError(f"eta is {eta} with sampler {sampler}; it belongs to ddim and is from 0 to 1.")
+        raise UserError(
+            f"eta is {eta}, and the sampler is {sampler}: eta applies only to ddim and must be from 0 to 1, so change "
+            "eta or leave it out."
+        )
     if variance_type is not None and "variance_type" not in settings_of(sampler):
-        raise UserError(f"variance_type is {variance_type} with sampler {sampler}; it belongs to ddpm; leave it out.")
+        raise UserError(
+            f"variance_type is {variance_type}, but the sampler is {sampler}: variance_type applies only to ddpm, so "
+            "leave it out."
+        )
     if variance_type == "learned_range" and unet.config.out_channels != 2 * unet.config.in_channels:
         raise UserError("variance_type learned_range needs a UNet with out_channels twice its in_channels.")
 
 
-def default_variance(scheduler: PaperDDPMScheduler, num_steps: int) -> str:
-    """Return the default variance of ancestral sampling: fixed_small on fewer than T steps, else the config's.
+def default_steps(sampler: str, num_train_timesteps: int) -> int:
+    """Return the default number of steps: all T for ancestral sampling, 50 (at most T) for every other sampler."""
+    return num_train_timesteps if sampler == "ddpm" else min(50, num_train_timesteps)
 
-    fixed_large adds too much noise if steps are skipped: the FID is 2 to 4 times as large. learned_range is kept.
+
+def default_variance(scheduler: PaperDDPMScheduler, num_steps: int) -> str:
+    """Return the default variance type of ancestral sampling.
+
+    On all T steps, this is the variance type of the scheduler's config. On fewer steps it is fixed_small, because
+    fixed_large adds too much noise if steps are skipped (the FID is 2 to 4 times as large). learned_range is kept on
+    any number of steps.
     """
     kept = num_steps == len(scheduler) or scheduler.config.variance_type == "learned_range"
     return scheduler.config.variance_type if kept else "fixed_small"
 
 
 def autocast(unet: nn.Module, dtype: torch.dtype):
-    """Return an autocast for the UNet's device. For float32 it does nothing, so the caller's own autocast stays."""
+    """Return an autocast context for the UNet's device. For float32 it does nothing, so a surrounding one stays."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(unet.device.type, dtype)
 
 
@@ -203,21 +219,25 @@ def image_shape(unet: nn.Module) -> tuple[int, int, int]:
 
 
 def _noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Return standard normal noise, each image from its own CPU generator: the same on every device."""
+    """Return standard normal noise. The noise of each image comes from its CPU generator, so no device changes it."""
     return torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators]).to(device)
 
 
 def class_arguments(unet: nn.Module, class_labels, num_images: int) -> dict[str, Tensor]:
-    """Return `{"class_labels": (num_images,) int64}` on the UNet's device; for an unconditional UNet return {}."""
+    """Return the labels as a keyword argument of the UNet: `{"class_labels": (num_images,) int64}` on its device.
+
+    For an unconditional UNet, return {}.
+    """
     num_classes = unet.config.num_class_embeds
     if num_classes is None and class_labels is None:
         return {}
     if num_classes is None:
-        raise UserError(f"class_labels are {class_labels}, but this UNet has no classes: leave them out.")
+        raise UserError(f"class_labels are {class_labels}, but this UNet has no classes: leave class_labels out.")
     labels = torch.as_tensor([] if class_labels is None else class_labels)
     if labels.shape != (num_images,) or labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(
-            f"class_labels are {labels.tolist()}; give {num_images}, one per image, each from 0 to {num_classes - 1}."
+            f"class_labels are {labels.tolist()}; give {num_images} labels, one per image, each from 0 to "
+            f"{num_classes - 1}."
         )
     return {"class_labels": labels.to(unet.device)}
 

@@ -1,4 +1,4 @@
-"""Sampler: all settings that decide how image k of a model looks. Its `record` is what every score stores."""
+"""The class Sampler: all settings that decide how image k of a model looks. Evaluations store its `record`."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,33 +12,42 @@ from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.pretrained import Pretrained, weights_hash
 from .guidance import guide
-from .samplers import SAMPLERS, check_settings, default_variance, distinct_steps, draw, image_generators, settings_of
+from .samplers import (
+    SAMPLERS,
+    check_settings,
+    default_steps,
+    default_variance,
+    distinct_steps,
+    draw,
+    image_generators,
+    settings_of,
+)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FEW_STEPS = 50  # the default of every sampler but ddpm
-FAR_FROM_NOISE = 0.01  # if abar of the first step is larger, the model expects more image than pure noise has
+FAR_FROM_NOISE = 0.01  # if abar of the first step is larger, the model expects part of an image, not pure noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """How images are drawn. Image k of a model depends on these settings and on nothing else.
 
-    Call `resolve(model)` first: it fills in the defaults and refuses what the model cannot do.
+    Call `resolve(model)` first. It fills in the defaults, and raises an error if the model does not support a setting.
 
     Attributes:
         name: ddpm, ddim, dpmsolver++, or another name of `SAMPLERS`.
-        num_inference_steps: from 1 to the model's T timesteps. None: all T for ddpm, 50 for the others, or as many as
-            `timesteps` lists.
+        num_inference_steps: a number from 1 to T, the number of timesteps of the model. None: as many as `timesteps`
+            lists. If it is a spacing: all T for ddpm, and 50 (at most T) for the others.
         timesteps: a spacing of `PaperDDPMScheduler.subsequence`, or the timesteps themselves, as numbers or as text
             such as "999,500,0".
-        eta: DDIM's share of fresh noise, 0 to 1.
-        variance_type: ddpm's fixed_small, fixed_large or learned_range. None: the model's own on all T steps,
-            fixed_small on fewer.
-        dtype: float32, bfloat16 or float16, for the UNet's computation. The rest stays float32.
-        seed: image k is drawn from the generator seeded with seed + k.
-        class_labels: image k gets label `class_labels[k % len]`, a name or a number. None: all classes in turn.
-        guidance_scale: how strongly the class is followed; 1 is the conditional model itself. See `guidance.guide`.
+        eta: for ddim, how much fresh noise is added: from 0 (none) to 1 (as much as ddpm).
+        variance_type: for ddpm, fixed_small, fixed_large or learned_range. None: the variance type of the model on
+            all T steps. On fewer steps: learned_range if the model has it, else fixed_small.
+        dtype: float32, bfloat16 or float16. The UNet computes in this dtype, and the rest stays float32.
+        seed: image k is drawn from a random generator seeded with seed + k.
+        class_labels: names or numbers. Image k gets the label `class_labels[k % len(class_labels)]`. None: all
+            classes in turn.
+        guidance_scale: how closely images follow the class. 1 is the conditional model itself. See `guidance.guide`.
         classifier: guides an unconditional model towards a class.
 
     Example:
@@ -67,13 +76,13 @@ class Sampler:
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}.")
         check_settings(self.name, self.eta, self.variance_type, model.unet)
-        self.network(model)  # raises for guidance that this model does not support
+        self.network(model)  # raises a UserError if the model does not support the guidance
         timesteps = self.timesteps
         steps = self.num_inference_steps
         if isinstance(timesteps, str) and re.fullmatch(r"\d+(,\d+)*", timesteps):
             timesteps = [int(t) for t in timesteps.split(",")]
         if isinstance(timesteps, str) and steps is None:
-            steps = len(model.scheduler) if self.name == "ddpm" else min(FEW_STEPS, len(model.scheduler))
+            steps = default_steps(self.name, len(model.scheduler))
         taken = distinct_steps(model.scheduler, steps, timesteps)
         variance_type = self.variance_type or default_variance(model.scheduler, len(taken))
         return replace(
@@ -85,7 +94,7 @@ class Sampler:
         )
 
     def classes(self, model: Pretrained) -> Classes:
-        """Return the classes that can be requested: the model's, or those of the classifier that guides it."""
+        """Return the classes that can be requested. With a classifier, they are its classes, else the model's."""
         if self.classifier is None:
             return model.classes
         config = self.classifier.config
@@ -102,7 +111,7 @@ class Sampler:
         return None if wanted is None else [wanted[k % len(wanted)] for k in indices]
 
     def draw(self, model: Pretrained, indices: Sequence[int], on_step: Callable | None = None) -> Tensor:
-        """Draw images `indices` in one batch: float32 (B, C, H, W) in [-1, 1], on the UNet's device.
+        """Draw the images numbered `indices` in one batch: float32 (B, C, H, W) in [-1, 1], on the UNet's device.
 
         `on_step(i, num_steps, sample, pred_original_sample)` is called after each step.
         """
@@ -138,7 +147,7 @@ class Sampler:
         }
         if self.class_labels is not None:
             names = self.classes(model).names
-            record["class_names"] = list(names) if names else None  # what the labels mean
+            record["class_names"] = list(names) if names else None  # the names of the numbers in class_labels
         if self.classifier is not None or self.guidance_scale != 1:
             classifier = None if self.classifier is None else weights_hash(self.classifier)
             record |= {"guidance_scale": self.guidance_scale, "classifier": classifier}
@@ -152,13 +161,13 @@ class Sampler:
         if signal <= FAR_FROM_NOISE or first == last:
             return []
         return [
-            f"Warning: sampling starts from pure noise at t = {first}, but the model expects a part of an image there "
-            f"(abar is {signal:.2g}): give --timesteps trailing, which starts at t = {last}."
+            f"Warning: sampling starts from pure noise at t = {first}, but at this t the model expects a part of an "
+            f"image (abar is {signal:.2g}): give --timesteps trailing, which starts at t = {last}."
         ]
 
 
 def sampler_named(sampler: "str | Sampler", settings: dict) -> Sampler:
-    """Return the Sampler of a name with these settings, or a copy of a Sampler with these settings replaced.
+    """Return a Sampler with these settings. `sampler` is the name of a sampler, or a Sampler to copy and change.
 
     Raises:
         UserError: for a name or a setting that does not exist.

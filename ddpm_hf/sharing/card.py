@@ -1,7 +1,7 @@
-"""Write the model card, README.md, from what the folder of a run or an export holds, and from nothing else.
+"""Write README.md, the model card of a run or an export. It is made only from the files in the folder.
 
-Every number in it is read from a record: train_config.json, metrics.jsonl or evaluations/*.json. The card says what
-was not measured.
+Every number in the card is read from a record: train_config.json, metrics.jsonl or evaluations/*.json. If something
+was not measured, the card says so.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from ..config.presets import PRESETS
 from ..config.training_config import GROUPS, EvaluationOptions, HubOptions, OutputOptions
 from ..errors import UserError
 from ..evaluation.metrics import METRICS
-from ..evaluation.records import data_name, number, read_record, table
+from ..evaluation.records import data_name, number, read_record, score_rows, table
 from ..files import read_json, write_beside
 from ..provenance import without_paths
 from ..run_folder import files_in
@@ -28,13 +28,13 @@ from .published import is_ours
 
 # The mark of our cards, with the name of the repository. Earlier versions wrote the name as it is, we write it quoted.
 MARKER = re.compile(r"^<!-- ddpm_hf: (.+?) -->$", re.MULTILINE | re.DOTALL)
-# What each pipeline file does, and the arguments of a call that shows it.
+# For each pipeline file: what it does, and the arguments of an example call.
 PIPELINES = {
     "class_guided": ("Generate images of a class, with guidance", "class_labels=[0], guidance_scale=2.0"),
     "restoration": ("Restore noisy, masked, small, grey or blurred images", 'Image.open("noisy.png"), task="denoise"'),
     "reconstruction": ("Turn an image into noise and back, or blend two images", 'Image.open("image.png")'),
 }
-# class_guided.py was two files once. Folders saved then hold one of them, which their cards still show.
+# class_guided.py was once two files. Folders from that time hold one of the two, and their cards still describe it.
 EARLIER_PIPELINES = dict.fromkeys(["class_conditional", "classifier_guided"], PIPELINES["class_guided"])
 MEASURES = {
     "parameters": "Parameters",
@@ -55,19 +55,21 @@ MEASURES = {
 
 
 def check_has_model(folder: Path):
-    """Refuse, with a UserError, a folder that is neither a run nor an export."""
+    """Raise UserError if a folder is neither a run nor an export."""
     if not (folder / "model_index.json").is_file() and not (folder / "classifier").is_dir():
         raise UserError(f"{folder} has no model: give the --output_dir of a run, or the folder of an export.")
 
 
 def write_card(folder: str | Path, name: str | None = None) -> bool:
-    """Write README.md, the model card of a run or an export. Return False if a card that we did not write was kept.
+    """Write README.md, the model card of a run or an export, and return True.
+
+    If README.md exists and was not written by ddpm_hf, keep it and return False.
 
     Args:
-        folder: with a pipeline or a classifier. The card also shows a run's records and pictures, the scores in
-            evaluations/, and the files of pipelines.
-        name: of the repository, e.g. "me/ddpm-cifar10". None: the repository that it was pushed to last, else the
-            run's --hub_model_id, else the folder's name.
+        folder: a folder with a pipeline or a classifier. The card also shows the records and pictures of a run, the
+            scores in evaluations/, and how to call the pipeline files in the folder.
+        name: the repository's name, e.g. "me/ddpm-cifar10". None: the repository to which the folder was last pushed,
+            else the run's --hub_model_id, else the folder's name.
     """
     folder = Path(folder)
     readme = folder / "README.md"
@@ -132,7 +134,7 @@ def code_block(language: str, text: str) -> str:
 
 
 def eval_results(record: dict) -> list[EvalResult]:
-    """Return a record's scores in the form of the Hub's model cards, each with its protocol in `metric_args`."""
+    """Return a record's scores in the format of the Hub's cards. `metric_args` says how each score was measured."""
     data = record["data"]
     sampler = record["sampler"]
     results = []
@@ -157,18 +159,18 @@ def eval_results(record: dict) -> list[EvalResult]:
 
 
 def hub_name(id: str) -> str:
-    """Return the Hub's name of the metric of an entry, or the id itself if the Hub has no name for it."""
+    """Return the Hub's name for the metric with this id, or the id itself if the Hub has no name for it."""
     known = {start: name for metric in METRICS.values() for start, name in metric.hub_names.items()}
     return next((name for start, name in known.items() if re.match(rf"{start}\d", id)), id)
 
 
 def without_none(values: dict) -> dict:
-    """Return a dict without the values that are None, which YAML would not keep."""
+    """Return a copy of a dict without the entries whose value is None. YAML would not keep them."""
     return {key: value for key, value in values.items() if value is not None}
 
 
 def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> str:
-    """Return the sentence that says what the model is."""
+    """Return the introduction of the card: what the model is, its data and its classes."""
     unet = read_json(folder / "unet" / "config.json", missing={}) or read_json(
         folder / "classifier" / "config.json", missing={}
     )
@@ -190,7 +192,7 @@ def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> s
 
 
 def pictures(folder: Path) -> list[str]:
-    """Return Markdown for the last sheet of samples and the animation from noise to images, those that exist."""
+    """Return Markdown for the last sheet of samples and for the animation from noise to images, if they exist."""
     sheets = sorted(files_in(folder, ["samples/epoch_#.png"]), key=lambda sheet: (len(sheet.name), sheet.name))
     shown = {f"Samples, `{sheet.stem}`": sheet for sheet in sheets[-1:]}
     if files_in(folder, ["figures/reverse.gif"]):
@@ -199,7 +201,7 @@ def pictures(folder: Path) -> list[str]:
 
 
 def classifier_usage(name: str) -> list[str]:
-    """Return paragraphs in Markdown that load a classifier and guide a model by it."""
+    """Return Markdown paragraphs that show how to load a classifier and guide a model with it."""
     return [
         code_block(
             "python",
@@ -207,7 +209,7 @@ def classifier_usage(name: str) -> list[str]:
 
 classifier = AutoModel.from_pretrained({in_python(name)}, subfolder="classifier", trust_remote_code=True)""",
         ),
-        "With `ddpm_hf`, guide a model by it, or export both into one folder that stock diffusers loads:",
+        "`ddpm_hf` can guide a model with this classifier, or export both to one folder that diffusers loads:",
         code_block(
             "bash",
             f"""python -m ddpm_hf sample MODEL --classifier {shlex.quote(name)} --guidance_scale 10 --sampler ddim
@@ -217,7 +219,7 @@ python -m ddpm_hf export MODEL my-export --classifier {shlex.quote(name)}""",
 
 
 def usage(name: str, folder: Path) -> list[str]:
-    """Return paragraphs in Markdown that load a model and sample from it."""
+    """Return Markdown paragraphs that show how to load a model and sample from it."""
     unet = read_json(folder / "unet" / "config.json", missing={})
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", missing={})
     steps = scheduler["num_train_timesteps"]
@@ -232,10 +234,10 @@ image = pipeline(num_inference_steps={steps}).images[0]"""
         parts.append("Stock diffusers loads it, from the Hub or from the path of this folder:")
         parts.append(code_block("python", call))
         if scheduler["variance_type"] == "learned_range":
-            parts.append("`DDIMPipeline` cannot use it, because its UNet predicts a variance besides the noise.")
+            parts.append("`DDIMPipeline` cannot use this model, because the UNet also predicts a variance.")
         else:
             call = f"DDIMPipeline.from_pretrained({in_python(name)})(num_inference_steps={min(50, steps)}).images[0]"
-            parts.append(f"In fewer steps: {code(call)}.")
+            parts.append(f"To draw in fewer steps: {code(call)}.")
     needs_class = bool(unet["num_class_embeds"]) and unet["num_class_embeds"] <= len(index.get("id2label", {}))
     for pipeline in EARLIER_PIPELINES | PIPELINES:
         if (folder / f"{pipeline}.py").is_file():
@@ -253,11 +255,11 @@ def in_python(name: str) -> str:
 
 
 def pipeline_usage(name: str, pipeline: str, *, is_default: bool, needs_class: bool) -> str:
-    """Return a paragraph in Markdown that loads one of our pipelines and calls it.
+    """Return a Markdown paragraph that shows how to load and call one of our pipelines.
 
     Args:
-        is_default: the index of the folder names this pipeline.
-        needs_class: the model has no embedding for "no class".
+        is_default: whether the folder's model_index.json names this pipeline.
+        needs_class: whether the model has no embedding for "no class", so that every image needs a class.
     """
     what, arguments = (EARLIER_PIPELINES | PIPELINES)[pipeline]
     if needs_class and pipeline in ("class_guided", "class_conditional"):
@@ -274,7 +276,7 @@ pipeline({arguments}).images[0].save("result.png")"""
 
 
 def scores(records: dict[str, dict]) -> str:
-    """Return, for each record, a sentence on how it was measured and a table of its numbers, in Markdown."""
+    """Return Markdown that says how each record was measured, and shows its numbers in a table."""
     parts = []
     for file, record in records.items():
         sampler = record["sampler"]
@@ -285,11 +287,7 @@ def scores(records: dict[str, dict]) -> str:
         how += [f"{key} {literal(sampler[key])}" for key in ("eta", "seed", "guidance_scale") if key in sampler]
         how += [f"weights: {literal(record['model']['weights'])}"] if "weights" in record["model"] else []
         rows = [["metric", "value", "+-", "floor (real images)", "N", "N real"]]
-        rows += [
-            [code(entry["id"]), *(number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))]
-            for entry in record["metrics"]
-            if entry.get("status") != "skipped"
-        ]
+        rows += [[code(id), *numbers] for id, *numbers in score_rows(record)]
         against = f"against {code(data['name'])} ({number(data['train']['n'])} training images"
         against += f", {number(data['held_out']['n'])} held out)" if data["held_out"] else ")"
         spent = f"drawn in {number(cost['drawing_s'])} s, scored in {number(cost['scoring_s'])} s"
@@ -343,11 +341,11 @@ def limits(flags: dict, data: str | None, records: dict[str, dict]) -> str:
         sentences.append("Whether it copies training images was not measured.")
     else:
         count = number(entries["memorization_exact_copies"]["n_gen"])
-        sentences.append(f"Of {count} generated images {number(copies)} are copies of training images, to the pixel.")
+        sentences.append(f"Of {count} generated images, {number(copies)} are exact copies of training images.")
     if records:
         sentences.append("Compare its scores only with scores of the same N, reference, sampler and extractor.")
     if flags.get("variance_type") == "learned_range":
         sentences.append(
-            "Samplers that expect only noise from the UNet cannot use it, because it also predicts a variance."
+            "Samplers that expect the UNet to predict only noise cannot use this model: it also predicts a variance."
         )
     return " ".join(sentences)

@@ -1,4 +1,4 @@
-"""Export a model and the pipeline files that suit it into one folder, which needs only diffusers to load."""
+"""Export a model and the pipeline files that suit it into one folder. Loading the folder needs only diffusers."""
 
 import shutil
 from pathlib import Path
@@ -24,22 +24,24 @@ def export(
     pipeline: str | None = None,
     weights: str = "published",
 ) -> list[str]:
-    """Write a folder that stock diffusers loads, with the pipeline files that suit the model. Return their names.
+    """Write a folder that stock diffusers loads, and return the names of the pipeline files in it.
 
-    `DiffusionPipeline.from_pretrained(output, trust_remote_code=True)` returns `pipeline`, and with
-    `custom_pipeline=NAME` another one of them; `output` may also be a Hub repository with the folder's files. The
-    records and pictures of a run are copied too, and the card shows them.
+    The folder has every pipeline file that suits the model. To load the default pipeline, call
+    `DiffusionPipeline.from_pretrained(output, trust_remote_code=True)`. To load another one, add
+    `custom_pipeline=NAME`. After a push to the Hub, the repository can be loaded in the same way. The records and
+    pictures of a run are copied too, and the card shows them.
 
     Args:
         model: a folder, a checkpoint, a Hub id, or the result of `load`.
         output: a folder that does not exist yet.
-        classifier: guides an unconditional model: the run of --objective classify, a Hub id, or the classifier itself.
+        classifier: a classifier to guide an unconditional model: a run of --objective classify, a Hub id, or the
+            classifier itself.
         pipeline: the default pipeline of the folder. None: class_guided for a model with classes or a classifier, else
             stock `DDPMPipeline`, which loads without trust_remote_code.
         weights: published or raw, see `load`.
 
     Raises:
-        UserError: if the folder exists or cannot be written, or for a classifier or a pipeline that does not suit the
+        UserError: if the folder exists or cannot be written, or if the classifier or the pipeline does not suit the
             model.
 
     Example:
@@ -53,7 +55,7 @@ def export(
     output = Path(output)
     conditional = model.unet.config.num_class_embeds is not None
     if output.exists():
-        raise UserError(f"{output} is there already: give another folder, or remove it.")
+        raise UserError(f"{output} already exists: give another folder, or remove this one.")
     if classifier is not None:
         check_classifier(classifier, model.unet, model.scheduler)
     suits = {

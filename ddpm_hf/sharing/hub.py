@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 
-# Import httpx's HTTPError from here, because huggingface_hub decides which major version of httpx it uses.
+# HTTPError belongs to httpx. Import it from huggingface_hub, which decides which major version of httpx is used.
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 
 from ..errors import UserError
@@ -18,10 +18,10 @@ from .published import copy_published
 
 
 logger = logging.getLogger(__name__)
-# The process has one client. It has one worker thread, so pushes arrive in the order in which they were made.
+# All pushes use this client. It has one worker thread, so they reach the Hub in the order in which they were started.
 API = HfApi()
 WAITS = (5, 30, 120)  # seconds to wait before each new attempt of a push
-LOG_IN = "log in with `hf auth login`, or give --hub_token a token that may write there"
+LOG_IN = "log in with `hf auth login`, or give a --hub_token with write access to this repository"
 
 
 def is_hub_id(name: str) -> bool:
@@ -32,7 +32,7 @@ def is_hub_id(name: str) -> bool:
 def create_repository(name: str, private: bool = False, token: str | None = None, **space) -> str:
     """Create a repository unless it exists; return its id, e.g. `me/ddpm-cifar10`.
 
-    A run calls this before its first step, so that a push that cannot work fails before the training and not after it.
+    A run calls this before its first step. If the run cannot push, it then fails before the training, not after it.
 
     Args:
         private: require a private repository. False leaves the choice to the Hub.
@@ -44,9 +44,9 @@ def create_repository(name: str, private: bool = False, token: str | None = None
     """
     kind = {"repo_type": space.get("repo_type")}
     try:
-        # None leaves the choice to the Hub, because an organisation may create private repositories by default.
+        # False would ask for a public repository. None asks for the default, which an organisation can set to private.
         repo_id = API.create_repo(name, token=token, private=private or None, exist_ok=True, **space).repo_id
-        # Check the token, because create_repo accepts a repository that exists even if the token may only read.
+        # Check that the token can write: create_repo does not check it if the repository exists.
         API.auth_check(repo_id, token=token, write=True, **kind)
         is_private = API.repo_info(repo_id, token=token, **kind).private
     except HFValidationError:
@@ -67,7 +67,7 @@ def short_reason(error: Exception) -> str:
 
 
 def is_denied(error: Exception) -> bool:
-    """Return whether the token is missing, wrong or not allowed to do this."""
+    """Return whether a request failed because the token is missing, wrong or lacks the permission."""
     return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
 
 
@@ -77,11 +77,11 @@ def is_final(error: Exception) -> bool:
 
 
 def push_in_background(output_dir: str | Path, repo_id: str, token: str | None, message: str) -> "Future[bool]":
-    """Start to upload a run as one commit. Return a future, whose result is whether the upload succeeded.
+    """Start to upload a run as one commit. Return a future of a bool: True if the upload succeeded.
 
-    The files are copied first by `copy_published`, so that training can go on writing. Files that the Hub has are not
-    sent again. A push that fails is tried again; in the end it is only a warning, because a network failure must not
-    end hours of training.
+    The files are copied first by `copy_published`, so that training can go on writing. Files that the Hub already has
+    are not sent again. A push that fails is tried again. If the last attempt fails too, this is logged as a warning
+    and is not an error, because a network failure must not end hours of training.
     """
     try:
         snapshot = tempfile.TemporaryDirectory(prefix=".push-", dir=output_dir, ignore_cleanup_errors=True)
@@ -106,9 +106,9 @@ def push_in_background(output_dir: str | Path, repo_id: str, token: str | None, 
 
 
 def retry(upload, repo_id: str, remedy: str) -> bool:
-    """Call `upload` until it succeeds, at most once more than there are WAITS. Return whether it succeeded.
+    """Call `upload` until it succeeds, at most 1 + len(WAITS) times. Return whether it succeeded.
 
-    Each failure is a warning; the last one says `remedy`.
+    Each failure is logged as a warning. The last warning ends with `remedy`.
     """
     for wait in (*WAITS, None):
         try:

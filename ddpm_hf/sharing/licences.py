@@ -1,7 +1,7 @@
 """Licences of the data sets that the presets name."""
 
-# The licence and a sentence about the data, by a pattern of the data's name. A model inherits the licence: one trained
-# on AFHQ is not for commercial use either.
+# A pattern of the data's name -> (licence, sentence about the data). A model gets the licence of its data:
+# for example, a model trained on AFHQ is not for commercial use.
 LICENCES = {
     r"(huggan/)?afhq.*": (
         "cc-by-nc-4.0",
@@ -19,5 +19,5 @@ LICENCES = {
 }
 UNKNOWN_LICENCE = (
     None,
-    "their licence is not known here. Find out where they are from before you build on this model.",
+    "their licence is not known here. Find out where the images are from before you build on this model.",
 )

@@ -12,13 +12,13 @@ logger = logging.getLogger(__name__)
 
 
 def push(folder: str | Path, name: str | None = None, *, private: bool = False, token: str | None = None) -> str:
-    """Write the card of a run or an export again and upload what changed. Return the address of the repository.
+    """Write the card of a run or an export again, and upload the files that changed. Return the repository's URL.
 
     Args:
         folder: the --output_dir of a run, or an export.
-        name: of the repository, NAME or USER/NAME. None: the folder's name.
-        private: create it private. A repository that exists must be private then.
-        token: an access token of the Hub. None: that of `hf auth login`.
+        name: the repository's name, as NAME or USER/NAME. None: the folder's name.
+        private: create the repository as private. If it exists, it must be private already.
+        token: an access token of the Hub. None: the token of `hf auth login`.
 
     Raises:
         UserError: for a folder without a model, a repository that cannot be written to, or an upload that failed.

@@ -15,20 +15,20 @@ SUFFIXES = [".py", ".md", ".txt", ".css", ".html", ".js"]  # the files that a Sp
 
 
 def push_space(model: str, name: str | None = None, *, private: bool = False, token: str | None = None) -> str:
-    """Upload spaces/ and pipelines/ as a Space that shows a model of the Hub. Return the Space's address.
+    """Upload spaces/ and pipelines/ as a Space with a demo of a model on the Hub. Return the Space's URL.
 
     Args:
-        model: Hub id, e.g. "me/ddpm-mnist".
-        name: of the Space, NAME or USER/NAME. None: the model's name with -demo.
-        private: create it private. A Space that exists must be private then.
-        token: an access token of the Hub. None: that of `hf auth login`.
+        model: the model's Hub id, e.g. "me/ddpm-mnist".
+        name: the Space's name, as NAME or USER/NAME. None: the model's name followed by -demo.
+        private: create the Space as private. If it exists, it must be private already.
+        token: an access token of the Hub. None: the token of `hf auth login`.
 
     Raises:
         UserError: for a model that is not on the Hub, a Space that cannot be written to, or an upload that failed.
     """
     if not is_hub_id(model):
         raise UserError(
-            f"{model} is not a Hub id, and a Space cannot see this disk: push it first, then give USER/NAME."
+            f"{model} is not a Hub id, and a Space cannot see this disk: push the model first, then give USER/NAME."
         )
     try:
         found = API.file_exists(model, "model_index.json", token=token)
@@ -36,7 +36,7 @@ def push_space(model: str, name: str | None = None, *, private: bool = False, to
         raise UserError(f"{API.endpoint} does not answer ({short_reason(error)}): check the network.") from None
     if not found:
         raise UserError(
-            f"{model} is not a pipeline on {API.endpoint}, or your token may not read it: push it first, or log in."
+            f"{model} is not a pipeline on {API.endpoint}, or your token cannot read it: push it first, or log in."
         )
     name = name or f"{model.rpartition('/')[2]}-demo"
     space_id = create_repository(name, private, token, repo_type="space", space_sdk="gradio")

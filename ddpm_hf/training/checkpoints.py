@@ -1,9 +1,9 @@
 """Prepare the run folder; save, find, check and load its checkpoints.
 
-A checkpoint is complete or absent, and saving one never touches the ones before it. accelerate writes the weights, the
-optimizer and the gradient scaler. We add the EMA as safetensors and the counters as plain tensors and numbers, which
-are read back with `weights_only`. All files go to `checkpoint-<step>.tmp`, which is renamed when every process is
-done. A kill leaves at worst that folder, and the next run removes it.
+A checkpoint is either complete or absent, and saving one never changes the earlier ones. accelerate writes the
+weights, the optimizer and the gradient scaler. We add the EMA as safetensors, and the counters as plain tensors and
+numbers that `weights_only` can read. All files are written to the folder `checkpoint-<step>.tmp`. It is renamed when
+every process is done. If a kill leaves this folder, the next run removes it.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
@@ -18,13 +19,14 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import UserError
-from ..files import remove, writing
-from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoints, step_of
+from ..evaluation.records import read_record
+from ..files import read_json, remove, write_beside, writing
+from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoint_folders, checkpoints, files_in, step_of
 
 
-# A checkpoint can only be resumed with these flags as they were: with others its weights mean something else.
+# A run can only be resumed with the same values of these flags, because they decide what the weights mean.
 FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
-# A change of these flags is allowed, and a warning names it.
+# A resumed run may change these flags, but a warning names each change.
 WARNED = ["seed", "dataset_name", "class_names", "label_dropout", "random_flip", "objective", "timestep_sampling"]
 WARNED += ["loss_type", "snr_gamma", "train_batch_size", "gradient_accumulation_steps", "learning_rate"]
 WARNED += ["lr_scheduler", "use_ema", "ema_max_decay", "mixed_precision"]
@@ -34,18 +36,18 @@ SAVED = ["step", "images_seen", "seconds", "best_score", "best_measure", "pendin
 
 @dataclass
 class TrainState:
-    """Everything that changes during a run, counted in optimizer steps and images seen.
+    """Everything that changes during a run. Progress is counted in optimizer steps and images seen.
 
     Saved in state.pt (the fields in SAVED):
-        seconds: time spent training so far, over all interruptions.
-        best_score, best_measure: the score of best/, lower is better, and the name of what was measured.
-        pending: one row per optimizer step that metrics.jsonl has not averaged yet.
+        seconds: time spent training so far, without the interruptions.
+        best_score, best_measure: the score of the model in best/ (lower is better), and the name of this score.
+        pending: one row for each optimizer step that is not yet averaged in metrics.jsonl.
         stream: the position in a streamed dataset.
-        loss_history: of --timestep_sampling loss_second_moment, equal in every process; see timestep_sampling.py.
+        loss_history: for --timestep_sampling loss_second_moment, equal in every process; see timestep_sampling.py.
 
-    Not saved, because it means nothing to another process:
+    Not saved, because these fields belong to the current process:
         signals: the numbers of the signals caught so far.
-        figures_missing: a signal came while the last sheet or figures were drawn, so the run is not finished.
+        figures_missing: True if a signal stopped the last sheet or the figures, so that the run is not finished.
         push: the last push to the Hub, which runs in the background.
     """
 
@@ -67,18 +69,18 @@ def find_checkpoint(config) -> Path | None:
     """Return the checkpoint to resume from, or None to start a new run. Nothing is written.
 
     Raises:
-        UserError: if the run folder is in use and the flags neither resume nor overwrite it, or if the checkpoint to
-            resume from does not exist or is not complete.
+        UserError: if the run folder is not empty and the flags neither resume nor overwrite its run. Also if the
+            checkpoint to resume from does not exist or is not complete.
     """
     output_dir = Path(config.output_dir)
-    with writing("the run", output_dir):  # a name that is too long raises here
+    with writing("the run", output_dir):  # a name that is too long raises an error here
         is_file = output_dir.exists() and not output_dir.is_dir()
     if is_file:
         raise UserError(f"--output_dir {output_dir} is a file: give the name of a folder.")
     if config.resume_from_checkpoint not in (None, "latest"):
         checkpoint = Path(config.resume_from_checkpoint)
         if not checkpoint.exists() and checkpoint.name == config.resume_from_checkpoint:
-            checkpoint = output_dir / checkpoint  # a bare name, as diffusers' script takes it
+            checkpoint = output_dir / checkpoint  # a name without a folder, as in diffusers' script
         if not (checkpoint / "state.pt").is_file() or not re.fullmatch(r"checkpoint-\d+", checkpoint.name):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: give a folder named "
@@ -87,64 +89,152 @@ def find_checkpoint(config) -> Path | None:
         elsewhere = checkpoint.parent.resolve() != output_dir.resolve()
         if elsewhere and output_dir.is_dir() and any(output_dir.iterdir()):
             raise UserError(
-                f"--output_dir {output_dir} is not empty, and {checkpoint} belongs to another folder: give a new one."
+                f"{checkpoint} is from another run folder, and --output_dir {output_dir} is not empty: give a new or "
+                "empty --output_dir."
             )
         return checkpoint
     if config.resume_from_checkpoint == "latest" and (found := checkpoints(output_dir)):
         return found[-1]
     in_use = output_dir.is_dir() and any(output_dir.iterdir())
-    if in_use and config.resume_from_checkpoint == "latest" and (output_dir / "train_config.json").exists():
-        # A run killed before its first checkpoint leaves no pipeline; `latest` starts it again.
-        in_use = (output_dir / "model_index.json").exists()
+    if in_use and config.resume_from_checkpoint == "latest":
+        in_use = not can_start_again(output_dir, config.logging_dir)
     if in_use and not config.overwrite_output_dir:
         raise UserError(
             f"--output_dir {output_dir} is not empty: give --resume_from_checkpoint latest to go on with its run "
             "(if it has a checkpoint), --overwrite_output_dir to replace it, or another folder."
         )
+    if in_use and not is_run(output_dir) and (strange := checkpoint_folders(output_dir)):
+        raise UserError(
+            f"--output_dir {output_dir} has a {strange[0].name}, but no train_config.json of a run, so it may not be "
+            "overwritten: remove it, or give another folder."
+        )
     return None
 
 
-def prepare_output_dir(config, checkpoint: Path | None):
-    """Create the run folder, or remove from it the files of the run that is overwritten or abandoned.
+def is_run(folder: Path) -> bool:
+    """Return whether a folder has a train_config.json that a run wrote, and not another program."""
+    try:
+        record = read_json(folder / "train_config.json", missing={})
+    except UserError:
+        return False
+    flags = record.get("flags")
+    known = {"output_dir", "resolution", "ddpm_num_steps", "ddpm_beta_schedule"}
+    return isinstance(flags, dict) and flags.keys() >= known and isinstance(record.get("versions"), dict)
+
+
+def can_start_again(folder: Path, logging_dir: str) -> bool:
+    """Return whether `latest` may start a run from its beginning here: the one before was killed early.
+
+    Before its train_config.json a run writes only the folder of its tracker; before its first checkpoint no network.
+    """
+    first = {".writable.tmp", ".train_config.json.tmp", Path(logging_dir).parts[0]}
+    if {path.name for path in folder.iterdir()} <= first:
+        return True
+    return is_run(folder) and not (folder / "model_index.json").exists() and not (folder / "classifier").exists()
+
+
+def create_output_dir(output_dir: Path):
+    """Create the run folder if it is missing.
 
     Raises:
-        UserError: if the folder cannot be written to.
+        UserError: if it cannot be written to.
     """
-    output_dir = Path(config.output_dir)
     with writing("the run", output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / ".writable.tmp").touch()
-        for pattern in HALF_WRITTEN:
-            for stale in output_dir.glob(pattern):
-                remove(stale)
-        if checkpoint is None and (output_dir / "train_config.json").exists():
-            # Remove only the files that a run writes: all others are the user's.
-            for pattern in [*RUN_FILES, config.logging_dir, "train_config.json"]:
-                for old in output_dir.glob(pattern):
-                    remove(old)
-            for old in checkpoints(output_dir):
-                remove(old)
-        elif checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve():
-            # Resuming from an earlier checkpoint abandons the later ones.
-            for later in checkpoints(output_dir):
-                if step_of(later) > step_of(checkpoint):
-                    remove(later)
+        probe = output_dir / ".writable.tmp"
+        probe.touch()
+        probe.unlink()
+
+
+def replaced_by(config, checkpoint: Path | None) -> list[Path]:
+    """Return the files and checkpoints of an earlier run that this run will replace. Nothing is removed.
+
+    Only names that a run writes are listed, and only in the folder of a run: all other files are the user's.
+    """
+    output_dir = Path(config.output_dir)
+    resumed_here = checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve()
+    if not resumed_here and not is_run(output_dir):
+        return []
+    found = [path for path in output_dir.iterdir() if HALF_WRITTEN.fullmatch(path.name)]
+    if resumed_here:
+        # Resuming from an earlier checkpoint abandons the later ones. The newest goes first: a kill leaves no gap.
+        complete = checkpoints(output_dir)
+        abandoned = [
+            path
+            for path in checkpoint_folders(output_dir)
+            if step_of(path) > step_of(checkpoint) or path not in complete
+        ]
+        return found + abandoned[::-1]
+    files = files_in(output_dir, RUN_FILES)
+    return found + checkpoint_folders(output_dir)[::-1] + files + records(output_dir) + logs(config)
+
+
+def records(output_dir: Path) -> list[Path]:
+    """Return the records in the run's evaluations/ and the pictures that belong to them; not the user's own files."""
+    found = []
+    for path in files_in(output_dir, ["evaluations/*.json"]):
+        with contextlib.suppress(UserError):
+            read_record(path)
+            found += [path, *files_in(output_dir, [f"evaluations/{path.stem}.pairs.png"])]
+    return found
+
+
+def logs(config) -> list[Path]:
+    """Return what TensorBoard and wandb wrote in --logging_dir. No link is followed."""
+    folder = Path(config.output_dir, config.logging_dir)
+    if folder.resolve() != Path(config.output_dir).resolve() / config.logging_dir:
+        return []
+    tensorboard = [
+        path
+        for path in (folder / "ddpm_hf").rglob("*")
+        if re.fullmatch(r"events\.out\.tfevents\..+|hparams\.yml", path.name) and not path.is_dir()
+    ]
+    wandb = (path for path in (folder / "wandb").glob("*") if re.fullmatch(r"(offline-)?run-\d+_\d+-\w+", path.name))
+    return [*tensorboard, *wandb]
+
+
+def remove_replaced(output_dir: Path, replaced: list[Path]):
+    """Remove what `replaced_by` listed, and the folders in the run folder that are empty then.
+
+    Raises:
+        UserError: if a file cannot be removed.
+    """
+    with writing("the run", output_dir):
+        folders = checkpoint_folders(output_dir)
+        for path in replaced:
+            if path in folders:
+                remove_checkpoint(path)
+            else:
+                remove(path)
+        parents = {parent for path in replaced for parent in path.parents if output_dir in parent.parents}
+        for folder in sorted(parents, reverse=True):  # those inside others come first
+            with contextlib.suppress(OSError):  # files of the user are in it
+                folder.rmdir()
+
+
+def remove_checkpoint(checkpoint: Path):
+    """Remove a checkpoint, renamed before that, so that a kill leaves no part of it under its name."""
+    partial = checkpoint.with_name(checkpoint.name + ".tmp")  # which the next run removes
+    remove(partial)
+    checkpoint.rename(partial)
+    remove(partial)
 
 
 def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, ema, rows: list):
     """Write `checkpoint-<step>`, then remove the oldest beyond --checkpoints_total_limit. Every process calls this.
 
     Args:
-        network: "unet", the config of the network, and "class_names", the classes of a conditional UNet or None.
+        network: a dict with "unet", the config of the network, and "class_names", the classes of a conditional UNet
+            or None.
         rows: the rows of `state.pending`, each summed over the processes.
 
     Raises:
-        UserError: if it cannot be written; the earlier checkpoints are untouched then.
+        UserError: if the checkpoint cannot be written. The earlier checkpoints are then unchanged.
     """
     final = Path(config.output_dir) / f"checkpoint-{state.step}"
     partial = final.with_name(final.name + ".tmp")
     try:
-        with writing("a checkpoint", final):
+        with writing("a checkpoint", final, also=(RuntimeError,)):
             accelerator.save_state(str(partial))
             if accelerator.is_main_process:
                 if ema is not None:
@@ -153,24 +243,25 @@ def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, em
                 (partial / "train_config.json").write_text(json.dumps(record))
                 saved = {name: getattr(state, name) for name in SAVED} | {"pending": rows}
                 torch.save(saved, partial / "state.pt")
-            accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
+        with writing("a checkpoint", final):
             if accelerator.is_main_process:
                 partial.rename(final)
                 if config.checkpoints_total_limit is not None:
                     for old in checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
-                        remove(old)
+                        remove_checkpoint(old)
     finally:
         if accelerator.is_main_process:
-            remove(partial)  # a full disk can leave part of it
+            remove(partial)  # a full disk can leave part of this folder
     accelerator.wait_for_everyone()
 
 
 def check_same_run(checkpoint: Path, config, network_config: dict, total_steps: int) -> list[str]:
-    """Refuse a checkpoint that this run cannot continue; return a list of one warning if other flags changed, else [].
+    """Refuse a checkpoint that this run cannot continue. Return a list of one warning if flags changed, else [].
 
     Raises:
-        UserError: if the checkpoint is of another model or diffusion process, has no EMA though --use_ema is given, is
-            past the end of this run, or cannot be read.
+        UserError: if the checkpoint is of another model or diffusion process, if it has no EMA although --use_ema is
+            given, if it is past the end of this run, or if it cannot be read.
     """
     with reading(checkpoint):
         saved = json.loads((checkpoint / "train_config.json").read_text())
@@ -195,9 +286,9 @@ def check_same_run(checkpoint: Path, config, network_config: dict, total_steps: 
 
 
 def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
-    """Refuse, with a UserError, a checkpoint whose network has another config than this run's."""
+    """Raise a UserError if the network of a checkpoint and the network of this run have different configs."""
     for name, value in json.loads(json.dumps(network_config)).items():
-        # diffusers' own notes have names with an underscore, and their order differs between processes.
+        # Skip names with an underscore: diffusers keeps notes there, and their order differs between processes.
         if not name.startswith("_") and saved.get(name) != value:
             raise UserError(
                 f"{checkpoint} is of another model: its network has {name} {saved.get(name)}, this run's has "
@@ -207,11 +298,20 @@ def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
 
 @contextlib.contextmanager
 def reading(checkpoint: Path):
-    """Raise a UserError in place of the errors of a damaged file."""
+    """Turn the errors of reading a damaged file into a UserError."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        EOFError,
+        UnpicklingError,
+        SafetensorError,
+    ) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{checkpoint} is damaged ({reason}): remove it and resume from an earlier one.") from error
 
 
@@ -226,7 +326,7 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema):
         saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         for name in SAVED:
             setattr(state, name, saved[name])
-    # The rows are sums over all processes, so only one process may add them again.
+    # Each row is already a sum over all processes, so only the main process keeps it. The others keep zeros.
     device, keep = accelerator.device, accelerator.is_main_process
     state.pending = [(row if keep else torch.zeros_like(row)).to(device) for row in state.pending]
     if ema is not None:
@@ -236,13 +336,13 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema):
 
 
 def keep_metrics_up_to(output_dir, step: int):
-    """Remove the lines of metrics.jsonl after `step`, because the resumed run writes them again."""
+    """Remove the lines after `step` from metrics.jsonl, because the resumed run writes them again."""
     path = Path(output_dir) / "metrics.jsonl"
     if path.is_file():
-        lines = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        partial = path.with_suffix(".tmp")
+        lines = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill or a full disk may have cut the line
+                lines += [line] if json.loads(line)["step"] <= step else []
+        text = "".join(line + "\n" for line in lines)
         with writing("metrics.jsonl", path):
-            partial.write_text("".join(line + "\n" for line in lines))
-            partial.replace(path)
+            write_beside(path, lambda partial: partial.write_text(text))

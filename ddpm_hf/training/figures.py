@@ -1,7 +1,7 @@
-"""The figures of a run: the loss, the schedule, the forward and the reverse process, and few-step samples.
+"""Draw the figures of a run: the loss, the schedule, the forward and the reverse process, and samples in few steps.
 
 Most functions write one file under a temporary name, rename it and return its path. Small images are enlarged by whole
-factors without smoothing, so that a pixel stays a square. Plots do without pyplot, which keeps global state.
+factors without smoothing, so that a pixel becomes a square. Plots do not use pyplot, because it keeps global state.
 """
 
 import json
@@ -17,7 +17,7 @@ from ..config.training_config import TrainingConfig
 from ..data.dataset import load_images
 from ..diffusion.scheduler import PaperDDPMScheduler
 from ..errors import UserError
-from ..models.pretrained import load_pretrained
+from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import evenly, image_sheet, near_square, resize, save_picture, strip, tile, to_uint8
 from ..randomness import keyed_generator
 from ..sampling.samplers import draw, image_generators
@@ -25,12 +25,12 @@ from ..sampling.samplers import draw, image_generators
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
 BANDS = {"0 to T/4": "#12355b", "T/4 to T/2": "#2a78b8", "T/2 to 3T/4": "#5fb6c9", "3T/4 to T": "#a8d5a2"}
-FRAMES = 40  # of the GIF; more would be smoother but cost bytes
+FRAMES = 40  # in the GIF; more frames would be smoother, but the file larger
 DDIM_STEPS = (5, 10, 20, 50)  # divisors of 1000, so that trailing spacing is even
 
 
 def forward_strip(scheduler: PaperDDPMScheduler, images: torch.Tensor, path, seed: int) -> Path:
-    """Draw images (N, C, H, W) in [-1, 1] as x_t for t = 0, T/8, ... T-1; each row has one noise, keyed by `seed`."""
+    """Draw images (N, C, H, W) in [-1, 1] as x_t for t = 0, T/8, ... T-1: one row and one fixed noise per image."""
     timesteps = sorted({k * len(scheduler) // 8 for k in range(8)} | {len(scheduler) - 1})
     noise = [torch.randn(images.shape[1:], generator=keyed_generator(seed, "forward", k)) for k in range(len(images))]
     rows = [scheduler.q_sample(x[None], e[None], torch.tensor(timesteps)) for x, e in zip(images.cpu(), noise)]
@@ -38,9 +38,9 @@ def forward_strip(scheduler: PaperDDPMScheduler, images: torch.Tensor, path, see
 
 
 def reverse_strip(frames: list[tuple[torch.Tensor, torch.Tensor]], labels: list[str], path) -> Path:
-    """Draw the reverse process, one column per frame: the samples, each above the x_0 that was predicted from it.
+    """Draw the reverse process, one column per frame: each sample, and below it the x_0 that was predicted from it.
 
-    `frames` are pairs (sample, pred_original_sample), each (N, C, H, W), as `draw` passes them to on_step.
+    `frames` are pairs (sample, pred_original_sample), both (N, C, H, W), as `draw` passes them to on_step.
     """
     samples, predictions = (to_uint8(torch.stack(part, dim=1)) for part in zip(*frames))
     rows = [row for pair in zip(samples, predictions) for row in pair]
@@ -48,12 +48,12 @@ def reverse_strip(frames: list[tuple[torch.Tensor, torch.Tensor]], labels: list[
 
 
 def reverse_gif(frames: list[torch.Tensor], path) -> Path:
-    """Draw a looping GIF of images forming from noise: up to 40 frames of 16 images, the last one shown for 2 s.
+    """Draw a looping GIF of 16 images that form from noise: up to 40 frames, the last of them shown for 2 s.
 
-    `frames` are samples (N, C, H, W) in [-1, 1], from noise to image.
+    `frames` are samples (N, C, H, W) in [-1, 1], in the order from noise to image.
     """
     sheets = [resize(to_uint8(frame[:16]), 84) for frame in evenly(frames, FRAMES)]
-    # Noise takes most of the bytes and needs few colours. The images at the end get all 256.
+    # Frames of noise take most of the bytes, but need few colours. The images at the end get all 256 colours.
     few, columns = 16 if sheets[0].shape[1] == 1 else 64, near_square(len(sheets[0]))
     colors = [few if k < 0.8 * len(sheets) else 256 for k in range(len(sheets))]
     pictures = [tile(sheet, columns).quantize(n, dither=Image.Dither.NONE) for sheet, n in zip(sheets, colors)]
@@ -61,25 +61,23 @@ def reverse_gif(frames: list[torch.Tensor], path) -> Path:
     return save_picture(pictures[0].save, path, save_all=True, append_images=pictures[1:], **options)
 
 
-def ddim_sheets(
-    unet, scheduler, folder, seed, *, num_images=16, steps=DDIM_STEPS, on_step=None, class_labels=None
-) -> list[Path]:
-    """Draw the same images by DDIM in few steps, one sheet `ddim_<steps>.png` each; more steps than T are left out.
+def ddim_sheets(unet, scheduler, folder, seed, *, num_images, on_step=None, class_labels=None) -> list[Path]:
+    """Draw the same images by DDIM with each number of DDIM_STEPS, and write a sheet `ddim_<steps>.png` for each.
 
-    The spacing is trailing, which begins at the noisiest timestep, because the samples begin as pure noise.
+    Numbers above T are left out. The spacing is trailing: it begins at the noisiest timestep, as the samples begin as
+    pure noise.
     """
     paths = []
-    for count in [count for count in steps if count <= len(scheduler)]:
-        options = dict(
-            sampler="ddim", num_inference_steps=count, spacing="trailing", on_step=on_step, class_labels=class_labels
-        )
-        images = draw(unet, scheduler, image_generators(seed, range(num_images)), **options)
+    options = dict(sampler="ddim", spacing="trailing", on_step=on_step, class_labels=class_labels)
+    for count in [count for count in DDIM_STEPS if count <= len(scheduler)]:
+        generators = image_generators(seed, range(num_images))
+        images = draw(unet, scheduler, generators, num_inference_steps=count, **options)
         paths.append(image_sheet(to_uint8(images), Path(folder, f"ddim_{count}.png")))
     return paths
 
 
 def plot(mosaic, titles: list[str], height: float, **ratios):
-    """Return an empty matplotlib Figure and a dict of its axes by their letter in `mosaic`."""
+    """Return an empty matplotlib Figure, and its axes as a dict by their letter in `mosaic`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, height), dpi=120, layout="constrained")
@@ -92,7 +90,7 @@ def plot(mosaic, titles: list[str], height: float, **ratios):
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the moving mean over a thirtieth of the curve; over less at its start, where losses fall steeply."""
+    """Return the moving mean over a thirtieth of the curve, or over less at the start, where losses fall steeply."""
     total = np.concatenate([[0], np.cumsum(values)])
     at = np.arange(len(values))
     half_width = np.minimum(at // 2, math.ceil(len(values) / 60))
@@ -101,7 +99,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def loss_figure(metrics_path, path) -> Path:
-    """Plot metrics.jsonl: training and validation loss, loss by quarter of the timesteps, learning rate."""
+    """Plot metrics.jsonl: training and validation loss, loss for each quarter of the timesteps, learning rate."""
     lines = [json.loads(line) for line in Path(metrics_path).read_text().splitlines()]
     all_steps = np.array([line["step"] for line in lines])
     titles = ["loss", "loss by timestep t", "learning rate"]
@@ -130,7 +128,7 @@ def loss_figure(metrics_path, path) -> Path:
         axes[name].locator_params(axis="x", nbins=6)
         axes[name].xaxis.set_major_formatter("{x:,.0f}")
     for name in "AB":
-        # Fit the axis to all but the first fiftieth: there the loss falls from 1, which would flatten the rest.
+        # Fit the axis to all but the first fiftieth, where the loss falls from 1. That would flatten the rest.
         late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 50 :] for line in axes[name].lines])
         low, high = late.min() / 1.1, late.max() * 1.1
         if name == "B" or high > 5 * low:
@@ -143,7 +141,7 @@ def loss_figure(metrics_path, path) -> Path:
 
 
 def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
-    """Plot beta, abar and log-SNR over t/T, and for comparison, dashed, Ho's linear or Nichol's cosine schedule."""
+    """Plot beta, abar and log-SNR over t/T. A dashed line shows Ho's linear or Nichol's cosine schedule to compare."""
     T, own = len(scheduler), scheduler.config.beta_schedule
     other, name = PaperDDPMScheduler.nichol_cosine(T), "Nichol's cosine"
     if own == "squaredcos_cap_v2":
@@ -173,13 +171,13 @@ def run_figures(
     on_step=None,
     class_labels=None,
 ):
-    """Draw every figure of a run into `output_dir`/figures; without a metrics.jsonl there is no loss.png.
+    """Draw every figure of a run into `output_dir`/figures. Without a metrics.jsonl, loss.png is left out.
 
     Args:
-        images: real images (N, C, H, W) in [-1, 1]; up to 4 are shown as noise is added.
-        num_images: samples to draw, from the same noise by DDPM and DDIM; the GIF shows up to 16 of them.
+        images: real images (N, C, H, W) in [-1, 1]. Up to 4 of them show how noise is added.
+        num_images: number of samples. DDPM and DDIM draw them from the same noise. The GIF shows up to 16 of them.
         num_inference_steps: DDPM steps of the reverse process; None: all T.
-        on_step: called after every step of sampling, as by `draw`.
+        on_step: called after every step of sampling, as in `draw`.
         class_labels: labels of the `num_images` samples, for a conditional UNet.
     """
     metrics, folder = Path(output_dir, "metrics.jsonl"), Path(output_dir, "figures")
@@ -202,7 +200,7 @@ def run_figures(
 
 
 def reverse_figures(unet, scheduler, folder, seed, *, steps, num_images, on_step, class_labels):
-    """Sample by DDPM over `steps`, as `subsequence` gives them, and draw reverse.png and reverse.gif."""
+    """Sample by DDPM with these `steps` of `subsequence`, and draw reverse.png and reverse.gif."""
     kept = evenly(range(len(steps)), FRAMES)
     frames = []
 
@@ -220,11 +218,27 @@ def reverse_figures(unet, scheduler, folder, seed, *, steps, num_images, on_step
     reverse_gif([samples for _, (samples, _) in frames], folder / "reverse.gif")
 
 
+def figures_of_run(folder: Path, model: Pretrained, train_set, config: TrainingConfig, on_step=None):
+    """Draw every figure of a run of `config` into `folder`/figures, see `run_figures`."""
+    num_images = min(16, config.eval_batch_size)
+    run_figures(
+        folder,
+        model.unet,
+        model.scheduler,
+        train_set.get(list(range(min(4, train_set.num_images or 4)))),
+        config.seed,
+        num_images=num_images,
+        num_inference_steps=config.ddpm_num_inference_steps,
+        on_step=on_step,
+        class_labels=model.classes.in_turn(range(num_images)),
+    )
+
+
 def redraw_figures(folder: str | Path):
     """Draw the figures of a finished run again, from its pipeline, its metrics and its data.
 
     Raises:
-        UserError: for a folder that is not a finished run of a DDPM, or data that cannot be read.
+        UserError: if the folder is not a finished run of a DDPM, or if its data cannot be read.
     """
     folder = Path(folder)
     if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():  # an export has both
@@ -236,17 +250,6 @@ def redraw_figures(folder: str | Path):
     try:
         config = TrainingConfig(**model.run["flags"])
     except (TypeError, KeyError) as error:
-        raise UserError(f"{folder}/train_config.json is not of this version ({error}): train the run anew.") from error
+        raise UserError(f"{folder}/train_config.json is not of this version ({error}): train it again.") from error
     train_set, _ = load_images(config, model.unet.config.in_channels)
-    images = train_set.get(list(range(min(8, train_set.num_images or 8))))
-    num_images = min(16, config.eval_batch_size)
-    run_figures(
-        folder,
-        model.unet,
-        model.scheduler,
-        images,
-        config.seed,
-        num_images=num_images,
-        num_inference_steps=config.ddpm_num_inference_steps,
-        class_labels=model.classes.in_turn(range(num_images)),
-    )
+    figures_of_run(folder, model, train_set, config)

@@ -1,13 +1,12 @@
-"""The training loop, to be read from top to bottom.
+"""The training loop. Read this file from top to bottom.
 
-What comes before the first step is in run.py, what is due now and then in periodic.py. Everything counts optimizer
-steps and images seen, never micro-batches or processes.
+run.py does everything before the first step, and periodic.py what is due only after some steps. Progress is counted in
+optimizer steps and images seen, never in micro-batches or processes.
 """
 
 import contextlib
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -23,21 +22,22 @@ from ..diffusion.losses import NUM_BANDS, by_band, draw_noise, training_labels
 from ..diffusion.timestep_sampling import draw_timesteps, update_history
 from ..errors import UserError
 from ..models.pretrained import Pretrained, load_pretrained
+from ..output import drop_failing_output
 from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
 from .run import Run, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """What `train` leaves behind.
+    """A run that has ended: what `train` returns.
 
     Args:
         folder: the run folder.
         step: the last optimizer step.
-        finished: whether all steps were taken and all figures drawn; False after a signal.
+        finished: True if all steps were taken and all figures drawn; False if a signal stopped the run.
         signal: the number of the signal that stopped the run, or None.
-        losses: the losses in the last line of metrics.jsonl: "loss", "loss_by_band" and, where they were measured,
-            "validation_loss" and "validation_loss_ema"; {} if no line was written.
+        losses: the losses in the last line of metrics.jsonl; {} if no line was written. They are "loss",
+            "loss_by_band" and, if measured in that line, "validation_loss" and "validation_loss_ema".
     """
 
     folder: Path
@@ -47,28 +47,23 @@ class FinishedRun:
     losses: dict
 
     def load(self) -> Pretrained:
-        """Return the model of the run, loaded from its folder: float32, on the CPU, in eval mode.
+        """Load the model of the run from its folder, and return it: float32, on the CPU, in eval mode.
 
         Raises:
             UserError: for a classifier, which draws no images.
         """
-        if (self.folder / "classifier").is_dir():
-            raise UserError(
-                f"{self.folder} is the run of a classifier, which draws no images: give it as the classifier that "
-                "guides a model."
-            )
         return load_pretrained(str(self.folder))
 
 
 def train(config: TrainingConfig) -> FinishedRun | None:
-    """Train as `config` says, and return the finished run; None after a --dry_run, which writes nothing.
+    """Train as `config` says, and return the finished run. A dry run writes nothing and returns None.
 
-    SIGINT and SIGTERM end the run after the current step, with a checkpoint and the pipeline so far. It can be called
-    several times in one process, and in any thread; only in the main thread can it catch signals.
+    After SIGINT or SIGTERM, training finishes the current step, saves a checkpoint and the pipeline, and stops. It can
+    be called several times in one process, and in any thread. It catches signals only in the main thread.
 
     Raises:
-        UserError: for input that cannot be trained on (nothing is written then), for a loss that is not finite, or if
-            a file cannot be written. The last checkpoint is good in every case.
+        UserError: if the input cannot be trained on (nothing is written then), if a loss is not finite, or if a file
+            cannot be written. The last checkpoint stays valid in all cases.
 
     Example:
         >>> smaller = {"base_channels": 8, "ddpm_num_inference_steps": 10, "eval_batch_size": 4}
@@ -78,6 +73,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
         >>> run.step, run.finished
         (2, True)
     """
+    drop_failing_output()
     run = open_run(config)
     if run is None:
         return None
@@ -87,6 +83,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     )
     run.model.train()
     due, timed_steps, started = set(), 0, time.perf_counter()
+    signal_printed = False
     with catching_signals(state.signals), progress_bar(run) as bar:
         if state.step == run.total_steps:
             run_due_tasks(run, due_when_resumed_at_the_end(run), 0.0)
@@ -94,10 +91,13 @@ def train(config: TrainingConfig) -> FinishedRun | None:
             try:
                 step(run, batches)
             except UserError as error:
-                error.on_one_process = True  # an image that only this process reads
+                error.on_one_process = True  # e.g. an image that only this process reads
                 raise
             bar.update()
             timed_steps += 1
+            if state.signals and not signal_printed:
+                signal_printed = True
+                tqdm.write(f"{signal.Signals(state.signals[0]).name}: writing a checkpoint, then stopping.")
             due = what_is_due(run)
             if all_agree_to_stop(run, due):
                 due |= {"stop", "checkpoint", "pipeline"}
@@ -112,7 +112,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if state.push is not None:
-        state.push.result()  # wait for it; a push that failed has printed a warning
+        state.push.result()  # wait for the push; if it failed, it has printed a warning
     finished = finished_run(run)
     if accelerator.is_main_process:
         print_summary(run, finished)
@@ -127,7 +127,7 @@ def step(run: Run, batches):
     bands, seen = torch.zeros(2, NUM_BANDS, device=accelerator.device), []
     for _ in range(config.gradient_accumulation_steps):
         with accelerator.accumulate(run.model):
-            # Draw images, and noise and a timestep for each.
+            # Get the next images, and draw noise and a timestep for each of them.
             batch = next(batches)
             ordinals, shape = batch["ordinals"], batch["images"].shape[1:]
             batch["noise"], batch["timesteps"] = draw_noise(ordinals, shape, config.ddpm_num_steps, config.seed)
@@ -138,7 +138,7 @@ def step(run: Run, batches):
                     batch["labels"], ordinals, len(run.train_set.class_names), config.label_dropout, config.seed
                 )
             batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
-            # Dropout draws from the global generator, so seed that by the first image of the batch.
+            # Dropout draws from torch's global generator, so seed it with the ordinal of the first image.
             torch.manual_seed(config.seed + int(ordinals[0]))
             # Predict the noise and compare.
             losses = run.loss(run.model, batch)
@@ -166,7 +166,7 @@ def step(run: Run, batches):
 
 
 def progress_bar(run: Run) -> tqdm:
-    """Return the bar of optimizer steps; only the main process shows it."""
+    """Return a progress bar of the optimizer steps, which only the main process shows."""
     return tqdm(
         desc="train",
         total=run.total_steps,
@@ -179,20 +179,20 @@ def progress_bar(run: Run) -> tqdm:
 
 @contextlib.contextmanager
 def catching_signals(caught: list[int]):
-    """Append SIGINT and SIGTERM to `caught` instead of dying of them; the second one of a kind acts as usual.
+    """Append the number of a SIGINT or SIGTERM to `caught`, instead of ending the process.
 
-    In a thread that is not the main one Python allows no handlers, so signals act as usual there.
+    If the same signal comes a second time, it acts as usual. Python allows handlers only in the main thread, so in
+    other threads signals act as usual.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before, process = {}, os.getpid()
+    before = {}
 
     def note(number, frame):
+        # Only take note: it may interrupt any line, also one that prints. The loop prints a sentence after the step.
         caught.append(number)
         signal.signal(number, before[number])
-        if os.getpid() == process:  # and not a worker that decodes images
-            print(f"\n{signal.Signals(number).name}: finishing this step, then writing a checkpoint.", flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, note)
@@ -206,7 +206,7 @@ def catching_signals(caught: list[int]):
 def all_agree_to_stop(run: Run, due: set) -> bool:
     """Return whether to stop after this step, because a process caught a signal.
 
-    Several processes ask each other only when a log line is due, since asking after every step would slow them down.
+    Several processes ask each other only when a log line is due, because asking after every step would be slow.
     """
     accelerator, count = run.accelerator, len(run.state.signals)
     if accelerator.num_processes == 1:
@@ -238,7 +238,7 @@ def print_summary(run: Run, finished: FinishedRun):
     folder, config = finished.folder, run.config
     if not finished.finished:
         print(
-            f"\nStopped after step {finished.step:,} of {run.total_steps:,}: checkpoint and pipeline so far are "
+            f"\nStopped after step {finished.step:,} of {run.total_steps:,}: the checkpoint and the pipeline are "
             f"in {folder}; add --resume_from_checkpoint latest to go on.",
             flush=True,
         )

@@ -1,15 +1,13 @@
-"""What a run does besides steps: log lines, validation, scores, sample sheets, checkpoints, pipelines and pushes.
+"""Do what is due between steps: log lines, validation, scores, sample sheets, checkpoints, pipelines and pushes.
 
-`what_is_due` says what is due after a step, and `run_due_tasks` does it: the functions in TASKS, one after another.
+`what_is_due` says what is due after a step. `run_due_tasks` calls the functions in TASKS for it, one after another.
 """
 
 import contextlib
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from .. import run_folder
@@ -19,19 +17,19 @@ from ..files import writing
 from ..models.ema import ema_decay
 from ..models.saving import save_classifier, save_pipeline
 from ..pictures import image_sheet
-from ..sampling.generate import sample_images
+from ..sampling.generate import sample_together
 from ..sampling.settings import Sampler
 from ..sharing.card import write_card
 from ..sharing.hub import push_in_background
 from . import checkpoints
-from .figures import loss_figure, run_figures
+from .figures import figures_of_run, loss_figure
 from .run import Run
 from .scoring import score_run
 from .validation import per_band, validate
 
 
 def what_is_due(run: Run) -> set[str]:
-    """Return what is due after this step. An epoch is complete when the images seen pass a multiple of the set."""
+    """Return what is due after this step. An epoch ends whenever another `num_images` images have been seen."""
     config, step = run.config, run.state.step
     every = {
         "validation": config.validation_epochs,
@@ -57,17 +55,17 @@ def what_is_due(run: Run) -> set[str]:
 
 
 def due_when_resumed_at_the_end(run: Run) -> set[str]:
-    """Return what a kill may have left undone after the last checkpoint of the last step."""
+    """Return what a kill may have left undone after the checkpoint of the last step."""
     return {"pipeline", "end"} if run.config.objective == "classify" else {"sheet", "pipeline", "end"}
 
 
 def run_due_tasks(run: Run, due: set[str], images_per_second: float) -> dict:
-    """Do what is due, in the order of TASKS, and return the log line. Every process calls this.
+    """Run the tasks that are due, in the order of TASKS, and return the log line. Every process calls this.
 
     Raises:
         UserError: if a loss is not finite, or if a file cannot be written.
     """
-    pending_rows(run)  # refuses a loss that is not finite, before anything is drawn or saved from it
+    pending_rows(run)  # raises an error if a loss is not finite, before anything is drawn or saved
     state = run.state
     line = {
         "step": state.step,
@@ -83,7 +81,7 @@ def run_due_tasks(run: Run, due: set[str], images_per_second: float) -> dict:
 
 
 def add_averages(run: Run, due: set[str], line: dict):
-    """Add the mean losses since the last log line to `line`, with learning rate and EMA decay."""
+    """Add to `line` the mean losses since the last log line, the learning rate and the EMA decay."""
     state = run.state
     line |= averages(pending_rows(run))
     line["lr"] = run.learning_rate(state.step - 1)
@@ -92,16 +90,16 @@ def add_averages(run: Run, due: set[str], line: dict):
 
 
 def add_validation_loss(run: Run, due: set[str], line: dict):
-    """Add the validation loss to `line`; with --best_by validation_loss, save best/ if it is the lowest so far."""
+    """Add the validation loss to `line`. With --best_by validation_loss, save best/ if it is the lowest so far."""
     line |= validate(run)
     if run.config.best_by == "validation_loss":
         keep_best(run, "validation_loss", line["validation_loss" if run.ema is None else "validation_loss_ema"])
 
 
 def add_scores(run: Run, due: set[str], line: dict):
-    """Add the scores to `line`; if --best_by is one of them, save best/ if it is the best so far.
+    """Add the scores to `line`. If --best_by names one of them and it is the best so far, save best/.
 
-    After a signal no more images are drawn, and there are no scores.
+    After a signal no more images are drawn, and no scores are added.
     """
     config = run.config
     with contextlib.suppress(Interrupted):
@@ -117,7 +115,7 @@ def keep_best(run: Run, measure: str, value: float | None):
     config, state = run.config, run.state
     if not config.save_best or value is None or not run.accelerator.is_main_process:
         return
-    if state.best_measure != measure:  # a resumed run may choose by another measure
+    if state.best_measure != measure:  # a resumed run may have another --best_by
         state.best_measure = measure
         state.best_score = float("inf")
     if value < state.best_score:
@@ -138,10 +136,13 @@ def write_log_line(run: Run, due: set[str], line: dict):
 
 
 def add_sheet(run: Run, due: set[str], line: dict):
-    """Draw the sample sheet samples/epoch_<n>.png, from the same noise each time; after a signal there is none."""
+    """Draw the sample sheet samples/epoch_<n>.png, from the same noise each time. After a signal, draw no sheet."""
     config, accelerator = run.config, run.accelerator
+    # A Sampler's timesteps are trailing: they begin in pure noise, where leading ones keep signal with cosine betas.
+    sampler = Sampler(num_inference_steps=config.ddpm_num_inference_steps, seed=config.seed).resolve(run.pretrained)
+    count = config.eval_batch_size
     try:
-        images = draw_sheet_images(run)
+        images = sample_together(run.pretrained, sampler, count, batch_size=count, on_step=stop_on_signal(run))
     except Interrupted:
         run.state.figures_missing = "end" in due
         return
@@ -150,16 +151,16 @@ def add_sheet(run: Run, due: set[str], line: dict):
         path = Path(config.output_dir) / "samples" / f"epoch_{epoch:04d}.png"
         with writing("a sample sheet", path):
             path.parent.mkdir(exist_ok=True)
-            # One column per class, if they are few enough.
+            # Use one column per class, if there are at most 16 classes.
             columns = len(run.class_names) if run.class_names and len(run.class_names) <= 16 else None
-            image_sheet(torch.from_numpy(images), path, columns)
+            image_sheet(images, path, columns)
         for tracker in accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.log_images({"samples": images.transpose(0, 2, 3, 1)}, step=run.state.step, dataformats="NHWC")
+                tracker.log_images({"samples": images.numpy()}, step=run.state.step, dataformats="NCHW")
 
 
 def save_checkpoint(run: Run, due: set[str], line: dict):
-    """Write checkpoint-<step>, with all that an exact resume needs."""
+    """Write checkpoint-<step>, with everything that is needed to resume exactly."""
     run.state.stream = run.train_set.state_dict() if run.config.streaming else None
     checkpoints.save_checkpoint(
         run.accelerator,
@@ -180,7 +181,7 @@ def save_published(run: Run, due: set[str], line: dict):
 
 
 def draw_figures(run: Run, due: set[str], line: dict):
-    """Draw the figures of the finished run (of a classifier the loss curve alone); a signal stops that."""
+    """Draw the figures of the finished run; for a classifier, only the loss curve. A signal stops the drawing."""
     config, folder = run.config, Path(run.config.output_dir)
     if not run.accelerator.is_main_process:
         return
@@ -188,19 +189,8 @@ def draw_figures(run: Run, due: set[str], line: dict):
         if config.objective == "classify":
             loss_figure(folder / "metrics.jsonl", folder / "figures" / "loss.png")
             return
-        num_images = min(16, config.eval_batch_size)
         try:
-            run_figures(
-                folder,
-                run.published,
-                run.scheduler,
-                run.train_set.get(list(range(min(8, run.num_images)))),
-                config.seed,
-                num_images=num_images,
-                num_inference_steps=config.ddpm_num_inference_steps,
-                on_step=stop_on_signal(run),
-                class_labels=run.classes.in_turn(range(num_images)),
-            )
+            figures_of_run(folder, run.pretrained, run.train_set, config, stop_on_signal(run))
         except Interrupted:
             run.state.figures_missing = True
 
@@ -213,45 +203,47 @@ def write_run_card(run: Run, due: set[str], line: dict):
 
 
 def start_push(run: Run, due: set[str], line: dict):
-    """Start to push the run folder to the Hub, if --push_to_hub is given; only the main process has a repository."""
+    """With --push_to_hub, start to push the run folder to the Hub. Only the main process does so."""
     if run.repo_id is not None:
         message = "End of training" if "end" in due else f"Step {run.state.step}"
         run.state.push = push_in_background(Path(run.config.output_dir), run.repo_id, run.config.hub_token, message)
 
 
-# (what is due, the function that does it), called as `task(run, due, line)`.
+# Pairs of what is due and the function that does it, called as `task(run, due, line)`.
 #
-# A kill can come at any point. A resumed run then repeats the steps after the last checkpoint and all that was due in
-# them, with the same results. So whatever belongs to a step is done before its checkpoint.
+# A kill can come at any point. A resumed run then repeats the steps after the last checkpoint, and everything that was
+# due in them, with the same results. So everything that belongs to a step is done before the checkpoint of the step.
 TASKS = [
-    # First the numbers of the log line: the losses, then what validation and scores add to them.
+    # First collect the numbers of the log line: the training losses, the validation losses and the scores.
     ("log", add_averages),
     ("validation", add_validation_loss),
     ("scores", add_scores),
-    # Before the checkpoint, which no longer has the losses of this line: a kill between the two would lose it. In this
-    # order such a kill leaves one line too many, and the resumed run removes it.
+    # Write the line before the checkpoint, which no longer has the losses of this line: in the other order, a kill
+    # between the two would lose the line. In this order a kill leaves one line too many, and the resumed run removes
+    # that line.
     ("log", write_log_line),
-    # Before the checkpoint, because a run killed between the two would never draw this sheet.
+    # Draw before the checkpoint. Otherwise a run killed between the two would never draw this sheet.
     ("sheet", add_sheet),
-    # Before the pipeline, because a folder with a pipeline but no checkpoint cannot be resumed.
+    # Save it before the pipeline, because a folder with a pipeline but no checkpoint cannot be resumed.
     ("checkpoint", save_checkpoint),
-    # Before the figures, which take minutes. A run that is resumed at its last step does the rest of the list again.
+    # Save the pipeline before the figures, because they take minutes. A run that is resumed at its last step does the
+    # rest of the list again.
     ("pipeline", save_published),
     ("end", draw_figures),
-    # The card shows the figures, and the push publishes all of these.
+    # Write the card after the figures, because it shows them. Push last, because the push publishes all of these.
     ("pipeline", write_run_card),
     ("pipeline", start_push),
 ]
 
 
 class Interrupted(Exception):
-    """A signal came while images were being drawn."""
+    """Raised to stop drawing images after a signal."""
 
 
 def stop_on_signal(run: Run):
     """Return an `on_step` for sampling that raises Interrupted after a signal.
 
-    With several processes it does nothing: a process that stops alone would leave the others waiting for it.
+    With several processes `on_step` does nothing, because a process that stops alone would leave the others waiting.
     """
 
     def on_step(*step):
@@ -262,7 +254,7 @@ def stop_on_signal(run: Run):
 
 
 def save_network(run: Run, folder: Path):
-    """Save the published weights in `folder`: a pipeline, or a classifier in its subfolder `classifier`."""
+    """Save the published weights: as a pipeline in `folder`, or as a classifier in `folder`/classifier."""
     if run.config.objective == "classify":
         save_classifier(folder, run.published)
     else:
@@ -272,11 +264,11 @@ def save_network(run: Run, folder: Path):
 def pending_rows(run: Run) -> list[torch.Tensor]:
     """Return one row for each step since the last log line, summed over the processes, on the CPU.
 
-    A checkpoint saves these sums. One process alone takes them back when it is loaded, and the sums over all processes
-    are the same again, bit for bit.
+    A checkpoint saves these sums. When it is loaded, only the main process takes them back, so that the sums over all
+    processes are again the same, bit for bit.
 
     Raises:
-        UserError: with the first step whose loss or gradient is not finite.
+        UserError: if a loss or a gradient is not finite. The message names the first such step.
     """
     state, config = run.state, run.config
     if not state.pending:
@@ -298,35 +290,13 @@ def pending_rows(run: Run) -> list[torch.Tensor]:
 
 
 def averages(rows: list[torch.Tensor]) -> dict:
-    """Return the means of the losses over all images, and of the gradient's norm over all steps, in these rows."""
+    """Return the mean losses over all images, and the mean norm of the gradient over all steps, of these rows."""
     table = torch.stack(rows).double()
     sums, counts = table[:, :-1].sum(dim=0).view(2, NUM_BANDS)
     norms = table[:, -1][table[:, -1].isfinite()]
     return {
         "loss": float(sums.sum() / counts.sum()),
         "loss_by_band": per_band(sums, counts),
-        # With fp16 every norm may have overflowed, and JSON has no infinity.
+        # With fp16 every norm may have overflowed. Then write None, because JSON has no infinity.
         "grad_norm": float(norms.mean()) if len(norms) else None,
     }
-
-
-def draw_sheet_images(run: Run) -> np.ndarray:
-    """Return the images of a sample sheet, uint8 (N, C, H, W); every process draws its share and gets all.
-
-    Raises:
-        Interrupted: after a signal, see `stop_on_signal`.
-    """
-    config, accelerator = run.config, run.accelerator
-    share = range(accelerator.process_index, config.eval_batch_size, accelerator.num_processes)
-    # A Sampler's timesteps are trailing: they begin in pure noise, where leading ones keep signal with cosine betas.
-    sampler = Sampler(num_inference_steps=config.ddpm_num_inference_steps, seed=config.seed).resolve(run.pretrained)
-    images = sample_images(
-        run.pretrained,
-        sampler,
-        share,
-        batch_size=config.eval_batch_size,
-        on_step=stop_on_signal(run),
-        progress=accelerator.is_main_process,
-    )
-    drawn = gather_object(list(zip(share, images.cpu().numpy())))
-    return np.stack([image for _, image in sorted(drawn, key=lambda pair: pair[0])])

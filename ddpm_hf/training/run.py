@@ -1,4 +1,4 @@
-"""Everything before the first step: build the parts of a run, refuse bad input, then prepare the run folder."""
+"""Do everything before the first step: build the parts of a run, refuse bad input, then prepare the run folder."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from ..diffusion.losses import OBJECTIVES
 from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ..diffusion.timestep_sampling import new_history
 from ..errors import UserError
-from ..files import writing
+from ..files import write_json, writing
 from ..models.build import build_classifier, build_unet, unet_channels
 from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
@@ -38,12 +38,12 @@ from .schedule import count_steps, ema_warning, learning_rate_schedule
 from .scoring import open_evaluation
 
 
-PROCESS_TIMEOUT = timedelta(hours=2)  # the other processes wait while one draws the figures; as in diffusers' script
+PROCESS_TIMEOUT = timedelta(hours=2)  # others wait while one draws figures; the value of diffusers' script
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The parts of a run. They stay the same from the first step to the last; what changes is in `state`."""
+    """The parts of a run. Only `state` changes between the first step and the last."""
 
     config: TrainingConfig
     accelerator: Accelerator
@@ -51,18 +51,18 @@ class Run:
     validation_set: Any  # None without --validation_split
     scheduler: PaperDDPMScheduler
     network: UNet2DModel | NoisyClassifier  # the raw weights; a classifier with --objective classify
-    model: Any  # `network` as accelerate prepared it: this is what a step calls
+    model: Any  # `network` as prepared by accelerate; a training step calls it
     ema: AveragedModel | None
     optimizer: torch.optim.Optimizer
-    learning_rate: Callable[[int], float]  # of an optimizer step, from 0
+    learning_rate: Callable[[int], float]  # optimizer step (from 0) -> learning rate
     loss: Callable[[Any, dict], torch.Tensor]  # (model, batch) -> (B,), see OBJECTIVES
     evaluation: Any  # the inputs of --eval_metrics, or None
     num_images: int  # in an epoch
     global_batch: int  # images per optimizer step, over all processes
     total_steps: int
-    facts: dict  # for train_config.json, and the "summary" for people
+    facts: dict  # for train_config.json, with a "summary" to print
     state: TrainState
-    repo_id: str | None = None  # on the Hub, in the main process, with --push_to_hub
+    repo_id: str | None = None  # on the Hub; None without --push_to_hub, and outside the main process
 
     @property
     def published(self) -> UNet2DModel | NoisyClassifier:
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def pretrained(self) -> Pretrained:
-        """The published weights, as samplers and scores take them."""
+        """The published weights, in the form that samplers and metrics take."""
         facts = {
             "name": Path(self.config.output_dir).resolve().name,
             "revision": None,
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def classes(self) -> Classes:
-        """The classes of a conditional UNet; no classes for other networks."""
+        """The classes of a conditional UNet; for other networks, an empty `Classes()`."""
         if not self.config.class_conditional:
             return Classes()
         return Classes(tuple(self.train_set.class_names), self.network.config.num_class_embeds)
@@ -99,10 +99,10 @@ class Run:
 
 
 def open_run(config: TrainingConfig) -> Run | None:
-    """Return a run that is ready for its next step; None after a --dry_run, which writes nothing.
+    """Return a run that is ready for its next step. A dry run writes nothing and returns None.
 
     Raises:
-        UserError: for input that cannot be trained on; nothing is written then.
+        UserError: if the input cannot be trained on; nothing is written then.
     """
     checkpoint = checkpoints.find_checkpoint(config)
     run, warnings = build_run(config)
@@ -115,11 +115,12 @@ def open_run(config: TrainingConfig) -> Run | None:
         if is_main:
             print(json.dumps(config.to_dict() | {"network": dict(run.network.config)}, indent=2))
         return None
+    # Whatever may still be refused comes before the first change: the checkpoint is read, then the tracker started.
+    restore_state(run, checkpoint)
     if config.push_to_hub and is_main:
         name = config.hub_model_id or Path(config.output_dir).resolve().name
         run = replace(run, repo_id=create_repository(name, config.hub_private_repo, config.hub_token))
     prepare_folder(run, checkpoint)
-    restore_state(run, checkpoint)
     return run
 
 
@@ -129,7 +130,8 @@ def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
     Raises:
         UserError: for input that cannot be trained on.
     """
-    check_objective(config)
+    if config.objective not in OBJECTIVES:
+        raise UserError(f"--objective {config.objective} is not known: choose from {', '.join(OBJECTIVES)}.")
     accelerator = make_accelerator(config)
     with accelerator.local_main_process_first():
         train_set, validation_set = load_images(config, unet_channels(config))
@@ -179,12 +181,12 @@ def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        fused=device.type in ("cpu", "cuda"),  # on a CPU it takes a quarter of the time of the default
+        fused=device.type in ("cpu", "cuda"),  # on a CPU, fused takes a quarter of the time
     )
 
 
 def prepare_folder(run: Run, checkpoint: Path | None):
-    """Prepare the run folder, start the tracker and write train_config.json. Every process calls this.
+    """Start the tracker, remove what this run replaces, and write train_config.json. Every process calls this.
 
     Raises:
         UserError: if the folder cannot be written to, or the tracker cannot start.
@@ -192,14 +194,21 @@ def prepare_folder(run: Run, checkpoint: Path | None):
     accelerator, config = run.accelerator, run.config
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        checkpoints.prepare_output_dir(config, checkpoint)
+        output_dir = Path(config.output_dir)
+        checkpoints.create_output_dir(output_dir)
+        replaced = checkpoints.replaced_by(config, checkpoint)  # listed before the tracker adds its new files
         start_tracker(config, accelerator)
+        checkpoints.remove_replaced(output_dir, replaced)
+        if checkpoint is not None:
+            checkpoints.keep_metrics_up_to(output_dir, run.state.step)
         write_record(run)
     accelerator.wait_for_everyone()
 
 
 def restore_state(run: Run, checkpoint: Path | None):
-    """Put the run where its checkpoint left it, or at its beginning without one. Every process calls this.
+    """Put the run into the state of its checkpoint, or at the start without a checkpoint. Every process calls this.
+
+    Nothing is written.
 
     Raises:
         UserError: if the checkpoint is damaged.
@@ -207,8 +216,6 @@ def restore_state(run: Run, checkpoint: Path | None):
     config, state = run.config, run.state
     if checkpoint is not None:
         checkpoints.load_checkpoint(run.accelerator, checkpoint, state, run.ema)
-        if run.accelerator.is_main_process:
-            checkpoints.keep_metrics_up_to(config.output_dir, state.step)
         if state.stream is not None:
             run.train_set.load_state_dict(state.stream)
     if config.timestep_sampling == "uniform":
@@ -217,20 +224,14 @@ def restore_state(run: Run, checkpoint: Path | None):
         state.loss_history = new_history(config.ddpm_num_steps)
 
 
-def check_objective(config):
-    """Refuse, with a UserError, an --objective that is not in OBJECTIVES."""
-    if config.objective not in OBJECTIVES:
-        raise UserError(f"--objective {config.objective} is not known: choose from {', '.join(OBJECTIVES)}.")
-
-
 def check_classes(config, train_set):
-    """Refuse, with a UserError, images without the classes that a conditional UNet or a classifier needs."""
+    """Raise a UserError if a conditional UNet or a classifier needs classes, but the images have none."""
     if not config.class_conditional and config.objective != "classify":
         return
     if train_set.class_names is None:
         flag = "--class_conditional" if config.class_conditional else "--objective classify"
         raise UserError(
-            f"{flag} needs images with classes, and these have none: name their --label_column, or give a folder "
+            f"{flag} needs images with classes, but these images have none: give --label_column, or a folder "
             "with a subfolder for each class."
         )
     if (
@@ -239,15 +240,16 @@ def check_classes(config, train_set):
         and (train_set.labels is None or train_set.labels.min() < 0)
     ):
         raise UserError(
-            "--label_dropout 0 trains no embedding for images without a class, and these may have some: give 0.1."
+            "Some of these images may have no class, and --label_dropout 0 trains no embedding for them: give e.g. "
+            "--label_dropout 0.1."
         )
 
 
 def make_accelerator(config) -> Accelerator:
-    """Return the Accelerator of a run, which holds the device, the processes and the precision.
+    """Return the Accelerator of a run. It knows the device, the processes and the precision.
 
     Raises:
-        UserError: if this machine does not have the precision or the tracker that the flags name.
+        UserError: if this machine does not support the precision, or the tracker is not installed.
     """
     if config.logger in ("wandb", "trackio") and find_spec(config.logger) is None:
         raise UserError(
@@ -274,10 +276,10 @@ def make_accelerator(config) -> Accelerator:
         if config.mixed_precision == "no":
             raise UserError(f"accelerate cannot start ({error}): check the launcher's settings.") from error
         raise UserError(
-            f"--mixed_precision {config.mixed_precision} is not possible here ({error}): give no."
+            f"--mixed_precision {config.mixed_precision} is not possible here ({error}): give --mixed_precision no."
         ) from error
     check_processes()
-    # Set it again, because accelerate prefers a variable of the environment to its argument.
+    # Set the number again, because accelerate prefers an environment variable to its argument.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate accepts this, but without the gradient scaler that fp16 needs.
@@ -288,8 +290,8 @@ def make_accelerator(config) -> Accelerator:
 def reset_accelerate():
     """Forget the settings of earlier Accelerators, so that a process can train twice with different flags.
 
-    accelerate keeps precision, accumulation and processes for the life of a process. It offers no public way to change
-    them; its own tests use these methods. A process group that is still open is used again.
+    accelerate keeps precision, accumulation and processes until the Python process ends, and offers no public way to
+    change them. Its own tests use the methods below. If a process group is still open, it is used again.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -299,22 +301,22 @@ def start_tracker(config, accelerator):
     """Start the tracker of --logger, if any, and give it the flags of the run.
 
     Raises:
-        UserError: if it cannot start, e.g. because nobody is logged in.
+        UserError: if the tracker cannot start, e.g. because the user is not logged in.
     """
     if config.logger == "none":
         return
     folder = Path(config.output_dir) / config.logging_dir
-    folder.mkdir(parents=True, exist_ok=True)  # wandb uses another folder if this one is missing
     # Trackers accept only numbers and text.
     flags = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.to_dict().items()}
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # wandb uses another folder if this one is missing
         accelerator.init_trackers("ddpm_hf", config=flags, init_kwargs={"wandb": {"dir": str(folder)}})
     except Exception as error:  # each tracker raises its own errors
         raise UserError(f"--logger {config.logger} cannot start ({error}): set it up, or give none.") from error
 
 
 def describe(run: Run) -> dict:
-    """Return the facts of a run for train_config.json, with a "summary" for people."""
+    """Return the facts of a run for train_config.json, among them the "summary" that is printed."""
     config, accelerator, data = run.config, run.accelerator, run.train_set
     parameters = sum(parameter.numel() for parameter in run.network.parameters())
     held_out = 0 if run.validation_set is None else run.validation_set.num_images
@@ -346,9 +348,7 @@ def describe(run: Run) -> dict:
 
 
 def write_record(run: Run):
-    """Write train_config.json: "flags" and the facts. It never contains the token."""
+    """Write train_config.json with the "flags" and the facts of the run. The Hub token is left out."""
     path = Path(run.config.output_dir) / "train_config.json"
     with writing("train_config.json", path):
-        partial = path.with_suffix(".tmp")
-        partial.write_text(json.dumps({"flags": run.config.to_dict(), **run.facts}, indent=2) + "\n")
-        partial.replace(path)
+        write_json(path, {"flags": run.config.to_dict(), **run.facts})

@@ -1,4 +1,4 @@
-"""How many steps a run has, and the learning rate at each."""
+"""Compute how many steps a run has, and the learning rate at each step."""
 
 import math
 
@@ -10,9 +10,9 @@ from ..models.ema import ema_decay
 
 
 def count_steps(config, num_images: int | None, global_batch: int) -> tuple[int, int]:
-    """Return images per epoch and optimizer steps of the whole run.
+    """Return the number of images per epoch, and the number of optimizer steps of the whole run.
 
-    Every step has exactly `global_batch` images, so the last step may take some from the next epoch.
+    Every step has exactly `global_batch` images, so the last step may take some images of the next epoch.
 
     Raises:
         UserError: if a batch is larger than the set, or if the length of a stream is unknown and --max_train_steps is
@@ -31,15 +31,15 @@ def count_steps(config, num_images: int | None, global_batch: int) -> tuple[int,
 
 
 def learning_rate_schedule(config, optimizer, total_steps: int):
-    """Return one of diffusers' schedules as a function from optimizer step (0-based) to learning rate, without state.
+    """Return one of diffusers' schedules as a function: optimizer step (from 0) -> learning rate. It has no state.
 
     Raises:
-        UserError: for a name that diffusers does not know, or a schedule that these flags cannot give.
+        UserError: for a name that diffusers does not know, or a schedule that is impossible with these flags.
     """
     names = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     if config.lr_scheduler not in names:
         raise UserError(f"--lr_scheduler {config.lr_scheduler} is not known: choose from {', '.join(names)}.")
-    # The schedule sets the learning rate of its optimizer, so give it one that nothing else uses.
+    # The schedule sets the learning rate of its optimizer, so give it an optimizer that nothing else uses.
     throwaway = torch.optim.SGD(optimizer.param_groups[0]["params"][:1], lr=config.learning_rate)
     try:
         schedule = get_scheduler(
@@ -54,7 +54,7 @@ def learning_rate_schedule(config, optimizer, total_steps: int):
 
 
 def ema_warning(config, total_steps: int) -> list[str]:
-    """Return a list of one warning if the EMA at the end is still 5 % or more the initial weights, else []."""
+    """Return a list with one warning if the final EMA still has 5 % or more of the initial weights, else []."""
     if not config.use_ema or ema_decay(config, 1) == 0:
         return []
     left = math.exp(sum(math.log(ema_decay(config, step)) for step in range(1, min(total_steps, 100_000))))

@@ -1,7 +1,8 @@
-"""Scores while a run trains: a small fixed budget, from the same noise each time, so that they compare.
+"""Score a model during training, with few images that are drawn from the same noise each time, to be comparable.
 
-Images are drawn by DDIM in 50 steps from the published weights. Their seeds begin at 1,000,000,000, which no report of
-a finished model uses: a checkpoint that was chosen for its luck with some noises must not be praised for them.
+Images are drawn by DDIM in 50 steps from the published weights. Their seeds begin at 1,000,000,000. Reports of a
+finished model use other seeds, because a checkpoint that was chosen by its score for some noise gets too good a score
+for that noise.
 """
 
 from dataclasses import replace
@@ -16,28 +17,28 @@ from ..sampling.settings import Sampler
 
 
 SEED = 1_000_000_000
-# The networks of a run, the average too, have its mixed precision in their forward().
+# The dtype of samples by --mixed_precision: accelerate has put this precision into the forward() of the networks.
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 STEPS = 50
-BOUND_IMAGES = 512  # of bits/dim, with the next: enough to tell two checkpoints apart
+BOUND_IMAGES = 512  # with BOUND_TIMESTEPS, enough for bits/dim to tell two checkpoints apart
 BOUND_TIMESTEPS = 20
 
 
 def open_evaluation(config, model: Pretrained, train_set, validation_set) -> tuple[Evaluation | None, list[str]]:
-    """Return what --eval_metrics are computed from, or None without any, and sentences about those to be skipped.
+    """Return the inputs of --eval_metrics (None without metrics), and warnings about metrics that will be skipped.
 
     Args:
-        model: that of the run, before its first step.
+        model: the model of the run, before the first step.
 
     Raises:
-        UserError: for a metric that these images cannot have, or if --best_by names one that is skipped.
+        UserError: for a metric that is impossible with these images, or if --best_by names a skipped metric.
     """
     if not config.eval_metrics:
         return None, []
     steps = min(STEPS, len(model.scheduler))
     sampler = Sampler(name="ddim", num_inference_steps=steps, seed=SEED, dtype=DTYPES[config.mixed_precision])
     evaluation = Evaluation(
-        # The metric that is compared goes first, so that its number is the first.
+        # Put the --best_by metric first, so that its number comes first.
         metrics=sorted(config.eval_metrics, key=lambda name: name != config.best_by),
         train=train_set,
         held_out=validation_set,
@@ -59,10 +60,10 @@ def open_evaluation(config, model: Pretrained, train_set, validation_set) -> tup
 
 
 def score_run(run, on_step) -> tuple[dict[str, float], float | None]:
-    """Return the scores of the published weights by their ids, and what --best_by compares, lower is better.
+    """Return the scores of the published weights as `{id: value}`, and the value for --best_by (lower is better).
 
-    Every process calls this and draws its share; the main process has the numbers and writes the record,
-    evaluations/step_<n>.json, and the others have ({}, None). `on_step` is called after every step of sampling.
+    Every process calls this and draws its share of the images. The main process returns the scores and writes the
+    record evaluations/step_<n>.json; the others return ({}, None). `on_step` is called after every step of sampling.
     """
     config, step = run.config, run.state.step
     path = Path(config.output_dir) / "evaluations" / f"step_{step:07d}.json"

@@ -1,4 +1,4 @@
-"""The validation loss: held-out images at fixed timesteps, with fixed noise."""
+"""Measure the validation loss on held-out images, at fixed timesteps and with fixed noise."""
 
 import torch
 
@@ -7,13 +7,13 @@ from ..randomness import keyed_generator
 from .run import Run
 
 
-VALIDATION_IMAGES = 1024  # enough for three digits, and a few percent of the cost of an epoch
+VALIDATION_IMAGES = 1024  # enough for three digits; costs a few percent of an epoch
 
 
 def validate(run: Run) -> dict:
-    """Return the validation losses for the log line: of the raw weights, and of the EMA if there is one.
+    """Return the validation losses for the log line: the loss of the raw weights, and that of the EMA if there is one.
 
-    A classifier adds the accuracy of its published weights on the noisy images.
+    For a classifier, the accuracy of the published weights on the noisy images is added.
     """
     line = {}
     measures = {"validation_loss": (run.network, run.loss)}
@@ -30,10 +30,11 @@ def validate(run: Run) -> dict:
 
 @torch.no_grad()
 def validation_loss(run: Run, network, measure) -> torch.Tensor:
-    """Return (2, 4), as `by_band`: the sums of `measure(network, batch)` over at most 1,024 held-out images.
+    """Sum `measure(network, batch)` over at most 1,024 held-out images, and return (2, 4) as `by_band` does.
 
-    Each image has its own fixed noise and timestep, and the timesteps are spread evenly. Two runs, or two epochs, thus
-    differ only by their weights. Every process takes its share. A conditional UNet gets the class of each image.
+    Each image has its own fixed noise and timestep, and the timesteps are spread evenly. The losses of two runs, or of
+    two epochs, thus differ only because of the weights. Every process measures a share of the images. A conditional
+    UNet gets the class of each image.
     """
     config, accelerator, image_set = run.config, run.accelerator, run.validation_set
     count = min(len(image_set), VALIDATION_IMAGES)
@@ -61,5 +62,5 @@ def validation_loss(run: Run, network, measure) -> torch.Tensor:
 
 
 def per_band(sums: torch.Tensor, counts: torch.Tensor) -> list[float | None]:
-    """Return the mean loss of each quarter of the timesteps; None for one without images."""
+    """Return the mean loss of each quarter of the timesteps; None for a quarter without images."""
     return [float(s / n) if n else None for s, n in zip(sums, counts)]

@@ -1,23 +1,12 @@
 """Compare: draw the same seeds by DDIM in few and in many steps, and by DDPM."""
 
 import time
-from functools import partial
 
 import gradio as gr
+import widgets
 from checks import MAX_SEED, one_of, plural, seconds_since, whole
 from images import contact_sheet, enlarge, picture, to_images
 from model import Model
-from widgets import (
-    BUSY,
-    class_box,
-    gallery,
-    inputs_column,
-    outputs_column,
-    say_failure,
-    seed_box,
-    status_line,
-    two_buttons,
-)
 
 
 def compare(model: Model, seed, class_name):
@@ -46,13 +35,12 @@ def compare(model: Model, seed, class_name):
 
 def add(model: Model):
     with gr.Tab("Compare"), gr.Row():
-        with inputs_column():
+        with widgets.inputs_column():
             gr.Markdown("Draw images from the same noise, with DDIM in 5, 10, 20 and 50 steps, and with DDPM.")
-            class_name, seed = class_box(model), seed_box()
-            start, stop = two_buttons("Compare", "Stop", primary="Compare")
-        with outputs_column():
-            status, shown = status_line("Ready."), gallery("Samplers", columns=3)
-    options = {"api_name": "compare", "show_progress_on": status, **BUSY}
-    event = start.click(partial(compare, model), [seed, class_name], [shown, status], **options)
+            class_name, seed = widgets.class_box(model), widgets.seed_box()
+            start, stop = widgets.two_buttons("Compare", "Stop", primary="Compare")
+        with widgets.outputs_column():
+            status, shown = widgets.status_line("Ready."), widgets.gallery("Samplers", columns=3)
+    options = {"inputs": [seed, class_name], "outputs": [shown, status], "show_progress_on": status}
+    event = widgets.answer(start.click, compare, model=model, **options, **widgets.BUSY)
     stop.click(None, cancels=[event], api_visibility="private")
-    say_failure(event, status)

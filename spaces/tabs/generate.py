@@ -2,33 +2,22 @@
 
 import html
 import time
-from functools import partial
 
 import gradio as gr
+import widgets
 from checks import MAX_IMAGES, MAX_SEED, Refused, between, one_of, plural, seconds_since, whole
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from images import bundle, picture, to_images
 from model import NO_CLASS, SAMPLERS, Model
-from widgets import (
-    BUSY,
-    class_box,
-    gallery,
-    inputs_column,
-    outputs_column,
-    say_failure,
-    seed_box,
-    status_line,
-    two_buttons,
-)
 
 
 ENABLE = "() => ({ __type__: 'update', interactive: true })"
 
 
-# Gradio passes these by position, and their names are the names in its API.
+# Gradio passes these arguments by position. Its API uses their names.
 def generate(model: Model, number, sampler, steps, seed, class_name, guidance):
-    """Yield (gallery, status, zip): first the x_0 that the steps predict, at the end the images."""
+    """Yield (gallery, status, zip). The gallery shows the predicted x_0 while drawing, and the images at the end."""
     number, steps = whole("number of images", number, 1, MAX_IMAGES), whole("steps", steps, 1, model.T)
     sampler, seed = one_of("sampler", sampler, SAMPLERS), whole("seed", seed, 0, MAX_SEED)
     class_name = one_of("class", class_name or model.classes[0], model.classes)
@@ -66,14 +55,14 @@ def generate(model: Model, number, sampler, steps, seed, class_name, guidance):
 
 def add(model: Model):
     has_guidance = model.null_class is not None
-    cost = 8 if has_guidance else 4  # of a step for the four images that the page starts with; guidance doubles it
+    cost = 8 if has_guidance else 4  # evaluations in a step for the page's first four images, doubled by guidance
     steps, many = model.affordable_steps(cost, 50), model.affordable_steps(cost, model.T)
     with gr.Tab("Generate"), gr.Row():
-        with inputs_column():
+        with widgets.inputs_column():
             number = gr.Slider(1, MAX_IMAGES, value=4, step=1, label="Images")
             sampler = gr.Radio(SAMPLERS, value="DDIM", label="Sampler", info="DDIM needs few steps, DDPM many")
             count = gr.Slider(1, model.T, value=steps, step=1, label="Steps")
-            class_name = class_box(model)
+            class_name = widgets.class_box(model)
             guidance = gr.Slider(
                 0,
                 10,
@@ -83,16 +72,15 @@ def add(model: Model):
                 info="1: no guidance; more: clearer, but less varied",
                 visible=has_guidance,
             )
-            seed = seed_box()
-            start, stop = two_buttons("Generate", "Stop", primary="Generate")
-        with outputs_column():
+            seed = widgets.seed_box()
+            start, stop = widgets.two_buttons("Generate", "Stop", primary="Generate")
+        with widgets.outputs_column():
             limit = f"Images x steps: at most {model.max_evaluations:,}{', half with guidance' * has_guidance}"
-            status, shown = status_line(f"Ready. {limit}."), gallery("Images", columns=4)
+            status, shown = widgets.status_line(f"Ready. {limit}."), widgets.gallery("Images", columns=4)
             download = gr.DownloadButton("Download as zip", interactive=False)
     sampler.change(None, sampler, count, js=f"(one) => one === 'DDPM' ? {many} : {steps}", api_visibility="private")
     inputs, outputs = [number, sampler, count, seed, class_name, guidance], [shown, status, download]
-    options = {"api_name": "generate", "show_progress_on": status, **BUSY}
-    event = start.click(partial(generate, model), inputs, outputs, **options)
+    options = {"inputs": inputs, "outputs": outputs, "show_progress_on": status}
+    event = widgets.answer(start.click, generate, model=model, **options, **widgets.BUSY)
     event.success(None, None, download, js=ENABLE, api_visibility="private")
     stop.click(None, cancels=[event], api_visibility="private")
-    say_failure(event, status)

@@ -6,7 +6,7 @@ import gradio as gr
 from checks import MAX_SEED, whole
 from images import picture, visitor_image
 from model import Model
-from widgets import QUICK, gallery, image_inputs, inputs_column, outputs_column, say_failure, seed_box, status_line
+from widgets import QUICK, answer, gallery, image_inputs, inputs_column, outputs_column, seed_box, status_line
 
 
 BAR = """<div class="bar" role="img" aria-label="${Math.round(value)} % image, the rest noise">
@@ -23,9 +23,9 @@ noise is removed. DDPM takes many small steps and adds some fresh noise in each.
 and adds no noise."""
 
 
-# Gradio passes these by position, and their names are the names in its API.
+# Gradio passes these arguments by position. Its API uses their names.
 def forward(model: Model, source, upload, drawing, t, seed):
-    """Return (gallery, status, bar): the noisy image x_t, and the clean image that the network predicts from it."""
+    """Return (gallery, status, bar). The gallery shows x_0, x_t and the x_0 that the network predicts from x_t."""
     t, seed = whole("t", t, 0, model.T), whole("seed", seed, 0, MAX_SEED)
     x_0 = visitor_image(model, source, upload, drawing, seed)
     x_t, alpha_bar = model.forward(x_0, t, seed + 1)  # seed + 1, because `seed` drew the model's own image
@@ -49,5 +49,5 @@ def add(model: Model):
         gr.Markdown(HOW)
     inputs, outputs = [*inputs, t, seed], [shown, status, bar]
     triggers = [tab.select, *(part.change for part in inputs)]
-    options = {"api_name": "forward", "trigger_mode": "always_last", **QUICK}
-    say_failure(gr.on(triggers, partial(forward, model), inputs, outputs, **options), status)
+    options = {"inputs": inputs, "outputs": outputs, "trigger_mode": "always_last"}
+    answer(partial(gr.on, triggers), forward, model=model, **options, **QUICK)

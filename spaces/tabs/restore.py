@@ -2,35 +2,23 @@
 
 import math
 import time
-from functools import partial
 
 import gradio as gr
 import torch
+import widgets
 from checks import MAX_SEED, Refused, one_of, seconds_since, whole
 from images import as_large, picture, psnr, visitor_image
 from model import Model
-from widgets import (
-    BUSY,
-    QUICK,
-    gallery,
-    image_inputs,
-    inputs_column,
-    outputs_column,
-    say_failure,
-    seed_box,
-    status_line,
-    two_buttons,
-)
 
 
 STRENGTHS = ("Light", "Medium", "Strong")
-NEEDS_NO_CLASS = "This model always needs a class, but restoring needs one that can draw without: open another model."
+NEEDS_NO_CLASS = "This model always needs a class, and such models cannot restore images: open another model."
 
 
 def noise(size: tuple[int, int], level: int) -> tuple[dict, str]:
-    """Return the arguments of the restoration pipeline for noise of level 0 to 2 in images of `size`, and a caption.
+    """Return the restoration pipeline's arguments to add or remove noise, and a caption.
 
-    The functions below do the same for other damages.
+    `level` is 0 to 2. The functions below do the same for other kinds of damage.
     """
     sigma = (0.15, 0.3, 0.5)[level]
     return {"task": "denoise", "noise_level": sigma}, f"Noise of {sigma}"
@@ -63,7 +51,7 @@ DAMAGES = {"Noise": noise, "Hole": hole, "Blur": blur, "Low resolution": low_res
 
 
 def damages(model: Model) -> list[str]:
-    """Return the names of the damages for this model. Grey images have no colour to remove."""
+    """Return the names of the kinds of damage for this model. Grey images have no colour to remove."""
     return [name for name in DAMAGES if name != "No colour" or model.channels > 1]
 
 
@@ -84,19 +72,19 @@ def damaged_image(model: Model, image, damage, strength, seed):
     return clean, damaged, caption, arguments
 
 
-# Gradio passes these by position, and their names are the names in its API.
+# Gradio passes these arguments by position. Its API uses their names.
 def degrade(model: Model, source, upload, drawing, damage, strength, seed):
-    """Return (gallery, status): the image at the model's size, and damaged."""
+    """Return (gallery, status). The gallery shows the image at the model's size, and the damaged image."""
     clean, damaged, caption, _ = damaged_image(model, (source, upload, drawing), damage, strength, seed)
     return [picture(clean, "Original"), picture(as_large(damaged, clean), caption)], f"{caption}. Now restore it."
 
 
-# Gradio passes these by position, and their names are the names in its API.
+# Gradio passes these arguments by position. Its API uses their names.
 def restore(model: Model, source, upload, drawing, damage, strength, seed, progress=gr.Progress()):  # noqa: B008
-    """Return (gallery, status): the image, the damaged image, and the restored image."""
+    """Return (gallery, status). The gallery shows the image, the damaged image and the restored image."""
     clean, damaged, caption, arguments = damaged_image(model, (source, upload, drawing), damage, strength, seed)
     # Average several restorations, because their mean is closest to the truth. For a hole show a single one, because
-    # the mean of many different fillings is blurred. For noise one evaluation already gives the mean.
+    # the mean of many different fillings is blurred. For noise, one evaluation already gives the mean.
     samples = 4 if damage not in ("Noise", "Hole") and model.max_evaluations >= 100 else 1
     steps = 1 if damage == "Noise" else model.affordable_steps(samples, 25)
     start = time.perf_counter()
@@ -127,17 +115,17 @@ def add(model: Model):
             gr.Markdown(NEEDS_NO_CLASS)
             return
         with gr.Row():
-            with inputs_column():
-                inputs = image_inputs(model)
+            with widgets.inputs_column():
+                inputs = widgets.image_inputs(model)
                 damage = gr.Radio(damages(model), value="Hole", label="Damage")
                 strength = gr.Radio(STRENGTHS, value="Medium", label="Strength")
-                seed = seed_box()
-                buttons = two_buttons("Damage", "Restore", primary="Restore")
-            with outputs_column():
-                status = status_line("Ready. Choose an image of the model, upload one or draw one.")
-                shown = gallery("Before and after", columns=3)
+                seed = widgets.seed_box()
+                buttons = widgets.two_buttons("Damage", "Restore", primary="Restore")
+            with widgets.outputs_column():
+                status = widgets.status_line("Ready. Choose an image of the model, upload one or draw one.")
+                shown = widgets.gallery("Before and after", columns=3)
     inputs, outputs = [*inputs, damage, strength, seed], [shown, status]
-    quick = {**QUICK, "show_progress": "minimal"}
-    for button, action, options in zip(buttons, (degrade, restore), (quick, BUSY)):
-        options = {"api_name": action.__name__, "show_progress_on": status, **options}
-        say_failure(button.click(partial(action, model), inputs, outputs, **options), status)
+    options = {"inputs": inputs, "outputs": outputs, "show_progress_on": status}
+    quick = {**widgets.QUICK, "show_progress": "minimal"}
+    widgets.answer(buttons[0].click, degrade, model=model, **options, **quick)
+    widgets.answer(buttons[1].click, restore, model=model, **options, **widgets.BUSY)

@@ -1,0 +1,25 @@
+"""What the parsers of all commands share. This file imports nothing slow, because `--help` has to answer quickly."""
+
+from ..errors import no_such, no_such_flag, one_sentence
+
+
+class OneSentenceErrors:
+    """Add this to an ArgumentParser: its errors are one sentence, without the usage, and suggest a spelling."""
+
+    def parse_args(self, words: list[str], namespace=None):
+        """Return the parsed flags. An unknown flag is reported before a missing argument."""
+        known = self._option_string_actions
+        for word in words[: words.index("--") if "--" in words else None]:
+            if word.startswith("--") and word.partition("=")[0] not in known:
+                self.error(no_such_flag(word, known))
+        arguments, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(no_such_flag(unknown[0], known))
+        return arguments
+
+    def _check_value(self, action, value):
+        if action.choices is not None and value not in action.choices:
+            self.error(no_such(action.option_strings[0], value, action.choices))
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {one_sentence(message)}\n")

@@ -1,0 +1,48 @@
+"""Keep a closed, full or ASCII-only output from ending the work: what cannot be printed is dropped."""
+
+import contextlib
+import os
+import sys
+
+
+class LossyStream:
+    """A text stream that drops what it cannot write. All else is done by the stream inside."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # a notebook's stream has no `reconfigure`
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        """Write `text`, or drop it if the stream is closed, full, or cannot encode it; return its length."""
+        # ValueError is what a closed stream and a failed encoding raise.
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def writelines(self, lines):
+        """Write each of `lines`, as `write` does."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self):
+        """Flush the stream, if it can be flushed. Python calls this at its exit as well."""
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def drop_failing_output():
+    """Replace sys.stdout and sys.stderr for the life of this process, so that printing never raises.
+
+    `train | tee log` loses its reader when Ctrl-C ends `tee`, and a disk that holds the log may be full. Neither may
+    end hours of work.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # the process was started with this output closed, and tqdm writes to it nevertheless
+            stream = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
+        if not isinstance(stream, LossyStream):
+            setattr(sys, name, LossyStream(stream))

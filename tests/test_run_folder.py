@@ -1,0 +1,167 @@
+"""What a start may do to a folder: everything that can be refused comes first, and only a run's own files go."""
+
+import json
+import shutil
+
+import pytest
+from conftest import TINY
+
+from ddpm_hf import UserError, files
+from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.evaluation.records import EVALUATION_SCHEMA
+from ddpm_hf.run_folder import checkpoints
+from ddpm_hf.training.checkpoints import remove_checkpoint
+from ddpm_hf.training.loop import train
+from ddpm_hf.training.run import open_run
+
+
+def config(folder, *flags):
+    return parse_config([*TINY, "--max_train_steps=3", f"--output_dir={folder}", *flags])
+
+
+def listing(root):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in root.rglob("*") if not path.is_dir()}
+
+
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three") / "run"
+    train(config(folder, "--checkpointing_steps=1", "--use_ema", "--logger=tensorboard"))
+    return folder
+
+
+@pytest.fixture
+def ran(three_steps, tmp_path):
+    """A finished run with checkpoints 1, 2 and 3."""
+    return shutil.copytree(three_steps, tmp_path / "run")
+
+
+@pytest.fixture
+def own(ran):
+    """Files of the user in a run's folder, which look like those of a run but are not."""
+    names = ["unet/notes.txt", "unet/config.json.bak", "evaluations/passwords.json", "evaluations/list.json"]
+    names += ["evaluations/mine.png", "logs/mine.txt", "logs/ddpm_hf/mine.txt", "best/mine.txt", "figures/reverse.psd"]
+    names += ["figures/ddim_mine.png", "samples/epoch_mine.png", "checkpoint-mine.tmp/file", ".push-notes/file"]
+    return [write(ran / name, "[]" if "list" in name else '{"password": 1}') for name in names]
+
+
+def write(path, text=""):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors", "ema.safetensors", "state.pt"])
+@pytest.mark.parametrize("size", [0, 0.5])
+def test_a_damaged_checkpoint_is_refused_before_anything_changes(ran, name, size):
+    damaged = ran / "checkpoint-1" / name
+    damaged.write_bytes(damaged.read_bytes()[: int(size * damaged.stat().st_size)])
+    before = listing(ran)
+    with pytest.raises(UserError, match="checkpoint-1 is damaged"):
+        open_run(config(ran, "--use_ema", "--resume_from_checkpoint=checkpoint-1"))
+    assert listing(ran) == before
+
+
+def test_a_tracker_that_cannot_start_leaves_the_run_that_was_to_be_overwritten(ran):
+    write(ran / "a file")
+    before = listing(ran)
+    with pytest.raises(UserError, match="--logger tensorboard cannot start"):
+        train(config(ran, "--overwrite_output_dir", "--logger=tensorboard", "--logging_dir=a file"))
+    assert listing(ran) == before
+
+
+RECORDS = ["{}", "[]", "text", '{"flags": {}}', '{"flags": []}', '{"learning_rate": 1}']
+RECORDS += ['{"flags": {"output_dir": ".", "resolution": 8}, "versions": {}}']
+
+
+@pytest.mark.parametrize("record", RECORDS)
+def test_a_folder_of_another_program_is_refused_and_loses_nothing(tmp_path, record):
+    folder = tmp_path / "theirs"
+    names = ["unet/config.json", "classifier/config.json", "evaluations/a.json", "logs/ddpm_hf/events.out.tfevents.1"]
+    for name in [*names, "metrics.jsonl", "samples/epoch_0001.png", "figures/loss.png", "checkpoint-7.tmp/file"]:
+        write(folder / name)
+    write(folder / "train_config.json", record)
+    before = listing(folder)
+    with pytest.raises(UserError, match="is not empty"):
+        train(config(folder, "--resume_from_checkpoint=latest"))
+    assert listing(folder) == before
+    open_run(config(folder, "--overwrite_output_dir"))
+    assert listing(folder).keys() == before.keys()  # train_config.json is replaced, and nothing is removed
+
+
+def test_a_checkpoint_in_a_folder_of_no_run_is_not_overwritten(tmp_path):
+    write(tmp_path / "checkpoint-2" / "weights.txt")
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match="has a checkpoint-2, but no train_config.json of a run"):
+        train(config(tmp_path, "--overwrite_output_dir"))
+    assert listing(tmp_path) == before
+
+
+def test_overwriting_removes_exactly_what_the_run_wrote(ran, own):
+    record = json.dumps({"schema": EVALUATION_SCHEMA})
+    write(ran / "evaluations" / "fid.json", record)
+    write(ran / "evaluations" / "fid.pairs.png")
+    write(ran / "checkpoint-2.tmp" / "state.pt")
+    write(ran / ".push-a1b2c3d4" / "file")
+    open_run(config(ran, "--overwrite_output_dir"))
+    kept = {ran / "train_config.json", ran / "README.md", *own}
+    assert {path for path in ran.rglob("*") if path.is_file()} == kept
+    assert not (ran / "scheduler").exists()
+
+
+def test_the_name_of_the_logging_dir_is_taken_literally(ran, own):
+    open_run(config(ran, "--overwrite_output_dir", "--logging_dir=*"))
+    assert all(path.exists() for path in own)
+
+
+def test_the_folder_of_the_tracker_may_be_a_link_out_of_the_run(ran, tmp_path):
+    shutil.move(ran / "logs", tmp_path / "logs")
+    (ran / "logs").symlink_to(tmp_path / "logs")
+    before = listing(tmp_path / "logs")
+    assert before
+    open_run(config(ran, "--overwrite_output_dir"))
+    assert listing(tmp_path / "logs") == before
+
+
+def test_the_new_logs_of_an_overwritten_run_are_kept(ran):
+    old = set(listing(ran / "logs"))
+    train(config(ran, "--overwrite_output_dir", "--logger=tensorboard"))
+    new = set(listing(ran / "logs"))
+    assert any("tfevents" in path.name for path in new) and not old & new
+
+
+def test_a_run_killed_before_its_record_is_started_again(tmp_path):
+    write(tmp_path / "run" / "logs" / "ddpm_hf" / "events.out.tfevents.1")
+    write(tmp_path / "run" / ".writable.tmp")
+    assert train(config(tmp_path / "run", "--resume_from_checkpoint=latest")).finished
+
+
+def test_a_finished_classifier_without_checkpoints_is_not_started_again(tmp_path):
+    folder = tmp_path / "run"
+    train(config(folder, "--objective=classify"))
+    remove_checkpoint(folder / "checkpoint-3")
+    before = listing(folder)
+    with pytest.raises(UserError, match="is not empty"):
+        train(config(folder, "--objective=classify", "--resume_from_checkpoint=latest"))
+    assert listing(folder) == before
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_no_part_of_it(ran, monkeypatch):
+    def killed(folder):
+        (folder / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):  # resuming from an earlier checkpoint removes the later ones
+        open_run(config(ran, "--use_ema", "--resume_from_checkpoint=checkpoint-1"))
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints(ran)] == ["checkpoint-1", "checkpoint-2"]
+    run = open_run(config(ran, "--use_ema", "--resume_from_checkpoint=latest"))
+    assert run.state.step == 2 and not list(ran.glob("*.tmp"))
+
+
+def test_part_of_a_checkpoint_is_not_listed_and_not_in_the_way(ran):
+    (ran / "checkpoint-3" / "model.safetensors").unlink()  # as earlier versions left it after a kill
+    assert [path.name for path in checkpoints(ran)] == ["checkpoint-1", "checkpoint-2"]
+    assert train(config(ran, "--use_ema", "--resume_from_checkpoint=latest")).finished
+    assert (ran / "checkpoint-3" / "model.safetensors").exists()
