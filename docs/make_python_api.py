@@ -61,10 +61,19 @@ from diffusers import DDPMPipeline
 pipeline = DDPMPipeline.from_pretrained(run.folder)
 ```
 
-Wherever a model is wanted, a name with a slash, such as `me/ddpm-mnist`, is a Hub id. Bad input raises
-`ddpm_hf.UserError`, a `ValueError` whose message is one sentence. Progress bars work in notebooks. Ctrl-C during
-training writes a checkpoint and returns the run so far, with `finished=False`. To continue exactly from there, train
-again with the same config and `resume_from_checkpoint="latest"`.
+To train for a shorter time, give `num_epochs=10, base_channels=16` to `from_preset`. `ddpm_num_inference_steps` and
+`eval_batch_size` change only the pictures that a run draws. In a notebook, `overwrite_output_dir=True` lets you run
+the cell again. The loss curve is `figures/loss.png` in `run.folder`; `metrics.jsonl` has one line for every 10 steps.
+
+The metrics `bits_per_dim` and `memorization` need no download, nor does `fd_mnist` for MNIST. The others are `fid`,
+`kid`, `precision_recall`, `inception_score` and `fd_dinov2`. `result.scores` holds the numbers under the names in the
+table. `result.skipped` says which metrics were skipped, and why.
+
+`restore` takes PIL images, arrays (N, H, W, C) and tensors (N, C, H, W), as uint8 or with values in [0, 1]. Wherever
+a model is wanted, you can give a finished run, its folder, or a name with a slash, such as `me/ddpm-mnist`, which is a
+Hub id. Bad input raises `ddpm_hf.UserError`, a `ValueError` whose message is one sentence. Progress bars work in
+notebooks. Ctrl-C during training writes a checkpoint and returns the run so far, with `finished=False`. To continue
+exactly from there, train again with the same config and `resume_from_checkpoint="latest"`.
 """
 
 

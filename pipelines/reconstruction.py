@@ -170,7 +170,10 @@ class ReconstructionPipeline(DiffusionPipeline):
         check_output(output_type, callback_on_step_end_tensor_inputs)
         channels = self.unet.config.in_channels
         if latents.ndim != 4 or latents.shape[1] != channels or not latents.isfinite().all():
-            raise ValueError(f"latents have shape {tuple(latents.shape)}; give finite (B, {channels}, H, W).")
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}, or have values that are not finite; give finite ones of "
+                f"shape (B, {channels}, H, W)."
+            )
         x = latents = latents.to(self._execution_device, torch.float32)
         labels = self._labels(class_labels, len(latents))
         for i, (t, phi, angle) in enumerate(self.progress_bar(self._steps(num_inference_steps))):

@@ -173,7 +173,8 @@ def _check_weights(folder: Path):
     """Refuse a folder without safetensors, or with an index that names files of another format."""
     if not any(folder.glob("*.safetensors")):
         raise Refused(
-            f"{folder} has no weights in safetensors, and others are not opened: give a model saved with them."
+            f"{folder} has no safetensors weights, and the Space opens no other format: give a model that was saved "
+            "as safetensors."
         )
     for path in folder.glob("*.safetensors.index.json"):
         names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()

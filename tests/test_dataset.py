@@ -515,7 +515,7 @@ def test_datasets_without_images_are_refused(make, tmp_path, streaming):
     ):
         load_images(make(tmp_path / "empty", streaming=streaming))
     write_hub(tmp_path / "other", [plain(0)], [0], split="test")
-    with pytest.raises(UserError, match="there is no split `train`, only test: rename the split to train on"):
+    with pytest.raises(UserError, match="there is no split named `train`, only test: rename the split"):
         load_images(make(tmp_path / "other", streaming=streaming))
     write_hub(tmp_path / "lone", [plain(0)], [0])
     with pytest.raises(UserError, match="no images are left for training or for validation"):

@@ -83,3 +83,11 @@ def test_a_name_that_is_not_there():
     with pytest.raises(AttributeError, match="has no attribute 'tarin'"):
         _ = ddpm_hf.tarin
     assert {"train", "Sampler"} <= set(dir(ddpm_hf))
+
+
+def test_a_finished_run_is_given_for_a_model(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    run = ddpm_hf.FinishedRun(folder=folder / "runs" / "digits", step=1, finished=True, signal=None, losses={})
+    (image,) = ddpm_hf.sample(run, 1, "ddim", num_inference_steps=2)
+    result = ddpm_hf.evaluate(run, metrics=["bits_per_dim"], suite="smoke", output=folder / "of_run.json")
+    assert image.size == (8, 8) and "bits_per_dim" in repr(result)

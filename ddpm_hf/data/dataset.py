@@ -46,7 +46,10 @@ def load_images(config, channels=None):
     splits = _load_splits(config)
     held_out = config.validation_split
     if "train" not in splits:
-        raise UserError(f"there is no split `train`, only {', '.join(splits)}: rename the split to train on.")
+        raise UserError(
+            f"there is no split named `train`, only {', '.join(splits)}: rename the split that you want to train on "
+            "to `train`."
+        )
     columns, classes = _find_columns(splits["train"], config)
     rows = _select_rows(splits["train"], columns, classes, config)
     validation = None

@@ -1,7 +1,8 @@
 """Define the noise schedule: the papers' betas, q(x_t|x_0), q(x_t'|x_t,x_0) and the timesteps of a sampler.
 
 `PaperDDPMScheduler` is diffusers' DDPMScheduler with added methods. Its config and its betas are those of diffusers,
-so a DDPMScheduler or DDIMScheduler made from its config has the same betas. Publish `scheduler.stock()`.
+so a DDPMScheduler or DDIMScheduler made from its config has the same betas.
+To publish a model, save `scheduler.stock()`, which is a plain DDPMScheduler.
 
 Do not confuse the names: diffusers' "linear" keeps beta in [1e-4, 0.02] for every T, so at T=100 a third of the signal
 survives the last step. "ho_linear" scales both ends by 1000/T.

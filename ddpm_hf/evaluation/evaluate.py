@@ -40,7 +40,7 @@ class Evaluation:
         train, held_out: ImageSets of real images. `held_out` may be None.
         data_name: the name of the data in the record.
         model: the model to score. bits_per_dim needs it. None if only samples are scored.
-        sampler: draws images from `model`, and is already resolved for it. None if `samples` are given.
+        sampler: draws images from `model`; `Sampler.resolve` has filled in its defaults. None if `samples` are given.
         samples: images that were drawn earlier. None: draw new images.
         num_images: how many images to draw, or the number of `samples`.
         samples_dir: the folder to draw images into. None: keep the images in memory.
@@ -104,7 +104,7 @@ class Evaluation:
         return extractor if isinstance(extractor, str) else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluated:
     """The result of `evaluate`: the record, its path, and the names of the metrics. `print` shows it as a table."""
 
@@ -124,6 +124,8 @@ class Evaluated:
 
     def __str__(self) -> str:
         return record_table(self.record)
+
+    __repr__ = __str__  # a notebook shows the table
 
 
 # Longer than 60 lines, because each keyword is a flag of the command and stands on a separate line.

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def _find_folder(name: str | Path) -> tuple[str, Path, str | None]:
 
     A repository is downloaded first. The revision of a local folder is None.
     """
-    name, folder = str(name), Path(name)
+    name, folder = os.fspath(name), Path(name)
     if folder.exists():
         return name, folder, None
     try:

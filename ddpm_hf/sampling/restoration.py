@@ -1,9 +1,10 @@
 """Restore images with a model that was trained on clean images, through pipelines/restoration.py.
 
-The images are in memory, or are read from files and written to files. In the order of file names, image k takes its
-noise from `torch.Generator().manual_seed(seed + k)`, so its result is the same in any batch, up to one grey level of
-round-off. All images are read before any result is written. After an interruption, the same command restores the
-missing images. The file restoration.json stores the model, inputs and settings of the finished results.
+The images are in memory, or are read from files and written to files. Images are numbered in the order of their file
+names. Image k takes its noise from `torch.Generator().manual_seed(seed + k)`, so its result does not depend on the
+batch, except for round-off of at most one grey level. All images are read before any result is written. After an
+interruption, the same command restores the missing images. The file restoration.json stores the model, inputs and
+settings of the finished results.
 """
 
 import contextlib

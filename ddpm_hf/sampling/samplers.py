@@ -66,7 +66,7 @@ def ddim_step(scheduler: PaperDDPMScheduler, step: Step, *, eta: float = 0.0) ->
 
 
 def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, None]:
-    """Return x_t' by Algorithm 2 (second order, multistep) of Lu et al. 2022, and None, because no noise is added.
+    """Return x_t' by Algorithm 2 (second order, multistep) of Lu et al. 2022, and None as its standard deviation.
 
     The paper is https://huggingface.co/papers/2211.01095. The last step, to the clean image, returns the predicted
     x_0. This is the limit of a first-order step.

@@ -32,11 +32,11 @@ def is_hub_id(name: str) -> bool:
 def create_repository(name: str, private: bool = False, token: str | None = None, **space) -> str:
     """Create a repository unless it exists; return its id, e.g. `me/ddpm-cifar10`.
 
-    A run calls this before its first step. If the run cannot push, it then fails before the training, not after it.
+    A run calls this before its first step. So a run that cannot push fails before the training instead of after it.
 
     Args:
         private: require a private repository. False leaves the choice to the Hub.
-        space: for a Space: `repo_type="space"` and further arguments of `HfApi.create_repo`.
+        space: more arguments of `HfApi.create_repo`, if the repository is a Space: `repo_type="space"` and others.
 
     Raises:
         UserError: if the Hub cannot be reached or refuses, or if a private repository is required and a public one

@@ -46,6 +46,10 @@ class FinishedRun:
     signal: int | None
     losses: dict
 
+    def __fspath__(self) -> str:
+        """Return the folder, so that the run can be given wherever a model is asked for by its path."""
+        return str(self.folder)
+
     def load(self) -> Pretrained:
         """Load the model of the run from its folder, and return it: float32, on the CPU, in eval mode.
 
