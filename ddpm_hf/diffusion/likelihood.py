@@ -269,8 +269,8 @@ def num_pilot_images(num_train_timesteps: int) -> int:
 def pilot_probabilities(unet, scheduler, images, indices, **options) -> Tensor:
     """Return the probabilities p_t, float64 (T,), with which `bits_per_dim` draws timesteps.
 
-    p_t is 0 at t = 0, because that term is always evaluated. The arguments are those of `bound_terms`. This evaluates
-    all T timesteps of every image; 16 to 64 images are enough.
+    p_0 is 0: `bits_per_dim` evaluates the term of t = 0 for every image, and never has to draw it. The arguments are
+    those of `bound_terms`. All T timesteps of every image are evaluated; 16 to 64 images are enough.
     """
     T = scheduler.config.num_train_timesteps
     evaluations = ((row, t, 1.0) for row in range(len(images)) for t in range(T))

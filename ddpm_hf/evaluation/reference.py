@@ -100,7 +100,7 @@ def save_reference(reference: Reference, path: Path):
 
 
 def read_reference(path, extractor=None, pipeline: str | None = None) -> Reference:
-    """Read the statistics that `evaluate`, pytorch-fid, EDM, TTUR, clean-fid or ADM saved, as a Reference.
+    """Return a Reference with the statistics of a file that `evaluate`, pytorch-fid, EDM, TTUR, clean-fid or ADM made.
 
     Args:
         extractor: the statistics must be comparable with the features of this extractor. None: check nothing.

@@ -36,8 +36,8 @@ class Sampler:
 
     Attributes:
         name: ddpm, ddim, dpmsolver++, or another name of `SAMPLERS`.
-        num_inference_steps: a number from 1 to T, the number of timesteps of the model. None: as many as `timesteps`
-            lists. If it is a spacing: all T for ddpm, and 50 (at most T) for the others.
+        num_inference_steps: a number from 1 to T, the number of timesteps of the model. None: if `timesteps` is a
+            list, its length. If `timesteps` is a spacing, all T for ddpm, and 50 (at most T) for the others.
         timesteps: a spacing of `PaperDDPMScheduler.subsequence`, or the timesteps themselves, as numbers or as text
             such as "999,500,0".
         eta: for ddim, how much fresh noise is added: from 0 (none) to 1 (as much as ddpm).

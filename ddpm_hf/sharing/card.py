@@ -250,7 +250,7 @@ python -m ddpm_hf evaluate {model}"""
 
 
 def in_python(name: str) -> str:
-    """Return the literal of a string in Python, in double quotes."""
+    """Return `name` as a Python string literal in double quotes."""
     return json.dumps(name, ensure_ascii=False)
 
 

@@ -200,7 +200,7 @@ def run_figures(
 
 
 def reverse_figures(unet, scheduler, folder, seed, *, steps, num_images, on_step, class_labels):
-    """Sample by DDPM with these `steps` of `subsequence`, and draw reverse.png and reverse.gif."""
+    """Sample by DDPM on the timesteps `steps`, and draw reverse.png and reverse.gif."""
     kept = evenly(range(len(steps)), FRAMES)
     frames = []
 
