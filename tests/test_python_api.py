@@ -91,3 +91,8 @@ def test_a_finished_run_is_given_for_a_model(folder, monkeypatch):
     (image,) = ddpm_hf.sample(run, 1, "ddim", num_inference_steps=2)
     result = ddpm_hf.evaluate(run, metrics=["bits_per_dim"], suite="smoke", output=folder / "of_run.json")
     assert image.size == (8, 8) and "bits_per_dim" in repr(result)
+
+
+def test_metrics_as_one_string():
+    with pytest.raises(ddpm_hf.UserError, match=r"is a string: give a list of names, such as \['fid', 'kid'\]"):
+        ddpm_hf.evaluate("no folder", metrics="fid,kid")

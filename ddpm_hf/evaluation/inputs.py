@@ -33,7 +33,9 @@ DATA_FLAGS = ["dataset_name", "dataset_config_name", "image_column", "label_colu
 
 
 def check_metrics(names: list[str]):
-    """Raise a UserError for a name that is not in METRICS."""
+    """Raise a UserError for a name that is not in METRICS, and for one string instead of a list."""
+    if isinstance(names, str):
+        raise UserError(f"metrics={names!r} is a string: give a list of names, such as {names.split(',')}")
     for name in names:
         if name not in METRICS:
             raise UserError(no_such("metric", name, METRICS))
