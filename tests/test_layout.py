@@ -116,6 +116,19 @@ def test_what_travels_with_a_model_needs_nothing_of_ours(path):
     assert bases.count("DiffusionPipeline") == (path.parent.name == "pipelines")  # diffusers looks for the only one
 
 
+def test_functions_that_several_pipelines_have_are_the_same():
+    """Each pipeline travels alone, so it has its own copy of what the pipelines share. Change all copies together."""
+    sources = {}
+    for path in PIPELINES:
+        text = path.read_text()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef):
+                sources.setdefault(node.name, []).append(ast.get_source_segment(text, node))
+    copied = {name: copies for name, copies in sources.items() if len(copies) > 1}
+    assert {"after_step", "check_generator", "ddim_step"} <= set(copied)
+    assert [name for name, copies in copied.items() if len(set(copies)) > 1] == []
+
+
 # All but the preset, which `TrainingConfig.from_preset` reads before there is a config.
 @pytest.mark.parametrize(
     "name", [field.name for field in dataclasses.fields(TrainingConfig) if field.name != "preset"]
