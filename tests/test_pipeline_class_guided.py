@@ -41,7 +41,10 @@ NAMES = {"0": "cat", "1": "dog", "2": "wild"}
 
 
 class GaussianClasses(torch.nn.Module):
-    """The exact eps of the classes `means` and of none (the last embedding, mean 0); it notes its batch sizes."""
+    """A UNet that predicts the exact eps: class k has mean `means[k]`, and the last label, no class, has mean 0.
+
+    `batches` lists the batch sizes of the calls.
+    """
 
     device, dtype = torch.device("cpu"), torch.float32
 

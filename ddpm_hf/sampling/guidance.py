@@ -115,7 +115,7 @@ def guide(
     Args:
         classes: the classes of the UNet.
         scale: any finite number. With a larger scale, images follow the class more closely and vary less. Without a
-            classifier, scale 1 is the conditional model itself. With a classifier, scale 0 is no guidance.
+            classifier, scale 1 is the conditional model itself. With a classifier, scale 0 switches guidance off.
         classifier: guides an unconditional UNet. None: classifier-free guidance of a conditional UNet.
 
     Raises:

@@ -22,8 +22,8 @@ TOKEN = rb"hf_[A-Za-z0-9]{30,}"
 def copy_published(folder: Path, target: Path, patterns: list[str], token: str | None = None):
     """Copy the files of `folder` that `patterns` name to `target`, an existing folder; see `files_in`.
 
-    A file that holds an access token is left out with a warning, and so is JSON that cannot be read. JSON in
-    `evaluations` that is no record is left out. Local paths are cut to their last parts.
+    A file that holds an access token is left out with a warning, and so is a JSON file that cannot be read. A
+    JSON file in `evaluations` is left out if it is not a record. Local paths are cut to their last parts.
 
     Args:
         token: a token to look for, besides that of `hf auth login` and all that look like one.
@@ -48,7 +48,10 @@ def holds_token(path: Path, tokens: list[bytes]) -> bool:
 
 
 def is_ours(path: Path) -> bool:
-    """Return False for JSON that cannot be read, with a warning, and for JSON in `evaluations` that is no record."""
+    """Return whether a file may be published. A JSON file must be readable and, in `evaluations`, be a record.
+
+    A JSON file that cannot be read is named in a warning.
+    """
     if path.suffix != ".json":
         return True
     try:

@@ -201,7 +201,7 @@ def prepare_folder(run: Run, checkpoint: Path | None):
         checkpoints.remove_replaced(output_dir, replaced)
         if checkpoint is not None:
             checkpoints.keep_metrics_up_to(output_dir, run.state.step)
-        write_record(run)
+        write_train_config(run)
     accelerator.wait_for_everyone()
 
 
@@ -347,7 +347,7 @@ def describe(run: Run) -> dict:
     }
 
 
-def write_record(run: Run):
+def write_train_config(run: Run):
     """Write train_config.json with the "flags" and the facts of the run. The Hub token is left out."""
     path = Path(run.config.output_dir) / "train_config.json"
     with writing("train_config.json", path):
