@@ -23,8 +23,8 @@ from . import inputs
 from .extractor import load_extractor
 from .features import extract, images_at
 from .inception import MissingWeights
-from .metrics import FEWEST, METRICS, Look, has_floor, is_digits
-from .records import by_reason, make_record, record_table, write_record
+from .metrics import FEWEST, METRICS, Look, default_features, has_floor
+from .records import by_reason, make_record, record_table, scores_of, write_record
 from .reference import Reference, read_reference, reference_of
 
 
@@ -115,7 +115,7 @@ class Evaluated:
     @property
     def scores(self) -> dict[str, float]:
         """The value of each score by its id, without skipped metrics."""
-        return {entry["id"]: entry["value"] for entry in self.record["metrics"] if "value" in entry}
+        return scores_of(self.record)
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -226,7 +226,7 @@ def evaluate(
         samples=found,
         num_images=numbers["num_images"] if found is None else len(found.images),
         samples_dir=Path(samples_dir or inputs.run_subfolder(model, "evaluation_samples") / short_name),
-        features=features or ("digits" if is_digits(train) else "inception"),
+        features=features or default_features(train),
         options={
             "inception": {"weights": inception, "pipeline": inception_pipeline},
             "dinov2": {"source": dinov2},

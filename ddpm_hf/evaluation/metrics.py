@@ -321,6 +321,11 @@ def is_digits(image_set) -> bool:
     return names == list("0123456789") and image_set.channels == 1 and size in (28, 32)
 
 
+def default_features(image_set) -> str:
+    """Return the extractor for metrics that can use any extractor: the digit classifier for MNIST, else Inception."""
+    return "digits" if is_digits(image_set) else "inception"
+
+
 def random_rows(rows: Tensor, n: int) -> Tensor:
     """Return n random rows of `rows` (N, d), or all if N < n.
 

@@ -111,6 +111,11 @@ def score_rows(record: dict) -> list[list[str]]:
     return [[entry["id"], *(number(entry[key]) for key in keys)] for entry in measured]
 
 
+def scores_of(record: dict) -> dict[str, float]:
+    """Return the value of each score of a record by its id, without skipped metrics."""
+    return {entry["id"]: entry["value"] for entry in record["metrics"] if "value" in entry}
+
+
 def by_reason(reasons: dict[str, str | None]) -> list[tuple[str, str]]:
     """Return pairs (names of metrics joined by commas, reason), one for each reason that is not None."""
     found = dict.fromkeys(reason for reason in reasons.values() if reason is not None)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..evaluation.evaluate import Evaluation, open_extractors, run_evaluation
-from ..evaluation.metrics import is_digits
-from ..evaluation.records import by_reason, data_name, write_record
+from ..evaluation.metrics import default_features
+from ..evaluation.records import by_reason, data_name, scores_of, write_record
 from ..models.pretrained import Pretrained, weights_hash
 from ..sampling.settings import Sampler
 
@@ -46,7 +46,7 @@ def open_evaluation(config, model: Pretrained, train_set, validation_set) -> tup
         model=model,
         sampler=sampler.resolve(model),
         num_images=config.eval_num_images,
-        features="digits" if is_digits(train_set) else "inception",
+        features=default_features(train_set),
         options={"inception": {"weights": config.eval_inception}},
         batch_size=config.train_batch_size,
         bound_images=BOUND_IMAGES,
@@ -74,7 +74,8 @@ def score_run(run, on_step) -> tuple[dict[str, float], float | None]:
     if record is None:
         return {}, None
     write_record(record, path)
-    entries, compared = record["metrics"], None
+    compared = None
     if config.best_by in config.eval_metrics:
-        compared = entries[0]["value"] if entries[0]["lower_is_better"] else -entries[0]["value"]
-    return {entry["id"]: entry["value"] for entry in entries if "value" in entry}, compared
+        first = record["metrics"][0]
+        compared = first["value"] if first["lower_is_better"] else -first["value"]
+    return scores_of(record), compared
