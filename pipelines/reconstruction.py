@@ -298,7 +298,7 @@ class ReconstructionPipeline(DiffusionPipeline):
         return torch.tensor(numbers, dtype=torch.int64, device=self._execution_device)
 
     def _steps(self, num_inference_steps: int) -> list[tuple[int, float, float]]:
-        """Return (t, phi_t, phi_t - phi_t') for each step from t to t'. The last ends at phi = 0, the clean image."""
+        """Return (t, phi_t, phi_t - phi_t') for each step from t to t'. The last step ends at phi = 0."""
         alpha_bar = ddpm_scheduler(self.scheduler).alphas_cumprod.double()
         timesteps = trailing_timesteps(len(alpha_bar), num_inference_steps)
         angles = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())[timesteps].tolist()
@@ -335,7 +335,7 @@ to_output = VaeImageProcessor().postprocess
 
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
-    """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
+    """Return a stock DDPMScheduler with the betas and the prediction type of `scheduler`, of any class."""
     # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)

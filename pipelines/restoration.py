@@ -372,7 +372,7 @@ to_output = VaeImageProcessor().postprocess
 
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
-    """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
+    """Return a stock DDPMScheduler with the betas and the prediction type of `scheduler`, of any class."""
     # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)

@@ -57,7 +57,11 @@ class Model:
         return [IN_TURN, *self.labels, *more] if self.labels else [""]
 
     def class_numbers(self, class_name: str, number: int) -> list[int] | None:
-        """Return the class of each of `number` images, or None for "no class"."""
+        """Return the class numbers with which to draw `number` images of the class that a visitor chose.
+
+        For "each class in turn", the numbers count through the classes. For "no class", or if the model has no
+        classes, return None instead of a list.
+        """
         if not self.labels or class_name == NO_CLASS:
             return None
         if class_name == IN_TURN:

@@ -148,7 +148,7 @@ def min_snr_weights(scheduler: PaperDDPMScheduler, timesteps: torch.Tensor, gamm
     """Return the Min-SNR weight (B,) of each timestep for the scheduler's prediction type.
 
     The squared error of x_0 has the weight min(SNR, gamma). The squared error of epsilon is SNR times that of x_0, so
-    its weight is divided by SNR. For v the factor is SNR + 1.
+    its weight is divided by SNR. For v, divide by SNR + 1 instead.
     """
     snr = scheduler.snr(timesteps).float()
     in_x0 = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[scheduler.config.prediction_type]

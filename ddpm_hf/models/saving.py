@@ -1,6 +1,6 @@
 """Save a UNet as stock diffusers' `DDPMPipeline`, or save a classifier together with its code.
 
-The saved model_index.json names only classes of diffusers, so the folder loads where ddpm_hf is not installed. Stock
+The model_index.json of a run names only classes of diffusers, so it loads where ddpm_hf is not installed. Stock
 diffusers has no class-conditional pipeline, so for a conditional UNet we save our own pipeline file next to the
 weights.
 """

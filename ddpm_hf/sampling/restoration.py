@@ -273,7 +273,10 @@ def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tenso
 
 
 class Accepted(Exception):
-    """Raised after the pipeline's first step with an image, which shows that it accepts the image and the settings."""
+    """Stops a trial restoration after its first step.
+
+    `check_items` raises it from `callback_on_step_end`. A pipeline that calls back accepts the image and the settings.
+    """
 
 
 def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
