@@ -1,7 +1,9 @@
 """Show records side by side in a table, if they were measured in the same way."""
 
+from pathlib import Path
+
 from ..errors import UserError
-from .records import number, table
+from .records import number, read_record, table
 
 
 # Two records can be compared even if these fields differ: the model, the environment and the numbers. The list has
@@ -18,6 +20,33 @@ NOT_PROTOCOL = [
     "metrics",
     "sampler.seed",
 ]
+
+
+def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
+    """Return a table of the scores of several records, one column each, with their errors and floors.
+
+    Args:
+        records: paths of records that `evaluate` wrote, or its results.
+        vary: settings that may differ between the records, e.g. `["sampler"]` or `["sampler.eta", "data"]`.
+        markdown: return the table as Markdown instead of aligned text.
+
+    Raises:
+        UserError: if a record cannot be read, or if the records were measured in different ways. The message names the
+            settings that differ.
+
+    Example:
+        >>> settings = dict(metrics=["bits_per_dim"], suite="smoke", bound_images=2, overwrite=True)
+        >>> a = ddpm_hf.evaluate("runs/digits", output="published.json", **settings)
+        >>> b = ddpm_hf.evaluate("runs/digits", output="raw.json", weights="raw", **settings)
+        >>> table = ddpm_hf.compare(a, b)
+        >>> table.splitlines()[0].split()
+        ['published', 'raw']
+    """
+    paths = [Path(getattr(record, "path", record)) for record in records]  # of an `Evaluated`, or the path itself
+    headings = [path.stem for path in paths]
+    if len(set(headings)) < len(paths):
+        headings = [str(path) for path in paths]
+    return comparison(dict(zip(headings, map(read_record, paths))), vary, markdown)
 
 
 def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = False) -> str:

@@ -106,7 +106,13 @@ class Evaluation:
 
 @dataclass(frozen=True, repr=False)
 class Evaluated:
-    """The result of `evaluate`: the record, its path, and the names of the metrics. `print` shows it as a table."""
+    """The result of `evaluate`. `print` shows it as a table.
+
+    Attributes:
+        record: all that was measured, and how: the contents of the JSON file.
+        path: the path of that file. `compare` takes it.
+        metrics: the names of the metrics that were requested.
+    """
 
     record: dict
     path: Path
@@ -165,7 +171,8 @@ def evaluate(
         metrics: names of METRICS. None: the metrics that suit the data.
         suite: how much to measure: smoke, fast, standard or paper, see SUITES. `num_images`, `bound_images` and
             `bound_timesteps` override the numbers of the suite.
-        num_images: how many images to draw, or how many of the samples to use; at least 40.
+        num_images: how many images to draw, or how many of the samples to use. Metrics that compare features need at
+            least 40.
         bound_images, bound_timesteps: bits_per_dim uses this many held-out images (at least 1), and this many
             timesteps of each image (at least 2). 0 means all.
         features: the extractor of kid and precision_recall: inception, dinov2 or digits. None: digits for MNIST, else

@@ -74,8 +74,8 @@ class Classes:
             "numbers of these classes."
         )
 
-    def numbers(self, labels: Iterable[int | str] | None) -> list[int] | None:
-        """Return the numbers of the requested labels. None requests all classes in turn.
+    def numbers(self, labels: int | str | Iterable[int | str] | None) -> list[int] | None:
+        """Return the numbers of the requested labels: one label, or several. None requests all classes in turn.
 
         The result is None if `labels` is None and there are no classes.
 
@@ -84,7 +84,7 @@ class Classes:
         """
         if labels is None:
             return list(range(len(self))) or None
-        return [self.number(label) for label in labels]
+        return [self.number(label) for label in ([labels] if isinstance(labels, (int, str)) else labels)]
 
     def in_turn(self, indices: Sequence[int]) -> list[int] | None:
         """Return the class of each image if the images take all classes in turn. None for an unconditional network."""

@@ -45,8 +45,8 @@ class Sampler:
             all T steps. On fewer steps: learned_range if the model has it, else fixed_small.
         dtype: float32, bfloat16 or float16. The UNet computes in this dtype, and the rest stays float32.
         seed: image k is drawn from a random generator seeded with seed + k.
-        class_labels: names or numbers. Image k gets the label `class_labels[k % len(class_labels)]`. None: all
-            classes in turn.
+        class_labels: one class, by its name or number, or a list of classes. With a list, image k gets the label
+            `class_labels[k % len(class_labels)]`. None: all classes in turn.
         guidance_scale: how closely images follow the class. 1 is the conditional model itself. See `guidance.guide`.
         classifier: guides an unconditional model towards a class.
 
@@ -63,7 +63,7 @@ class Sampler:
     variance_type: str | None = None
     dtype: str = "float32"
     seed: int = 0
-    class_labels: Sequence[int | str] | None = None
+    class_labels: int | str | Sequence[int | str] | None = None
     guidance_scale: float = 1.0
     classifier: NoisyClassifier | None = None
 

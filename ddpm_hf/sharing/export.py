@@ -33,7 +33,7 @@ def export(
 
     Args:
         model: a folder, a checkpoint, a Hub id, or the result of `load`.
-        output: a folder that does not exist yet.
+        output: a folder that does not exist yet. Nothing is overwritten.
         classifier: a classifier to guide an unconditional model: a run of --objective classify, a Hub id, or the
             classifier itself.
         pipeline: the default pipeline of the folder. None: class_guided for a model with classes or a classifier, else
@@ -47,6 +47,7 @@ def export(
     Example:
         >>> ddpm_hf.export("runs/digits", "my-export")
         ['restoration', 'reconstruction']
+        >>> pipeline = DDPMPipeline.from_pretrained("my-export")
     """
     if not isinstance(model, Pretrained):
         model = load_pretrained(model, weights)
