@@ -27,6 +27,22 @@ THREADS_PAY_FROM = 2e-3
 CHUNK = 256  # number of rows that are read from the dataset at once
 
 
+def upright(image):
+    """Return a Pillow image, turned as its EXIF orientation says."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def opacity(image):
+    """Return how opaque each pixel of a Pillow image is, uint8 (H,W); None if it cannot have transparent parts."""
+    if not image.has_transparency_data:
+        return None
+    if image.mode.startswith("I"):  # a 16-bit PNG names one grey value that is transparent; Pillow leaves it to us
+        return np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8)
+    return np.asarray(image.convert("RGBA").getchannel("A"))
+
+
 def to_array(image, channels, exact=False):
     """Return a Pillow image as an upright array (H,W,C) with C = `channels` (1 or 3); transparent parts become white.
 
@@ -36,13 +52,14 @@ def to_array(image, channels, exact=False):
     Raises:
         UserError: if a grey value is outside 0 to 65535 (integers) or 0 to 1 (floats).
     """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip their values at 255
         array = np.asarray(image)
         white = 1 if image.mode == "F" else 65535
         if not 0 <= array.min() <= array.max() <= white:
             raise UserError(f"its values are {array.min():g} to {array.max():g}, not within 0 to {white}: rescale it.")
+        if image.has_transparency_data:
+            array = np.where(opacity(image), array, white)
         array = (array / white).astype(np.float32) if exact else np.rint(array / white * 255).astype(np.uint8)
     else:
         if image.has_transparency_data:
@@ -139,6 +156,15 @@ def use_file(use, item):
         path = encoded["path"] or "without a name"
         reason = str(error).split(" <_io")[0].rstrip(".")
         raise UserError(f"image {row} ({path}) cannot be read ({reason}): repair or remove it.") from error
+
+
+def use_path(use, path):
+    """Return `use(image)` for the Pillow image in a file of this machine. Any error becomes a UserError."""
+    try:
+        with Image.open(path) as image:
+            return use(image)
+    except Exception as error:  # Pillow's decoders raise anything for a broken file
+        raise UserError(f"{path} cannot be read ({str(error).rstrip('.')}): repair or remove this file.") from error
 
 
 @functools.lru_cache(maxsize=2)
