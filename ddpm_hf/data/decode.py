@@ -6,6 +6,7 @@ An item is a pair `(row number, encoded image)`. An encoded image is a dict `{"b
 
 import functools
 import io
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -24,6 +25,7 @@ from ..randomness import draws_for, keyed_generator
 FLIP_BLOCK = 4096  # flips are drawn in blocks of this many consecutive images
 # Seconds per image. If decoding takes less, we use no threads, because they would cost more time than they save.
 THREADS_PAY_FROM = 2e-3
+MAX_ASPECT = 16  # the ends of images that are longer than this many times their shorter side are cut off
 CHUNK = 256  # number of rows that are read from the dataset at once
 
 
@@ -73,8 +75,15 @@ def to_array(image, channels, exact=False):
 
 
 def read_image(item, channels, resolution, exact):
-    """Decode an item with `to_array`, and resize it with antialiasing: its shorter side becomes `resolution`."""
+    """Decode an item with `to_array`, and resize it with antialiasing: its shorter side becomes `resolution`.
+
+    Of an image that is much longer than wide, or wider than long, only the middle is resized. All of it could need
+    gigabytes: resized to 256, an image of 60,000 x 1 pixels has 4 billion pixels.
+    """
     array = use_file(lambda file: to_array(Image.open(file), channels, exact), item)
+    longest = MAX_ASPECT * min(array.shape[:2])
+    top, left = (max(0, side - longest) // 2 for side in array.shape[:2])
+    array = array[top : top + longest, left : left + longest]
     height, width = (round(side * resolution / min(array.shape[:2])) for side in array.shape[:2])
     if (height, width) == array.shape[:2]:
         return array
@@ -146,10 +155,13 @@ def undecoded(rows, indices):
 
 def use_file(use, item):
     """Return `use(file)` for the image file of an item. Any error becomes a UserError with the row and the path."""
-    row, encoded = item[0], item[1] or {"bytes": b"", "path": None}
+    row, encoded = item[0], item[1] or {"bytes": None, "path": None}
     try:
+        if encoded["bytes"] is None and encoded["path"] is None:
+            raise OSError("it is missing")
         if encoded["bytes"] is not None:
             return use(io.BytesIO(encoded["bytes"]))
+        check_regular(encoded["path"])
         with fsspec.open(encoded["path"], "rb") as file:  # a stream's path can point to the Hub or into an archive
             return use(io.BytesIO(file.read()))
     except Exception as error:
@@ -158,9 +170,18 @@ def use_file(use, item):
         raise UserError(f"image {row} ({path}) cannot be read ({reason}): repair or remove it.") from error
 
 
+def check_regular(path):
+    """Raise an OSError if a path leads to a folder, a pipe or a device, which might never end. It is not opened."""
+    for part in str(path).split("::"):  # e.g. zip://a.png::/data/images.zip
+        local = part.removeprefix("file://")
+        if os.path.exists(local) and not os.path.isfile(local):
+            raise OSError("it is not a regular file")
+
+
 def use_path(use, path):
     """Return `use(image)` for the Pillow image in a file of this machine. Any error becomes a UserError."""
     try:
+        check_regular(path)
         with Image.open(path) as image:
             return use(image)
     except Exception as error:  # Pillow's decoders raise anything for a broken file
