@@ -1,4 +1,5 @@
 """Reading pixels: unusual files are read with bounded memory and time, or refused in one sentence."""
+# ruff: noqa: F401, F811 (`make` is a fixture)
 
 import os
 import threading
@@ -6,12 +7,16 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import TINY
 from PIL import Image
-from test_dataset import encode, make, write_hub  # noqa: F401  (`make` is a fixture)
+from test_dataset import encode, make, plain, write_hub
 
 from ddpm_hf import UserError
+from ddpm_hf.__main__ import main
+from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.decode import read_image, use_file, use_path
+from ddpm_hf.training.loop import train
 
 
 def gradient(length):
@@ -70,8 +75,95 @@ def test_a_missing_image_is_called_missing():
         use_file(Image.open, (3, None))
 
 
-def test_transparent_parts_of_16_bit_images_are_white(make, tmp_path):  # noqa: F811
+def test_transparent_parts_of_16_bit_images_are_white(make, tmp_path):
     values = np.array([[0, 30000], [30000, 0]], np.uint16)
     write_hub(tmp_path / "deep", [encode(values, transparency=0)])
     images, _ = load_images(make(tmp_path / "deep", resolution=2, preserve_input_precision=True))
     assert np.allclose((images.get([0])[0, 0] + 1) / 2 * 65535, [[65535, 30000], [30000, 65535]], atol=0.1)
+
+
+# The survey of a sample of the images.
+
+
+def deep(largest, size=(4, 4)):
+    """A 16-bit PNG of a ramp from 0 to `largest`."""
+    return encode(np.linspace(0, largest, size[0] * size[1]).round().astype(np.uint16).reshape(size))
+
+
+@pytest.mark.parametrize(("largest", "white"), [(1000, 1023), (4071, 4095), (16000, 16383)])
+def test_values_far_below_white_are_noticed_and_put_right(make, tmp_path, largest, white):
+    folder = write_hub(tmp_path / "ct", [deep(largest // 2), deep(largest)])
+    said = load_images(make(folder))[0].warnings
+    assert len(said) == 1 and f"the largest value in the images looked at is {largest}" in said[0]
+    assert f"e.g. --pixel_range=0,{white}." in said[0]
+    images, _ = load_images(make(folder, pixel_range=[0.0, white], preserve_input_precision=True))
+    assert images.warnings == [] and images.get([1]).min() == -1
+    assert images.get([1]).max() == pytest.approx(2 * largest / white - 1)
+    assert images.fingerprint != load_images(make(folder, preserve_input_precision=True))[0].fingerprint
+
+
+def test_deep_images_are_noticed_among_bright_ones_of_8_bits(make, tmp_path):
+    folder = write_hub(tmp_path / "mixed", [plain(255), deep(4095)])
+    assert "--pixel_range=0,4095" in load_images(make(folder))[0].warnings[0]
+    dark = write_hub(tmp_path / "dark", [encode(Image.new("RGB", (4, 4), (15, 0, 0)))])
+    assert "brighter than 5.9% of white" in load_images(make(dark))[0].warnings[0]
+
+
+@pytest.mark.parametrize("largest", [20000, 65535, 0])
+def test_values_that_fill_the_scale_are_not_talked_about(make, tmp_path, largest):
+    folder = write_hub(tmp_path / "full", [deep(largest)])
+    assert load_images(make(folder))[0].warnings == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_floats_off_the_scale_are_refused_with_the_way_out(make, tmp_path, streaming):
+    units = np.linspace(-1024, 3071, 16, dtype=np.float32).reshape(4, 4)
+    folder = write_hub(tmp_path / "hu", [encode(units, format="TIFF")])
+    with pytest.raises(UserError) as error:
+        load_images(make(folder, streaming=streaming))
+    said = str(error.value)
+    assert "its values are -1024 to 3071, not within 0 (black) to 1 (white): rescale all images, or give" in said
+    assert said.endswith("for all of them, e.g. --pixel_range=-1024,3071.")
+    images, _ = load_images(make(folder, pixel_range=[-1024.0, 3071.0], streaming=streaming))
+    assert images.warnings == [] and (images.get([0]).min(), images.get([0]).max()) == (-1, 1)
+
+
+def in_color(*colors):
+    return encode(np.array(colors, np.uint8).reshape(1, -1, 3), format="JPEG")
+
+
+def test_grey_images_stored_in_color_are_noticed(make, tmp_path):
+    grey = in_color((9, 9, 9), (200, 200, 200))
+    folder = write_hub(tmp_path / "grey", [grey] * 3)
+    images, _ = load_images(make(folder))
+    assert images.channels == 3 and "--channels 1 trains a smaller model" in images.warnings[0]
+    for given, of_model in [(1, None), (3, None), (None, 1)]:
+        images, _ = load_images(make(folder, channels=given), of_model)
+        assert images.channels == (given or of_model) and images.warnings == []
+    write_hub(tmp_path / "one", [grey, grey, in_color((200, 0, 0))])
+    assert load_images(make(tmp_path / "one"))[0].warnings == []
+    with pytest.raises(UserError, match="the model has 3 channels, but --channels is 1"):
+        load_images(make(folder, channels=1), 3)
+
+
+@pytest.mark.parametrize(("format", "several"), [("TIFF", True), ("GIF", True), ("PNG", True), ("MPO", False)])
+def test_several_pages_are_mentioned(make, tmp_path, format, several):
+    pages = [Image.new("L", (4, 4), value) for value in (255, 100, 50)]
+    folder = write_hub(tmp_path / "pages", [encode(pages[0], format=format, save_all=True, append_images=pages[1:])])
+    images, _ = load_images(make(folder))
+    assert len(images) == 1 and images.get([0]).min() > 0.9
+    said = "1 of the 1 images looked at have several pages or frames, e.g. image 0. Only the first one is used"
+    assert [said in warning for warning in images.warnings if "Hint" not in warning] == [True] * several
+
+
+def test_training_and_evaluation_print_what_was_noticed(tmp_path, capsys):
+    folder = write_hub(tmp_path / "ct", [deep(4095, size=(8, 8))] * 40)
+    flags = [*TINY, f"--dataset_name={folder}", "--dry_run", f"--output_dir={tmp_path / 'run'}"]
+    train(parse_config(flags))
+    assert "e.g. --pixel_range=0,4095." in capsys.readouterr().out
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros((40, 8, 8, 1), np.uint8))
+    measure = ["evaluate", f"{tmp_path / 'samples.npz'}", f"--dataset_name={folder}", "--metrics=memorization"]
+    main([*measure, f"--output={tmp_path / 'one.json'}"])
+    assert "e.g. --pixel_range=0,4095." in capsys.readouterr().out
+    main([*measure, f"--output={tmp_path / 'two.json'}", "--pixel_range=0,4095"])
+    assert "--pixel_range" not in capsys.readouterr().out

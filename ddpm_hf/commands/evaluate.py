@@ -84,6 +84,13 @@ def add_data_flags(parser):
     add("--label_column", help="column with the classes")
     add("--validation_split", help="held-out images: the name of a split, or a count or share of the training images")
     add("--class_names", type=names, help="keep only these classes, e.g. cat,dog")
+    add("--channels", type=int, choices=[1, 3], help="channels of the images: 1 (grey) or 3 (RGB)")
+    add(
+        "--pixel_range",
+        type=names,
+        metavar="BLACK,WHITE",
+        help="values of black and white in grey images of more than 8 bits, e.g. --pixel_range=0,4095",
+    )
     add("--resolution", type=int, help="height and width in pixels for --calibrate without a model; default: 32")
     add(
         "--reference",

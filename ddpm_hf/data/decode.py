@@ -45,24 +45,41 @@ def opacity(image):
     return np.asarray(image.convert("RGBA").getchannel("A"))
 
 
-def to_array(image, channels, exact=False):
+def white_level(mode):
+    """Return the value of white in a grey mode of more than 8 bits."""
+    return 1 if mode == "F" else 65535
+
+
+def to_array(image, channels, exact=False, pixel_range=None):
     """Return a Pillow image as an upright array (H,W,C) with C = `channels` (1 or 3); transparent parts become white.
 
     The array is uint8, and 16-bit and float greys are rounded to 8 bits. With `exact` the array is float32 in [0, 1],
     without rounding. But Pillow itself opens 16-bit *color* images as 8-bit.
 
+    Args:
+        pixel_range: the values of black and white in greys of more than 8 bits. None: 0 and 65535 for integers, 0
+            and 1 for floats.
+
     Raises:
-        UserError: if a grey value is outside 0 to 65535 (integers) or 0 to 1 (floats).
+        UserError: if a grey value is outside this range.
     """
     image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip their values at 255
         array = np.asarray(image)
-        white = 1 if image.mode == "F" else 65535
-        if not 0 <= array.min() <= array.max() <= white:
-            raise UserError(f"its values are {array.min():g} to {array.max():g}, not within 0 to {white}: rescale it.")
+        black, white = pixel_range or (0, white_level(image.mode))
         if image.has_transparency_data:
             array = np.where(opacity(image), array, white)
-        array = (array / white).astype(np.float32) if exact else np.rint(array / white * 255).astype(np.uint8)
+        low, high = array.min(), array.max()
+        if not black <= low <= high <= white:  # also refuses nan
+            raise UserError(
+                f"its values are {low:.10g} to {high:.10g}, not within {black:.10g} (black) to {white:.10g} (white): "
+                "rescale all images, or give these two values for all of them, e.g. "
+                f"--pixel_range={min(black, low):.10g},{high:.10g}."
+            )
+        if pixel_range is not None:
+            array = array.astype(np.float64) - black
+        array = array / (white - black)
+        array = array.astype(np.float32) if exact else np.rint(array * 255).astype(np.uint8)
     else:
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -74,13 +91,13 @@ def to_array(image, channels, exact=False):
     return array if array.ndim == 3 else np.repeat(array[..., None], channels, axis=-1)
 
 
-def read_image(item, channels, resolution, exact):
+def read_image(item, channels, resolution, exact, pixel_range=None):
     """Decode an item with `to_array`, and resize it with antialiasing: its shorter side becomes `resolution`.
 
     Of an image that is much longer than wide, or wider than long, only the middle is resized. All of it could need
     gigabytes: resized to 256, an image of 60,000 x 1 pixels has 4 billion pixels.
     """
-    array = use_file(lambda file: to_array(Image.open(file), channels, exact), item)
+    array = use_file(lambda file: to_array(Image.open(file), channels, exact, pixel_range), item)
     longest = MAX_ASPECT * min(array.shape[:2])
     top, left = (max(0, side - longest) // 2 for side in array.shape[:2])
     array = array[top : top + longest, left : left + longest]
@@ -165,9 +182,14 @@ def use_file(use, item):
         with fsspec.open(encoded["path"], "rb") as file:  # a stream's path can point to the Hub or into an archive
             return use(io.BytesIO(file.read()))
     except Exception as error:
-        path = encoded["path"] or "without a name"
-        reason = str(error).split(" <_io")[0].rstrip(".")
-        raise UserError(f"image {row} ({path}) cannot be read ({reason}): repair or remove it.") from error
+        raise _cannot_be_read(f"image {row} ({encoded['path'] or 'without a name'})", error) from error
+
+
+def _cannot_be_read(name, error) -> UserError:
+    if isinstance(error, UserError):  # it says what to do
+        return UserError(f"{name} cannot be read: {error}")
+    reason = str(error).split(" <_io")[0].rstrip(".")
+    return UserError(f"{name} cannot be read ({reason}): repair or remove it.")
 
 
 def check_regular(path):
@@ -185,7 +207,7 @@ def use_path(use, path):
         with Image.open(path) as image:
             return use(image)
     except Exception as error:  # Pillow's decoders raise anything for a broken file
-        raise UserError(f"{path} cannot be read ({str(error).rstrip('.')}): repair or remove this file.") from error
+        raise _cannot_be_read(path, error) from error
 
 
 @functools.lru_cache(maxsize=2)

@@ -170,7 +170,7 @@ def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
     )
     run = replace(run, facts=describe(run))
     evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
-    return replace(run, evaluation=evaluation), [*ema_warning(config, total_steps), *skipped]
+    return replace(run, evaluation=evaluation), [*train_set.warnings, *ema_warning(config, total_steps), *skipped]
 
 
 def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:
