@@ -61,6 +61,7 @@ def make(tmp_path):
             "preserve_input_precision": False,
             "channels": None,
             "pixel_range": None,
+            "on_bad_image": "refuse",
             "dataloader_num_workers": 0,
             "image_column": None,
             "label_column": None,
@@ -536,7 +537,7 @@ def test_broken_images_are_named(make, tmp_path, broken, option, monkeypatch):
     if option == "dataloader_num_workers":
         monkeypatch.setattr("ddpm_hf.data.image_set.MEMORY_LIMIT", 0)
     with pytest.raises(
-        UserError, match=r"^image \d+ \(without a name\) cannot be read \(.*\): repair or remove it\.$"
+        UserError, match=r"^image \d+ \(without a name\) cannot be read \(.*\): repair or remove it, or skip"
     ):
         next(training_batches(load_images(config)[0], config, 0, 0, 1))
 

@@ -270,7 +270,7 @@ ELSEWHERE = {
     "model_config_name_or_path": "test_build", "enable_xformers_memory_efficient_attention": "test_build",
     "push_to_hub": "test_hub", "hub_token": "test_hub", "hub_model_id": "test_hub", "hub_private_repo": "test_hub",
     "eval_metrics": "test_scoring", "eval_epochs": "test_scoring", "eval_num_images": "test_scoring",
-    "eval_inception": "test_scoring", "best_by": "test_scoring",
+    "eval_inception": "test_scoring", "best_by": "test_scoring", "on_bad_image": "test_pixels",
 }  # fmt: skip
 
 

@@ -1,12 +1,15 @@
 """Reading pixels: unusual files are read with bounded memory and time, or refused in one sentence."""
 # ruff: noqa: F401, F811 (`make` is a fixture)
 
+import itertools
+import json
 import os
 import threading
 import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY
 from PIL import Image
 from test_dataset import encode, make, plain, write_hub
@@ -14,9 +17,11 @@ from test_dataset import encode, make, plain, write_hub
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.data.batches import training_batches
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.decode import read_image, use_file, use_path
 from ddpm_hf.training.loop import train
+from ddpm_hf.training.run import check_skipped, open_run
 
 
 def gradient(length):
@@ -167,3 +172,66 @@ def test_training_and_evaluation_print_what_was_noticed(tmp_path, capsys):
     assert "e.g. --pixel_range=0,4095." in capsys.readouterr().out
     main([*measure, f"--output={tmp_path / 'two.json'}", "--pixel_range=0,4095"])
     assert "--pixel_range" not in capsys.readouterr().out
+
+
+# Images that cannot be read.
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Forty images, four of which cannot be read: each in another way."""
+    files = [plain(k * 6, (8, 8)) for k in range(40)]
+    files[3], files[17], files[30] = b"junk", files[17][:45], None
+    files[39] = encode(np.full((8, 8), 70000, np.int32), format="TIFF")
+    return write_hub(tmp_path / "damaged", files, [k % 2 for k in range(40)], names="ab")
+
+
+def test_images_that_cannot_be_read_are_refused_or_skipped(make, damaged):
+    with pytest.raises(UserError, match="image 3 .*: repair or remove it, or skip it with --on_bad_image skip"):
+        load_images(make(damaged))
+    images, held_out = load_images(make(damaged, on_bad_image="skip", validation_split="6"))
+    assert len(images) == 30 and len(held_out) == 6
+    assert [entry.partition(":")[0] for entry in images.skipped] == ["image 3", "image 17", "image 30", "image 39"]
+    assert "4 images cannot be read and are skipped: image 3: cannot identify image file; " in images.warnings[0]
+    kept = {
+        round(float(value + 1) * 127.5)
+        for half in (images, held_out)
+        for value in half.get(range(len(half)))[:, 0, 0, 0]
+    }
+    assert kept == {k * 6 for k in range(40) if k not in (3, 17, 30, 39)}
+
+
+def test_skipping_changes_nothing_where_all_can_be_read(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpm_hf.data.image_set.MEMORY_LIMIT", 0)
+    folder = write_hub(tmp_path / "whole", [plain(k) for k in range(40)])
+    sets = [load_images(make(folder, on_bad_image=choice))[0] for choice in ("refuse", "skip")]
+    assert sets[0].fingerprint == sets[1].fingerprint and sets[1].skipped == []
+
+
+def test_a_run_that_skips_says_so_and_goes_on_in_the_same_order(damaged, tmp_path, capsys, monkeypatch):
+    flags = [*TINY, f"--dataset_name={damaged}", "--on_bad_image=skip", f"--output_dir={tmp_path / 'run'}"]
+    run = open_run(config := parse_config(flags))
+    said = capsys.readouterr().out
+    assert "36 images of 8x8x1 (0 held out, 4 skipped)" in said and "image 30: it is missing" in said
+    record = json.loads((tmp_path / "run" / "train_config.json").read_text())
+    assert len(record["skipped_images"]) == 4 and record["num_images"] == 36
+    begun = itertools.islice(training_batches(run.train_set, config, 0, 0, 1), 5, None)
+    resumed = training_batches(load_images(config)[0], config, 40, 0, 1)  # after 5 batches of 8
+    for batch in itertools.islice(zip(begun, resumed), 3):
+        assert all(torch.equal(batch[0][key], batch[1][key]) for key in ("ordinals", "images", "labels"))
+    monkeypatch.setattr("ddpm_hf.training.run.gather_object", lambda values: [*values, "of another process"])
+    with pytest.raises(UserError, match="left out different images in different processes"):
+        check_skipped(config, run.train_set)
+
+
+def test_names_of_skipped_files_are_listed_without_their_folders(make, tmp_path):
+    for k in range(6):
+        (tmp_path / "cats").mkdir(exist_ok=True)
+        (tmp_path / "cats" / f"{k}.png").write_bytes(plain(k) if k < 2 else b"junk")
+    images, _ = load_images(make(train_data_dir=str(tmp_path / "cats"), on_bad_image="skip"))
+    assert images.skipped[0] == "image 2 (2.png): cannot identify image file"
+    assert images.warnings[0].endswith("image 4 (4.png): cannot identify image file and 1 more.")
+    for path in (tmp_path / "cats").iterdir():
+        path.write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"none of the 6 images can be read \(image 0 \(0.png\): cannot identify"):
+        load_images(make(train_data_dir=str(tmp_path / "cats"), on_bad_image="skip"))

@@ -91,6 +91,7 @@ def add_data_flags(parser):
         metavar="BLACK,WHITE",
         help="values of black and white in grey images of more than 8 bits, e.g. --pixel_range=0,4095",
     )
+    add("--on_bad_image", choices=["refuse", "skip"], help="what to do about images that cannot be read")
     add("--resolution", type=int, help="height and width in pixels for --calibrate without a model; default: 32")
     add(
         "--reference",

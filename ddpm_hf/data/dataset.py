@@ -17,7 +17,7 @@ from ..errors import UserError
 from .decode import read_image, undecoded, use_file
 from .image_set import ImageSet
 from .stream import StreamedSet
-from .survey import survey
+from .survey import skip_unreadable, skipped_warning, survey
 
 
 def load_images(config, channels=None):
@@ -32,6 +32,8 @@ def load_images(config, channels=None):
         fingerprint: 16 hex digits.
         warnings: sentences to print about the pixels, which come from a look at up to 256 images (in a stream, at the
             first 64). Only the training set has them.
+        skipped: the images that --on_bad_image skip left out of both sets, each with the reason. Only the training
+            set has them.
 
     Args:
         channels: the number of channels of the model, 1 or 3. None: `config.channels`, or what suits the images.
@@ -55,12 +57,11 @@ def load_images(config, channels=None):
         )
     columns, classes = _find_columns(splits["train"], config)
     rows = _select_rows(splits["train"], columns, classes, config)
-    validation = None
-    if held_out in splits:
-        validation = _select_rows(splits[held_out], columns, classes, config)
-        if config.streaming:  # fetch the rows now, because they are used many times
-            validation = datasets.Dataset.from_list([{"row": n} | row for n, row in enumerate(validation)])
-    elif held_out is not None:
+    validation = _select_rows(splits[held_out], columns, classes, config) if held_out in splits else None
+    rows, validation, skipped = _usable(rows, validation, config)
+    if validation is not None and config.streaming:  # fetch the rows now, because they are used many times
+        validation = datasets.Dataset.from_list([{"row": n} | row for n, row in enumerate(validation)])
+    elif validation is None and held_out is not None:
         rows, validation = _split_by_hash(rows, held_out, splits, config)
     if config.streaming:
         sample = list(enumerate(row["image"] for row in itertools.islice(rows, 64)))
@@ -81,7 +82,8 @@ def load_images(config, channels=None):
     parts = dict(classes=classes, read=read, config=config)
     validation = None if validation is None else ImageSet(validation, **parts)
     train = StreamedSet(rows, **parts, sample=sample) if config.streaming else ImageSet(rows, **parts)
-    train.warnings = warnings
+    train.warnings = skipped_warning(skipped) + warnings
+    train.skipped = skipped
     return train, validation
 
 
@@ -154,6 +156,17 @@ def _select_rows(rows, columns, classes, config):
         return rows.filter(lambda label: label in classes, input_columns="label") if config.class_names else rows
     rows = rows.add_column("row", np.arange(len(rows)))
     return rows.select(np.flatnonzero(np.isin(rows["label"][:], list(classes)))) if config.class_names else rows
+
+
+def _usable(rows, validation, config):
+    """Return both sets of rows without the images that --on_bad_image skip leaves out, and a list of these images."""
+    if config.on_bad_image != "skip":
+        return rows, validation, []
+    rows, skipped = skip_unreadable(rows, config.pixel_range)
+    if validation is not None:
+        validation, more = skip_unreadable(validation, config.pixel_range)
+        skipped += more
+    return rows, validation, skipped
 
 
 def _split_by_hash(rows, held_out, splits, config):

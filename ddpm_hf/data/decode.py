@@ -182,14 +182,19 @@ def use_file(use, item):
         with fsspec.open(encoded["path"], "rb") as file:  # a stream's path can point to the Hub or into an archive
             return use(io.BytesIO(file.read()))
     except Exception as error:
-        raise _cannot_be_read(f"image {row} ({encoded['path'] or 'without a name'})", error) from error
+        name = f"image {row} ({encoded['path'] or 'without a name'})"
+        raise _cannot_be_read(name, error, "repair or remove it, or skip it with --on_bad_image skip") from error
 
 
-def _cannot_be_read(name, error) -> UserError:
+def _cannot_be_read(name, error, advice) -> UserError:
     if isinstance(error, UserError):  # it says what to do
         return UserError(f"{name} cannot be read: {error}")
-    reason = str(error).split(" <_io")[0].rstrip(".")
-    return UserError(f"{name} cannot be read ({reason}): repair or remove it.")
+    return UserError(f"{name} cannot be read ({short_reason(error)}): {advice}.")
+
+
+def short_reason(error) -> str:
+    """Return the message of an error without its full stop, and without the name of a file in memory."""
+    return str(error).split(" <_io")[0].rstrip(".")
 
 
 def check_regular(path):
@@ -207,7 +212,7 @@ def use_path(use, path):
         with Image.open(path) as image:
             return use(image)
     except Exception as error:  # Pillow's decoders raise anything for a broken file
-        raise _cannot_be_read(path, error) from error
+        raise _cannot_be_read(path, error, "repair or remove it") from error
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,16 +1,61 @@
-"""Look at a sample of the images before training. Choose the number of channels, and say what looks like a mistake."""
+"""Look at images before training: skip those that cannot be read, and say what looks like a mistake in a sample."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from .decode import to_array, use_file, white_level
+from ..errors import UserError
+from .decode import CHUNK, short_reason, to_array, undecoded, use_file, white_level
 
 
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
 # Cameras store previews behind a photo as MPO, and Pillow counts the layers of a PSD as frames.
 ONE_PICTURE = {"MPO", "PSD"}
 DARK = 0.25  # images whose largest value is below this share of the scale are almost black
+
+
+def skip_unreadable(rows, pixel_range):
+    """Return the rows whose images can be read, and a list of the other images, each with the reason.
+
+    Every image is decoded, once and before training, so that the order of a run never changes. Rows that can all be
+    read are returned as they are.
+
+    Raises:
+        UserError: if no image can be read.
+    """
+    problems = []
+    with ThreadPoolExecutor() as pool, tqdm(desc="checking", total=len(rows), unit=" images", disable=None) as bar:
+        for start in range(0, len(rows), CHUNK):
+            items = undecoded(rows, range(start, min(start + CHUNK, len(rows))))
+            problems += pool.map(partial(_problem, pixel_range=pixel_range), items)
+            bar.update(len(problems) - start)
+    readable = [row for row, problem in enumerate(problems) if problem is None]
+    skipped = [problem for problem in problems if problem is not None]
+    if not readable and skipped:
+        raise UserError(f"none of the {len(rows):,} images can be read ({skipped[0]}): give images.")
+    return rows.select(np.array(readable)) if skipped else rows, skipped
+
+
+def _problem(item, pixel_range) -> str | None:
+    """Return the number of an image, its file name if it has one, and why it cannot be read; None if it can be."""
+    try:
+        use_file(lambda file: to_array(Image.open(file), 3, pixel_range=pixel_range), item)
+    except UserError as error:
+        row, encoded = item
+        path = encoded and encoded["path"]  # the name is enough: a record of a run may be published
+        return f"image {row}{f' ({Path(path).name})' if path else ''}: {short_reason(error.__cause__)}"
+
+
+def skipped_warning(skipped: list[str]) -> list[str]:
+    """Return a warning that names up to three skipped images, in a list; an empty list if none was skipped."""
+    if not skipped:
+        return []
+    more = f" and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
+    return [f"Warning: {len(skipped):,} images cannot be read and are skipped: {'; '.join(skipped[:3])}{more}."]
 
 
 def survey(items, channels, pixel_range) -> tuple[int, list[str]]:
