@@ -22,7 +22,8 @@ def add_flags(parser):
     parser.add_argument(
         "subject",
         nargs="?",
-        help="a model (folder, checkpoint or Hub id), or samples: a folder of PNG files, or an .npz whose arr_0 is "
+        help="a model (folder, checkpoint or Hub id), or samples: a folder with PNG files, or with subfolders of PNG "
+        "files, or an .npz whose arr_0 is "
         "uint8 (N, H, W, C)",
     )
     parser.add_argument(

@@ -212,6 +212,15 @@ def check_labels(model: Pretrained, train: ImageSet, held_out: ImageSet | None):
         )
 
 
+def match_channels(images: torch.Tensor, train: ImageSet) -> torch.Tensor:
+    """Return samples (N, C, H, W) with one channel if the real images have one and the channels are equal.
+
+    Many programs save grey images with three equal channels.
+    """
+    is_color = any(bool((part != part[:, :1]).any()) for part in images.split(1000))
+    return images if is_color or train.channels != 1 else images[:, :1].contiguous()
+
+
 def check_shapes(images: torch.Tensor, train: ImageSet):
     """Raise a UserError if the samples (N, C, H, W) do not have the size and the channels of the real images."""
     wanted = (train.channels, train.resolution, train.resolution)
