@@ -74,13 +74,9 @@ def read_drawing(data_url: str | None) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """Return the middle of an image as (1, C, H, W) in [-1, 1].
-
-    Transparent parts become black if `channels` is 1, and white otherwise.
-    """
+    """Return the middle of an image as (1, C, H, W) in [-1, 1]. Transparent parts become white, as in training."""
     if image.mode == "RGBA":
-        ground = Image.new("RGBA", image.size, "black" if channels == 1 else "white")
-        image = Image.alpha_composite(ground, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), size[::-1], Image.Resampling.LANCZOS)
     pixels = np.asarray(image, dtype=np.float32).reshape(*size, channels)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]

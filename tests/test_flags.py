@@ -124,7 +124,8 @@ def first_images(folder, *flags):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--image_column=second", "--center_crop", "--random_flip", "--class_names=b", "--resolution=4"]
+    "flag",
+    ["--image_column=second", "--center_crop", "--random_flip", "--class_names=b", "--resolution=4", "--channels=3"],
 )
 def test_data_flags_change_the_images(odd_images, flag):
     _, plain = first_images(odd_images)
@@ -139,6 +140,13 @@ def test_preserve_input_precision_keeps_16_bits(odd_images):
     assert torch.allclose(levels, levels.round(), atol=1e-3)
     assert not torch.allclose((exact + 1) * 127.5, ((exact + 1) * 127.5).round(), atol=1e-3)
     assert (exact - rounded).abs().max() < 0.05  # rounding, and clamping between the two passes
+
+
+def test_pixel_range_says_which_values_are_black_and_white(odd_images):
+    flags = ["--image_column=second", "--center_crop", "--preserve_input_precision"]
+    _, plain = first_images(odd_images, *flags)
+    _, wide = first_images(odd_images, *flags, "--pixel_range=-65535,131070")  # 65535 becomes 2/3 of the scale
+    assert torch.allclose(3 * wide, plain, atol=1e-5)
 
 
 def test_label_column_changes_the_classes(odd_images):
@@ -262,7 +270,7 @@ ELSEWHERE = {
     "model_config_name_or_path": "test_build", "enable_xformers_memory_efficient_attention": "test_build",
     "push_to_hub": "test_hub", "hub_token": "test_hub", "hub_model_id": "test_hub", "hub_private_repo": "test_hub",
     "eval_metrics": "test_scoring", "eval_epochs": "test_scoring", "eval_num_images": "test_scoring",
-    "eval_inception": "test_scoring", "best_by": "test_scoring",
+    "eval_inception": "test_scoring", "best_by": "test_scoring", "on_bad_image": "test_pixels",
 }  # fmt: skip
 
 

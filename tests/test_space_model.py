@@ -13,6 +13,7 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from PIL import Image
 from space_server import pixels, save_model
 
+from ddpm_hf.data.decode import to_array
 from ddpm_hf.errors import UserError
 from ddpm_hf.models.pretrained import load_pretrained
 
@@ -149,7 +150,9 @@ def test_what_shows_through_and_the_middle(tmp_path):
     image.save(tmp_path / "clear.png")
     read = read_image(tmp_path / "clear.png")
     grey, colour = (to_tensor(read, (20, 20), channels) for channels in (1, 3))
-    assert grey.shape == (1, 1, 20, 20) and grey[0, 0, 0, 0] == -1
+    assert grey.shape == (1, 1, 20, 20) and grey[0, 0, 0, 0] == 1
+    trained = to_array(Image.open(tmp_path / "clear.png"), channels=1)[:, 10:30, 0]
+    assert torch.equal(grey[0, 0], torch.from_numpy(trained.astype(np.float32) / 127.5 - 1))
     assert colour.shape == (1, 3, 20, 20) and (colour[0, :, 0, 0] == 1).all()
     assert colour[0, :, 10, 10].tolist() == [1, -1, -1]
 

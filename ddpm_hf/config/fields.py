@@ -50,7 +50,7 @@ def check_types(config):
             setattr(config, field.name, value)
         kinds, choices = allowed(field.type)
         if value not in choices and not any(fits(value, kind) for kind in kinds):
-            wanted = [TYPES[kind] for kind in kinds if kind is not types.NoneType] + choices
+            wanted = [TYPES[kind] for kind in kinds if kind is not types.NoneType] + list(map(str, choices))
             raise UserError(f"--{field.name} is {value!r}, but must be {' or '.join(wanted)}.")
 
 
@@ -78,7 +78,7 @@ def check_bounds(config):
             raise UserError(f"{given} be positive, {bounds['positive']}.")
 
 
-def allowed(annotation) -> tuple[list[type], list[str]]:
+def allowed(annotation) -> tuple[list[type], list]:
     """Return the types and the choices that an annotation allows: `Literal["a"] | None` gives ([NoneType], ["a"])."""
     kinds = []
     choices = []
@@ -112,4 +112,5 @@ def split_list(words, kind: type = str, example: str = "") -> list | None:
     try:
         return [kind(part) for part in parts]
     except ValueError:
-        raise UserError(f"{' '.join(map(str, words))!r} is not a list of whole numbers: write {example}.") from None
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{' '.join(map(str, words))!r} is not a list of {numbers}: write {example}.") from None

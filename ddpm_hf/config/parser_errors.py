@@ -19,7 +19,7 @@ class OneSentenceErrors:
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            self.error(no_such(action.option_strings[0], value, action.choices))
+            self.error(no_such(action.option_strings[0], str(value), list(map(str, action.choices))))
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_sentence(message)}\n")

@@ -12,15 +12,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-from PIL import Image
 
 from ..errors import UserError
 from .decode import read_image, undecoded, use_file
 from .image_set import ImageSet
 from .stream import StreamedSet
-
-
-GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
+from .survey import skip_unreadable, skipped_warning, survey
 
 
 def load_images(config, channels=None):
@@ -33,16 +30,24 @@ def load_images(config, channels=None):
         class_names: the list of the class names, in the order of the labels; None if there are no classes. Only the
             classes in `config.class_names` are kept, if that is given.
         fingerprint: 16 hex digits.
+        warnings: sentences to print about the pixels, which come from a look at up to 256 images (in a stream, at the
+            first 64). Only the training set has them.
+        skipped: the images that --on_bad_image skip left out of both sets, each with the reason. Only the training
+            set has them.
 
     Args:
-        channels: 1 or 3. None looks at up to 256 images (in a stream, at the first 64): 1 if all of them are grey,
-            else 3.
+        channels: the number of channels of the model, 1 or 3. None: `config.channels`, or what suits the images.
 
     Raises:
         UserError: if images, columns, classes or splits are missing or cannot be read.
     """
     if channels not in (None, 1, 3):
         raise UserError(f"the model has {channels} channels, but images have 1 (grey) or 3 (RGB): give another model.")
+    if channels and config.channels not in (None, channels):
+        raise UserError(
+            f"the model has {channels} channels, but --channels is {config.channels}: leave --channels out, or give "
+            "another model."
+        )
     splits = _load_splits(config)
     held_out = config.validation_split
     if "train" not in splits:
@@ -52,12 +57,11 @@ def load_images(config, channels=None):
         )
     columns, classes = _find_columns(splits["train"], config)
     rows = _select_rows(splits["train"], columns, classes, config)
-    validation = None
-    if held_out in splits:
-        validation = _select_rows(splits[held_out], columns, classes, config)
-        if config.streaming:  # fetch the rows now, because they are used many times
-            validation = datasets.Dataset.from_list([{"row": n} | row for n, row in enumerate(validation)])
-    elif held_out is not None:
+    validation = _select_rows(splits[held_out], columns, classes, config) if held_out in splits else None
+    rows, validation, skipped = _usable(rows, validation, config)
+    if validation is not None and config.streaming:  # fetch the rows now, because they are used many times
+        validation = datasets.Dataset.from_list([{"row": n} | row for n, row in enumerate(validation)])
+    elif validation is None and held_out is not None:
         rows, validation = _split_by_hash(rows, held_out, splits, config)
     if config.streaming:
         sample = list(enumerate(row["image"] for row in itertools.islice(rows, 64)))
@@ -65,16 +69,22 @@ def load_images(config, channels=None):
         sample = list(undecoded(rows, range(0, len(rows), -(-len(rows) // 256) or 1)))
     if not sample or validation is not None and not len(validation):
         raise UserError("no images are left for training or for validation: give a larger dataset or more classes.")
-    modes = {use_file(lambda file: Image.open(file).mode, item) for item in sample}
+    channels, warnings = survey(sample, channels or config.channels, config.pixel_range)
+    # Without --pixel_range it is left out, so that the fingerprints of older runs stay the same.
+    options = {"pixel_range": tuple(config.pixel_range)} if config.pixel_range else {}
     read = functools.partial(
         read_image,
-        channels=channels or (1 if modes <= GREY_MODES else 3),
+        channels=channels,
         resolution=config.resolution,
         exact=config.preserve_input_precision,
+        **options,
     )
     parts = dict(classes=classes, read=read, config=config)
     validation = None if validation is None else ImageSet(validation, **parts)
-    return StreamedSet(rows, **parts, sample=sample) if config.streaming else ImageSet(rows, **parts), validation
+    train = StreamedSet(rows, **parts, sample=sample) if config.streaming else ImageSet(rows, **parts)
+    train.warnings = skipped_warning(skipped) + warnings
+    train.skipped = skipped
+    return train, validation
 
 
 def _load_splits(config):
@@ -146,6 +156,17 @@ def _select_rows(rows, columns, classes, config):
         return rows.filter(lambda label: label in classes, input_columns="label") if config.class_names else rows
     rows = rows.add_column("row", np.arange(len(rows)))
     return rows.select(np.flatnonzero(np.isin(rows["label"][:], list(classes)))) if config.class_names else rows
+
+
+def _usable(rows, validation, config):
+    """Return both sets of rows without the images that --on_bad_image skip leaves out, and a list of these images."""
+    if config.on_bad_image != "skip":
+        return rows, validation, []
+    rows, skipped = skip_unreadable(rows, config.pixel_range)
+    if validation is not None:
+        validation, more = skip_unreadable(validation, config.pixel_range)
+        skipped += more
+    return rows, validation, skipped
 
 
 def _split_by_hash(rows, held_out, splits, config):

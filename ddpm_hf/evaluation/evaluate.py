@@ -216,6 +216,7 @@ def evaluate(
         rows = torch.randperm(len(held_out), generator=keyed_generator(0, "floor"))[: numbers["num_images"]]
         found = SampleSet(images_at(held_out, rows), {"method": "real", "split": "held_out"}, {})
     if found is not None:
+        found.images = inputs.match_channels(found.images, train)
         inputs.check_shapes(found.images, train)
     resolved = None if found is not None else inputs.choose_sampler(model, sampler, flags, numbers)
     short_name = inputs.name_of_sampler(model, found.sampler if found is not None else resolved.record(model))

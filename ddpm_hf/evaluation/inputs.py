@@ -30,6 +30,8 @@ SUITES = {
     "paper": dict(num_images=50_000, sampler="ddpm", steps=None, bound_images=0, bound_timesteps=0),
 }
 DATA_FLAGS = ["dataset_name", "dataset_config_name", "image_column", "label_column", "validation_split", "class_names"]
+DATA_FLAGS += ["channels", "pixel_range", "on_bad_image"]
+SAME_IN_A_COPY = ["validation_split", "class_names", "center_crop", "channels", "pixel_range", "on_bad_image"]
 
 
 def check_metrics(names: list[str]):
@@ -158,7 +160,7 @@ def open_data(
     flags = {key: value for key, value in flags.items() if key in known}
     if "dataset_name" in data and data["dataset_name"] != flags.get("dataset_name"):
         # A different --dataset_name is taken to be another copy of the same data.
-        flags = {key: flags[key] for key in ("validation_split", "class_names", "center_crop") if key in flags}
+        flags = {key: flags[key] for key in SAME_IN_A_COPY if key in flags}
     flags |= data
     source = flags.get("dataset_name") or flags.get("train_data_dir")
     if not source:
@@ -181,6 +183,8 @@ def open_data(
     flags |= {"streaming": False, "random_flip": False, "resume_from_checkpoint": None}
     with PartialState().local_main_process_first():
         train, held_out = load_images(TrainingConfig(**flags), channels)
+    for warning in train.warnings:
+        PartialState().print(warning, flush=True)
     if calibrate and held_out is None:
         raise UserError(
             "--calibrate compares held-out images with training images, but no images are held out: add "
@@ -206,6 +210,15 @@ def check_labels(model: Pretrained, train: ImageSet, held_out: ImageSet | None):
             f"bits_per_dim needs data with the classes of the model ({', '.join(names)}), but this data has the "
             f"classes {', '.join(train.class_names)}: give data with the same classes, see --class_names."
         )
+
+
+def match_channels(images: torch.Tensor, train: ImageSet) -> torch.Tensor:
+    """Return samples (N, C, H, W) with one channel if the real images have one and the channels are equal.
+
+    Many programs save grey images with three equal channels.
+    """
+    is_color = any(bool((part != part[:, :1]).any()) for part in images.split(1000))
+    return images if is_color or train.channels != 1 else images[:, :1].contiguous()
 
 
 def check_shapes(images: torch.Tensor, train: ImageSet):

@@ -21,11 +21,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..community_pipelines import pipeline_file, pipeline_module
-from ..data.decode import to_array
+from ..data.decode import to_array, use_path
 from ..errors import UserError, no_such
 from ..files import read_json, write_json, writing
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import GAP, frame, image_sheet, save_picture, to_uint8
+from .masks import read_mask, read_masks_in_memory
 from .samplers import image_generators
 
 
@@ -38,13 +39,14 @@ TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": 
 
 @dataclass
 class Item:
-    """One image to restore. `check_items` fills in its size."""
+    """One image to restore. `check_items` fills in its size, and the share of its pixels that a mask marks."""
 
     index: int
     path: Path
     output: Path
     mask: Path | None  # for inpaint
     size: tuple[int, int] = (0, 0)  # (H, W)
+    painted: float | None = None  # 0 to 1
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,13 @@ class Restored:
         sheet: the path of a picture that shows each input above its result.
         noise_levels: the noise level of each image that this call restored, as the standard deviation of the noise on
             pixels in [0, 1].
+        painted: for inpaint, the share of each image, from 0 to 1, that its mask marks for painting; otherwise [].
     """
 
     num_images: int
     sheet: Path
     noise_levels: list[float]
+    painted: list[float]
 
 
 def restore(
@@ -84,8 +88,9 @@ def restore(
         output: a .png file, or a folder. In a folder, each result has the name of its input, with the ending .png.
             None: the results are returned.
         task: denoise, inpaint, super_resolution, colorize or deblur.
-        mask: for inpaint, a mask image, white in the areas to paint. Give one mask for all images, or a list with one
-            per image. With `output`: the path of one mask, or of a folder where each mask has the name of its image.
+        mask: for inpaint, a mask image, white in the areas to paint. If it has transparent parts, its opaque parts are
+            the areas to paint, in any color. Give one mask for all images, or a list with one per image. With
+            `output`: the path of one mask, or of a folder where each mask has the name of its image.
         batch_size: images per batch, at least 1. It changes the results only by round-off.
         seed: the noise of image k comes from a random generator seeded with seed + k.
         overwrite: replace results that are already in `output`.
@@ -120,6 +125,7 @@ def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size
     pipeline = open_pipeline(model)
     several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
     images = list(images) if several else [images]
+    mask = read_masks_in_memory(mask)
     restored = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -150,7 +156,8 @@ def restore_files(
     noise_levels = restore_items(to_do, pipeline, settings, seed, batch_size)
     with writing("the sheet", output):
         sheet = draw_sheet(items[:SHEET_IMAGES], output.resolve().with_name(f"{output.resolve().name}.sheet.png"))
-    return Restored(len(items), sheet, noise_levels)
+    painted = [item.painted for item in items if item.painted is not None]
+    return Restored(len(items), sheet, noise_levels, painted)
 
 
 def open_pipeline(model: Pretrained) -> DiffusionPipeline:
@@ -236,20 +243,9 @@ def read(path: Path) -> torch.Tensor:
 
     The image is turned upright, and transparent areas become white.
     """
-    try:
-        array = to_array(Image.open(path), 3, exact=True)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        raise UserError(f"{path} cannot be read ({error}): repair or remove this file.") from error
+    array = use_path(lambda image: to_array(image, 3, exact=True), path)
     image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
     return image[:1] if (image == image[:1]).all() else image
-
-
-def read_mask(path: Path) -> torch.Tensor:
-    """Read a mask as bool (H, W). Areas to paint are True: the pixels brighter than half of the brightest pixel."""
-    grey = read(path).mean(dim=0)
-    if not grey.any():
-        raise UserError(f"--mask {path} is black everywhere: give a mask that is white in the areas to paint.")
-    return grey > grey.max() / 2
 
 
 def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -280,9 +276,10 @@ class Accepted(Exception):
 
 
 def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
-    """Check that all items can be restored, set their sizes, and return the SHA-256 of all images and masks.
+    """Check that all items can be restored, and return the SHA-256 of all images and masks.
 
-    Every item is read, and the pipeline takes one step with the first image of each size.
+    Every item is read, and its size and its share of pixels to paint are set. The pipeline takes one step with the
+    first image of each size.
     """
 
     def accept(*step):
@@ -293,6 +290,7 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
     for item in tqdm(items, desc="Reading", unit="image", disable=len(items) < 200):
         image, mask = read_for(pipeline, item, options["task"])
         item.size = tuple(image.shape[1:])
+        item.painted = None if mask is None else mask.float().mean().item()
         digest.update(f"{item.path.stem} {tuple(image.shape)} ".encode() + image.numpy().tobytes())
         digest.update(b"" if mask is None else mask.numpy().tobytes())
         first.setdefault(item.size, item)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data.decode import opacity
 from ..errors import UserError
 from ..files import read_json, write_json, write_npz, writing
 from ..models.pretrained import Pretrained
@@ -65,7 +66,7 @@ def check_same_samples(place: Path, found: dict | None, wanted: dict):
 
 
 def read_samples(path) -> SampleSet:
-    """Read samples from a folder of PNG files or from an .npz file.
+    """Read samples from a folder of PNG files, which may be in subfolders, or from an .npz file.
 
     An .npz file holds the images as `arr_0`, or as its first array, uint8 (N, H, W, C).
 
@@ -107,13 +108,13 @@ def _read_npz(path: Path) -> tuple[torch.Tensor, dict | None]:
 
 
 def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
-    """Return the images in the PNG files of a folder, uint8 (N, C, H, W), in the order of file names.
+    """Return the images in the PNG files of a folder, or of its subfolders, uint8 (N, C, H, W), in the order of names.
 
     With a record, only the `num_images` images of the record are read.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a folder of PNG files, or an .npz.")
-    files = sorted(folder.glob("*.png"))
+    files = find_pngs(folder) if record is None else []
     if record is not None:  # do not read more files: an earlier run with a larger num_images may have left some
         wanted = [folder / file_name(k) for k in range(record["num_images"])]
         files = [path for path in wanted if path.is_file()]
@@ -122,7 +123,8 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
                 f"{folder} has only {len(files)} of {len(wanted)} images: run the same `sample` command again to draw "
                 "the others."
             )
-    lossy = [path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".webp")]
+    near = [path for place in {folder, *(path.parent for path in files)} for path in place.iterdir()]
+    lossy = [path for path in near if path.suffix.lower() in (".jpg", ".jpeg", ".webp")]
     if lossy:
         raise UserError(
             f"{folder} has images in a lossy format ({lossy[0].name}), and compression artifacts change the scores: "
@@ -135,12 +137,13 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
     for path in tqdm(files, desc="Reading samples", unit="image", disable=len(files) < 2000):
         try:
             with Image.open(path) as image:
+                image = as_grey_or_color(image)
                 mode = image.mode
                 array = np.asarray(image)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error}): remove this image, or draw it again.") from error
         if mode not in ("L", "RGB"):
-            raise UserError(f"{path} has the mode {mode}: give 8-bit grey (L) or RGB images.")
+            raise UserError(f"{path} has the mode {mode}: give 8-bit grey (L) or RGB images without transparency.")
         kind = kind or (mode, array.shape)
         if (mode, array.shape) != kind:
             raise UserError(
@@ -150,6 +153,35 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
             )
         arrays.append(array if array.ndim == 3 else array[..., None])
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def find_pngs(folder: Path) -> list[Path]:
+    """Return the PNG files of a folder, or else of its subfolders, e.g. one for each class, in the order of names.
+
+    Raises:
+        UserError: if a subfolder is a set of samples of its own, or if there are PNG files in both places.
+    """
+    direct, nested = (
+        [path for path in sorted(folder.glob(names)) if path.suffix.lower() == ".png" and path.name[0] != "."]
+        for names in ("*", "*/*")
+    )
+    if (folder / "train_config.json").exists():  # its subfolders hold sheets and figures
+        nested = []
+    if direct and nested:
+        raise UserError(
+            f"{folder} has PNG files, and its subfolder {nested[0].parent.name} has others: give a folder that has "
+            "them in one of these places."
+        )
+    if sets := [path.parent for path in nested if (path.parent / "samples.json").exists()]:
+        raise UserError(f"{folder} has sets of samples in its subfolders: give one of them, e.g. {sets[0]}.")
+    return [path for path in direct or nested if path.is_file()]
+
+
+def as_grey_or_color(image: Image.Image) -> Image.Image:
+    """Return an image of another mode as L or RGB, if that loses nothing. Otherwise return it unchanged."""
+    mode = {"1": "L", "LA": "L", "P": "RGB", "RGBA": "RGB"}.get(image.mode)
+    alpha = opacity(image)
+    return image.convert(mode) if mode and (alpha is None or alpha.min() == 255) else image
 
 
 def read_sample_record(folder: Path) -> dict | None:
