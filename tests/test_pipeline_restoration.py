@@ -175,6 +175,16 @@ def test_restorations_of_gaussian_data_have_the_posterior_mean(folder):
     assert (output.images - expected).abs().mean() < 0.03
 
 
+@pytest.mark.parametrize("task, low, high", [("inpaint", 0.4, 0.6), ("denoise", 0.8, 1.0)])
+def test_restorations_vary_as_the_docstring_says(folder, task, low, high):
+    """The posterior of white data has the variance s^2 sigma^2 / (s^2 + sigma^2)."""
+    pipe, y = gaussian(folder, s=0.4), torch.full((300, 1, 4, 4), 0.6)
+    options = {"mask": torch.zeros(4, 4)} if task == "inpaint" else {}
+    options |= dict(noise_level=0.15, num_inference_steps=25, num_samples=1, generator=seeded(), output_type="pt")
+    variance = (2 * pipe(y, task, **options).images).var() / (0.16 * 0.09 / 0.25)
+    assert low < variance < high
+
+
 @pytest.mark.parametrize("task", ["inpaint", "super_resolution", "colorize", "deblur"])
 def test_noise_free_restorations_agree_with_what_was_given(pipe, task):
     image = 0.3 + 0.4 * torch.rand(1, 3, 8, 8, generator=seeded())
