@@ -327,11 +327,22 @@ def _pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
     return np.asarray(image.convert(mode)).reshape(image.height, image.width, channels)
 
 
-# Converts images (B, C, H, W) in [-1, 1] to an output_type, in [0, 1]. "pt" images stay on their device.
-to_output = VaeImageProcessor().postprocess
-
-
 # Pipeline files cannot import each other, so each has its own copies of these functions. A test compares them.
+
+
+def to_output(images: torch.Tensor, output_type: str, **options):
+    """Return images (B, C, H, W) in [-1, 1] as an output_type, in [0, 1]. "pt" images stay on their device.
+
+    `options` are those of VaeImageProcessor.postprocess.
+
+    Raises:
+        ValueError: if PIL images, which cannot hold nan, are wanted of images that are not finite.
+    """
+    if output_type == "pil" and not images.isfinite().all():
+        raise ValueError(
+            "The images have pixels that are nan or infinite; give a model and settings without overflow."
+        )
+    return VaeImageProcessor().postprocess(images, output_type, **options)
 
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:

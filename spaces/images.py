@@ -83,7 +83,13 @@ def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> torch
 
 
 def to_images(x: torch.Tensor) -> list[Image.Image]:
-    """Return 8-bit images of a tensor (B, C, H, W) in [-1, 1], clipped to that range."""
+    """Return 8-bit images of a tensor (B, C, H, W) in [-1, 1], clipped to that range.
+
+    Raises:
+        Refused: if a pixel is nan or infinite. It would become black or white.
+    """
+    if not x.isfinite().all():
+        raise Refused("The model drew pixels that are nan or infinite: take another seed or sampler, or more steps.")
     pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]
 

@@ -21,7 +21,7 @@ from ddpm_hf.models.pretrained import load_pretrained
 sys.path.insert(0, str(ROOT / "spaces"))
 
 from checks import Refused
-from images import read_image, to_tensor
+from images import read_image, to_images, to_tensor
 from model import Model, community_pipeline, open_model
 from tabs.compare import compare
 from tabs.generate import generate
@@ -263,3 +263,11 @@ def test_a_model_that_cannot_draw_is_refused_in_one_sentence(folder, name):
     with pytest.raises(Refused) as error:
         open_model(str(path))
     assert "\n" not in str(error.value) and re.search(": (give|add) ", str(error.value)), error.value
+
+
+@pytest.mark.parametrize("pixel", [torch.nan, torch.inf])
+def test_pixels_that_are_not_finite_are_not_shown(pixel):
+    images = torch.zeros(2, 1, 4, 4)
+    images[1, 0, 2, 2] = pixel
+    with pytest.raises(Refused, match="pixels that are nan or infinite"):
+        to_images(images)

@@ -164,7 +164,7 @@ def kid(look: Look) -> list[dict]:
         floor = distance(random_rows(look.held_out.features, len(look.generated.features)))[0]
     id = f"kid{look.count}_full" + ("" if name == "inception" else f"_{name}")
     entry = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=len(train))
-    return [entry | {"se": error, "se_method": "disjoint blocks"}]
+    return [entry | {"se": error, "se_method": "U-statistic"}]
 
 
 def precision_recall(look: Look) -> list[dict]:

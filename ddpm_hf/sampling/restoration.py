@@ -81,6 +81,8 @@ def restore(
 ) -> list[Image.Image] | Restored:
     """Denoise, inpaint, enlarge, colorize or deblur images with a model that was trained on clean images.
 
+    Results are good estimates, but not samples of the posterior: they have about half of its variance.
+
     Args:
         model: a folder, a checkpoint, a Hub id, or what `load` returned.
         images: PIL images, arrays or tensors that pipelines/restoration.py accepts. With `output`: the path of an

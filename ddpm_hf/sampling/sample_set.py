@@ -293,14 +293,6 @@ def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folde
 
         for block in blocks:
             images = sampler.draw(model, block, partial(count, len(block)))
-            if not images.isfinite().all():
-                broken = block[int((~images.isfinite()).flatten(1).any(dim=1).nonzero()[0])]
-                error = UserError(
-                    f"image {broken} has pixels that are not finite ({sampler.name}, {sampler.dtype}): give --dtype "
-                    "float32, or check whether the training of this model diverged."
-                )
-                error.on_one_process = True
-                raise error
             with writing("samples", folder):
                 for k, image in zip(block, to_pil(to_uint8(images))):
                     if not (folder / file_name(k)).is_file():

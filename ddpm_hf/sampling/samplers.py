@@ -116,6 +116,8 @@ def draw(
 ) -> Tensor:
     """Draw one image per CPU generator, and return float32 (B, C, H, W) in [-1, 1] on the UNet's device.
 
+    Pixels that overflow, e.g. in float16 or because the training diverged, are nan.
+
     Args:
         unet: a UNet2DModel, or a module that is called like one and has `config`, `device` and `dtype`. It is in eval
             mode during the call.
@@ -159,7 +161,8 @@ def draw(
                 on_step(i, len(timesteps), x, pred_original_sample)
     finally:
         unet.train(was_training)
-    return x.clamp(-1, 1)
+    # An infinite pixel becomes nan, because clamped it could not be told from a white or a black one.
+    return x.clamp(-1, 1).where(x.isfinite(), math.nan)
 
 
 def distinct_steps(scheduler, num_inference_steps: int | None, spacing) -> list[tuple[int, int]]:

@@ -114,9 +114,12 @@ class Sampler:
         """Draw the images numbered `indices` in one batch: float32 (B, C, H, W) in [-1, 1], on the UNet's device.
 
         `on_step(i, num_steps, sample, pred_original_sample)` is called after each step.
+
+        Raises:
+            UserError: if an image has pixels that are not finite.
         """
         listed = not isinstance(self.timesteps, str)
-        return draw(
+        images = draw(
             self.network(model),
             model.scheduler,
             image_generators(self.seed, indices),
@@ -129,6 +132,15 @@ class Sampler:
             dtype=DTYPES[self.dtype],
             on_step=on_step,
         )
+        if not images.isfinite().all():
+            broken = indices[int((~images.isfinite()).flatten(1).any(dim=1).nonzero()[0])]
+            error = UserError(
+                f"image {broken} has pixels that are not finite ({self.name}, {self.dtype}): give --dtype float32, or "
+                "check whether the training of this model diverged."
+            )
+            error.on_one_process = True
+            raise error
+        return images
 
     def record(self, model: Pretrained) -> dict:
         """Return these settings as JSON values, for records and samples.json."""

@@ -105,7 +105,7 @@ def open_run(config: TrainingConfig) -> Run | None:
         UserError: if the input cannot be trained on; nothing is written then.
     """
     checkpoint = checkpoints.find_checkpoint(config)
-    run, warnings = build_run(config)
+    run, warnings = build_run(config, checkpoint)
     if checkpoint is not None:
         warnings += checkpoints.check_same_run(checkpoint, config, dict(run.network.config), run.total_steps)
     is_main = run.accelerator.is_main_process
@@ -124,11 +124,11 @@ def open_run(config: TrainingConfig) -> Run | None:
     return run
 
 
-def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
+def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, list[str]]:
     """Return the parts of a run, and warnings to print. Nothing is written.
 
     Raises:
-        UserError: for input that cannot be trained on.
+        UserError: for input that cannot be trained on, or if the config of the checkpoint cannot be read.
     """
     if config.objective not in OBJECTIVES:
         raise UserError(f"--objective {config.objective} is not known: choose from {', '.join(OBJECTIVES)}.")
@@ -138,7 +138,8 @@ def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
     check_skipped(config, train_set)
     check_classes(config, train_set)
     build = build_classifier if config.objective == "classify" else build_unet
-    network = build(config, train_set.channels, train_set.class_names)
+    saved = None if checkpoint is None else checkpoints.saved_network(checkpoint)
+    network = build(config, train_set.channels, train_set.class_names, saved)
     scheduler = make_scheduler(
         config.ddpm_beta_schedule,
         config.ddpm_num_steps,
