@@ -1,6 +1,7 @@
 """Turn tensors into pictures: sheets, strips and PNG files."""
 
 import math
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from .errors import UserError
 from .files import write_beside
 
 
@@ -24,6 +26,24 @@ def save_picture(write, path, **options) -> Path:
     # Give the format, because the temporary name has no extension that would tell it.
     write_beside(path, partial(write, format=path.suffix[1:], **options))
     return path
+
+
+def read_picture(path: Path, decode):
+    """Return `decode(image)` for the Pillow image in a file.
+
+    Raises:
+        UserError: if the file cannot be read, or if it unpacks to more than half as many pixels as Pillow refuses.
+    """
+    try:
+        if not path.is_file():  # reading a pipe or a device could wait forever
+            raise ValueError("it is not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return decode(image)
+    except Exception as error:  # a broken image may raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} cannot be read ({reason}): repair or remove this file.") from error
 
 
 def evenly(items: list, most: int) -> list:
