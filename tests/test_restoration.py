@@ -307,7 +307,7 @@ def test_bad_places(tiny_run, images, tmp_path, capsys):
         (images / "notes.txt", tmp_path / "out.png", "cannot be read"),
         (images, tmp_path / "file", "is a file or the same folder as INPUT"),
         (images, images, "is a file or the same folder as INPUT"),
-        (images, tmp_path / "file" / "deeper", "could not be written"),
+        (images, tmp_path / "file" / "deeper", "nothing can be written in"),
     ]:
         assert wanted in refused(capsys, tiny_run, given, output, "--task=denoise")
     assert (tmp_path / "file").read_text() == "mine"

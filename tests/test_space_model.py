@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "spaces"))
 
 from checks import Refused
 from images import read_image, to_images, to_tensor
-from model import Model, community_pipeline, open_model
+from model import Model, open_model, shared_module
 from tabs.compare import compare
 from tabs.generate import generate
 from tabs.how_it_works import forward
@@ -64,9 +64,9 @@ def test_all_steps_draw_what_stock_diffusers_draws(folder, kind, sampler, stock)
 
 @pytest.mark.parametrize("sampler", ["DDIM", "DDPM"])
 @pytest.mark.parametrize("steps, guidance", [(4, 1.0), (10, 1.0), (4, 3.0)])
-def test_a_class_is_drawn_as_by_the_community_pipeline(conditional, sampler, steps, guidance):
+def test_a_class_is_drawn_as_by_the_shared_module(conditional, sampler, steps, guidance):
     model = conditional
-    pipeline = community_pipeline("class_guided").ClassGuidedPipeline(
+    pipeline = shared_module("class_guided").ClassGuidedPipeline(
         model.unet, model.scheduler, id2label=dict(enumerate(CLASSES))
     )
     pipeline.set_progress_bar_config(disable=True)

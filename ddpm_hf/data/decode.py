@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 
@@ -206,11 +207,17 @@ def check_regular(path):
 
 
 def use_path(use, path):
-    """Return `use(image)` for the Pillow image in a file of this machine. Any error becomes a UserError."""
+    """Return `use(image)` for the Pillow image in a file of this machine.
+
+    Raises:
+        UserError: if the file cannot be read, or if it unpacks to more than half as many pixels as Pillow refuses.
+    """
     try:
         check_regular(path)
-        with Image.open(path) as image:
-            return use(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return use(image)
     except Exception as error:  # Pillow's decoders raise anything for a broken file
         raise _cannot_be_read(path, error, "repair or remove it") from error
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 
 from ..errors import UserError
+from ..files import check_output
 from ..models.pretrained import Pretrained
 from ..randomness import keyed_generator
 from ..sampling.generate import sample_together
@@ -224,6 +225,9 @@ def evaluate(
     if model is None:
         stem = Path(subject or samples or "calibration").stem
     path = inputs.record_path(output, overwrite, inputs.run_subfolder(model, "evaluations"), stem)
+    images_dir = inputs.run_subfolder(model, "evaluation_samples") / short_name
+    if samples_dir is not None:
+        images_dir = check_output("--samples_dir", samples_dir)
     evaluation = Evaluation(
         metrics=metrics or [name for name, metric in METRICS.items() if metric.suits(train, model)],
         train=train,
@@ -233,7 +237,7 @@ def evaluate(
         sampler=resolved,
         samples=found,
         num_images=numbers["num_images"] if found is None else len(found.images),
-        samples_dir=Path(samples_dir or inputs.run_subfolder(model, "evaluation_samples") / short_name),
+        samples_dir=images_dir,
         features=features or default_features(train),
         options={
             "inception": {"weights": inception, "pipeline": inception_pipeline},

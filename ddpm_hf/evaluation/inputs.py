@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ..config.training_config import TrainingConfig
+from ..config.training_config import DataOptions, TrainingConfig
 from ..data.dataset import load_images
 from ..data.image_set import ImageSet
 from ..errors import UserError, no_such
-from ..files import writing
+from ..files import check_output
 from ..models.pretrained import Pretrained, load_pretrained
-from ..sampling.sample_set import SampleSet, read_samples
+from ..sampling.sample_set import SampleSet, check_counts, read_samples
 from ..sampling.samplers import image_shape
 from ..sampling.settings import Sampler, sampler_named
 from .metrics import METRICS
@@ -53,10 +53,7 @@ def choose_suite(suite: str, num_images, bound_images, bound_timesteps, batch_si
         raise UserError(no_such("suite", suite, SUITES))
     given = {"num_images": num_images, "bound_images": bound_images, "bound_timesteps": bound_timesteps}
     numbers = SUITES[suite] | {name: value for name, value in given.items() if value is not None}
-    if numbers["num_images"] < 1 or batch_size < 1:
-        raise UserError(
-            f"--num_images is {numbers['num_images']} and --batch_size {batch_size}: each must be at least 1."
-        )
+    check_counts(numbers["num_images"], batch_size)
     images, timesteps = numbers["bound_images"], numbers["bound_timesteps"]
     if images < 0 or timesteps < 0 or timesteps == 1:
         raise UserError(
@@ -155,7 +152,8 @@ def open_data(
     Raises:
         UserError: if no flag names the images, or if the images cannot be read.
     """
-    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    # Take only the flags that say what the images are. A model from elsewhere must not say where files are written.
+    known = {field.name for field in dataclasses.fields(DataOptions)} - {"cache_dir", "dataloader_num_workers"}
     flags = model.run.get("flags", {}) if model is not None else {}
     flags = {key: value for key, value in flags.items() if key in known}
     if "dataset_name" in data and data["dataset_name"] != flags.get("dataset_name"):
@@ -235,15 +233,13 @@ def record_path(output, overwrite: bool, folder: Path, stem: str) -> Path:
     """Return the path of the record: `output`, or a new name in `folder` that begins with `stem`.
 
     Raises:
-        UserError: if `output` exists and `overwrite` is False, or if its folder cannot be created.
+        UserError: if `output` exists and `overwrite` is False, or if nothing can be written there.
     """
     if output is not None:
-        path = Path(output)
+        path = check_output("--output", output)
         for old in (path, path.with_suffix(".pairs.png")):
             if old.exists() and not overwrite:
                 raise UserError(f"{old} exists already: add --overwrite to replace it, or give another --output.")
-        with writing("the record", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         return path
     count = 1
     while (path := folder / f"{stem}{f'-{count}' if count > 1 else ''}.json").exists():

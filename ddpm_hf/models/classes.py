@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class Classes:
         known = list(self.names or map(str, range(len(self))))
         if label in known:
             return known.index(label)
-        if str(label).isdigit() and int(label) < len(self):
+        if re.fullmatch("[0-9]{1,9}", str(label)) and int(label) < len(self):
             return int(label)
         if not known:
             raise UserError(

@@ -10,6 +10,7 @@ settings of the finished results.
 import contextlib
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +24,17 @@ from tqdm.auto import tqdm
 from ..community_pipelines import pipeline_file, pipeline_module
 from ..data.decode import to_array, use_path
 from ..errors import UserError, no_such
-from ..files import read_json, write_json, writing
+from ..files import check_output, read_json, write_json, writing
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import GAP, frame, image_sheet, save_picture, to_uint8
 from .masks import read_mask, read_masks_in_memory
-from .samplers import image_generators
+from .samplers import check_channels, check_seed, image_generators
 
 
 RESTORATION_SCHEMA = "ddpm_hf.restoration/1"
 RECORD = "restoration.json"
+MAX_SAMPLES = 1000  # restorations of one image, which are in memory together
+MAX_PIXELS = 2048**2  # of a result; a UNet keeps hundreds of numbers for each pixel
 SHEET_IMAGES = 16
 SHEET_COLUMNS = 8
 TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": "deblur"}  # settings of a single task
@@ -113,7 +116,8 @@ def restore(
     """
     settings = {name: value for name, value in settings.items() if value is not None} | {"task": task}
     check_task_settings(settings, mask, batch_size)
-    items = None if output is None else find_items(Path(images), Path(output), mask)
+    check_seed(seed)
+    items = None if output is None else find_items(Path(images), check_output("OUTPUT", output), mask)
     if not isinstance(model, Pretrained):
         model = load_pretrained(model)
     if items is None:
@@ -164,6 +168,7 @@ def restore_files(
 
 def open_pipeline(model: Pretrained) -> DiffusionPipeline:
     """Return the RestorationPipeline of a loaded model, on the device of this process."""
+    check_channels(model.unet)
     module = pipeline_module("restoration")
     pipeline = module.RestorationPipeline(model.unet, model.scheduler.stock(), model.classes.id2label)
     return pipeline.to(PartialState().device)
@@ -183,8 +188,10 @@ def check_task_settings(settings: dict, mask, batch_size: int):
             "--task inpaint needs a mask: give --mask, an image that is white in the areas to paint, or a folder of "
             "such images."
         )
-    if not settings.get("noise_level", 0) >= 0:
-        raise UserError(f"--noise_level is {settings['noise_level']}; it must be at least 0.")
+    if not 0 <= settings.get("noise_level", 0) < math.inf:
+        raise UserError(f"--noise_level is {settings['noise_level']}; it must be at least 0, and finite.")
+    if settings.get("num_samples", 1) > MAX_SAMPLES:
+        raise UserError(f"--num_samples is {settings['num_samples']}; it must be at most {MAX_SAMPLES:,}.")
     if batch_size < 1:
         raise UserError(f"--batch_size is {batch_size}; it must be at least 1.")
 
@@ -293,6 +300,12 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
         image, mask = read_for(pipeline, item, options["task"])
         item.size = tuple(image.shape[1:])
         item.painted = None if mask is None else mask.float().mean().item()
+        factor = options.get("scale_factor", 2) if options["task"] == "super_resolution" else 1
+        if image[0].numel() * factor**2 > MAX_PIXELS:
+            raise UserError(
+                f"the result of {item.path} would have more than {MAX_PIXELS / 1e6:.0f} million pixels: give a "
+                "smaller image, or a part of it."
+            )
         digest.update(f"{item.path.stem} {tuple(image.shape)} ".encode() + image.numpy().tobytes())
         digest.update(b"" if mask is None else mask.numpy().tobytes())
         first.setdefault(item.size, item)

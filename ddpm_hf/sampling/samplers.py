@@ -93,6 +93,21 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmsolver++": dpmsolver_step}
 
 
+def check_seed(seed: int):
+    """Raise a UserError for a seed to which numbers of images cannot be added, because torch takes 64 bits."""
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise UserError(f"--seed is {seed}, but must be a whole number from -2^63 to 2^63 - 1: give another one.")
+
+
+def check_channels(unet: nn.Module):
+    """Raise a UserError if the images of a UNet are neither grey nor RGB."""
+    if unet.config.in_channels not in (1, 3):
+        raise UserError(
+            f"the images of this model have {unet.config.in_channels} channels, but only images of 1 (grey) or 3 "
+            "(RGB) can be drawn and written: give another model."
+        )
+
+
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
     """Return one CPU generator per image, seeded with `seed + k` for each k in `indices`, as EDM does."""
     return [torch.Generator().manual_seed(seed + k) for k in indices]

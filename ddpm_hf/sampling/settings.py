@@ -14,6 +14,8 @@ from ..models.pretrained import Pretrained, weights_hash
 from .guidance import guide
 from .samplers import (
     SAMPLERS,
+    check_channels,
+    check_seed,
     check_settings,
     default_steps,
     default_variance,
@@ -75,11 +77,13 @@ class Sampler:
         """
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}.")
+        check_seed(self.seed)
+        check_channels(model.unet)
         check_settings(self.name, self.eta, self.variance_type, model.unet)
         self.network(model)  # raises a UserError if the model does not support the guidance
         timesteps = self.timesteps
         steps = self.num_inference_steps
-        if isinstance(timesteps, str) and re.fullmatch(r"\d+(,\d+)*", timesteps):
+        if isinstance(timesteps, str) and re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", timesteps):
             timesteps = [int(t) for t in timesteps.split(",")]
         if isinstance(timesteps, str) and steps is None:
             steps = default_steps(self.name, len(model.scheduler))

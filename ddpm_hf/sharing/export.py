@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..community_pipelines import pipeline_file
 from ..errors import UserError
-from ..files import read_json, write_json, writing
+from ..files import check_output, read_json, write_json, writing
 from ..models.classifier import NoisyClassifier
 from ..models.pretrained import Pretrained, load_classifier, load_pretrained
 from ..models.saving import save_classifier, save_pipeline
@@ -53,7 +53,7 @@ def export(
         model = load_pretrained(model, weights)
     if isinstance(classifier, (str, Path)):
         classifier = load_classifier(str(classifier))
-    output = Path(output)
+    output = check_output("OUTPUT", output)
     conditional = model.unet.config.num_class_embeds is not None
     if output.exists():
         raise UserError(f"{output} already exists: give another folder, or remove this one.")

@@ -8,6 +8,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
 from ..community_pipelines import shipped
 from ..errors import UserError
+from ..models import judge
 from .hub import API, create_repository, is_hub_id, retry, short_reason
 
 
@@ -64,5 +65,6 @@ def write_space(folder: Path, model: str):
             target = folder / path.relative_to(shipped("spaces"))
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
+    shutil.copyfile(judge.__file__, folder / "judge.py")
     card = folder / "README.md"
     card.write_text(card.read_text().replace("\n---\n", f"\nmodels:\n- {model}\n---\n", 1))
