@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import processes
 import pytest
@@ -13,6 +14,7 @@ from conftest import TINY, steps
 from PIL import Image
 from safetensors.torch import load_file
 
+from ddpm_hf import UserError
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.dataset import load_images
@@ -162,8 +164,12 @@ def test_train_data_dir_cache_dir_and_config_name(image_folder, tmp_path):
     config = parse_config([f"--train_data_dir={image_folder}", f"--cache_dir={tmp_path}", "--resolution=8"])
     images, _ = load_images(config)
     assert images.num_images == 12 and images.class_names == ["cat", "dog"]
-    assert any(tmp_path.rglob("*.arrow"))
-    with pytest.raises(ValueError, match="elsewhere"):
+    files = [{"bytes": path.read_bytes(), "path": None} for path in image_folder.rglob("*.png")]
+    datasets.Dataset.from_dict({"image": files}).to_parquet(tmp_path / "table" / "train.parquet")
+    flags = [f"--dataset_name={tmp_path / 'table'}", f"--cache_dir={tmp_path / 'cache'}", "--resolution=8"]
+    assert load_images(parse_config(flags))[0].num_images == 12
+    assert any((tmp_path / "cache").rglob("*.arrow"))
+    with pytest.raises(UserError, match="--dataset_config_name elsewhere does not exist"):
         load_images(parse_config([f"--dataset_name={image_folder}", "--dataset_config_name=elsewhere"]))
 
 
