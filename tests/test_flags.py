@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpm_hf import UserError
+from ddpm_hf.__main__ import parse
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.dataset import load_images
@@ -171,6 +172,29 @@ def test_train_data_dir_cache_dir_and_config_name(image_folder, tmp_path):
     assert any((tmp_path / "cache").rglob("*.arrow"))
     with pytest.raises(UserError, match="--dataset_config_name elsewhere does not exist"):
         load_images(parse_config([f"--dataset_name={image_folder}", "--dataset_config_name=elsewhere"]))
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "name"),
+    [
+        ("train", "--output_dir=~/x", "output_dir"),
+        ("train", "--dataset_name=~/x", "dataset_name"),
+        ("train", "--cache_dir=~/x", "cache_dir"),
+        ("train", "--resume_from_checkpoint=~/x", "resume_from_checkpoint"),
+        ("train", "--model_config_name_or_path=~/x", "model_config_name_or_path"),
+        ("sample", "--output=~/x", "output"),
+        ("evaluate", "--samples_dir=~/x", "samples_dir"),
+        ("evaluate", "~/x", "subject"),
+        ("card", "~/x", "run"),
+    ],
+)
+def test_a_tilde_is_the_home_folder(command, word, name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    more = {"train": ["--preset=digits"], "sample": ["model"]}.get(command, [])
+    arguments = parse([command, *more, word])
+    assert getattr(arguments.config if command == "train" else arguments, name) == "/home/me/x"
+    assert TrainingConfig(dataset_name="digits", output_dir="~/x").output_dir == "/home/me/x"
+    assert TrainingConfig(dataset_name="digits", output_dir="a~b").output_dir == "a~b"
 
 
 def finished(folder, *flags):
