@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import processes
 import pytest
@@ -13,6 +14,8 @@ from conftest import TINY, steps
 from PIL import Image
 from safetensors.torch import load_file
 
+from ddpm_hf import UserError
+from ddpm_hf.__main__ import parse
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.dataset import load_images
@@ -170,9 +173,36 @@ def test_train_data_dir_cache_dir_and_config_name(image_folder, tmp_path):
     config = parse_config([f"--train_data_dir={image_folder}", f"--cache_dir={tmp_path}", "--resolution=8"])
     images, _ = load_images(config)
     assert images.num_images == 12 and images.class_names == ["cat", "dog"]
-    assert any(tmp_path.rglob("*.arrow"))
-    with pytest.raises(ValueError, match="elsewhere"):
+    files = [{"bytes": path.read_bytes(), "path": None} for path in image_folder.rglob("*.png")]
+    datasets.Dataset.from_dict({"image": files}).to_parquet(tmp_path / "table" / "train.parquet")
+    flags = [f"--dataset_name={tmp_path / 'table'}", f"--cache_dir={tmp_path / 'cache'}", "--resolution=8"]
+    assert load_images(parse_config(flags))[0].num_images == 12
+    assert any((tmp_path / "cache").rglob("*.arrow"))
+    with pytest.raises(UserError, match="--dataset_config_name elsewhere does not exist"):
         load_images(parse_config([f"--dataset_name={image_folder}", "--dataset_config_name=elsewhere"]))
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "name"),
+    [
+        ("train", "--output_dir=~/x", "output_dir"),
+        ("train", "--dataset_name=~/x", "dataset_name"),
+        ("train", "--cache_dir=~/x", "cache_dir"),
+        ("train", "--resume_from_checkpoint=~/x", "resume_from_checkpoint"),
+        ("train", "--model_config_name_or_path=~/x", "model_config_name_or_path"),
+        ("sample", "--output=~/x", "output"),
+        ("evaluate", "--samples_dir=~/x", "samples_dir"),
+        ("evaluate", "~/x", "subject"),
+        ("card", "~/x", "run"),
+    ],
+)
+def test_a_tilde_is_the_home_folder(command, word, name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    more = {"train": ["--preset=digits"], "sample": ["model"]}.get(command, [])
+    arguments = parse([command, *more, word])
+    assert getattr(arguments.config if command == "train" else arguments, name) == "/home/me/x"
+    assert TrainingConfig(dataset_name="digits", output_dir="~/x").output_dir == "/home/me/x"
+    assert TrainingConfig(dataset_name="digits", output_dir="a~b").output_dir == "a~b"
 
 
 def finished(folder, *flags):

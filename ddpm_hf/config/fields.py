@@ -36,7 +36,7 @@ def flag(default, help: str, **bounds):
 
 
 def check_types(config):
-    """Turn paths into strings, and refuse a value whose type is not the type of its field.
+    """Turn paths into strings, put the home folder for a leading ~, and refuse a value of another type than its field.
 
     Only Python code can give a wrong type, because argparse converts the flags of a command line.
 
@@ -45,8 +45,8 @@ def check_types(config):
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
+        if isinstance(value, str | os.PathLike):
+            value = os.path.expanduser(value)
             setattr(config, field.name, value)
         kinds, choices = allowed(field.type)
         if value not in choices and not any(fits(value, kind) for kind in kinds):
