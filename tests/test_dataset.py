@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from ddpm_hf import UserError
+from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.batches import training_batches
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.decode import to_array
