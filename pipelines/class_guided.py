@@ -4,8 +4,9 @@
   with class labels and with label dropout. The folder is a stock DDPMPipeline whose model_index.json names the K
   classes: `"id2label": {"0": "cat", ...}`. A UNet with K + 1 class embeddings uses the last one for "no class" and can
   be guided. A UNet with K class embeddings cannot be guided.
-- Classifier guidance (Dhariwal & Nichol 2021, Algorithm 2, https://huggingface.co/papers/2105.05233) needs a UNet
-  without classes, and a classifier of noisy images that was trained on the same noise schedule.
+- Classifier guidance (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233, Algorithm 2, which is for DDIM
+  and here guides DDPM too) needs a UNet without classes, and a classifier of noisy images that was trained on the same
+  noise schedule.
 - An unconditional model without a classifier is sampled without guidance.
 
 The samplers are DDIM (Song et al. 2021, eq. 12) and ancestral sampling (Ho et al. 2020, Algorithm 2).

@@ -378,6 +378,22 @@ def test_other_weights_are_no_other_protocol(record, capsys):
     assert capsys.readouterr().out.count("|") > 20
 
 
+@pytest.mark.parametrize(
+    ("changed", "shared"), [({"seed": 1}, "39"), ({"seed": 39}, "1"), ({"seed": 40}, None), ({"seed": 0}, None)]
+)
+def test_seeds_that_share_images_are_told(record, changed, shared):
+    one = read_record(record)
+    other = one | {"sampler": one["sampler"] | changed}
+    assert (one["sampler"]["seed"], one["samples"]["n"]) == (0, 40)
+    for first, second in ((one, other), (other, one)):
+        text = comparison({"a": first, "b": second})
+        assert f"draw {shared} of their images from the same noise" in text or shared is None and "Warning" not in text
+    another = other | {"model": other["model"] | {"unet_sha256": "0"}}
+    assert "Warning" not in comparison({"a": one, "b": another})
+    fewer = other | {"sampler": other["sampler"] | {"num_inference_steps": 2}}
+    assert "Warning" not in comparison({"a": one, "b": fewer}, vary=["sampler"])
+
+
 def test_a_metric_that_one_lacks_is_a_gap_and_how_the_bound_was_taken_is_protocol(record):
     one = read_record(record)
     fewer = one | {"metrics": [entry for entry in one["metrics"] if entry["id"] != "bits_per_dim"]}

@@ -129,7 +129,9 @@ class DiffusionOptions:
         "linear", "Noise schedule: ho_linear (scaled by 1000/T), nichol_cosine, or a beta_schedule of diffusers"
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
-        "epsilon", "What the UNet predicts: the noise, the clean image, or v"
+        "epsilon",
+        "What the UNet predicts: the noise, the clean image, or v; errors of the image have equal weights, not SNR "
+        "as in diffusers' script (for its weights, add --snr_gamma 1e9)",
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = flag(
         "fixed_small", "Variance of the reverse process; with learned_range the UNet predicts it [ours]"
@@ -143,7 +145,9 @@ class DiffusionOptions:
     timestep_sampling: Literal["uniform", "loss_second_moment"] = flag(
         "uniform", "How timesteps are drawn; loss_second_moment draws timesteps with large losses more often [ours]"
     )
-    loss_type: Literal["l2", "l1", "huber"] = flag("l2", "Distance between the prediction and its target [ours]")
+    loss_type: Literal["l2", "l1", "huber"] = flag(
+        "l2", "Distance between the prediction and its target; huber is smooth L1 with beta 1 [ours]"
+    )
     snr_gamma: float | None = flag(
         None,
         "Weight the loss by Min-SNR with this gamma, e.g. 5; default: no weights [ours]",

@@ -235,7 +235,7 @@ class PaperDDPMScheduler(DDPMScheduler):
           not divide T.
         - "leading": k (T//S), diffusers' default.
         - "trailing": round((k+1) T/S) - 1.
-        - "linspace": round(k (T-1)/(S-1)).
+        - "linspace": round(k (T-1)/(S-1)), the stride of Nichol & Dhariwal's own respaced chains.
         The last three are as in Table 2 of https://huggingface.co/papers/2305.08891, without the config's
         `steps_offset`. Sampling begins at T-1 with trailing, and with linspace for S > 1. With the other three names
         it begins lower if S < T.

@@ -248,6 +248,7 @@ def read_unet_config(config) -> dict:
 def initialize(unet: UNet2DModel):
     """Initialize the weights as Ho et al. 2020 do (`nn.py: default_init`): Glorot-uniform weights and zero biases.
 
+    This is done for every UNet, although Nichol & Dhariwal keep torch's default for all layers that are not zeros.
     The last layer of each residual block, the last layer of each attention block, and the last layer of the UNet are
     all zeros. At the start of training, no block therefore adds anything to its input, and the UNet predicts zero.
     """

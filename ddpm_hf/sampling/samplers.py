@@ -69,7 +69,8 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
     """Return x_t' by Algorithm 2 (second order, multistep) of Lu et al. 2022, and None as its standard deviation.
 
     The paper is https://huggingface.co/papers/2211.01095. The last step, to the clean image, returns the predicted
-    x_0. This is the limit of a first-order step.
+    x_0. This is the limit of a first-order step. The predicted x_0 is clipped as the config says. diffusers'
+    DPMSolverMultistepScheduler never clips, so its images are those of clip=False.
     """
     if step.prev_timestep < 0:
         return step.pred_original_sample, None
@@ -109,7 +110,10 @@ def check_channels(unet: nn.Module):
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """Return one CPU generator per image, seeded with `seed + k` for each k in `indices`, as EDM does."""
+    """Return one CPU generator per image, seeded with `seed + k` for each k in `indices`, as EDM does.
+
+    Image 1 of seed 0 therefore is image 0 of seed 1. For N other images, give a seed that is at least N higher.
+    """
     return [torch.Generator().manual_seed(seed + k) for k in indices]
 
 

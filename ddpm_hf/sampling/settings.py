@@ -46,7 +46,8 @@ class Sampler:
         variance_type: for ddpm, fixed_small, fixed_large or learned_range. None: the variance type of the model on
             all T steps. On fewer steps: learned_range if the model has it, else fixed_small.
         dtype: float32, bfloat16 or float16. The UNet computes in this dtype, and the rest stays float32.
-        seed: image k is drawn from a random generator seeded with seed + k.
+        seed: image k is drawn from a random generator seeded with seed + k. Two sets of N images share no noise if
+            their seeds are at least N apart.
         class_labels: one class, by its name or number, or a list of classes. With a list, image k gets the label
             `class_labels[k % len(class_labels)]`. None: all classes in turn.
         guidance_scale: how closely images follow the class. 1 is the conditional model itself. See `guidance.guide`.
