@@ -168,10 +168,12 @@ def _select_rows(rows, *, columns, classes, config, check):
     if config.streaming:
         return rows.filter(lambda label: label in classes, input_columns="label") if config.class_names else rows
     rows = rows.add_column("row", np.arange(len(rows)))
-    if config.class_names:
-        rows = rows.select([k for k, label in enumerate(rows["label"][:]) if label in classes])
-    check_images(rows, check)
-    return rows
+    if not config.class_names:
+        check_images(rows, check, range(len(rows)))
+        return rows
+    wanted = [k for k, label in enumerate(rows["label"][:]) if label in classes]
+    check_images(rows, check, set(wanted))
+    return rows.select(wanted)
 
 
 def _each(rows):

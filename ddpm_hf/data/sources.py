@@ -163,18 +163,21 @@ def _reason_of(error):
     return textwrap.shorten(text.removeprefix(GENERATION_FAILED).strip(), 500) or type(error).__name__
 
 
-def check_images(rows, check):
-    """Call `check(row number, image)` for each row of a `datasets.Dataset` whose image is not stored in it.
+def check_images(rows, check, wanted):
+    """Call `check(row number, image)` for each wanted row of a `datasets.Dataset` whose image is not stored in it.
 
     Args:
-        rows: with columns `row` and `image`, which is not decoded.
+        rows: with a column `image`, which is not decoded. No rows of it were selected, so stored images are not read.
+        wanted: the row numbers to check, as a set or a range.
     """
     rows = rows.with_format("arrow")
     for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        images = chunk["image"].combine_chunks()
-        for k in np.flatnonzero(pyarrow.compute.struct_field(images, "bytes").is_null()).tolist():
-            check(chunk["row"][k].as_py(), images[k].as_py())
+        images = rows[start : start + CHUNK]["image"].combine_chunks()
+        elsewhere = pyarrow.compute.struct_field(images, "bytes").is_null()
+        numbers = start + np.flatnonzero(elsewhere)
+        for row, encoded in zip(numbers.tolist(), images.filter(elsewhere).to_pylist()):
+            if row in wanted:
+                check(row, encoded)
 
 
 def check_image(row: int, encoded: dict | None, places: list[Path] | None):
