@@ -65,14 +65,10 @@ def load_images(config, channels=None):
             "to `train`."
         )
     columns, classes = _find_columns(splits["train"], config)
-    check = functools.partial(check_image, places=source.places)
-    select = functools.partial(_select_rows, columns=columns, classes=classes, config=config)
+    check = functools.partial(check_image, places=source.places, allow_missing=config.on_bad_image == "skip")
+    select = functools.partial(_select_rows, columns=columns, classes=classes, config=config, check=check)
     rows, validation = select(splits["train"]), select(splits[held_out]) if held_out in splits else None
     rows, validation, skipped = _usable(rows, validation, config)
-    if not config.streaming:  # the images of a stream are checked when they are read
-        check_images(rows, check)
-        if validation is not None:
-            check_images(validation, check)
     if int(os.environ.get("RANK", 0)) == 0:  # one process of a launch says it
         print(_describe(source, held_out, rows, classes), flush=True)
     if validation is None and held_out is not None:
@@ -169,8 +165,11 @@ def _holds_files(feature):
     return getattr(feature, "dtype", "") in ("binary", "large_binary")
 
 
-def _select_rows(rows, *, columns, classes, config):
-    """Return the rows of the wanted classes, with columns `image` (not decoded), `label` and `row` (row number)."""
+def _select_rows(rows, *, columns, classes, config, check):
+    """Return the rows of the wanted classes, with columns `image` (not decoded), `label` and `row` (row number).
+
+    Each image is checked with `check`; in a stream, later.
+    """
     # Cast first. Otherwise each later step of a stream would decode the images and encode them again.
     rows = rows.cast_column(next(iter(columns)), datasets.Image(decode=False))
     if config.streaming and isinstance(rows, datasets.Dataset):
@@ -181,9 +180,12 @@ def _select_rows(rows, *, columns, classes, config):
     if config.streaming:
         return rows.filter(lambda label: label in classes, input_columns="label") if config.class_names else rows
     rows = rows.add_column("row", np.arange(len(rows)))
-    if config.class_names:
-        rows = rows.select([k for k, label in enumerate(rows["label"][:]) if label in classes])
-    return rows
+    if not config.class_names:
+        check_images(rows, check, range(len(rows)))
+        return rows
+    wanted = [k for k, label in enumerate(rows["label"][:]) if label in classes]
+    check_images(rows, check, set(wanted))
+    return rows.select(wanted)
 
 
 def _each(rows):

@@ -178,7 +178,8 @@ def _image_rows(folder, names, columns, class_of, fingerprint):
         class_of: `{name: class, or None}`, for the images of all splits, so that all splits have the same classes.
     """
     features = datasets.Features.from_arrow_schema(pa.schema({name: values.type for name, values in columns.items()}))
-    paths = pa.array([str(folder.resolve() / name) for name in names], pa.string())
+    root = str(folder.resolve())
+    paths = pa.array([os.path.join(root, name) for name in names], pa.string())
     images = pa.StructArray.from_arrays([pa.nulls(len(names), pa.binary()), paths], ["bytes", "path"])
     columns, features = columns | {"image": images}, datasets.Features(features | {"image": datasets.Image()})
     class_names = sorted(set(class_of.values()) - {None})

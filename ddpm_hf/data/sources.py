@@ -164,21 +164,24 @@ def _reason_of(error):
     return textwrap.shorten(text.removeprefix(GENERATION_FAILED).strip(), 500) or type(error).__name__
 
 
-def check_images(rows, check):
-    """Call `check(row number, image)` for each row of a `datasets.Dataset` whose image is not stored in it.
+def check_images(rows, check, wanted):
+    """Call `check(row number, image)` for each wanted row of a `datasets.Dataset` whose image is not stored in it.
 
     Args:
-        rows: with columns `row` and `image`, which is not decoded.
+        rows: with a column `image`, which is not decoded. No rows of it were selected, so stored images are not read.
+        wanted: the row numbers to check, as a set or a range.
     """
     rows = rows.with_format("arrow")
     for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
-        images = chunk["image"].combine_chunks()
-        for k in np.flatnonzero(pyarrow.compute.struct_field(images, "bytes").is_null()).tolist():
-            check(chunk["row"][k].as_py(), images[k].as_py())
+        images = rows[start : start + CHUNK]["image"].combine_chunks()
+        elsewhere = pyarrow.compute.struct_field(images, "bytes").is_null()
+        numbers = start + np.flatnonzero(elsewhere)
+        for row, encoded in zip(numbers.tolist(), images.filter(elsewhere).to_pylist()):
+            if row in wanted:
+                check(row, encoded)
 
 
-def check_image(row: int, encoded: dict | None, places: list[Path] | None):
+def check_image(row: int, encoded: dict | None, places: list[Path] | None, allow_missing: bool = False):
     """Refuse an image that is missing, or that is a file outside of its dataset.
 
     A dataset of somebody else could otherwise name any file of this machine, which would be learned and published, or
@@ -187,6 +190,7 @@ def check_image(row: int, encoded: dict | None, places: list[Path] | None):
     Args:
         encoded: an undecoded image, see decode.py.
         places: the folders that the file may be in; None: any.
+        allow_missing: do not refuse a missing image, because it is skipped later.
 
     Raises:
         UserError: for such an image.
@@ -195,6 +199,8 @@ def check_image(row: int, encoded: dict | None, places: list[Path] | None):
     if encoded["bytes"] is not None:
         return
     if not encoded["path"]:
+        if allow_missing:
+            return
         raise UserError(
             f"image {row} (without a name) cannot be read (it is missing in this row): repair or remove it."
         )
