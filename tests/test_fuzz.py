@@ -1,8 +1,8 @@
 """Mutated models, checkpoints, samples, records and images end in exit code 0, or in 2 with one sentence.
 
 Each case is a copy of a whole file set with one to three mutations, drawn from a seed. A case must end within SECONDS
-and BYTES, and a refused one must not have written anything. `DDPM_FUZZ_SEED=1 pytest tests/test_fuzz.py` tries other
-cases, and DDPM_FUZZ_TIMES=10 tries ten times as many.
+and BYTES, and a refused one must not have written anything. DDPM_FUZZ_SEED=1 tries other cases, and DDPM_FUZZ_TIMES=10
+tries ten times as many.
 """
 
 import functools

@@ -6,7 +6,6 @@ wrong entry. The caller adds the name of the model, and what to do.
 
 import contextlib
 import math
-from pathlib import Path
 
 import diffusers
 import torch
@@ -186,11 +185,6 @@ def check_weights(network: torch.nn.Module):
     for name, tensor in network.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"its weights {name} are not all finite numbers, so its training diverged")
-
-
-def pickles_in(folder: Path) -> list[Path]:
-    """Return the pickled weights of a folder that has no safetensors. [] if it has safetensors, or no weights."""
-    return [] if any(folder.glob("*.safetensors")) else sorted(folder.glob("*.bin"))
 
 
 def _is_whole(value, low: int, high: int) -> bool:

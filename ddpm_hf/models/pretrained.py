@@ -83,18 +83,25 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
     """
     if weights not in WEIGHTS:
         raise UserError(f"--weights is {weights!r}; choose {' or '.join(WEIGHTS)}.")
-    name, folder, revision = _find_folder(name)
+    name, folder, revision = find_folder(name)
     if (folder / "state.pt").is_file():
         return _from_checkpoint(folder, weights)
     if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(
             f"{name} is the run of a classifier, not of a model: give a model, and --classifier {name} to guide it."
         )
+    if not (folder / "model_index.json").is_file() and any(
+        (folder / part / "config.json").is_file() for part in ("", "unet", "unet_ema")
+    ):
+        raise UserError(
+            f"{name} has no model_index.json, so it is no pipeline yet: make one of its UNet with "
+            f"`ddpm_hf convert {name} NEW_FOLDER`."
+        )
     if not (folder / "model_index.json").is_file():
         raise UserError(
             f"{name} has no model_index.json: give the folder or the Hub id of a pipeline, or a checkpoint folder."
         )
-    _check_is_ddpm(name, folder)
+    check_is_ddpm(name, folder)
     if weights == "raw":
         found = checkpoints(folder)
         if not found:
@@ -102,9 +109,9 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
                 f"{name} has no checkpoint, and only checkpoints hold raw weights: give --weights published."
             )
         return _from_checkpoint(found[-1], weights)
-    with _opening(name, "give a folder or Hub id of a whole pipeline, or repair this one"):
+    with opening(name, "give a folder or Hub id of a whole pipeline, or repair this one"):
         index = read_json(folder / "model_index.json")
-        unet, scheduler = _read_parts(folder, index)
+        unet, scheduler = _read_parts(name, folder, index)
     run_folder = folder.parent if folder.name == "best" else folder  # a run's best/ holds only a pipeline
     classes = Classes.of_model(unet.config.num_class_embeds, index.get("id2label"))
     facts = {"name": name if revision else folder.resolve().name, "revision": revision, "weights": "published"}
@@ -112,7 +119,7 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
 
 
 @contextlib.contextmanager
-def _opening(what, advice: str):
+def opening(what, advice: str):
     """Turn every error inside a `with` block that opens files from elsewhere into a UserError with this advice."""
     try:
         yield
@@ -123,15 +130,21 @@ def _opening(what, advice: str):
         raise UserError(f"{what} cannot be loaded ({reason or type(error).__name__}): {advice}.") from error
 
 
-def _read_parts(folder: Path, index: dict) -> tuple[UNet2DModel, PaperDDPMScheduler]:
+def _read_parts(name: str, folder: Path, index: dict) -> tuple[UNet2DModel, PaperDDPMScheduler]:
     """Return the UNet and the scheduler of a pipeline folder. Both are judged by their configs first."""
-    unet_folder, scheduler_folder = _part_folder(folder, "unet"), _part_folder(folder, "scheduler")
+    unet_folder, scheduler_folder = part_folder(folder, "unet"), part_folder(folder, "scheduler")
     config, schedule = read_json(unet_folder / "config.json"), read_json(scheduler_folder / "scheduler_config.json")
     judge.check_index(index)
     judge.check_unet(config, index)
     judge.check_scheduler(schedule)
     scheduler = PaperDDPMScheduler.from_config(schedule)
     judge.check_schedule(scheduler)
+    check_shards(unet_folder)
+    if not any(unet_folder.glob("*.safetensors")):
+        raise UserError(
+            f"{name} has no safetensors weights, and pickled ones (.bin) are not opened, because a pickle can run "
+            f"code: convert them with `ddpm_hf convert {name} NEW_FOLDER`."
+        )
     unet = read_network(UNet2DModel, unet_folder)
     judge.check_together(unet.config, scheduler.config)
     return unet, scheduler
@@ -144,7 +157,6 @@ def read_network(kind: type, folder: Path):
         ValueError: for weights that are missing or not finite.
         Exception: anything else that diffusers raises for a broken file.
     """
-    _check_shards(folder)
     judge.check_sizes(read_json(folder / "config.json", missing={}))
     with quiet_diffusers():  # diffusers would warn that NoisyClassifier does not use auto_map
         network, info = kind.from_pretrained(
@@ -156,12 +168,12 @@ def read_network(kind: type, folder: Path):
     return network
 
 
-def _part_folder(folder: Path, name: str) -> Path:
+def part_folder(folder: Path, name: str) -> Path:
     """Return the folder with the files of one part. Some old pipelines keep all files in the top folder."""
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _check_shards(folder: Path):
+def check_shards(folder: Path):
     """Refuse an index of shards that names anything but safetensors, because diffusers would read pickles."""
     for path in folder.glob("*.safetensors.index.json"):
         names = read_json(path).get("weight_map")
@@ -170,16 +182,16 @@ def _check_shards(folder: Path):
             raise UserError(f"{path} names files that are not safetensors: give a model that is saved as safetensors.")
 
 
-def _find_folder(name: str | Path) -> tuple[str, Path, str | None]:
+def find_folder(name: str | Path, patterns: list[str] = PIPELINE_FILES) -> tuple[str, Path, str | None]:
     """Return (name, folder, revision) of a local folder or of a Hub repository.
 
-    A repository is downloaded first. The revision of a local folder is None.
+    The files of a repository that `patterns` name are downloaded first. The revision of a local folder is None.
     """
     name, folder = os.fspath(name), Path(name)
     if os.path.exists(name):  # unlike Path.exists, it is False for a name that is too long
         return name, folder, None
     try:
-        folder = Path(snapshot_download(name, allow_patterns=PIPELINE_FILES, ignore_patterns="*.fp16.*"))
+        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns="*.fp16.*"))
     except HFValidationError:
         raise UserError(f"{name} is neither a folder here nor a Hub id: give a folder or USER/NAME.") from None
     except LocalEntryNotFoundError as error:
@@ -194,7 +206,8 @@ def _find_folder(name: str | Path) -> tuple[str, Path, str | None]:
     return name, folder, folder.name
 
 
-def _check_is_ddpm(name: str, folder: Path):
+def check_is_ddpm(name: str, folder: Path):
+    """Raise a UserError if a folder with a model_index.json is not the pipeline of a DDPM."""
     index = read_json(folder / "model_index.json")
     parts = {key: value for key, value in index.items() if not key.startswith("_")}
     found = {key: value[1] for key, value in parts.items() if isinstance(value, list) and len(value) == 2}
@@ -214,7 +227,7 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
         raise UserError(f"{checkpoint} is a checkpoint of a classifier: give a pipeline or a checkpoint of a model.")
     names = saved.get("class_names")
     id2label = dict(enumerate(names)) if names else None
-    with _opening(checkpoint, "it is damaged, so give another checkpoint"):
+    with opening(checkpoint, "it is damaged, so give another checkpoint"):
         settings = {"prediction_type": flags["prediction_type"], "variance_type": flags["variance_type"]}
         judge.check_unet(saved["unet"], {"id2label": id2label})
         judge.check_scheduler({"num_train_timesteps": flags["ddpm_num_steps"], **settings})
@@ -264,9 +277,10 @@ def load_classifier(name: str | Path) -> NoisyClassifier:
         >>> ddpm_hf.load_classifier("runs/digits-classifier").config.num_classes
         10
     """
-    name, folder, _ = _find_folder(name)
-    folder = _part_folder(folder, "classifier")
+    name, folder, _ = find_folder(name)
+    folder = part_folder(folder, "classifier")
     try:
+        check_shards(folder)
         classifier = read_network(NoisyClassifier, folder)
     except UserError:
         raise
