@@ -169,6 +169,14 @@ def test_the_opaque_parts_of_a_mask_are_painted(tmp_path, mask, options):
     assert torch.equal(read_masks_in_memory([Image.open(tmp_path / "mask.png")])[0], painted)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint16])
+@pytest.mark.parametrize("white", [1, 255, 100_000])
+def test_deep_masks_may_have_any_scale(dtype, white):
+    values = np.zeros((4, 4), dtype)
+    values[1, 2] = min(white, 65535)
+    assert read_masks_in_memory(Image.fromarray(values)).nonzero().tolist() == [[1, 2]]
+
+
 def test_a_turned_mask_is_turned_with_its_transparency(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be shown turned clockwise
