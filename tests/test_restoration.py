@@ -1,5 +1,6 @@
 """`ddpm_hf restore`: the files it writes, its errors before it writes, and how it continues after a kill."""
 
+import json
 import shutil
 
 import numpy as np
@@ -168,6 +169,14 @@ def test_the_opaque_parts_of_a_mask_are_painted(tmp_path, mask, options):
     assert torch.equal(read_masks_in_memory([Image.open(tmp_path / "mask.png")])[0], painted)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint16])
+@pytest.mark.parametrize("white", [1, 255, 100_000])
+def test_deep_masks_may_have_any_scale(dtype, white):
+    values = np.zeros((4, 4), dtype)
+    values[1, 2] = min(white, 65535)
+    assert read_masks_in_memory(Image.fromarray(values)).nonzero().tolist() == [[1, 2]]
+
+
 def test_a_turned_mask_is_turned_with_its_transparency(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be shown turned clockwise
@@ -234,6 +243,20 @@ def test_one_file_is_replaced_only_with_overwrite(tiny_run, images, tmp_path, ca
     assert (tmp_path / "a.png").read_bytes() == b"mine"
     main(["restore", *arguments, "--overwrite"])
     assert Image.open(tmp_path / "a.png").size == (28, 28)
+
+
+def test_deep_images_are_read_with_the_scale_of_the_training(tiny_run, tmp_path):
+    values = save_grey(tmp_path / "eight.png").astype(np.uint16)
+    Image.fromarray(values * 16).save(tmp_path / "twelve.png")  # white is 255 * 16
+    shutil.copytree(tiny_run, tmp_path / "ct", ignore=shutil.ignore_patterns("evaluation*"))
+    facts = json.loads((tiny_run / "train_config.json").read_text())
+    facts["flags"]["pixel_range"] = [0.0, 4080.0]
+    (tmp_path / "ct" / "train_config.json").write_text(json.dumps(facts))
+    for model, name in [(tiny_run, "eight"), (tmp_path / "ct", "twelve")]:
+        main(
+            ["restore", str(model), str(tmp_path / f"{name}.png"), str(tmp_path / f"{name}-out.png"), "--task=denoise"]
+        )
+    assert np.array_equal(pixels(tmp_path / "eight-out.png"), pixels(tmp_path / "twelve-out.png"))
 
 
 def test_colour(colour_model, tmp_path, capsys):

@@ -74,7 +74,7 @@ def to_array(image, channels, exact=False, pixel_range=None):
         if not black <= low <= high <= white:  # also refuses nan
             raise UserError(
                 f"its values are {low:.10g} to {high:.10g}, not within {black:.10g} (black) to {white:.10g} (white): "
-                "rescale all images, or give these two values for all of them, e.g. "
+                "rescale all images, or train with the values of black and white in all of them, e.g. "
                 f"--pixel_range={min(black, low):.10g},{high:.10g}."
             )
         if pixel_range is not None:

@@ -42,8 +42,11 @@ def painted_pixels(image: Image.Image, name: str) -> torch.Tensor:
     image = upright(image)
     values, mark, unmarked = opacity(image), "opaque", "transparent"
     if values is None or 0 < values.min() == values.max():
-        # float64 keeps the mean of three equal values equal to them.
-        values, mark, unmarked = to_array(image, 3, exact=True).astype(np.float64).mean(axis=-1), "white", "black"
+        mark, unmarked = "white", "black"
+        if image.mode[0] in "IF":  # integers or floats on any scale
+            values = np.nan_to_num(np.asarray(image))
+        else:  # float64 keeps the mean of three equal values equal to them
+            values = to_array(image, 3, exact=True).astype(np.float64).mean(axis=-1)
     advice = f"give a mask that is {mark} in the areas to paint, and {unmarked} elsewhere"
     if not values.any():
         raise UserError(f"{name} is {unmarked} everywhere, so there is nothing to paint: {advice}.")

@@ -50,6 +50,7 @@ class Item:
     mask: Path | None  # for inpaint
     size: tuple[int, int] = (0, 0)  # (H, W)
     painted: float | None = None  # 0 to 1
+    pixel_range: tuple[float, float] | None = None  # see data/decode.py
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def restore_files(
     """Check all items, restore the items that have no result yet, and draw a sheet of inputs and results."""
     pipeline = open_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
+    for item in items:
+        item.pixel_range = trained_range(model)
     record = {
         "schema": RESTORATION_SCHEMA,
         "model": model.facts,
@@ -164,6 +167,14 @@ def restore_files(
         sheet = draw_sheet(items[:SHEET_IMAGES], output.resolve().with_name(f"{output.resolve().name}.sheet.png"))
     painted = [item.painted for item in items if item.painted is not None]
     return Restored(len(items), sheet, noise_levels, painted)
+
+
+def trained_range(model: Pretrained) -> tuple[float, float] | None:
+    """Return the --pixel_range that a model was trained with, because its images have the same scale; or None."""
+    flags = model.run.get("flags")
+    found = flags.get("pixel_range") if isinstance(flags, dict) else None
+    is_pair = isinstance(found, list) and len(found) == 2 and all(isinstance(value, int | float) for value in found)
+    return tuple(found) if is_pair and found[0] < found[1] else None
 
 
 def open_pipeline(model: Pretrained) -> DiffusionPipeline:
@@ -247,12 +258,12 @@ def find_mask(path: Path, mask: str | None) -> Path | None:
     return found[0]
 
 
-def read(path: Path) -> torch.Tensor:
+def read(path: Path, pixel_range: tuple[float, float] | None) -> torch.Tensor:
     """Read an image as float32 (C, H, W) in [0, 1]. C is 1 if all pixels are grey, else 3.
 
-    The image is turned upright, and transparent areas become white.
+    The image is turned upright, and transparent areas become white. For `pixel_range` see data/decode.py.
     """
-    array = use_path(lambda image: to_array(image, 3, exact=True), path)
+    array = use_path(lambda image: to_array(image, 3, exact=True, pixel_range=pixel_range), path)
     image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
     return image[:1] if (image == image[:1]).all() else image
 
@@ -263,7 +274,7 @@ def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tenso
     Returns:
         The image (C, H, W), and the mask (H, W) or None.
     """
-    image = read(item.path)
+    image = read(item.path, item.pixel_range)
     channels = 1 if task == "colorize" else pipeline.unet.config.in_channels
     if len(image) > channels:
         why = "colorize takes grey images" if task == "colorize" else "the model has images of one channel"
@@ -383,7 +394,7 @@ def draw_sheet(items: list[Item], path: Path) -> Path:
     """
     pairs = []
     for item in items:
-        given = read(item.path)
+        given = read(item.path, item.pixel_range)
         result = Image.open(item.output).convert("RGB")
         given = given if item.mask is None else given.masked_fill(read_mask(item.mask), 0.5)
         array = to_uint8(2 * given - 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
