@@ -114,6 +114,18 @@ def test_a_model_is_refused_before_anything_is_written(name, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+CARDS = OF_A_RUN | {name: FOREIGN[name] for name in FOREIGN if name.startswith("class names")}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_no_card_is_written_of_odd_records(name, tmp_path, capsys):
+    model = save_model(tmp_path / "model", 10)
+    CARDS[name](model)
+    before = sorted(tmp_path.rglob("*"))
+    assert str(model) in refused(capsys, "card", model)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_the_sentence_names_the_entry_and_what_it_must_be(tmp_path):
     edited("unet", sample_size=-8)(save_model(tmp_path / "model", 10))
     with pytest.raises(UserError, match="its sample_size is -8, but must be a whole number from 1 to 2048") as error:

@@ -146,7 +146,7 @@ def mutate_bytes(path, draw):
     """Cut a file, or change some of its bytes, mostly near its start, where headers are."""
     data = bytearray(path.read_bytes())
     if draw.random() < 0.2:
-        data = data[: draw.randrange(len(data))]
+        data = data[: draw.randrange(len(data) + 1)]
     for _ in range(draw.randint(1, 8) if data else 0):
         near = draw.choice([16, 64, 512, len(data)])
         data[draw.randrange(min(near, len(data)))] = draw.choice([0, 1, 127, 128, 255, draw.randrange(256)])
@@ -157,6 +157,8 @@ def mutate(files, draw):
     """Mutate one to three of the files."""
     for _ in range(draw.choice([1, 1, 1, 2, 3])):
         path = draw.choice(files)
+        if not path.is_file():  # an earlier mutation made it a pipe
+            continue
         if path.suffix == ".json" and draw.random() < 0.95:
             try:
                 mutate_json(path, draw)
@@ -165,7 +167,7 @@ def mutate(files, draw):
         elif draw.random() < 0.03:
             path.unlink()
             os.mkfifo(path)
-        elif path.is_file() and path.stat().st_size:
+        else:
             mutate_bytes(path, draw)
 
 
