@@ -86,6 +86,7 @@ FOREIGN = UNUSABLE | {
     "classes by identity": edited("unet", class_embed_type="identity"),
     "classes by timestep": edited("unet", class_embed_type="timestep"),
     "classes by projection": edited("unet", class_embed_type="projection"),
+    "a part with a line break": with_index(scheduler=["diffusers", "\n\x1b[31m"]),
     "an index that is a number": lambda model: (model / "model_index.json").write_text("3"),
     "class names of text": with_index(id2label="cat"),
     "class names in a list": with_index(id2label=["cat"]),
