@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None, prog: str | None = None):
         module_of(arguments.command).run(arguments)
     except UserError as error:
         if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else only process 0 prints it
-            print(f"{arguments.prog}: error: {error}", file=sys.stderr)
+            # Text from elsewhere may have line breaks, or control characters that a terminal obeys.
+            shown = "".join(each if each.isprintable() else " " for each in str(error))
+            print(f"{arguments.prog}: error: {shown}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:

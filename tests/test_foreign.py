@@ -86,6 +86,7 @@ FOREIGN = UNUSABLE | {
     "classes by identity": edited("unet", class_embed_type="identity"),
     "classes by timestep": edited("unet", class_embed_type="timestep"),
     "classes by projection": edited("unet", class_embed_type="projection"),
+    "a part with a line break": with_index(scheduler=["diffusers", "\n\x1b[31m"]),
     "an index that is a number": lambda model: (model / "model_index.json").write_text("3"),
     "class names of text": with_index(id2label="cat"),
     "class names in a list": with_index(id2label=["cat"]),
@@ -111,6 +112,18 @@ def test_a_model_is_refused_before_anything_is_written(name, tmp_path, capsys):
     before = sorted(tmp_path.rglob("*"))
     said = refused(capsys, "sample", model, *DRAW, f"--output={tmp_path / 'drawn'}")
     assert said.startswith(f"ddpm_hf sample: error: {tmp_path}") and len(said) < 900
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+CARDS = OF_A_RUN | {name: FOREIGN[name] for name in FOREIGN if name.startswith("class names")}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_no_card_is_written_of_odd_records(name, tmp_path, capsys):
+    model = save_model(tmp_path / "model", 10)
+    CARDS[name](model)
+    before = sorted(tmp_path.rglob("*"))
+    assert str(model) in refused(capsys, "card", model)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -5,7 +5,6 @@ token after the last LayerNorm of DINOv2 ViT-L/14. The image processor of transf
 """
 
 import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -14,12 +13,12 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Dinov2Model
 
 from ..errors import UserError
+from ..files import read_json
 from .features import Extractor, check_images, full_precision
 from .inception import MissingWeights
 
@@ -90,13 +89,15 @@ def load_dinov2(source: str = "facebook/dinov2-large") -> DINOv2:
     folder = Path(source) if Path(source).exists() else _from_hub(source)
     wanted = "give a folder or Hub id with config.json and safetensors of a Dinov2Model"
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = read_json(folder / "config.json").get("model_type")
         if kind != "dinov2":
             raise UserError(f"{source} holds a model of type {kind}, but dinov2 is needed: {wanted}.")
         model, loading = Dinov2Model.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, json.JSONDecodeError, RuntimeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a broken file may raise anything
         raise UserError(f"{source} cannot be loaded ({' '.join(str(error).split())}): {wanted}.") from error
     if loading["missing_keys"]:  # transformers would fill in random numbers for missing weights
         raise UserError(f"{source} lacks weights, such as {min(loading['missing_keys'])}: {wanted}.")

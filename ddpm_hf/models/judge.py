@@ -27,9 +27,9 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 
 @contextlib.contextmanager
 def quiet_diffusers():
-    """Silence diffusers' warnings, but not its errors, inside a `with` block."""
+    """Silence what diffusers logs inside a `with` block. After an error, its exception says the same."""
     level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity(max(level, diffusers.utils.logging.ERROR))
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
     try:
         yield
     finally:

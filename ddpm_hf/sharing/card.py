@@ -14,11 +14,13 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..config.presets import PRESETS
+from ..config.run_record import read_run
 from ..config.training_config import GROUPS, EvaluationOptions, HubOptions, OutputOptions
 from ..errors import UserError
 from ..evaluation.metrics import METRICS
 from ..evaluation.records import data_name, number, read_record, score_rows, table
 from ..files import read_json, write_beside
+from ..models import judge
 from ..provenance import without_paths
 from ..run_folder import files_in
 from .hub import is_hub_id
@@ -76,7 +78,12 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
     before = MARKER.search(readme.read_text(encoding="utf-8")) if readme.exists() else None
     if readme.exists() and before is None:
         return False
-    run = without_paths(read_json(folder / "train_config.json", missing={}))
+    index = read_json(folder / "model_index.json", missing={})
+    try:
+        judge.check_index(index)
+    except ValueError as error:
+        raise UserError(f"the card of {folder} cannot be written ({error}): repair this file.") from error
+    run = without_paths(read_run(folder))
     flags = run.get("flags", {})
     pushed_to = before[1] if before is not None and "/" in before[1] else None
     name = name or pushed_to or flags.get("hub_model_id") or folder.resolve().name
@@ -222,11 +229,11 @@ def usage(name: str, folder: Path) -> list[str]:
     """Return Markdown paragraphs that show how to load a model and sample from it."""
     unet = read_json(folder / "unet" / "config.json", missing={})
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", missing={})
-    steps = scheduler["num_train_timesteps"]
+    steps = scheduler.get("num_train_timesteps", 1000)
     index = read_json(folder / "model_index.json", missing={})
-    named = index["_class_name"]
+    named = index.get("_class_name")
     parts = []
-    if isinstance(named, str) and unet["num_class_embeds"] is None:
+    if isinstance(named, str) and unet.get("num_class_embeds") is None:
         call = f"""from diffusers import DDPMPipeline
 
 pipeline = DDPMPipeline.from_pretrained({in_python(name)})
@@ -234,7 +241,7 @@ image = pipeline(num_inference_steps={steps}).images[0]"""
         parts.append("Stock diffusers loads it, from the Hub or from the path of this folder:")
         parts.append(code_block("python", call))
         parts.append(fewer_steps(name, scheduler))
-    needs_class = bool(unet["num_class_embeds"]) and unet["num_class_embeds"] <= len(index.get("id2label", {}))
+    needs_class = bool(unet.get("num_class_embeds")) and unet.get("num_class_embeds") <= len(index.get("id2label", {}))
     for pipeline in EARLIER_PIPELINES | PIPELINES:
         if (folder / f"{pipeline}.py").is_file():
             parts.append(pipeline_usage(name, pipeline, is_default=named[0] == pipeline, needs_class=needs_class))
