@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from ..errors import UserError
 from ..evaluation.records import read_record
 from ..files import read_json, remove, write_beside, writing
+from ..locks import LOCK, locked
 from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoint_folders, checkpoints, files_in, step_of
 
 
@@ -30,6 +31,7 @@ FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedu
 WARNED = ["seed", "dataset_name", "class_names", "label_dropout", "random_flip", "objective", "timestep_sampling"]
 WARNED += ["loss_type", "snr_gamma", "train_batch_size", "gradient_accumulation_steps", "learning_rate"]
 WARNED += ["lr_scheduler", "use_ema", "ema_max_decay", "mixed_precision"]
+SECOND_RUN = "wait until that run ends, or give another --output_dir"
 # The fields of TrainState in state.pt. Checkpoints of earlier versions have exactly these.
 SAVED = ["step", "images_seen", "seconds", "best_score", "best_measure", "pending", "stream", "loss_history"]
 
@@ -87,7 +89,7 @@ def find_checkpoint(config) -> Path | None:
                 f"checkpoint-<step>, or `latest`."
             )
         elsewhere = checkpoint.parent.resolve() != output_dir.resolve()
-        if elsewhere and output_dir.is_dir() and any(output_dir.iterdir()):
+        if elsewhere and in_use(output_dir):
             raise UserError(
                 f"{checkpoint} is from another run folder, and --output_dir {output_dir} is not empty: give a new or "
                 "empty --output_dir."
@@ -95,20 +97,25 @@ def find_checkpoint(config) -> Path | None:
         return checkpoint
     if config.resume_from_checkpoint == "latest" and (found := checkpoints(output_dir)):
         return found[-1]
-    in_use = output_dir.is_dir() and any(output_dir.iterdir())
-    if in_use and config.resume_from_checkpoint == "latest":
-        in_use = not can_start_again(output_dir, config.logging_dir)
-    if in_use and not config.overwrite_output_dir:
+    taken = in_use(output_dir)
+    if taken and config.resume_from_checkpoint == "latest":
+        taken = not can_start_again(output_dir, config.logging_dir)
+    if taken and not config.overwrite_output_dir:
         raise UserError(
             f"--output_dir {output_dir} is not empty: give --resume_from_checkpoint latest to go on with its run "
             "(if it has a checkpoint), --overwrite_output_dir to replace it, or another folder."
         )
-    if in_use and not is_run(output_dir) and (strange := checkpoint_folders(output_dir)):
+    if taken and not is_run(output_dir) and (strange := checkpoint_folders(output_dir)):
         raise UserError(
             f"--output_dir {output_dir} has a {strange[0].name}, but no train_config.json of a run, so it may not be "
             "overwritten: remove it, or give another folder."
         )
     return None
+
+
+def in_use(folder: Path) -> bool:
+    """Return whether a folder exists and has files, apart from the lock."""
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
 
 
 def is_run(folder: Path) -> bool:
@@ -125,25 +132,31 @@ def is_run(folder: Path) -> bool:
 def can_start_again(folder: Path, logging_dir: str) -> bool:
     """Return whether `latest` may start a run from its beginning here: the one before was killed early.
 
-    Before its train_config.json a run writes only the folder of its tracker; before its first checkpoint no network.
+    Before its train_config.json a run writes only the lock and the folder of its tracker. Before its first checkpoint
+    it writes no network.
     """
-    first = {".writable.tmp", ".train_config.json.tmp", Path(logging_dir).parts[0]}
+    first = {LOCK, ".writable.tmp", ".train_config.json.tmp", Path(logging_dir).parts[0]}
     if {path.name for path in folder.iterdir()} <= first:
         return True
     return is_run(folder) and not (folder / "model_index.json").exists() and not (folder / "classifier").exists()
 
 
-def create_output_dir(output_dir: Path):
-    """Create the run folder if it is missing.
+@contextlib.contextmanager
+def output_dir_locked(config, checkpoint: Path | None):
+    """Create the run folder if it is missing, and keep other runs out of it inside a `with` block.
 
     Raises:
-        UserError: if it cannot be written to.
+        UserError: if the folder cannot be written to, or if another run is writing to it, or has changed it since
+            `find_checkpoint` returned `checkpoint`.
     """
-    with writing("the run", output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / ".writable.tmp"
-        probe.touch()
-        probe.unlink()
+    output_dir = Path(config.output_dir)
+    with contextlib.ExitStack() as stack:
+        with writing("the run", output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(output_dir, SECOND_RUN))
+        if find_checkpoint(config) != checkpoint:
+            raise UserError(f"{output_dir} was changed by another run while this one started: start this one again.")
+        yield
 
 
 def replaced_by(config, checkpoint: Path | None) -> list[Path]:

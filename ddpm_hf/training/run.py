@@ -1,10 +1,11 @@
 """Do everything before the first step: build the parts of a run, refuse bad input, then prepare the run folder."""
 
+import contextlib
 import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ..diffusion.timestep_sampling import new_history
 from ..errors import UserError
 from ..files import write_json, writing
+from ..locks import check_unlocked
 from ..models.build import build_classifier, build_unet, unet_channels
 from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
@@ -33,7 +35,7 @@ from ..processes import check_processes, has_bfloat16
 from ..provenance import PACKAGES, command, git_commit, version
 from ..sharing.hub import create_repository
 from . import checkpoints
-from .checkpoints import TrainState
+from .checkpoints import SECOND_RUN, TrainState
 from .schedule import count_steps, ema_warning, learning_rate_schedule
 from .scoring import open_evaluation
 
@@ -63,6 +65,8 @@ class Run:
     facts: dict  # for train_config.json, with a "summary" to print
     state: TrainState
     repo_id: str | None = None  # on the Hub; None without --push_to_hub, and outside the main process
+    # A context manager that keeps other runs out of the folder, until it is closed.
+    lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def published(self) -> UNet2DModel | NoisyClassifier:
@@ -101,9 +105,14 @@ class Run:
 def open_run(config: TrainingConfig) -> Run | None:
     """Return a run that is ready for its next step. A dry run writes nothing and returns None.
 
+    The run keeps other runs out of its folder until `run.lock` is closed.
+
     Raises:
-        UserError: if the input cannot be trained on; nothing is written then.
+        UserError: if the input cannot be trained on, or if another run is writing to the folder. Nothing is written
+            then.
     """
+    if not config.dry_run:
+        check_unlocked(Path(config.output_dir), SECOND_RUN)
     checkpoint = checkpoints.find_checkpoint(config)
     run, warnings = build_run(config)
     if checkpoint is not None:
@@ -120,8 +129,11 @@ def open_run(config: TrainingConfig) -> Run | None:
     if config.push_to_hub and is_main:
         name = config.hub_model_id or Path(config.output_dir).resolve().name
         run = replace(run, repo_id=create_repository(name, config.hub_private_repo, config.hub_token))
-    prepare_folder(run, checkpoint)
-    return run
+    with contextlib.ExitStack() as lock:
+        if is_main:
+            lock.enter_context(checkpoints.output_dir_locked(config, checkpoint))
+        prepare_folder(run, checkpoint)
+        return replace(run, lock=lock.pop_all())
 
 
 def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
@@ -195,7 +207,6 @@ def prepare_folder(run: Run, checkpoint: Path | None):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         output_dir = Path(config.output_dir)
-        checkpoints.create_output_dir(output_dir)
         replaced = checkpoints.replaced_by(config, checkpoint)  # listed before the tracker adds its new files
         start_tracker(config, accelerator)
         checkpoints.remove_replaced(output_dir, replaced)
