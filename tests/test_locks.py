@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
@@ -11,9 +12,16 @@ import pytest
 from conftest import TINY
 
 from ddpm_hf import UserError, locks
+from ddpm_hf.__main__ import main
 from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.evaluation import evaluate
+from ddpm_hf.evaluation.records import write_new_record
 from ddpm_hf.locks import check_unlocked, locked, writer_of
+from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.run_folder import checkpoints, step_of
+from ddpm_hf.sampling import sample_set
+from ddpm_hf.sampling.sample_set import draw_samples, read_samples
+from ddpm_hf.sampling.settings import Sampler
 from ddpm_hf.training.loop import train
 from ddpm_hf.training.run import open_run
 
@@ -115,3 +123,83 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
     monkeypatch.setattr(locks.fcntl, "flock", flock)
     with locked(tmp_path, "wait"), locked(tmp_path, "wait"):
         check_unlocked(tmp_path, "wait")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    return load_pretrained(tiny_run)
+
+
+@pytest.mark.parametrize("name", ["set", "set.npz"])
+def test_a_second_writer_of_a_sample_set_is_a_sentence_and_changes_nothing(model, tmp_path, name):
+    sampler = Sampler(name="ddim", num_inference_steps=2).resolve(model)
+    output, refused = tmp_path / name, []
+
+    def draw_too(*_):
+        before = listing(tmp_path)
+        with pytest.raises(UserError, match=rf"{name} is in use, process {os.getpid()} .* give another --output"):
+            draw_samples(model, sampler, 2, output)
+        refused.append(listing(tmp_path) == before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_set, "_print_estimate", draw_too)
+        draw_samples(model, sampler, 2, output)
+    assert refused == [True] and len(read_samples(output).images) == 2
+    assert {path.name for path in tmp_path.rglob("*")} <= {name, "samples.json", "000000.png", "000001.png"}
+    draw_samples(model, sampler, 3, output)  # more images for the same set
+    assert len(read_samples(output).images) == 3
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_evaluations_at_the_same_time_write_records_of_their_own(tiny_run, tmp_path, monkeypatch, named, capsys):
+    """The second one begins and ends while the first one scores. Both have pictures of pairs."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    words = ["evaluate", run, "--suite=smoke", "--num_images=40", "--num_inference_steps=2", "--metrics=memorization"]
+    words += [f"--output={tmp_path / 'run' / 'evaluations' / 'mine.json'}"] * named
+    scoring, evaluations = evaluate.score, []
+
+    def score(*arguments):
+        evaluations.append(1)
+        if len(evaluations) == 1:
+            main([*map(str, words)])
+        return scoring(*arguments)
+
+    monkeypatch.setattr(evaluate, "score", score)
+    main([*map(str, words)])
+    said = capsys.readouterr()
+    records = sorted((run / "evaluations").glob("*.json"), key=lambda path: path.stem)
+    assert len(evaluations) == len(records) == 2 and records[0].stem == records[1].stem.removesuffix("-2")
+    assert ("Warning: another evaluation wrote" in said.err) == named
+    for record in records:
+        extras = [entry.get("extra", {}) for entry in json.loads(record.read_text())["metrics"]]
+        assert [extra["sheet"] for extra in extras if "sheet" in extra] == [
+            f"{record.stem}.pairs.png"
+        ] and f"The record is {record}." in said.out
+    assert len(list((run / "evaluations").iterdir())) == 4  # nothing is left over
+
+
+def test_a_record_is_replaced_only_where_it_was_asked_for(tmp_path):
+    path, pairs = tmp_path / "a.json", tmp_path / "pairs.png"
+    for k in range(3):
+        pairs.write_text(str(k))
+        write_new_record({"metrics": [], "number": k}, path, pairs)
+    assert write_new_record({"metrics": [], "number": 3}, path, pairs, overwrite=True) == path
+    numbers = {file.name: json.loads(file.read_text())["number"] for file in tmp_path.glob("*.json")}
+    assert numbers == {"a.json": 3, "a-2.json": 1, "a-3.json": 2}
+    assert {file.name: file.read_text() for file in tmp_path.glob("*.png")} == {
+        "a-2.pairs.png": "1",
+        "a-3.pairs.png": "2",
+    }
+
+
+def test_the_card_and_the_figures_of_a_live_run_are_left_to_it(tiny_run, tmp_path, capsys):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    main(["card", str(run)])
+    before = (run / "README.md").stat().st_mtime_ns
+    with locked(run, "wait"):
+        for command in ("card", "figures"):
+            with pytest.raises(SystemExit):
+                main([command, str(run)])
+            assert "is in use" in capsys.readouterr().err
+        main(["evaluate", str(run), "--suite=smoke", "--num_images=40", "--metrics=bits_per_dim"])
+    assert (run / "README.md").stat().st_mtime_ns == before and list((run / "evaluations").iterdir())
