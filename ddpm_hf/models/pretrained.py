@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFo
 from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ..errors import UserError
 from ..files import read_json
+from ..manifest import check_files, reading
 from ..run_folder import checkpoints, step_of
 from .classes import Classes
 from .classifier import NoisyClassifier
@@ -180,25 +181,29 @@ def _check_is_ddpm(name: str, folder: Path):
 
 
 def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
-    saved = read_json(checkpoint / "train_config.json")
     averaged = weights == "published" and (checkpoint / "ema.safetensors").is_file()
-    flags = saved["flags"]
-    if flags.get("objective") == "classify":
-        raise UserError(f"{checkpoint} is a checkpoint of a classifier: give a pipeline or a checkpoint of a model.")
-    unet = UNet2DModel.from_config(saved["unet"])
-    file = checkpoint / ("ema.safetensors" if averaged else "model.safetensors")
-    unet.load_state_dict(safetensors.torch.load_file(file))
-    scheduler = make_scheduler(
-        flags["ddpm_beta_schedule"],
-        flags["ddpm_num_steps"],
-        prediction_type=flags["prediction_type"],
-        variance_type=flags["variance_type"],
-    )
+    file = "ema.safetensors" if averaged else "model.safetensors"
+    check_files(checkpoint, ["train_config.json", file])
+    with reading(checkpoint):
+        saved = read_json(checkpoint / "train_config.json")
+        flags = saved["flags"]
+        if flags.get("objective") == "classify":
+            raise UserError(
+                f"{checkpoint} is a checkpoint of a classifier: give a pipeline or a checkpoint of a model."
+            )
+        unet = UNet2DModel.from_config(saved["unet"])
+        unet.load_state_dict(safetensors.torch.load_file(checkpoint / file))
+        scheduler = make_scheduler(
+            flags["ddpm_beta_schedule"],
+            flags["ddpm_num_steps"],
+            prediction_type=flags["prediction_type"],
+            variance_type=flags["variance_type"],
+        )
     names = saved.get("class_names")
     facts = {
         "name": checkpoint.parent.resolve().name,
         "revision": None,
-        "weights": "raw" if weights == "raw" or not flags["use_ema"] else "published",
+        "weights": "published" if averaged else "raw",
         "train_step": step_of(checkpoint),
     }
     return _pretrained(

@@ -11,29 +11,26 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
+from types import NoneType
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
+from ..diffusion.losses import NUM_BANDS
 from ..errors import UserError
 from ..evaluation.records import read_record
 from ..files import read_json, remove, write_beside, writing
 from ..locks import LOCK, locked
+from ..manifest import check_files, damaged, reading, write_manifest
 from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoint_folders, checkpoints, files_in, step_of
+from .changes import check_fixed_flags, warnings_about
 
 
-# A run can only be resumed with the same values of these flags, because they decide what the weights mean.
-FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
-# A resumed run may change these flags, but a warning names each change.
-WARNED = ["seed", "dataset_name", "class_names", "label_dropout", "random_flip", "objective", "timestep_sampling"]
-WARNED += ["loss_type", "snr_gamma", "train_batch_size", "gradient_accumulation_steps", "learning_rate"]
-WARNED += ["lr_scheduler", "use_ema", "ema_max_decay", "mixed_precision"]
 SECOND_RUN = "wait until that run ends, or give another --output_dir"
-# The fields of TrainState in state.pt. Checkpoints of earlier versions have exactly these.
-SAVED = ["step", "images_seen", "seconds", "best_score", "best_measure", "pending", "stream", "loss_history"]
+# The fields of TrainState in state.pt, and their types. Checkpoints of earlier versions have exactly these.
+SAVED = {"step": int, "images_seen": int, "seconds": (int, float), "best_score": (int, float), "best_measure": str}
+SAVED |= {"pending": list, "stream": (dict, NoneType), "loss_history": (torch.Tensor, NoneType)}
 
 
 @dataclass
@@ -79,6 +76,10 @@ def find_checkpoint(config) -> Path | None:
         is_file = output_dir.exists() and not output_dir.is_dir()
     if is_file:
         raise UserError(f"--output_dir {output_dir} is a file: give the name of a folder.")
+    if config.resume_from_checkpoint is not None and config.overwrite_output_dir:
+        raise UserError(
+            "--resume_from_checkpoint goes on with a run and --overwrite_output_dir removes it: give only one of them."
+        )
     if config.resume_from_checkpoint not in (None, "latest"):
         checkpoint = Path(config.resume_from_checkpoint)
         if not checkpoint.exists() and checkpoint.name == config.resume_from_checkpoint:
@@ -233,12 +234,12 @@ def remove_checkpoint(checkpoint: Path):
     remove(partial)
 
 
-def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, ema, rows: list):
+def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema, rows: list):
     """Write `checkpoint-<step>`, then remove the oldest beyond --checkpoints_total_limit. Every process calls this.
 
     Args:
-        network: a dict with "unet", the config of the network, and "class_names", the classes of a conditional UNet
-            or None.
+        facts: a dict for train_config.json: "unet", the config of the network, "class_names", the classes of a
+            conditional UNet or None, and "facts" to compare when the checkpoint is resumed.
         rows: the rows of `state.pending`, each summed over the processes.
 
     Raises:
@@ -252,13 +253,14 @@ def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, em
             if accelerator.is_main_process:
                 if ema is not None:
                     safetensors.torch.save_file(ema.module.state_dict(), partial / "ema.safetensors")
-                record = {"flags": config.to_dict()} | network
+                record = {"flags": config.to_dict()} | facts
                 (partial / "train_config.json").write_text(json.dumps(record))
                 saved = {name: getattr(state, name) for name in SAVED} | {"pending": rows}
                 torch.save(saved, partial / "state.pt")
         accelerator.wait_for_everyone()
         with writing("a checkpoint", final):
             if accelerator.is_main_process:
+                write_manifest(partial, state.step)
                 partial.rename(final)
                 if config.checkpoints_total_limit is not None:
                     for old in checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
@@ -269,33 +271,48 @@ def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, em
     accelerator.wait_for_everyone()
 
 
-def check_same_run(checkpoint: Path, config, network_config: dict, total_steps: int) -> list[str]:
-    """Refuse a checkpoint that this run cannot continue. Return a list of one warning if flags changed, else [].
+def check_same_run(checkpoint: Path, run) -> list[str]:
+    """Refuse a checkpoint that a run cannot continue. Return lines to print: where it goes on, and what has changed.
 
     Raises:
         UserError: if the checkpoint is of another model or diffusion process, if it has no EMA although --use_ema is
-            given, if it is past the end of this run, or if it cannot be read.
+            given, if it is past the end of this run, or if it is damaged.
     """
+    check_files(checkpoint)
     with reading(checkpoint):
         saved = json.loads((checkpoint / "train_config.json").read_text())
-        was, network = saved["flags"], saved["unet"]
-        step = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)["step"]
-    check_same_network(checkpoint, network, network_config)
-    now = config.to_dict()
-    for name in FIXED:
-        if was[name] != now[name]:
-            raise UserError(
-                f"{checkpoint} was trained with --{name} {was[name]}, not {now[name]}: give --{name} {was[name]}."
-            )
-    if config.use_ema and not (checkpoint / "ema.safetensors").is_file():
+        flags, network, facts = dict(saved["flags"]), dict(saved["unet"]), dict(saved.get("facts", {}))
+    step = read_state(checkpoint)["step"]
+    check_same_network(checkpoint, network, dict(run.network.config))
+    check_fixed_flags(str(checkpoint), flags, run)
+    if run.config.use_ema and not (checkpoint / "ema.safetensors").is_file():
         raise UserError(f"{checkpoint} was trained without --use_ema: leave --use_ema out, or start a new run.")
-    if step > total_steps:
-        raise UserError(f"{checkpoint} is past the {total_steps} steps of this run: give a larger --max_train_steps.")
-    # A flag that is newer than the checkpoint counts as unchanged.
-    changed = [f"{name} {was[name]} -> {now[name]}" for name in WARNED if was.get(name, now[name]) != now[name]]
-    if not changed:
-        return []
-    return [f"Warning: the checkpoint had other flags, so this run is a new one: {', '.join(changed)}."]
+    if step > run.total_steps:
+        raise UserError(
+            f"{checkpoint} is past the {run.total_steps} steps of this run: give a larger --max_train_steps."
+        )
+    where = f"Resuming from {checkpoint} (step {step:,} of {run.total_steps:,})."
+    return [where, *warnings_about(checkpoint.name, flags, facts, step, run)]
+
+
+def read_state(checkpoint: Path) -> dict:
+    """Return the content of state.pt, the fields of TrainState in SAVED.
+
+    Raises:
+        UserError: if it is damaged or has other fields, or if the checkpoint is of another step than its name says.
+    """
+    with reading(checkpoint):
+        saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        for name, kind in SAVED.items():
+            if not isinstance(saved[name], kind):
+                raise damaged(checkpoint, f"state.pt has a {type(saved[name]).__name__} as {name}")
+        if any(row.shape != (2 * NUM_BANDS + 1,) for row in saved["pending"]):
+            raise damaged(checkpoint, "state.pt has losses of another shape")
+    if saved["step"] != step_of(checkpoint):
+        raise UserError(
+            f"{checkpoint} holds step {saved['step']}: rename it to checkpoint-{saved['step']}, or give another one."
+        )
+    return saved
 
 
 def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
@@ -309,25 +326,6 @@ def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
             )
 
 
-@contextlib.contextmanager
-def reading(checkpoint: Path):
-    """Turn the errors of reading a damaged file into a UserError."""
-    try:
-        yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        EOFError,
-        UnpicklingError,
-        SafetensorError,
-    ) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{checkpoint} is damaged ({reason}): remove it and resume from an earlier one.") from error
-
-
 def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema):
     """Restore the weights, the optimizer, the EMA and `state`, in place. Every process calls this.
 
@@ -336,9 +334,9 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema):
     """
     with reading(checkpoint):
         accelerator.load_state(str(checkpoint))
-        saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        for name in SAVED:
-            setattr(state, name, saved[name])
+        for name, value in read_state(checkpoint).items():
+            if name in SAVED:
+                setattr(state, name, value)
     # Each row is already a sum over all processes, so only the main process keeps it. The others keep zeros.
     device, keep = accelerator.device, accelerator.is_main_process
     state.pending = [(row if keep else torch.zeros_like(row)).to(device) for row in state.pending]

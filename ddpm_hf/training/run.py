@@ -116,7 +116,7 @@ def open_run(config: TrainingConfig) -> Run | None:
     checkpoint = checkpoints.find_checkpoint(config)
     run, warnings = build_run(config)
     if checkpoint is not None:
-        warnings += checkpoints.check_same_run(checkpoint, config, dict(run.network.config), run.total_steps)
+        warnings += checkpoints.check_same_run(checkpoint, run)
     is_main = run.accelerator.is_main_process
     if is_main:
         print(run.facts["summary"], *warnings, sep="\n", flush=True)
@@ -187,14 +187,17 @@ def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
 
 def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:
     """Return the AdamW optimizer of a network."""
-    return torch.optim.AdamW(
-        network.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=device.type in ("cpu", "cuda"),  # on a CPU, fused takes a quarter of the time
-    )
+    fused = device.type in ("cpu", "cuda")  # on a CPU, fused takes a quarter of the time
+    return torch.optim.AdamW(network.parameters(), lr=config.learning_rate, fused=fused, **adam_settings(config))
+
+
+def adam_settings(config) -> dict:
+    """Return the settings of AdamW that stay the same during a run."""
+    return {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
 
 
 def prepare_folder(run: Run, checkpoint: Path | None):
@@ -227,6 +230,8 @@ def restore_state(run: Run, checkpoint: Path | None):
     config, state = run.config, run.state
     if checkpoint is not None:
         checkpoints.load_checkpoint(run.accelerator, checkpoint, state, run.ema)
+        for group in run.optimizer.param_groups:
+            group.update(adam_settings(config))  # the checkpoint has brought its own
         if state.stream is not None:
             run.train_set.load_state_dict(state.stream)
     if config.timestep_sampling == "uniform":
