@@ -37,7 +37,7 @@ RUN = [
 # A run whose time is spent writing, removing and drawing.
 BUSY = [
     *RUN,
-    "--max_train_steps=16",
+    "--max_train_steps=6",
     "--checkpointing_steps=1",
     "--checkpoints_total_limit=1",
     "--save_model_epochs=1",
