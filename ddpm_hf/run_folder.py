@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from .community_pipelines import shipped
+from .manifest import is_complete
 
 
 # The names of the temporary files and folders that a killed run can leave, with those of earlier versions.
@@ -20,12 +21,8 @@ def checkpoint_folders(output_dir) -> list[Path]:
 
 
 def checkpoints(output_dir) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first.
-
-    Earlier versions removed a checkpoint file by file, so a kill could leave state.pt without the weights.
-    """
-    needed = ("state.pt", "model.safetensors", "optimizer.bin")
-    return [path for path in checkpoint_folders(output_dir) if all((path / name).is_file() for name in needed)]
+    """Return the complete checkpoints of a run, oldest first."""
+    return [path for path in checkpoint_folders(output_dir) if is_complete(path)]
 
 
 def step_of(checkpoint: Path) -> int:

@@ -3,9 +3,7 @@
 The runs are real ones in processes of their own (see processes.py); what several tests begin with is run once.
 """
 
-import json
 import os
-import random
 import shutil
 import signal
 import time
@@ -15,17 +13,10 @@ import processes
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT
+from kills import RUN, assert_equal, everything
 
 from ddpm_hf.run_folder import checkpoints
-
-
-# 24 steps of 2 x 8 images from a set of 197: an epoch ends within the run.
-RUN = [
-    *TINY, "--class_names=3,7", "--validation_split=165", "--gradient_accumulation_steps=2", "--max_train_steps=24",
-    "--checkpointing_steps=4", "--use_ema", "--dropout=0.1", "--validation_epochs=1", "--save_images_epochs=100",
-    "--save_model_epochs=100", "--checkpoints_total_limit=2",
-]  # fmt: skip
 
 
 def start(folder, *flags, **kwargs):
@@ -42,33 +33,6 @@ def start_two(folder, *flags):
 
 def finish_two(folder, *flags):
     return processes.ended(start_two(folder, *flags), f"{folder}.log")
-
-
-def everything(folder):
-    """Return what must be equal: weights, average, optimizer, every logged number but the speed."""
-    last = checkpoints(folder)[-1]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["images_per_second"], line["seconds"]
-    return {
-        "step": last.name,
-        "weights": safetensors.torch.load_file(last / "model.safetensors"),
-        "ema": safetensors.torch.load_file(last / "ema.safetensors"),
-        "published": safetensors.torch.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"),
-        "optimizer": torch.load(last / "optimizer.bin", weights_only=True)["state"],
-        "metrics": lines,
-    }
-
-
-def assert_equal(one, other):
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert_equal(one[name], other[name])
-    else:
-        assert one == other
 
 
 @pytest.fixture(scope="module")
@@ -90,31 +54,6 @@ def four_steps(tmp_path_factory):
 def short(four_steps, tmp_path):
     """A finished run of four steps, to go on with."""
     return shutil.copytree(four_steps, tmp_path / "run")
-
-
-def test_killed_at_ten_random_moments_and_resumed_each_time(tmp_path):
-    reference, folder, moments = tmp_path / "reference", tmp_path / "run", random.Random(0)
-    finish(reference, "--max_train_steps=120")
-    seen = []
-    for k in range(10):
-        child = start(folder, "--max_train_steps=120", "--resume_from_checkpoint=latest")
-        if k % 3:  # most kills come while it trains, some while it still reads and builds
-            before, deadline = checkpoints(folder)[-1:], time.time() + 60
-            while checkpoints(folder)[-1:] == before and time.time() < deadline:
-                time.sleep(0.001)
-        time.sleep(moments.uniform(0, 0.3))
-        child.kill()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
-        for checkpoint in checkpoints(folder):
-            assert {"model.safetensors", "optimizer.bin", "ema.safetensors", "state.pt"} <= {
-                path.name for path in checkpoint.iterdir()
-            }
-        seen += [path.name for path in checkpoints(folder)[-1:]]
-    assert len(set(seen)) > 3  # the kills fell into different stretches
-    finish(folder, "--max_train_steps=120", "--resume_from_checkpoint=latest")
-    assert_equal(everything(folder), everything(reference))
-    assert not list(folder.glob("*.tmp"))
 
 
 def test_resumed_from_a_checkpoint_in_the_middle_of_an_epoch_and_of_a_log_line(unbroken, tmp_path):
@@ -205,7 +144,8 @@ def test_a_signal_in_the_last_figures_leaves_them_to_the_next_run(tmp_path):
 
 def test_changed_flags_are_told(short):
     log = finish(short, "--max_train_steps=8", "--resume_from_checkpoint=latest", "--seed=5", "--no_use_ema")
-    assert "the checkpoint had other flags, so this run is a new one: seed 0 -> 5, use_ema True -> False." in log
+    assert "one unbroken run: seed 0 -> 5, use_ema True -> False, total_steps 4 -> 8." in log
+    assert f"Resuming from {short / 'checkpoint-4'} (step 4 of 8)." in log
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9])

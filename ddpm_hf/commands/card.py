@@ -17,9 +17,11 @@ def add_flags(parser):
 
 
 def run(arguments):
+    from ..locks import check_unlocked
     from ..sharing.card import check_has_model, write_card
 
     check_has_model(Path(arguments.run))
+    check_unlocked(Path(arguments.run), "wait until it ends; it writes the card itself")
     if write_card(arguments.run, arguments.hub_model_id):
         print(f"The card is {Path(arguments.run, 'README.md')}.")
     else:

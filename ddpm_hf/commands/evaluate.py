@@ -139,13 +139,14 @@ def add_output_flags(parser):
 
 
 def run(arguments):
-    """Evaluate, print the scores, and write the run's model card again.
+    """Evaluate, print the scores, and write the run's model card again. A run in training will write its card itself.
 
     Raises:
         SystemExit: with code 1, if a metric of --require was skipped. The record is written all the same.
     """
     from ..evaluation.evaluate import evaluate
     from ..evaluation.inputs import check_metrics
+    from ..locks import writer_of
     from ..processes import start_processes
     from ..sharing.card import write_card
 
@@ -158,8 +159,11 @@ def run(arguments):
     if evaluated is None:  # this is not the main process
         return
     print(f"{evaluated}\n\nThe record is {evaluated.path}.")
+    if arguments.output not in (None, str(evaluated.path)):
+        print(f"Warning: another evaluation wrote {arguments.output} meanwhile.", file=sys.stderr)
     folder = evaluated.path.parent
-    if folder.name == "evaluations" and (folder.parent / "README.md").is_file():
+    has_card = folder.name == "evaluations" and (folder.parent / "README.md").is_file()
+    if has_card and writer_of(folder.parent) is None:
         write_card(folder.parent)
     measured = {name for name in evaluated.metrics if name not in evaluated.skipped}
     if missing := [name for name in arguments.require if name not in measured]:

@@ -4,6 +4,7 @@ This file decides what is done in which order. `inputs.py` opens what an evaluat
 the scores.
 """
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from .extractor import load_extractor
 from .features import extract, images_at
 from .inception import MissingWeights
 from .metrics import FEWEST, METRICS, Look, default_features, has_floor
-from .records import by_reason, make_record, record_table, scores_of, write_record
+from .records import by_reason, make_record, record_table, scores_of, write_new_record
 from .reference import Reference, read_reference, reference_of
 
 
@@ -249,16 +250,19 @@ def evaluate(
         reference_file=reference,
         reference_pipeline=reference_pipeline,
         cache_dir=cache_dir,
-        pairs_path=path.with_suffix(".pairs.png"),
+        pairs_path=path.with_name(f".{path.stem}.{secrets.token_hex(4)}.pairs.png"),  # renamed with the record
     )
     open_extractors(evaluation)
     for line in warnings_about(evaluation):
         PartialState().print(line, flush=True)
-    record = run_evaluation(evaluation, started)
-    if record is None:
-        return None
-    write_record(record, path)
-    return Evaluated(record, path, evaluation.metrics)
+    try:
+        record = run_evaluation(evaluation, started)
+        if record is None:
+            return None
+        path = write_new_record(record, path, evaluation.pairs_path, overwrite=overwrite and output is not None)
+        return Evaluated(record, path, evaluation.metrics)
+    finally:
+        evaluation.pairs_path.unlink(missing_ok=True)
 
 
 def run_evaluation(evaluation: Evaluation, started: float | None = None) -> dict | None:

@@ -230,20 +230,17 @@ def check_shapes(images: torch.Tensor, train: ImageSet):
 
 
 def record_path(output, overwrite: bool, folder: Path, stem: str) -> Path:
-    """Return the path of the record: `output`, or a new name in `folder` that begins with `stem`.
+    """Return the path of the record: `output`, or `stem` in `folder`. `write_new_record` adds a number if it is taken.
 
     Raises:
         UserError: if `output` exists and `overwrite` is False, or if nothing can be written there.
     """
-    if output is not None:
-        path = check_output("--output", output)
-        for old in (path, path.with_suffix(".pairs.png")):
-            if old.exists() and not overwrite:
-                raise UserError(f"{old} exists already: add --overwrite to replace it, or give another --output.")
-        return path
-    count = 1
-    while (path := folder / f"{stem}{f'-{count}' if count > 1 else ''}.json").exists():
-        count += 1
+    if output is None:
+        return folder / f"{stem}.json"
+    path = check_output("--output", output)
+    for old in (path, path.with_suffix(".pairs.png")):
+        if old.exists() and not overwrite:
+            raise UserError(f"{old} exists already: add --overwrite to replace it, or give another --output.")
     return path
 
 

@@ -78,6 +78,53 @@ def write_record(record: dict, path: Path):
         write_json(path, record)
 
 
+def write_new_record(record: dict, path: Path, pairs: Path, overwrite: bool = False) -> Path:
+    """Write a record to `path`, or to the first free name after it (x-2.json, x-3.json, ...), and return its path.
+
+    The name is chosen now and not before the evaluation, so that evaluations at the same time get names of their own.
+
+    Args:
+        pairs: the picture of the closest pairs, which gets the name of the record. It may be missing.
+        overwrite: replace the record at `path`.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    count, target = 1, path
+    with writing("the record", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while not overwrite and not _claim(target):
+            count += 1
+            target = path.with_stem(f"{path.stem}-{count}")
+    sheet = target.with_suffix(".pairs.png")
+    for entry in record["metrics"]:
+        if "sheet" in entry.get("extra", {}):
+            entry["extra"]["sheet"] = sheet.name
+    try:
+        write_record(record, target)
+    except UserError:
+        if not overwrite:
+            target.unlink(missing_ok=True)
+        raise
+    with writing("the closest pairs", sheet):
+        if pairs.exists():
+            pairs.replace(sheet)
+        else:
+            sheet.unlink(missing_ok=True)  # of the record that was replaced
+    return target
+
+
+def _claim(path: Path) -> bool:
+    """Create an empty file for a new record. Return False if the name is taken."""
+    if path.with_suffix(".pairs.png").exists():
+        return False
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def read_record(path) -> dict:
     """Return the record in a file that `evaluate` wrote.
 

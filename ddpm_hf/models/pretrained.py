@@ -17,6 +17,7 @@ from ..config.run_record import read_run
 from ..diffusion.scheduler import BETA_SCHEDULES, PaperDDPMScheduler, make_scheduler
 from ..errors import UserError
 from ..files import read_json
+from ..manifest import check_files
 from ..run_folder import checkpoints, step_of
 from . import judge
 from .classes import Classes
@@ -220,8 +221,10 @@ def check_is_ddpm(name: str, folder: Path):
 
 def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
     """Return the model of a checkpoint. Its configs and weights are judged like those of a pipeline."""
-    saved = read_run(checkpoint)
     averaged = weights == "published" and (checkpoint / "ema.safetensors").is_file()
+    file = "ema.safetensors" if averaged else "model.safetensors"
+    check_files(checkpoint, ["train_config.json", file])
+    saved = read_run(checkpoint)
     flags = saved.get("flags", {})
     if flags.get("objective") == "classify":
         raise UserError(f"{checkpoint} is a checkpoint of a classifier: give a pipeline or a checkpoint of a model.")
@@ -235,7 +238,7 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
             raise ValueError(f"its ddpm_beta_schedule is {flags['ddpm_beta_schedule']!r}, which does not exist")
         scheduler = make_scheduler(flags["ddpm_beta_schedule"], flags["ddpm_num_steps"], **settings)
         judge.check_schedule(scheduler)
-        tensors = safetensors.torch.load_file(checkpoint / ("ema.safetensors" if averaged else "model.safetensors"))
+        tensors = safetensors.torch.load_file(checkpoint / file)
         unet = judge.build_unet(saved["unet"], tensors)
         unet.load_state_dict(tensors)
         judge.check_weights(unet)
@@ -243,7 +246,7 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
     facts = {
         "name": checkpoint.resolve().parent.name,
         "revision": None,
-        "weights": "raw" if weights == "raw" or not flags.get("use_ema") else "published",
+        "weights": "published" if averaged else "raw",
         "train_step": step_of(checkpoint) if re.fullmatch(r"checkpoint-[0-9]+", checkpoint.name) else None,
     }
     return _pretrained(

@@ -4,6 +4,7 @@ A folder holds `000000.png`, `000001.png`, ... and `samples.json`, a record of h
 file holds the images as `arr_0`, uint8 (N, H, W, C), the format of ADM's evaluator. Its `meta` is the same record.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 from ..data.decode import opacity, use_path
 from ..errors import UserError
 from ..files import check_output, parse_json, read_json, read_npz, write_json, write_npz, writing
+from ..locks import LOCK, check_unlocked, locked
 from ..models.pretrained import Pretrained
 from ..pictures import save_picture, to_pil, to_uint8
 from .samplers import autocast, class_arguments, image_shape
@@ -29,6 +31,7 @@ from .settings import DTYPES, Sampler
 
 SAMPLES_SCHEMA = "ddpm_hf.samples/1"
 MAX_IMAGES = 10_000_000
+SECOND_WRITER = "wait until it is done, or give another --output (for `evaluate`, another --samples_dir)"
 
 
 @dataclass
@@ -51,7 +54,7 @@ def check_same_samples(place: Path, found: dict | None, wanted: dict):
         wanted: the record of the samples to add.
     """
     if found is None:
-        if place.is_file() or place.is_dir() and any(place.iterdir()):
+        if place.is_file() or place.is_dir() and any(path.name != LOCK for path in place.iterdir()):
             raise UserError(f"{place} already exists and is not a set of samples of ddpm_hf: give another --output.")
         return
     pairs = [("the weights", found["model"]["unet_sha256"], wanted["model"]["unet_sha256"])]
@@ -255,8 +258,8 @@ def draw_samples(
         output: a folder, which may hold some of these images already, or a file that ends in .npz.
 
     Raises:
-        UserError: if `output` holds other samples or other files, if it cannot be written, or if an image has pixels
-            that are not finite.
+        UserError: if `output` holds other samples or other files, if another process is writing to it, if it cannot be
+            written, or if an image has pixels that are not finite.
     """
     check_counts(num_images, batch_size)
     output = check_output("--output", output)
@@ -268,6 +271,7 @@ def draw_samples(
         "sampler": sampler.record(model),
         "num_images": num_images,
     }
+    check_unlocked(output, SECOND_WRITER)
     drawn = _read_drawn(output, folder, record)
     if len(drawn) >= num_images:
         return output
@@ -276,26 +280,29 @@ def draw_samples(
     # One call on every process also shows that the model can draw, before anything is written.
     one_image = step_seconds(sampler.network(model), size, DTYPES[sampler.dtype]) / size
     state.wait_for_everyone()  # the main process must not write to the folder before all processes have read it
-    if state.is_main_process:
-        with writing("samples", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for k, image in enumerate(to_pil(drawn)):
-                save_picture(image.save, folder / file_name(k))
-            write_json(folder / "samples.json", record)
-    state.wait_for_everyone()
-    blocks = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
-    mine = [
-        block
-        for block in blocks[state.process_index :: state.num_processes]
-        if not all((folder / file_name(k)).is_file() for k in block)
-    ]
-    if mine:
+    with contextlib.ExitStack() as lock:
         if state.is_main_process:
-            _print_estimate(sampler, mine, one_image)
-        _draw_blocks(model, sampler, mine, folder)
-    state.wait_for_everyone()
-    if output.suffix == ".npz" and state.is_main_process:
-        _pack(folder, output, record)
+            with writing("samples", folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.enter_context(locked(output, SECOND_WRITER))
+                drawn = _read_drawn(output, folder, record)  # again: it may have changed before it was locked
+                for k, image in enumerate(to_pil(drawn)):
+                    save_picture(image.save, folder / file_name(k))
+                write_json(folder / "samples.json", record)
+        state.wait_for_everyone()
+        blocks = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
+        mine = [
+            block
+            for block in blocks[state.process_index :: state.num_processes]
+            if not all((folder / file_name(k)).is_file() for k in block)
+        ]
+        if mine:
+            if state.is_main_process:
+                _print_estimate(sampler, mine, one_image)
+            _draw_blocks(model, sampler, mine, folder)
+        state.wait_for_everyone()
+        if output.suffix == ".npz" and state.is_main_process:
+            _pack(folder, output, record)
     state.wait_for_everyone()
     return output
 

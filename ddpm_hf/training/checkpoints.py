@@ -11,27 +11,26 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
+from types import NoneType
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
+from ..diffusion.losses import NUM_BANDS
 from ..errors import UserError
 from ..evaluation.records import read_record
 from ..files import read_json, remove, write_beside, writing
+from ..locks import LOCK, locked
+from ..manifest import check_files, damaged, reading, write_manifest
 from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoint_folders, checkpoints, files_in, step_of
+from .changes import check_fixed_flags, warnings_about
 
 
-# A run can only be resumed with the same values of these flags, because they decide what the weights mean.
-FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
-# A resumed run may change these flags, but a warning names each change.
-WARNED = ["seed", "dataset_name", "class_names", "label_dropout", "random_flip", "objective", "timestep_sampling"]
-WARNED += ["loss_type", "snr_gamma", "train_batch_size", "gradient_accumulation_steps", "learning_rate"]
-WARNED += ["lr_scheduler", "use_ema", "ema_max_decay", "mixed_precision"]
-# The fields of TrainState in state.pt. Checkpoints of earlier versions have exactly these.
-SAVED = ["step", "images_seen", "seconds", "best_score", "best_measure", "pending", "stream", "loss_history"]
+SECOND_RUN = "wait until that run ends, or give another --output_dir"
+# The fields of TrainState in state.pt, and their types. Checkpoints of earlier versions have exactly these.
+SAVED = {"step": int, "images_seen": int, "seconds": (int, float), "best_score": (int, float), "best_measure": str}
+SAVED |= {"pending": list, "stream": (dict, NoneType), "loss_history": (torch.Tensor, NoneType)}
 
 
 @dataclass
@@ -77,6 +76,10 @@ def find_checkpoint(config) -> Path | None:
         is_file = output_dir.exists() and not output_dir.is_dir()
     if is_file:
         raise UserError(f"--output_dir {output_dir} is a file: give the name of a folder.")
+    if config.resume_from_checkpoint is not None and config.overwrite_output_dir:
+        raise UserError(
+            "--resume_from_checkpoint goes on with a run and --overwrite_output_dir removes it: give only one of them."
+        )
     if config.resume_from_checkpoint not in (None, "latest"):
         checkpoint = Path(config.resume_from_checkpoint)
         if not checkpoint.exists() and checkpoint.name == config.resume_from_checkpoint:
@@ -87,7 +90,7 @@ def find_checkpoint(config) -> Path | None:
                 f"checkpoint-<step>, or `latest`."
             )
         elsewhere = checkpoint.parent.resolve() != output_dir.resolve()
-        if elsewhere and output_dir.is_dir() and any(output_dir.iterdir()):
+        if elsewhere and in_use(output_dir):
             raise UserError(
                 f"{checkpoint} is from another run folder, and --output_dir {output_dir} is not empty: give a new or "
                 "empty --output_dir."
@@ -95,20 +98,25 @@ def find_checkpoint(config) -> Path | None:
         return checkpoint
     if config.resume_from_checkpoint == "latest" and (found := checkpoints(output_dir)):
         return found[-1]
-    in_use = output_dir.is_dir() and any(output_dir.iterdir())
-    if in_use and config.resume_from_checkpoint == "latest":
-        in_use = not can_start_again(output_dir, config.logging_dir)
-    if in_use and not config.overwrite_output_dir:
+    taken = in_use(output_dir)
+    if taken and config.resume_from_checkpoint == "latest":
+        taken = not can_start_again(output_dir, config.logging_dir)
+    if taken and not config.overwrite_output_dir:
         raise UserError(
             f"--output_dir {output_dir} is not empty: give --resume_from_checkpoint latest to go on with its run "
             "(if it has a checkpoint), --overwrite_output_dir to replace it, or another folder."
         )
-    if in_use and not is_run(output_dir) and (strange := checkpoint_folders(output_dir)):
+    if taken and not is_run(output_dir) and (strange := checkpoint_folders(output_dir)):
         raise UserError(
             f"--output_dir {output_dir} has a {strange[0].name}, but no train_config.json of a run, so it may not be "
             "overwritten: remove it, or give another folder."
         )
     return None
+
+
+def in_use(folder: Path) -> bool:
+    """Return whether a folder exists and has files, apart from the lock."""
+    return folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
 
 
 def is_run(folder: Path) -> bool:
@@ -125,25 +133,31 @@ def is_run(folder: Path) -> bool:
 def can_start_again(folder: Path, logging_dir: str) -> bool:
     """Return whether `latest` may start a run from its beginning here: the one before was killed early.
 
-    Before its train_config.json a run writes only the folder of its tracker; before its first checkpoint no network.
+    Before its train_config.json a run writes only the lock and the folder of its tracker. Before its first checkpoint
+    it writes no network.
     """
-    first = {".writable.tmp", ".train_config.json.tmp", Path(logging_dir).parts[0]}
+    first = {LOCK, ".writable.tmp", ".train_config.json.tmp", Path(logging_dir).parts[0]}
     if {path.name for path in folder.iterdir()} <= first:
         return True
     return is_run(folder) and not (folder / "model_index.json").exists() and not (folder / "classifier").exists()
 
 
-def create_output_dir(output_dir: Path):
-    """Create the run folder if it is missing.
+@contextlib.contextmanager
+def output_dir_locked(config, checkpoint: Path | None):
+    """Create the run folder if it is missing, and keep other runs out of it inside a `with` block.
 
     Raises:
-        UserError: if it cannot be written to.
+        UserError: if the folder cannot be written to, or if another run is writing to it, or has changed it since
+            `find_checkpoint` returned `checkpoint`.
     """
-    with writing("the run", output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / ".writable.tmp"
-        probe.touch()
-        probe.unlink()
+    output_dir = Path(config.output_dir)
+    with contextlib.ExitStack() as stack:
+        with writing("the run", output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(output_dir, SECOND_RUN))
+        if find_checkpoint(config) != checkpoint:
+            raise UserError(f"{output_dir} was changed by another run while this one started: start this one again.")
+        yield
 
 
 def replaced_by(config, checkpoint: Path | None) -> list[Path]:
@@ -220,12 +234,12 @@ def remove_checkpoint(checkpoint: Path):
     remove(partial)
 
 
-def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, ema, rows: list):
+def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema, rows: list):
     """Write `checkpoint-<step>`, then remove the oldest beyond --checkpoints_total_limit. Every process calls this.
 
     Args:
-        network: a dict with "unet", the config of the network, and "class_names", the classes of a conditional UNet
-            or None.
+        facts: a dict for train_config.json: "unet", the config of the network, "class_names", the classes of a
+            conditional UNet or None, and "facts" to compare when the checkpoint is resumed.
         rows: the rows of `state.pending`, each summed over the processes.
 
     Raises:
@@ -239,13 +253,14 @@ def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, em
             if accelerator.is_main_process:
                 if ema is not None:
                     safetensors.torch.save_file(ema.module.state_dict(), partial / "ema.safetensors")
-                record = {"flags": config.to_dict()} | network
+                record = {"flags": config.to_dict()} | facts
                 (partial / "train_config.json").write_text(json.dumps(record))
                 saved = {name: getattr(state, name) for name in SAVED} | {"pending": rows}
                 torch.save(saved, partial / "state.pt")
         accelerator.wait_for_everyone()
         with writing("a checkpoint", final):
             if accelerator.is_main_process:
+                write_manifest(partial, state.step)
                 partial.rename(final)
                 if config.checkpoints_total_limit is not None:
                     for old in checkpoints(config.output_dir)[: -config.checkpoints_total_limit]:
@@ -266,33 +281,48 @@ def saved_network(checkpoint: Path) -> dict:
         return json.loads((checkpoint / "train_config.json").read_text())["unet"]
 
 
-def check_same_run(checkpoint: Path, config, network_config: dict, total_steps: int) -> list[str]:
-    """Refuse a checkpoint that this run cannot continue. Return a list of one warning if flags changed, else [].
+def check_same_run(checkpoint: Path, run) -> list[str]:
+    """Refuse a checkpoint that a run cannot continue. Return lines to print: where it goes on, and what has changed.
 
     Raises:
         UserError: if the checkpoint is of another model or diffusion process, if it has no EMA although --use_ema is
-            given, if it is past the end of this run, or if it cannot be read.
+            given, if it is past the end of this run, or if it is damaged.
     """
+    check_files(checkpoint)
     with reading(checkpoint):
         saved = json.loads((checkpoint / "train_config.json").read_text())
-        was, network = saved["flags"], saved["unet"]
-        step = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)["step"]
-    check_same_network(checkpoint, network, network_config)
-    now = config.to_dict()
-    for name in FIXED:
-        if was[name] != now[name]:
-            raise UserError(
-                f"{checkpoint} was trained with --{name} {was[name]}, not {now[name]}: give --{name} {was[name]}."
-            )
-    if config.use_ema and not (checkpoint / "ema.safetensors").is_file():
+        flags, network, facts = dict(saved["flags"]), dict(saved["unet"]), dict(saved.get("facts", {}))
+    step = read_state(checkpoint)["step"]
+    check_same_network(checkpoint, network, dict(run.network.config))
+    check_fixed_flags(str(checkpoint), flags, run)
+    if run.config.use_ema and not (checkpoint / "ema.safetensors").is_file():
         raise UserError(f"{checkpoint} was trained without --use_ema: leave --use_ema out, or start a new run.")
-    if step > total_steps:
-        raise UserError(f"{checkpoint} is past the {total_steps} steps of this run: give a larger --max_train_steps.")
-    # A flag that is newer than the checkpoint counts as unchanged.
-    changed = [f"{name} {was[name]} -> {now[name]}" for name in WARNED if was.get(name, now[name]) != now[name]]
-    if not changed:
-        return []
-    return [f"Warning: the checkpoint had other flags, so this run is a new one: {', '.join(changed)}."]
+    if step > run.total_steps:
+        raise UserError(
+            f"{checkpoint} is past the {run.total_steps} steps of this run: give a larger --max_train_steps."
+        )
+    where = f"Resuming from {checkpoint} (step {step:,} of {run.total_steps:,})."
+    return [where, *warnings_about(checkpoint.name, flags, facts, step, run)]
+
+
+def read_state(checkpoint: Path) -> dict:
+    """Return the content of state.pt, the fields of TrainState in SAVED.
+
+    Raises:
+        UserError: if it is damaged or has other fields, or if the checkpoint is of another step than its name says.
+    """
+    with reading(checkpoint):
+        saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        for name, kind in SAVED.items():
+            if not isinstance(saved[name], kind):
+                raise damaged(checkpoint, f"state.pt has a {type(saved[name]).__name__} as {name}")
+        if any(row.shape != (2 * NUM_BANDS + 1,) for row in saved["pending"]):
+            raise damaged(checkpoint, "state.pt has losses of another shape")
+    if saved["step"] != step_of(checkpoint):
+        raise UserError(
+            f"{checkpoint} holds step {saved['step']}: rename it to checkpoint-{saved['step']}, or give another one."
+        )
+    return saved
 
 
 def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
@@ -306,25 +336,6 @@ def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
             )
 
 
-@contextlib.contextmanager
-def reading(checkpoint: Path):
-    """Turn the errors of reading a damaged file into a UserError."""
-    try:
-        yield
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        EOFError,
-        UnpicklingError,
-        SafetensorError,
-    ) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{checkpoint} is damaged ({reason}): remove it and resume from an earlier one.") from error
-
-
 def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema):
     """Restore the weights, the optimizer, the EMA and `state`, in place. Every process calls this.
 
@@ -333,9 +344,9 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema):
     """
     with reading(checkpoint):
         accelerator.load_state(str(checkpoint))
-        saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        for name in SAVED:
-            setattr(state, name, saved[name])
+        for name, value in read_state(checkpoint).items():
+            if name in SAVED:
+                setattr(state, name, value)
     # Each row is already a sum over all processes, so only the main process keeps it. The others keep zeros.
     device, keep = accelerator.device, accelerator.is_main_process
     state.pending = [(row if keep else torch.zeros_like(row)).to(device) for row in state.pending]

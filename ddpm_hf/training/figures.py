@@ -17,6 +17,7 @@ from ..config.training_config import TrainingConfig
 from ..data.dataset import load_images
 from ..diffusion.scheduler import PaperDDPMScheduler
 from ..errors import UserError
+from ..locks import check_unlocked
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import evenly, image_sheet, near_square, resize, save_picture, strip, tile, to_uint8
 from ..randomness import keyed_generator
@@ -238,7 +239,8 @@ def redraw_figures(folder: str | Path):
     """Draw the figures of a finished run again, from its pipeline, its metrics and its data.
 
     Raises:
-        UserError: if the folder is not a finished run of a DDPM, or if its data cannot be read.
+        UserError: if the folder is not a finished run of a DDPM, if a run is still writing to it, or if its data
+            cannot be read.
     """
     folder = Path(folder)
     if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():  # an export has both
@@ -246,6 +248,7 @@ def redraw_figures(folder: str | Path):
         raise UserError(f"{folder} is the run of a classifier, which has only {only}: give the run of a DDPM.")
     if not (folder / "train_config.json").is_file() or not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a finished run: give the --output_dir of a training.")
+    check_unlocked(folder, "wait until it ends; it draws the figures itself")
     model = load_pretrained(str(folder))
     try:
         config = TrainingConfig(**model.run["flags"])

@@ -81,7 +81,21 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     run = open_run(config)
     if run is None:
         return None
-    accelerator, state = run.accelerator, run.state
+    with run.lock:
+        take_steps(run)
+        run.accelerator.wait_for_everyone()
+        run.accelerator.end_training()
+        if run.state.push is not None:
+            run.state.push.result()  # wait for the push; if it failed, it has printed a warning
+        finished = finished_run(run)
+    if run.accelerator.is_main_process:
+        print_summary(run, finished)
+    return finished
+
+
+def take_steps(run: Run):
+    """Take the steps that are left, and do what is due between them, until the last step or a signal."""
+    config, accelerator, state = run.config, run.accelerator, run.state
     batches = training_batches(
         run.train_set, config, state.images_seen, accelerator.process_index, accelerator.num_processes
     )
@@ -113,14 +127,6 @@ def train(config: TrainingConfig) -> FinishedRun | None:
                 if "log" in due:
                     bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_second=f"{speed:.0f}")
                 timed_steps, started = 0, time.perf_counter()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if state.push is not None:
-        state.push.result()  # wait for the push; if it failed, it has printed a warning
-    finished = finished_run(run)
-    if accelerator.is_main_process:
-        print_summary(run, finished)
-    return finished
 
 
 def step(run: Run, batches):

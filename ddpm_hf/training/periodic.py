@@ -22,6 +22,7 @@ from ..sampling.settings import Sampler
 from ..sharing.card import write_card
 from ..sharing.hub import push_in_background
 from . import checkpoints
+from .changes import facts_to_compare
 from .figures import figures_of_run, loss_figure
 from .run import Run
 from .scoring import score_run
@@ -166,7 +167,11 @@ def save_checkpoint(run: Run, due: set[str], line: dict):
         run.accelerator,
         run.config,
         run.state,
-        network={"unet": dict(run.network.config), "class_names": run.class_names},
+        facts={
+            "unet": dict(run.network.config),
+            "class_names": run.class_names,
+            "facts": facts_to_compare(run, run.state.step),
+        },
         ema=run.ema,
         rows=pending_rows(run),
     )

@@ -1,10 +1,11 @@
 """Do everything before the first step: build the parts of a run, refuse bad input, then prepare the run folder."""
 
+import contextlib
 import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ..diffusion.timestep_sampling import new_history
 from ..errors import UserError
 from ..files import write_json, writing
+from ..locks import check_unlocked
 from ..models.build import build_classifier, build_unet, unet_channels
 from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
@@ -33,7 +35,7 @@ from ..processes import check_processes, has_bfloat16
 from ..provenance import PACKAGES, command, git_commit, version
 from ..sharing.hub import create_repository
 from . import checkpoints
-from .checkpoints import TrainState
+from .checkpoints import SECOND_RUN, TrainState
 from .schedule import count_steps, ema_warning, learning_rate_schedule
 from .scoring import open_evaluation
 
@@ -63,6 +65,8 @@ class Run:
     facts: dict  # for train_config.json, with a "summary" to print
     state: TrainState
     repo_id: str | None = None  # on the Hub; None without --push_to_hub, and outside the main process
+    # A context manager that keeps other runs out of the folder, until it is closed.
+    lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def published(self) -> UNet2DModel | NoisyClassifier:
@@ -101,13 +105,18 @@ class Run:
 def open_run(config: TrainingConfig) -> Run | None:
     """Return a run that is ready for its next step. A dry run writes nothing and returns None.
 
+    The run keeps other runs out of its folder until `run.lock` is closed.
+
     Raises:
-        UserError: if the input cannot be trained on; nothing is written then.
+        UserError: if the input cannot be trained on, or if another run is writing to the folder. Nothing is written
+            then.
     """
+    if not config.dry_run:
+        check_unlocked(Path(config.output_dir), SECOND_RUN)
     checkpoint = checkpoints.find_checkpoint(config)
     run, warnings = build_run(config, checkpoint)
     if checkpoint is not None:
-        warnings += checkpoints.check_same_run(checkpoint, config, dict(run.network.config), run.total_steps)
+        warnings += checkpoints.check_same_run(checkpoint, run)
     is_main = run.accelerator.is_main_process
     if is_main:
         print(run.facts["summary"], *warnings, sep="\n", flush=True)
@@ -120,8 +129,11 @@ def open_run(config: TrainingConfig) -> Run | None:
     if config.push_to_hub and is_main:
         name = config.hub_model_id or Path(config.output_dir).resolve().name
         run = replace(run, repo_id=create_repository(name, config.hub_private_repo, config.hub_token))
-    prepare_folder(run, checkpoint)
-    return run
+    with contextlib.ExitStack() as lock:
+        if is_main:
+            lock.enter_context(checkpoints.output_dir_locked(config, checkpoint))
+        prepare_folder(run, checkpoint)
+        return replace(run, lock=lock.pop_all())
 
 
 def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, list[str]]:
@@ -177,14 +189,17 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
 
 def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:
     """Return the AdamW optimizer of a network."""
-    return torch.optim.AdamW(
-        network.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=device.type in ("cpu", "cuda"),  # on a CPU, fused takes a quarter of the time
-    )
+    fused = device.type in ("cpu", "cuda")  # on a CPU, fused takes a quarter of the time
+    return torch.optim.AdamW(network.parameters(), lr=config.learning_rate, fused=fused, **adam_settings(config))
+
+
+def adam_settings(config) -> dict:
+    """Return the settings of AdamW that stay the same during a run."""
+    return {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
 
 
 def prepare_folder(run: Run, checkpoint: Path | None):
@@ -197,7 +212,6 @@ def prepare_folder(run: Run, checkpoint: Path | None):
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         output_dir = Path(config.output_dir)
-        checkpoints.create_output_dir(output_dir)
         replaced = checkpoints.replaced_by(config, checkpoint)  # listed before the tracker adds its new files
         start_tracker(config, accelerator)
         checkpoints.remove_replaced(output_dir, replaced)
@@ -218,6 +232,8 @@ def restore_state(run: Run, checkpoint: Path | None):
     config, state = run.config, run.state
     if checkpoint is not None:
         checkpoints.load_checkpoint(run.accelerator, checkpoint, state, run.ema)
+        for group in run.optimizer.param_groups:
+            group.update(adam_settings(config))  # the checkpoint has brought its own
         if state.stream is not None:
             run.train_set.load_state_dict(state.stream)
     if config.timestep_sampling == "uniform":

@@ -1,0 +1,104 @@
+"""Let only one process at a time write to a folder or a file.
+
+The lock is an advisory one, on a small file in the folder, or next to the file. The kernel releases
+it when its process ends, even by `kill -9`, so a lock is never left behind. File systems without locks, and Windows,
+are used without any.
+"""
+
+import contextlib
+import errno
+import os
+import socket
+from pathlib import Path
+
+from .errors import UserError
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".ddpm_hf.lock"
+HELD = set()  # the file descriptors of the locks that this process holds
+
+
+def _let_go():
+    """Close the inherited locks in a forked process, which would otherwise hold them after its parent was killed."""
+    while HELD:
+        os.close(HELD.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def lock_path(place: Path) -> Path:
+    """Return the lock's file: in the folder `place`, or next to an .npz file."""
+    return place.with_name(f".{place.name}.lock") if place.suffix == ".npz" else place / LOCK
+
+
+def writer_of(place: Path) -> str | None:
+    """Return a description of the process that holds the lock of `place`, or None. Nothing is written."""
+    with contextlib.suppress(OSError), open(lock_path(place), "rb") as file:
+        # Share the lock: the processes of one launch, which all look here, must not meet each other's.
+        return None if _lock(file.fileno(), shared=True) else _name_in(file.fileno())
+    return None
+
+
+def check_unlocked(place: Path, remedy: str):
+    """Raise a UserError that ends with `remedy` if another process holds the lock of `place`. Nothing is written."""
+    if (writer := writer_of(place)) is not None:
+        raise _in_use(place, writer, remedy)
+
+
+@contextlib.contextmanager
+def locked(place: Path, remedy: str):
+    """Hold the lock of `place`, an existing folder or an .npz file to write, inside a `with` block.
+
+    Raises:
+        UserError: if another process holds the lock. The message ends with `remedy`.
+        OSError: if the file of the lock cannot be written.
+    """
+    path = lock_path(place)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _lock(descriptor):
+            writer = _name_in(descriptor)
+            os.close(descriptor)
+            raise _in_use(place, writer, remedy)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)  # the process that had the lock before has just removed this file, so open a new one
+    HELD.add(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        if descriptor in HELD:  # not in a forked process
+            HELD.remove(descriptor)
+            with contextlib.suppress(OSError):  # the folder may be gone
+                path.unlink()
+            os.close(descriptor)
+
+
+def _in_use(place: Path, writer: str, remedy: str) -> UserError:
+    return UserError(f"{place} is in use, {writer} writes to it: {remedy}.")
+
+
+def _name_in(descriptor: int) -> str:
+    """Return what the holder of a lock has written into its file."""
+    return os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+
+
+def _lock(descriptor: int, shared: bool = False) -> bool:
+    """Try to lock an open file. Return False only if another process holds its lock."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES)  # other errors: this file system has no locks
+    return True

@@ -1,0 +1,120 @@
+"""List the files of a checkpoint with their sizes and hashes, so that damage and mix-ups are noticed.
+
+The file manifest.json is written last. Checkpoints of earlier versions have none, and only their contents are checked.
+"""
+
+import contextlib
+import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from .errors import UserError
+from .files import read_json, write_json
+
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path, step: int):
+    """Write the manifest of a checkpoint: its optimizer step, and the size and SHA-256 of each file in `folder`."""
+    names = sorted(path.name for path in folder.iterdir())
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        hashes = list(pool.map(lambda name: file_hash(folder / name), names))
+    sizes = [(folder / name).stat().st_size for name in names]
+    files = {name: {"size": size, "sha256": digest} for name, size, digest in zip(names, sizes, hashes)}
+    write_json(folder / MANIFEST, {"step": step, "files": files})
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(checkpoint: Path) -> dict | None:
+    """Return the manifest of a checkpoint, or None if an earlier version wrote the checkpoint.
+
+    Raises:
+        UserError: if the manifest is damaged.
+    """
+    if not (checkpoint / MANIFEST).exists():
+        return None
+    manifest = read_json(checkpoint / MANIFEST)
+    step, files = manifest.get("step"), manifest.get("files")
+    if not isinstance(step, int) or not isinstance(files, dict) or not all(map(_is_entry, files.items())):
+        raise damaged(checkpoint, f"{MANIFEST} has another shape")
+    return manifest
+
+
+def _is_entry(item: tuple) -> bool:
+    name, entry = item
+    is_name = re.fullmatch(r"[\w-][\w.-]*", name) is not None
+    return is_name and isinstance(entry, dict) and isinstance(entry.get("size"), int) and "sha256" in entry
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether all files of a checkpoint are there, with the sizes in its manifest if it has one."""
+    needed = ("state.pt", "model.safetensors", "optimizer.bin")
+    if not all((checkpoint / name).is_file() for name in needed):  # earlier versions removed file by file
+        return False
+    try:
+        manifest = read_manifest(checkpoint)
+    except UserError:
+        return False
+    return manifest is None or not any(wrong_sizes(checkpoint, manifest))
+
+
+def wrong_sizes(checkpoint: Path, manifest: dict):
+    """Yield a reason for each file in a manifest that is missing or has another size."""
+    for name, entry in manifest["files"].items():
+        size = (checkpoint / name).stat().st_size if (checkpoint / name).is_file() else None
+        if size != entry["size"]:
+            yield f"{name} is missing" if size is None else f"{name} has {size} bytes instead of {entry['size']}"
+
+
+def check_files(checkpoint: Path, names: list[str] | None = None):
+    """Compare a checkpoint with its manifest, if it has one.
+
+    Args:
+        names: the files to hash. None: all files.
+
+    Raises:
+        UserError: if a file is missing or is not the one that was saved, or if the checkpoint was renamed.
+    """
+    manifest = read_manifest(checkpoint)
+    if manifest is None:
+        return
+    if checkpoint.name != f"checkpoint-{manifest['step']}":
+        raise UserError(
+            f"{checkpoint} holds step {manifest['step']}: rename it to checkpoint-{manifest['step']}, or give another."
+        )
+    for reason in wrong_sizes(checkpoint, manifest):
+        raise damaged(checkpoint, reason)
+    for name in names or manifest["files"]:
+        if name not in manifest["files"]:
+            raise damaged(checkpoint, f"{name} is not in its {MANIFEST}")
+        if file_hash(checkpoint / name) != manifest["files"][name]["sha256"]:
+            raise damaged(checkpoint, f"{name} is not the file that was saved, by its hash")
+
+
+def damaged(checkpoint: Path, reason: str) -> UserError:
+    """Return the error of a damaged checkpoint."""
+    return UserError(f"{checkpoint} is damaged ({reason}): remove it and take an earlier one.")
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Path):
+    """Turn every error of reading the files of a checkpoint into a UserError, except that of a full memory.
+
+    Damaged and foreign files raise too many kinds of errors for a list.
+    """
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise damaged(checkpoint, reason or type(error).__name__) from error

@@ -1,0 +1,87 @@
+"""Compare the settings of a checkpoint with those of the run that resumes it."""
+
+import json
+import math
+from dataclasses import fields
+
+from ..config.training_config import EvaluationOptions, HubOptions, ModelOptions, OutputOptions, TrainingConfig
+from ..errors import UserError
+
+
+# A run can only be resumed with the same values of these flags, because they decide what the weights mean.
+FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
+# A change of any other flag is printed, except for these. They say what is written, shown and measured, and how fast.
+FREE = {field.name for group in (OutputOptions, EvaluationOptions, HubOptions) for field in fields(group)}
+FREE |= {"preset", "dry_run", "cache_dir", "dataloader_num_workers", "local_rank", "ddpm_num_inference_steps"}
+# The flags of the network are free too, because its config is compared. These are not in its config.
+FREE |= {field.name for field in fields(ModelOptions)} - {
+    "label_dropout",
+    "torch_compile",
+    "enable_xformers_memory_efficient_attention",
+}
+# These flags are free if the fact is known that they decide.
+DECIDE = {
+    "data_fingerprint": {"dataset_name", "dataset_config_name", "train_data_dir", "image_column"},
+    "total_steps": {"num_epochs", "max_train_steps"},
+}
+
+
+def facts_to_compare(run, step: int) -> dict:
+    """Return what a checkpoint of this optimizer step saves beside the flags: facts that flags alone do not decide."""
+    names = ("data_fingerprint", "num_images", "global_batch_size", "total_steps")
+    facts = {name: run.facts[name] for name in names}
+    return facts | {"classes": run.facts["class_names"], "learning_rate": run.learning_rate(step - 1)}
+
+
+def check_fixed_flags(name: str, flags: dict, run):
+    """Raise a UserError if a flag of FIXED differs between a checkpoint and a run.
+
+    Args:
+        name: what the message calls the checkpoint.
+        flags: the flags in the checkpoint.
+    """
+    for flag, was, now in changed_flags(flags, run):
+        if flag in FIXED:
+            raise UserError(f"{name} was trained with --{flag} {was}, not {now}: give --{flag} {was}.")
+
+
+def changed_flags(flags: dict, run) -> list[tuple]:
+    """Return (name, value in the checkpoint, value in the run) of each flag that has changed.
+
+    A flag that is newer than the checkpoint counts as its default: defaults keep what was done before.
+    """
+    before = {field.name: field.default for field in fields(TrainingConfig)} | flags
+    now = json.loads(json.dumps(run.config.to_dict()))
+    return [(name, before[name], now[name]) for name in now if before[name] != now[name]]
+
+
+def warnings_about(name: str, flags: dict, facts: dict, step: int, run) -> list[str]:
+    """Return warnings to print: which settings have changed, and if the learning rate jumps.
+
+    Args:
+        name, flags: as in `check_fixed_flags`.
+        facts: what `facts_to_compare` returned for the checkpoint; {} in checkpoints of earlier versions.
+        step: the optimizer step of the checkpoint.
+    """
+    free = set(FREE)
+    if facts.get("data_fingerprint") == run.facts["data_fingerprint"]:
+        free |= DECIDE["data_fingerprint"]
+    if "total_steps" in facts:
+        free |= DECIDE["total_steps"]
+    changed = [(flag, was, now) for flag, was, now in changed_flags(flags, run) if flag not in free]
+    facts_now = facts_to_compare(run, step)
+    rate, rate_now = facts.get("learning_rate"), facts_now.pop("learning_rate")
+    changed += [(fact, facts[fact], now) for fact, now in facts_now.items() if facts.get(fact, now) != now]
+    lines = []
+    if changed:
+        listed = ", ".join(f"{what} {was} -> {now}" for what, was, now in changed)
+        lines.append(
+            f"Warning: these settings differ from those of {name}, so the result will not be that of one unbroken "
+            f"run: {listed}."
+        )
+    if isinstance(rate, float) and not math.isclose(rate, rate_now, rel_tol=1e-6) and step < run.total_steps:
+        lines.append(
+            f"Warning: the learning rate was {rate:.3g} in step {step:,} and is {run.learning_rate(step):.3g} in the "
+            "next one, because its schedule has changed."
+        )
+    return lines
