@@ -138,7 +138,7 @@ def run(arguments):
     from ..evaluation.evaluate import evaluate
     from ..evaluation.inputs import check_metrics
     from ..processes import start_processes
-    from ..sharing.card import write_card
+    from ..sharing.card import write_card_or_warn
 
     start_processes()
     check_metrics(arguments.require)
@@ -151,7 +151,7 @@ def run(arguments):
     print(f"{evaluated}\n\nThe record is {evaluated.path}.")
     folder = evaluated.path.parent
     if folder.name == "evaluations" and (folder.parent / "README.md").is_file():
-        write_card(folder.parent)
+        write_card_or_warn(folder.parent)
     measured = {name for name in evaluated.metrics if name not in evaluated.skipped}
     if missing := [name for name in arguments.require if name not in measured]:
         print(f"ddpm_hf evaluate: {', '.join(missing)} is required, but was skipped.", file=sys.stderr)

@@ -48,8 +48,8 @@ def check_types(config):
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
             setattr(config, field.name, value)
-        kinds, choices = allowed(field.type)
-        if value not in choices and not any(fits(value, kind) for kind in kinds):
+        if not is_allowed(value, field.type):
+            kinds, choices = allowed(field.type)
             wanted = [TYPES[kind] for kind in kinds if kind is not types.NoneType] + choices
             raise UserError(f"--{field.name} is {value!r}, but must be {' or '.join(wanted)}.")
 
@@ -76,6 +76,12 @@ def check_bounds(config):
             raise UserError(f"{given} lie between 0 and 1 (1 excluded).")
         if "positive" in bounds and value <= 0:
             raise UserError(f"{given} be positive, {bounds['positive']}.")
+
+
+def is_allowed(value, annotation) -> bool:
+    """Return whether a field with this annotation accepts a value."""
+    kinds, choices = allowed(annotation)
+    return value in choices or any(fits(value, kind) for kind in kinds)
 
 
 def allowed(annotation) -> tuple[list[type], list[str]]:

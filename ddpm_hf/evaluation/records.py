@@ -82,19 +82,45 @@ def read_record(path) -> dict:
     """Return the record in a file that `evaluate` wrote.
 
     Raises:
-        UserError: for a file that is not a record of the schema EVALUATION_SCHEMA.
+        UserError: for a file that is not a complete record of the schema EVALUATION_SCHEMA.
     """
     record = read_json(Path(path))
-    if record.get("schema") != EVALUATION_SCHEMA:
-        raise UserError(f"{path} is not a record of the schema {EVALUATION_SCHEMA}: give one that `evaluate` wrote.")
+    if not is_record(record):
+        raise UserError(
+            f"{path} is not a complete record of the schema {EVALUATION_SCHEMA}: give one that `evaluate` wrote."
+        )
     return record
 
 
 def is_record(content: dict) -> bool:
-    """Return whether the content of a JSON file has the schema and the parts of a record."""
+    """Return whether the content of a JSON file has the schema of a record, and every part that we read."""
     parts = {"command": str, "model": dict, "sampler": dict, "data": dict, "metrics": list, "cost": dict}
-    has_parts = all(isinstance(content.get(key), kind) for key, kind in parts.items())
-    return content.get("schema") == EVALUATION_SCHEMA and has_parts
+    if content.get("schema") != EVALUATION_SCHEMA or not has_parts(content, parts):
+        return False
+    data = content["data"]
+    return (
+        has_parts(data, {"name": str, "train": dict})
+        and has_parts(data["train"], {"n": int})
+        and (data.get("held_out", 0) is None or has_parts(data.get("held_out"), {"n": int}))
+        and has_parts(content["cost"], {"drawing_s": int | float | None, "scoring_s": int | float | None})
+        and isinstance(content["sampler"].get("method", ""), str)
+        and all(map(is_entry, content["metrics"]))
+    )
+
+
+def is_entry(entry) -> bool:
+    """Return whether `entry` is the entry of a metric in a record: measured, or skipped with a reason."""
+    if not has_parts(entry, {"id": str}) or entry.get("status") == "skipped":
+        return has_parts(entry, {"id": str, "reason": str})
+    sizes = dict.fromkeys(("se", "floor", "n_gen", "n_ref"), int | float | None)
+    return has_parts(entry, {"value": int | float, "extra": dict} | sizes)
+
+
+def has_parts(content, parts: dict) -> bool:
+    """Return whether `content` is a dict that has these keys, with values of these types."""
+    return isinstance(content, dict) and all(
+        key in content and isinstance(content[key], kind) for key, kind in parts.items()
+    )
 
 
 def record_table(record: dict) -> str:

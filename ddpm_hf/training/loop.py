@@ -5,7 +5,6 @@ optimizer steps and images seen, never in micro-batches or processes.
 """
 
 import contextlib
-import json
 import math
 import signal
 import threading
@@ -23,6 +22,7 @@ from ..diffusion.timestep_sampling import draw_timesteps, update_history
 from ..errors import UserError
 from ..models.pretrained import Pretrained, load_pretrained
 from ..output import drop_failing_output
+from ..run_folder import read_metrics
 from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
 from .run import Run, open_run
 
@@ -224,9 +224,7 @@ def finished_run(run: Run) -> FinishedRun:
     """Return what `train` returns, from the state of a run that has ended."""
     state, folder = run.state, Path(run.config.output_dir)
     finished = state.step == run.total_steps and not state.figures_missing
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    last = json.loads(lines[-1]) if lines else {}
+    last = next(reversed(read_metrics(folder / "metrics.jsonl")), {})
     number = state.signals[0] if state.signals else signal.SIGTERM  # another process may have caught it
     return FinishedRun(
         folder=folder,

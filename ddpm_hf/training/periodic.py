@@ -19,7 +19,7 @@ from ..models.saving import save_classifier, save_pipeline
 from ..pictures import image_sheet
 from ..sampling.generate import sample_together
 from ..sampling.settings import Sampler
-from ..sharing.card import write_card
+from ..sharing.card import write_card_or_warn
 from ..sharing.hub import push_in_background
 from . import checkpoints
 from .figures import figures_of_run, loss_figure
@@ -198,8 +198,7 @@ def draw_figures(run: Run, due: set[str], line: dict):
 def write_run_card(run: Run, due: set[str], line: dict):
     """Write the model card, README.md."""
     if run.accelerator.is_main_process:
-        with writing("the model card", run.config.output_dir):
-            write_card(Path(run.config.output_dir), run.repo_id)
+        write_card_or_warn(run.config.output_dir, run.repo_id)
 
 
 def start_push(run: Run, due: set[str], line: dict):
