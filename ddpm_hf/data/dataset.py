@@ -12,6 +12,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from ..errors import UserError
@@ -89,7 +90,15 @@ def _load_splits(config):
         if name:
             return dict(datasets.load_dataset(name, config.dataset_config_name, **options))
         return dict(datasets.load_dataset("imagefolder", data_dir=config.train_data_dir, **options))
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (
+        HTTPError,
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         reason = " ".join(str(error).split("Example of usage")[0].split())
         advice = "give a dataset of the Hub or a local folder, either with images or a copy of a Hub dataset"
         if "Config" in reason:

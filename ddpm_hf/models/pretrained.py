@@ -11,12 +11,12 @@ import diffusers
 import safetensors.torch
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 
 from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ..errors import UserError
 from ..files import read_json
+from ..hub_requests import API, HUB_ERRORS, download, short_reason
 from ..run_folder import checkpoints, step_of
 from .classes import Classes
 from .classifier import NoisyClassifier
@@ -153,18 +153,12 @@ def _find_folder(name: str | Path) -> tuple[str, Path, str | None]:
     if folder.exists():
         return name, folder, None
     try:
-        folder = Path(snapshot_download(name, allow_patterns=PIPELINE_FILES, ignore_patterns="*.fp16.*"))
+        folder = download(name, PIPELINE_FILES, ignore="*.fp16.*")
     except HFValidationError:
         raise UserError(f"{name} is neither a folder here nor a Hub id: give a folder or USER/NAME.") from None
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{name} is not a folder here, and the Hub cannot be reached: check the name and the network."
-        ) from error
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{name} is not a folder here, and it was not found on the Hub ({reason}): check the name."
-        ) from error
+    except HUB_ERRORS as error:
+        where = f"cannot be downloaded from {API.endpoint} ({short_reason(error)})"
+        raise UserError(f"{name} is not a folder here, and it {where}: check the name and the network.") from error
     return name, folder, folder.name
 
 

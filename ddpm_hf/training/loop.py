@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..models.pretrained import Pretrained, load_pretrained
 from ..output import drop_failing_output
 from ..run_folder import read_metrics
+from ..sharing.hub import wait_for_push
 from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
 from .run import Run, open_run
 
@@ -116,7 +117,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if state.push is not None:
-        state.push.result()  # wait for the push; if it failed, it has printed a warning
+        wait_for_push(state.push, config.output_dir, run.repo_id)  # if it fails, this prints a warning
     finished = finished_run(run)
     if accelerator.is_main_process:
         print_summary(run, finished)

@@ -205,7 +205,9 @@ def start_push(run: Run, due: set[str], line: dict):
     """With --push_to_hub, start to push the run folder to the Hub. Only the main process does so."""
     if run.repo_id is not None:
         message = "End of training" if "end" in due else f"Step {run.state.step}"
-        run.state.push = push_in_background(Path(run.config.output_dir), run.repo_id, run.config.hub_token, message)
+        run.state.push = push_in_background(
+            run.config.output_dir, run.repo_id, run.config.hub_token, message, replaces=run.state.push
+        )
 
 
 # Pairs of what is due and the function that does it, called as `task(run, due, line)`.
