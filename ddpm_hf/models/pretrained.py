@@ -157,7 +157,7 @@ def _find_folder(name: str | Path) -> tuple[str, Path, str | None]:
     except HFValidationError:
         raise UserError(f"{name} is neither a folder here nor a Hub id: give a folder or USER/NAME.") from None
     except HUB_ERRORS as error:
-        where = f"cannot be downloaded from {API.endpoint} ({short_reason(error)})"
+        where = f"cannot be downloaded from the Hub, {API.endpoint} ({short_reason(error)})"
         raise UserError(f"{name} is not a folder here, and it {where}: check the name and the network.") from error
     return name, folder, folder.name
 
