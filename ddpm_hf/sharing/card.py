@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..evaluation.metrics import METRICS
 from ..evaluation.records import data_name, number, read_record, score_rows, table
 from ..files import read_json, write_beside, writing
+from ..markdown import code, code_block, literal
 from ..provenance import without_paths
 from ..run_folder import files_in, read_metrics
 from .hub import is_hub_id
@@ -151,27 +152,6 @@ def flags_of(run: dict) -> dict:
         for field in known
         if field.name in flags and is_allowed(flags[field.name], field.type)
     }
-
-
-def literal(text) -> str:
-    """Return Markdown that shows text from elsewhere, in a line, and does nothing else. All but words become code."""
-    is_number = isinstance(text, (int, float))
-    text = str(text)
-    return text if is_number or re.fullmatch(r"[^\W_]+([ _-][^\W_]+)*", text) else code(text)
-
-
-def code(text: str) -> str:
-    """Return Markdown that shows text as code in a line. White space and control characters become single spaces."""
-    text = " ".join("".join(each if each.isprintable() else " " for each in text).split()) or " "
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if "`" in (text[0], text[-1]) else ""
-    return f"{ticks}{space}{text}{space}{ticks}"
-
-
-def code_block(language: str, text: str) -> str:
-    """Return Markdown for a block of code, with a fence longer than any in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def eval_results(record: dict) -> list[EvalResult]:
