@@ -27,6 +27,7 @@ _PUBLIC = {
     "sample": ("sampling.generate", "sample"),
     "evaluate": ("evaluation.evaluate", "evaluate"),
     "Evaluated": ("evaluation.evaluate", "Evaluated"),
+    "compare": ("evaluation.compare", "compare"),
     "restore": ("sampling.restoration", "restore"),
     "Restored": ("sampling.restoration", "Restored"),
     "export": ("sharing.export", "export"),
@@ -38,6 +39,7 @@ _PUBLIC = {
     "OBJECTIVES": ("diffusion.losses", "OBJECTIVES"),
     "SAMPLERS": ("sampling.samplers", "SAMPLERS"),
     "METRICS": ("evaluation.metrics", "METRICS"),
+    "Metric": ("evaluation.metrics", "Metric"),
 }
 __all__ = ["UserError", "__version__", *_PUBLIC]
 

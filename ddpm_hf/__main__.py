@@ -1,6 +1,7 @@
 """ddpm_hf COMMAND: train, sample, score, restore and share DDPMs that stock diffusers loads."""
 
 import argparse
+import errno
 import os
 import sys
 from importlib import import_module
@@ -63,6 +64,11 @@ def main(argv: list[str] | None = None, prog: str | None = None):
     except UserError as error:
         if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else only process 0 prints it
             print(f"{arguments.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"{arguments.prog}: error: the name {str(error.filename)[:60]!r}... is too long.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         can_resume = arguments.command in ("sample", "evaluate", "restore")

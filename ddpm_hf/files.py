@@ -2,12 +2,22 @@
 
 import contextlib
 import json
+import math
+import os
 import shutil
+import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from .errors import UserError
+
+
+MAX_NAME = 230  # bytes; file systems allow 255, and we add suffixes such as .sheet.png and .tmp
+MAX_UNPACKED = 100  # times the packed size; deflate reaches 1,000 with zeros, but images and features stay below 20
+MAX_JSON_BYTES = 16_000_000
+MAX_JSON_DEPTH = 64  # no file of ours, and no config of diffusers, is nested more than a few levels deep
+TOO_DEEP = f"it is nested more than {MAX_JSON_DEPTH} levels deep"
 
 
 @contextlib.contextmanager
@@ -43,6 +53,23 @@ def write_beside(path: Path, write):
     partial.replace(path)
 
 
+def check_output(flag: str, given: str | Path) -> Path:
+    """Return the path that a flag gives for output, if it names something that can be written. Nothing is written.
+
+    Raises:
+        UserError: for a path without a name, such as `.` or `/`, for a long name, or if its folder is not writable.
+    """
+    path = Path(given)
+    if path.name in ("", "..") or "\0" in str(path):
+        raise UserError(f"{flag} is {str(given)!r}, which has no name of a file or folder: give a name.")
+    if len(os.fsencode(path.name)) > MAX_NAME or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise UserError(f"{flag} has a name of more than {MAX_NAME} bytes: give a shorter name.")
+    parent = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} is {given}, but nothing can be written in {parent}: give another path.")
+    return path
+
+
 def remove(path: Path):
     """Remove a file, a link, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
@@ -55,12 +82,17 @@ def read_json(path: Path, *, like: type = dict, missing=None):
     """Return the content of a JSON file. If there is no such file, return `missing`, if that is given.
 
     Raises:
-        UserError: for a file that cannot be read, or whose content is not of the type `like` (dict or list).
+        UserError: for a file that cannot be read, that `parse_json` refuses, or whose content is not of the type
+            `like` (dict or list).
     """
-    if missing is not None and not path.is_file():
+    if missing is not None and not path.exists():
         return missing
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # reading a pipe or a device could wait forever
+            raise ValueError("it is not a regular file")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES // 10**6} MB")
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): give a complete JSON file.") from error
     if not isinstance(content, like):
@@ -68,9 +100,77 @@ def read_json(path: Path, *, like: type = dict, missing=None):
     return content
 
 
+def parse_json(text: str):
+    """Return the content of a JSON text that may come from anywhere.
+
+    Raises:
+        ValueError: for text that is not JSON, that is nested more than MAX_JSON_DEPTH deep, or that has a string with
+            half of a surrogate pair, which cannot be written to a file.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    level = [content]
+    for _ in range(MAX_JSON_DEPTH):
+        inner = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += [*value, *value.values()]
+            elif isinstance(value, list):
+                inner += value
+            elif isinstance(value, str):
+                value.encode()  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
+        if not inner:
+            return content
+        level = inner
+    raise ValueError(TOO_DEEP)
+
+
 def write_json(path: Path, content):
     """Write JSON with an indent of two spaces, completely or not at all."""
     write_beside(path, lambda partial: partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def read_npz(path: Path, choose, advice: str) -> dict:
+    """Return arrays of an .npz file by name. No pickles are read, and no more memory is taken than the file's data.
+
+    Args:
+        choose: a function of the list of all names that returns the list of the names to read.
+        advice: what to do if the file cannot be read.
+
+    Raises:
+        UserError: if the file cannot be read, or unpacks to far more than it holds.
+    """
+    import numpy as np  # imported here, because `--help` needs this file and no arrays
+
+    try:
+        if not path.is_file():  # reading a pipe or a device could wait forever
+            raise ValueError("it is not a file")
+        with zipfile.ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            names = choose(list(members))
+            for name in names:
+                _check_member(archive, members[name])
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names}
+    except Exception as error:  # a broken file may raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} cannot be read as .npz ({reason}): {advice}.") from error
+
+
+def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo):
+    """Raise a ValueError if an array in an .npz has another size than its header says, or is a decompression bomb."""
+    import numpy as np
+
+    if member.file_size > max(MAX_UNPACKED * member.compress_size, 100_000_000):
+        raise ValueError(f"{member.filename} unpacks to more than {MAX_UNPACKED} times its size")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size and not dtype.hasobject:
+            raise ValueError(f"{member.filename} does not have the size that its header says")
 
 
 def write_npz(path: Path, **arrays):

@@ -107,7 +107,16 @@ def strip(rows: list[torch.Tensor], column_labels: list[str], row_labels: list[s
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Return images in [-1, 1] as uint8, rounded to the nearest level and clamped; shape and device stay the same."""
+    """Return images in [-1, 1] as uint8, rounded to the nearest level and clamped; shape and device stay the same.
+
+    Raises:
+        UserError: if a pixel is nan or infinite. It would become black or white.
+    """
+    if not images.isfinite().all():
+        raise UserError(
+            "the images have pixels that are nan or infinite, and such pictures are not written: compute in float32, "
+            "or check whether the training of this model diverged."
+        )
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -1,5 +1,6 @@
 """Write docs/python_api.md from the docstrings of the public names: `python docs/make_python_api.py`."""
 
+import dataclasses
 import inspect
 import re
 import textwrap
@@ -12,10 +13,10 @@ PAGE = Path(__file__).with_name("python_api.md")
 TITLES = {
     "Train": ["TrainingConfig", "PRESETS", "train", "FinishedRun"],
     "Load and sample": ["load", "load_classifier", "sample", "Sampler", "Classes", "guide"],
-    "Score and restore": ["evaluate", "Evaluated", "restore", "Restored"],
+    "Score and restore": ["evaluate", "Evaluated", "compare", "restore", "Restored"],
     "Share": ["export", "push"],
     "Mathematics": ["PaperDDPMScheduler"],
-    "Tables to add to": ["SAMPLERS", "METRICS", "OBJECTIVES"],
+    "Tables to add to": ["SAMPLERS", "METRICS", "Metric", "OBJECTIVES"],
     "Errors": ["UserError"],
 }
 # The texts for the public dicts, because a dict has no docstring.
@@ -25,17 +26,19 @@ TABLES = {
     "SAMPLERS": "Name -> `function(scheduler, step, *, settings)` that returns the mean of the next image and its "
     "standard deviation (None: no noise is drawn). `ddpm_hf/sampling/samplers.py` defines `Step` and the samplers "
     "ddpm, ddim and dpmsolver++.",
-    "METRICS": "Name -> `Metric(function, extractor, suits, hub_names)`. The function takes a `Look` and returns "
-    "entries for the record. See `ddpm_hf/evaluation/metrics.py`.",
+    "METRICS": "Name -> `Metric`. `evaluate(metrics=[name])` and `--metrics name` use this table.",
     "OBJECTIVES": "Name -> `function(scheduler, *, loss_type, snr_gamma)` that returns a loss. `loss(model, batch)` "
     "gives one number per image. See `ddpm_hf/diffusion/losses.py`.",
 }
 INTRODUCTION = """# ddpm_hf in Python
 
-Everything that the commands do can also be called from Python, in a script or in a notebook.
+Everything that the commands do can also be called from Python, in a script or in a notebook. (`push-space` is the
+exception: it is only a command.)
 `python docs/make_python_api.py` makes this page from the docstrings, and the tests run the examples.
 
 ```python
+from diffusers.utils import make_image_grid
+
 import ddpm_hf
 
 # Train: take a preset and change some flags. `digits` needs no network and takes two minutes on a CPU.
@@ -46,11 +49,13 @@ print(run.losses["loss"], run.folder)
 # Draw: image k is always the same image, however many images are drawn.
 images = ddpm_hf.sample(run.folder, 16, "ddim", num_inference_steps=50, seed=0)
 images[0].save("digit.png")
+make_image_grid(images, 4, 4).resize((256, 256)).save("digits.png")
 
 # Score: a table, and a JSON record that says how each number was measured.
 result = ddpm_hf.evaluate(run.folder, metrics=["bits_per_dim", "memorization"], suite="smoke")
 print(result)
 print(result.scores["bits_per_dim"])
+print(ddpm_hf.compare(result))  # with several results, one column each
 
 # Restore: remove noise or blur, fill holes, add pixels or colours.
 clean = ddpm_hf.restore(run.folder, images, task="denoise")
@@ -67,13 +72,23 @@ the cell again. The loss curve is `figures/loss.png` in `run.folder`; `metrics.j
 
 The metrics `bits_per_dim` and `memorization` need no download, nor does `fd_mnist` for MNIST. The others are `fid`,
 `kid`, `precision_recall`, `inception_score` and `fd_dinov2`. `result.scores` holds the numbers under the names in the
-table. `result.skipped` says which metrics were skipped, and why.
+table. `result.skipped` says which metrics were skipped, and why. For distances, bits/dim and class balance, lower is
+better. Compare a score with its floor, which is the value of real images, and with records of the same settings, which
+is what `compare` checks. The finished `digits` preset has 5.0 bits/dim. `memorization` does not say how good
+the images are, only whether they are copies of training images. [scores.md](scores.md) explains all scores.
+
+For a model with classes, train with `class_conditional=True`. Then ask for a class, and for how closely to follow it:
+
+```text
+ddpm_hf.sample("runs/mnist-conditional", 16, "ddim", class_labels=7, guidance_scale=2)
+```
 
 `restore` takes PIL images, arrays (N, H, W, C) and tensors (N, C, H, W), as uint8 or with values in [0, 1]. Wherever
 a model is wanted, you can give a finished run, its folder, or a name with a slash, such as `me/ddpm-mnist`, which is a
 Hub id. Bad input raises `ddpm_hf.UserError`, a `ValueError` whose message is one sentence. Progress bars work in
 notebooks. Ctrl-C during training writes a checkpoint and returns the run so far, with `finished=False`. To continue
-exactly from there, train again with the same config and `resume_from_checkpoint="latest"`.
+exactly from there, train again with the same config, without `overwrite_output_dir`, and with
+`resume_from_checkpoint="latest"`.
 """
 
 
@@ -103,11 +118,22 @@ def signature(name: str, value) -> str:
     """Return the signature without annotations: on one line, or with one argument per line if it is long."""
     arguments = [str(each.replace(annotation=each.empty)) for each in inspect.signature(value).parameters.values()]
     arguments = [argument.replace("'", '"') for argument in arguments]
-    star = next((k for k, each in enumerate(inspect.signature(value).parameters.values()) if each.kind == 3), None)
-    if star is not None:
+    kinds = [each.kind for each in inspect.signature(value).parameters.values()]
+    star = next((k for k, kind in enumerate(kinds) if kind == inspect.Parameter.KEYWORD_ONLY), None)
+    if star is not None and inspect.Parameter.VAR_POSITIONAL not in kinds:
         arguments.insert(star, "*")
     line = f"{name}({', '.join(arguments)})"
     return line if len(line) < 100 else f"{name}(\n    " + ",\n    ".join(arguments) + ",\n)"
+
+
+def fields() -> str:
+    """Return a table of the fields of TrainingConfig: the flags of `ddpm_hf train`."""
+    lines = ["Every field is also a flag of `ddpm_hf train`. [ours] marks flags that diffusers' example script lacks."]
+    lines += ["", "| field | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(ddpm_hf.TrainingConfig):
+        meaning = field.metadata["help"].replace("|", "\\|")
+        lines.append(f"| `{field.name}` | `{field.default!r}` | {meaning} |")
+    return "\n".join(lines)
 
 
 def section(name: str) -> str:
@@ -117,7 +143,7 @@ def section(name: str) -> str:
         return f"### `{name}`\n\n{TABLES[name]}"
     text = render(value.__doc__)
     if name == "TrainingConfig":
-        text += "\n\nEvery field is a flag of `ddpm_hf train --help`, with the same name, default and meaning."
+        text += f"\n\n{fields()}"
     call = f"```text\nddpm_hf.{signature(name, value)}\n```\n\n" if not inspect.isclass(value) else ""
     parts = [f"### `{name}`\n\n{call}{text}"]
     for method, function in methods(value):

@@ -4,8 +4,9 @@
   with class labels and with label dropout. The folder is a stock DDPMPipeline whose model_index.json names the K
   classes: `"id2label": {"0": "cat", ...}`. A UNet with K + 1 class embeddings uses the last one for "no class" and can
   be guided. A UNet with K class embeddings cannot be guided.
-- Classifier guidance (Dhariwal & Nichol 2021, Algorithm 2, https://huggingface.co/papers/2105.05233) needs a UNet
-  without classes, and a classifier of noisy images that was trained on the same noise schedule.
+- Classifier guidance (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233, Algorithm 2, which is for DDIM
+  and here guides DDPM too) needs a UNet without classes, and a classifier of noisy images that was trained on the same
+  noise schedule.
 - An unconditional model without a classifier is sampled without guidance.
 
 The samplers are DDIM (Song et al. 2021, eq. 12) and ancestral sampling (Ho et al. 2020, Algorithm 2).
@@ -334,15 +335,26 @@ def _variance_kind(config) -> str:
     return (config.get("variance_type") or "fixed_small").removesuffix("_log")
 
 
-# Converts images (B, C, H, W) in [-1, 1] to an output_type, in [0, 1]. "pt" images stay on their device.
-to_output = VaeImageProcessor().postprocess
-
-
 # Pipeline files cannot import each other, so each has its own copies of these functions. A test compares them.
 
 
+def to_output(images: torch.Tensor, output_type: str, **options):
+    """Return images (B, C, H, W) in [-1, 1] as an output_type, in [0, 1]. "pt" images stay on their device.
+
+    `options` are those of VaeImageProcessor.postprocess.
+
+    Raises:
+        ValueError: if PIL images, which cannot hold nan, are wanted of images that are not finite.
+    """
+    if output_type == "pil" and not images.isfinite().all():
+        raise ValueError(
+            "The images have pixels that are nan or infinite; give a model and settings without overflow."
+        )
+    return VaeImageProcessor().postprocess(images, output_type, **options)
+
+
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
-    """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
+    """Return a stock DDPMScheduler with the betas and the prediction type of `scheduler`, of any class."""
     # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)

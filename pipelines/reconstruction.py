@@ -298,7 +298,7 @@ class ReconstructionPipeline(DiffusionPipeline):
         return torch.tensor(numbers, dtype=torch.int64, device=self._execution_device)
 
     def _steps(self, num_inference_steps: int) -> list[tuple[int, float, float]]:
-        """Return (t, phi_t, phi_t - phi_t') for each step from t to t'. The last ends at phi = 0, the clean image."""
+        """Return (t, phi_t, phi_t - phi_t') for each step from t to t'. The last step ends at phi = 0."""
         alpha_bar = ddpm_scheduler(self.scheduler).alphas_cumprod.double()
         timesteps = trailing_timesteps(len(alpha_bar), num_inference_steps)
         angles = torch.atan2((1 - alpha_bar).sqrt(), alpha_bar.sqrt())[timesteps].tolist()
@@ -327,15 +327,26 @@ def _pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
     return np.asarray(image.convert(mode)).reshape(image.height, image.width, channels)
 
 
-# Converts images (B, C, H, W) in [-1, 1] to an output_type, in [0, 1]. "pt" images stay on their device.
-to_output = VaeImageProcessor().postprocess
-
-
 # Pipeline files cannot import each other, so each has its own copies of these functions. A test compares them.
 
 
+def to_output(images: torch.Tensor, output_type: str, **options):
+    """Return images (B, C, H, W) in [-1, 1] as an output_type, in [0, 1]. "pt" images stay on their device.
+
+    `options` are those of VaeImageProcessor.postprocess.
+
+    Raises:
+        ValueError: if PIL images, which cannot hold nan, are wanted of images that are not finite.
+    """
+    if output_type == "pil" and not images.isfinite().all():
+        raise ValueError(
+            "The images have pixels that are nan or infinite; give a model and settings without overflow."
+        )
+    return VaeImageProcessor().postprocess(images, output_type, **options)
+
+
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
-    """Return the stock DDPMScheduler with the betas and the prediction type of any scheduler."""
+    """Return a stock DDPMScheduler with the betas and the prediction type of `scheduler`, of any class."""
     # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)

@@ -74,20 +74,22 @@ def read_drawing(data_url: str | None) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """Return the middle of an image as (1, C, H, W) in [-1, 1].
-
-    Transparent parts become black if `channels` is 1, and white otherwise.
-    """
+    """Return the middle of an image as (1, C, H, W) in [-1, 1]. Transparent parts become white, as in training."""
     if image.mode == "RGBA":
-        ground = Image.new("RGBA", image.size, "black" if channels == 1 else "white")
-        image = Image.alpha_composite(ground, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), size[::-1], Image.Resampling.LANCZOS)
     pixels = np.asarray(image, dtype=np.float32).reshape(*size, channels)
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
 
 
 def to_images(x: torch.Tensor) -> list[Image.Image]:
-    """Return 8-bit images of a tensor (B, C, H, W) in [-1, 1], clipped to that range."""
+    """Return 8-bit images of a tensor (B, C, H, W) in [-1, 1], clipped to that range.
+
+    Raises:
+        Refused: if a pixel is nan or infinite. It would become black or white.
+    """
+    if not x.isfinite().all():
+        raise Refused("The model drew pixels that are nan or infinite: take another seed or sampler, or more steps.")
     pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels]
 

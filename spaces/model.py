@@ -20,8 +20,6 @@ SAMPLERS = ("DDIM", "DDPM")
 IN_TURN, NO_CLASS = "each class in turn", "no class"
 FRAME_SECONDS = 0.2  # between two updates of the images on the page
 MAX_SIDE = 1024  # pixels
-MAX_LAYERS = 50
-MAX_T = 100_000
 HERE = Path(__file__).resolve().parent
 # The files to download from the Hub. Some old repositories have the UNet's and the scheduler's files at the top.
 FILES = ["model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model*.safetensors*"]
@@ -45,7 +43,7 @@ class Model:
         self.restoration = None
         if not self.labels or self.null_class is not None:
             names = dict(enumerate(self.labels)) or None
-            self.restoration = community_pipeline("restoration").RestorationPipeline(self.unet, self.scheduler, names)
+            self.restoration = shared_module("restoration").RestorationPipeline(self.unet, self.scheduler, names)
         for one in (pipeline, self.restoration):
             if one is not None:
                 one.set_progress_bar_config(disable=True)
@@ -57,7 +55,11 @@ class Model:
         return [IN_TURN, *self.labels, *more] if self.labels else [""]
 
     def class_numbers(self, class_name: str, number: int) -> list[int] | None:
-        """Return the class of each of `number` images, or None for "no class"."""
+        """Return the class numbers with which to draw `number` images of the class that a visitor chose.
+
+        For "each class in turn", the numbers count through the classes. For "no class", or if the model has no
+        classes, return None instead of a list.
+        """
         if not self.labels or class_name == NO_CLASS:
             return None
         if class_name == IN_TURN:
@@ -157,16 +159,25 @@ def _load(folder: Path):
     unet_folder, scheduler_folder = (
         folder / part if (folder / part).is_dir() else folder for part in ("unet", "scheduler")
     )
-    _check_size(UNet2DModel.load_config(unet_folder))
+    config, schedule = UNet2DModel.load_config(unet_folder), DDPMScheduler.load_config(scheduler_folder)
+    judge = shared_module("judge")
+    judge.check_index(index)
+    judge.check_unet(config, index)
+    judge.check_scheduler(schedule)
+    _check_page(config)
     _check_weights(unet_folder)
-    unet = UNet2DModel.from_pretrained(unet_folder, local_files_only=True, use_safetensors=True)
-    config = DDPMScheduler.load_config(scheduler_folder)
-    if not 1 <= config.get("num_train_timesteps", 1000) <= MAX_T:
-        raise ValueError(f"its num_train_timesteps is not from 1 to {MAX_T:,}")
-    scheduler = DDPMScheduler.from_config({k: v for k, v in config.items() if k != "_use_default_values"})
+    scheduler = DDPMScheduler.from_config({k: v for k, v in schedule.items() if k != "_use_default_values"})
+    judge.check_schedule(scheduler)
+    unet, info = UNet2DModel.from_pretrained(
+        unet_folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError("its weights are not complete")
+    judge.check_weights(unet)
+    judge.check_together(unet.config, scheduler.config)
     unet = unet.float().to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
     id2label = index.get("id2label") if unet.config.num_class_embeds else None
-    return community_pipeline("class_guided").ClassGuidedPipeline(unet, scheduler, id2label=id2label)
+    return shared_module("class_guided").ClassGuidedPipeline(unet, scheduler, id2label=id2label)
 
 
 def _check_weights(folder: Path):
@@ -182,29 +193,25 @@ def _check_weights(folder: Path):
             raise Refused(f"{path} names other files than safetensors: give a model saved as safetensors only.")
 
 
-def _check_size(config: dict):
-    """Refuse the config of a UNet that this page cannot use, or that is too large to build."""
-    size, channels, layers = (config.get(key) for key in ("sample_size", "in_channels", "layers_per_block"))
-    sides = size if isinstance(size, (list, tuple)) and len(size) == 2 else [size]
-    if size is None:
-        raise Refused("The model does not say the size of its images: add sample_size to its unet/config.json.")
-    if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides):
-        raise Refused(
-            f"The model's sample_size is {str(size)[:40]}: give a model of at most {MAX_SIDE} pixels a side."
-        )
-    if channels not in (None, 1, 3):  # diffusers' default is 3
-        raise Refused(f"The model's images have {str(channels)[:40]} channels: give a model of 1 or 3.")
-    if layers is not None and not (type(layers) is int and 1 <= layers <= MAX_LAYERS):
-        raise Refused(f"The model's layers_per_block is {str(layers)[:40]}: give a model with 1 to {MAX_LAYERS}.")
+def _check_page(config: dict):
+    """Refuse the config of a UNet whose images this page cannot show."""
+    size, channels = config["sample_size"], config.get("in_channels", 3)
+    sides = size if isinstance(size, (list, tuple)) else [size]
+    if max(sides) > MAX_SIDE:
+        raise Refused(f"The model's sample_size is {size}: give a model of at most {MAX_SIDE} pixels a side.")
+    if channels not in (1, 3):
+        raise Refused(f"The model's images have {channels} channels: give a model of 1 or 3.")
 
 
-def community_pipeline(name: str):
-    """Import a file of pipelines/ and return the module.
+def shared_module(name: str):
+    """Import a file that the package has too, a pipeline or `judge`, and return the module.
 
-    In a Space, pipelines/ is inside this folder. In a source tree, it is next to this folder.
+    In a Space, these files are inside this folder. Else they are in the package and in pipelines/.
     """
-    folder = next(folder for folder in (HERE / "pipelines", HERE.parent / "pipelines") if folder.is_dir())
-    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    package = HERE.parent / "ddpm_hf" if (HERE.parent / "ddpm_hf").is_dir() else HERE.parent
+    folders = (HERE, HERE / "pipelines", HERE.parent / "pipelines", package / "models")
+    path = next(path for folder in folders if (path := folder / f"{name}.py").is_file())
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -178,6 +178,27 @@ def test_the_card_of_a_learned_variance_does_not_promise_ddim(tmp_path):
     assert "`DDIMPipeline` cannot use this model" in card.text and "DDIMPipeline.from_pretrained" not in card.text
 
 
+@pytest.mark.parametrize(
+    ("variance_type", "spacing", "said"),
+    [
+        ("fixed_small", None, []),
+        ("fixed_large", None, ["`DDPMPipeline` needs all 1000 steps"]),
+        ("learned_range", None, ["`DDPMPipeline` draws the images of `ddpm_hf sample --timesteps linspace`"]),
+        ("learned_range", "trailing", ["`DDPMPipeline` needs all 1000 steps"]),  # as earlier versions saved it
+    ],
+)
+def test_the_card_says_what_stock_ddpm_does_in_fewer_steps(tmp_path, variance_type, spacing, said):
+    card_of(tmp_path, f"--variance_type={variance_type}", variance_type=variance_type)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    if spacing:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"timestep_spacing": spacing}))
+        write_card(tmp_path)
+    text = ModelCard.load(tmp_path / "README.md").text
+    assert all(sentence in text for sentence in said)
+    assert said or "needs all" not in text and "--timesteps linspace" not in text
+    assert (variance_type == "learned_range") or "If the number of steps divides 1000, these are the images" in text
+
+
 def test_the_cards_of_conditional_models_and_classifiers(guidance_models, tmp_path):
     text = ModelCard.load(guidance_models / "conditional" / "README.md").text
     assert "class-conditional" in text and "Its classes: 0, 1, 2," in text and "class_labels=[0]" in text
@@ -255,11 +276,9 @@ FOREIGN_RECORDS = {
     "entry of text": json.dumps(RECORD | {"metrics": [ENTRY | {"value": "low"}]}),
     "entry of a list": json.dumps(RECORD | {"metrics": [[1, 2]]}),
     "entry without an error": json.dumps(RECORD | {"metrics": [{"id": "fid", "value": 1.0}]}),
-    "skipped without a reason": json.dumps(RECORD | {"metrics": [{"id": "fid", "status": "skipped"}]}),
     "data of text": json.dumps(RECORD | {"data": "digits"}),
     "data without sizes": json.dumps(RECORD | {"data": {"name": "digits"}}),
     "held out of text": json.dumps(RECORD | {"data": RECORD["data"] | {"held_out": "some"}}),
-    "no cost": json.dumps(RECORD | {"cost": {}}),
     "sampler of a list": json.dumps(RECORD | {"sampler": {"method": ["ddim"]}}),
 }
 

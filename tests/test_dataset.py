@@ -3,15 +3,20 @@
 import io
 import itertools
 import json
+import os
+import shutil
 from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
 
 from ddpm_hf import UserError
+from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.batches import training_batches
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.decode import to_array
@@ -59,6 +64,9 @@ def make(tmp_path):
             "center_crop": False,
             "random_flip": False,
             "preserve_input_precision": False,
+            "channels": None,
+            "pixel_range": None,
+            "on_bad_image": "refuse",
             "dataloader_num_workers": 0,
             "image_column": None,
             "label_column": None,
@@ -165,9 +173,9 @@ def test_exact_keeps_all_bits():
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_values_off_the_scale_are_refused(exact):
-    with pytest.raises(UserError, match="its values are 0 to 255, not within 0 to 1: rescale it"):
+    with pytest.raises(UserError, match=r"its values are 0 to 255, not within 0 \(black\) to 1 \(white\): "):
         to_array(Image.fromarray(np.array([[0, 255]], np.float32)), channels=1, exact=exact)
-    with pytest.raises(UserError, match="not within 0 to 65535"):
+    with pytest.raises(UserError, match=r"not within 0 \(black\) to 65535 \(white\)"):
         to_array(Image.new("I", (1, 1), 70000), channels=1, exact=exact)
 
 
@@ -294,6 +302,331 @@ def test_digits_are_bundled(make, monkeypatch, tmp_path):
     assert images.get(range(1597)).min() == -1 and images.get(range(1597)).max() == 1
     zeros, _ = load_images(make("digits", resolution=16, class_names=["0"]))
     assert zeros.get([0]).shape == (1, 1, 16, 16) and zeros.num_images == 178
+
+
+# Folders of images.
+
+
+def write_images(folder, names):
+    """Write an image for each name, all of the value k for the k-th; return the folder."""
+    for value, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(plain(value))
+    return folder
+
+
+def found(images):
+    """Return `{value of an image: its class, or None}`."""
+    labels = [None] * len(images) if images.labels is None else images.labels.tolist()
+    names = [None if label in (None, -1) else images.class_names[label] for label in labels]
+    return dict(zip(values_of(images.get(range(len(images)))), names, strict=True))
+
+
+@pytest.fixture(params=["train_data_dir", "dataset_name"])
+def open_folder(make, request):
+    """Return a function that loads a folder by each of the two flags."""
+    return lambda folder, **changes: load_images(make(**{request.param: str(folder)} | changes))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["1.png", "train.png", "2.png"],
+        ["1.png", "my_test_9.png", "x-val.png", "dev.PNG", "eval.jpg"],
+        ["test.png"],
+        ["cat/validation 3.png", "dog/test.png"],
+        ["cat/1.png", "test/2.png", "train-cars/3.png"],
+        ["cat/train/1.png", "cat/test/2.png", "dog/train/3.png"],
+        ["train/1.png", "2.png"],  # an image outside of the folders named as splits
+        ["train/1.png", "test/2.png", "extra/3.png"],
+    ],
+    ids="|".join,
+)
+def test_words_in_names_drop_and_split_nothing(open_folder, tmp_path, names, capsys):
+    images, _ = open_folder(write_images(tmp_path / "some test data", names))
+    tops = sorted({name.split("/")[0] for name in names if "/" in name})
+    assert images.class_names == (tops if len(tops) > 1 else None)
+    classes = [name.split("/")[0] if images.class_names and "/" in name else None for name in names]
+    assert found(images) == dict(enumerate(classes))
+    assert f"Data: {len(names)} image" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("held_out", "train", "validation"),
+    [("test", {0: "a", 1: "b"}, {2: "b"}), ("val", {0: "a", 1: "b"}, {3: "a"}), ("validation", None, {3: "a"})],
+)
+def test_top_folders_named_as_splits_are_splits(open_folder, tmp_path, held_out, train, validation, capsys):
+    folder = write_images(tmp_path / "x", ["Train/a/1.png", "Train/b/t/2.png", "test/b/3.png", "val/a/deep/er/4.png"])
+    (folder / "notes.txt").write_text("beside the splits")
+    images, held = open_folder(folder, validation_split=held_out)
+    assert train is None or found(images) == train
+    assert found(held) == validation
+    line = capsys.readouterr().out
+    assert "Data: 4 images of 5 files: 1 is not an image (notes.txt); classes: a 1, b 1; splits: " in line
+    assert "train 2 (used)" in line and line.count("(held out)") == line.count("(not used)") == 1
+
+
+def test_the_class_is_the_first_folder(open_folder, tmp_path):
+    names = ["tumour/patient17/1.png", "tumour/patient2/2.png", "healthy/patient17/3.png", "healthy/4.png", "5.png"]
+    images, _ = open_folder(write_images(tmp_path / "scans", names))
+    assert images.class_names == ["healthy", "tumour"]
+    assert found(images) == {0: "tumour", 1: "tumour", 2: "healthy", 3: "healthy", 4: None}
+
+
+def test_a_run_says_which_files_it_takes(open_folder, tmp_path, capsys):
+    folder = write_images(tmp_path / "x", ["cat/1.png", "cat/2.JPG", "dog/3.png", "loose.png"])
+    for name in ["a.npy", "b.txt", "cat/c.json", "dog/\x1b[2J.md", ".hidden.png", ".git/4.png"]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(plain(99))
+    open_folder(folder)
+    expected = (
+        "4 images of 8 files: 4 are not images (a.npy, b.txt, cat/c.json, ...); classes: cat 2, dog 1; 1 without"
+    )
+    assert capsys.readouterr().out == f"Data: {expected} a class.\n"
+
+
+def test_many_classes_are_said_in_short(open_folder, tmp_path, capsys):
+    open_folder(write_images(tmp_path / "x", [f"{k:02d}/{n}.png" for k in range(12) for n in range(1 + k % 2)]))
+    assert capsys.readouterr().out == "Data: 18 images of 18 files; 12 classes with 1 to 2 images each.\n"
+
+
+def test_one_process_says_it(open_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    open_folder(write_images(tmp_path / "x", ["1.png"]))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["[raw] photos", "a*b?", "é ü", "~", "x[!a-z]", "train"])
+def test_folders_may_have_any_name(open_folder, tmp_path, name):
+    images, _ = open_folder(write_images(tmp_path / name, ["cat/[2]*.png", "dog/~3.png"]))
+    assert found(images) == {0: "cat", 1: "dog"}
+    write_hub(tmp_path / name / "copy [2]", [plain(7), plain(8)], [0, 1])
+    images, _ = open_folder(tmp_path / name / "copy [2]")
+    assert found(images) == {7: "a", 8: "b"}
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(open_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_images(tmp_path / "photos", ["1.png", "2.png"])
+    assert found(open_folder("~/photos")[0]) == {0: None, 1: None}
+
+
+def test_a_folder_of_arrays_is_refused(open_folder, tmp_path):
+    (tmp_path / "arrays").mkdir()
+    for k in range(4):
+        np.save(tmp_path / "arrays" / f"{k}.npy", np.zeros((4, 4)))
+    with pytest.raises(
+        UserError, match=r"no images, only 4 other files: 0.npy, 1.npy, 2.npy, ...\): give a folder of"
+    ):
+        open_folder(tmp_path / "arrays")
+
+
+def test_links_do_not_lead_out_of_a_folder(open_folder, tmp_path):
+    private = write_images(tmp_path / "private", ["1.png", "2.png"])
+    folder = write_images(tmp_path / "x", ["a/1.png", "b/2.png"])
+    (folder / "b" / "inside.png").symlink_to(folder / "a" / "1.png")
+    (folder / "b" / "again").symlink_to(folder)  # would never end
+    (folder / "readme").symlink_to(private / "1.png")  # not an image by its name, so that nothing reads it
+    os.mkfifo(folder / "pipe.png")
+    (tmp_path / "link").symlink_to(folder)
+    images, _ = open_folder(tmp_path / "link")
+    assert images.num_images == 3 and found(images) == {0: "b", 1: "b"}  # 0 twice: as a/1.png, then b/inside.png
+    for name, target in [("a/2.png", private / "2.png"), ("c", private), ("metadata.csv", private / "1.png")]:
+        (folder / name).symlink_to(target)
+        with pytest.raises(UserError, match=rf"{name} is a link to {target}, outside of the dataset's folder: put"):
+            open_folder(folder)
+        (folder / name).unlink()
+
+
+def test_the_links_in_the_cache_of_the_hub_are_followed(open_folder, tmp_path):
+    blobs = write_images(tmp_path / "datasets--me--x" / "blobs", ["0a"])
+    snapshot = blobs.parent / "snapshots" / "1b"
+    snapshot.mkdir(parents=True)
+    (snapshot / "1.png").symlink_to("../../blobs/0a")
+    assert found(open_folder(snapshot)[0]) == {0: None}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_metadata_name_the_classes(open_folder, tmp_path, kind, streaming, capsys):
+    folder = write_images(tmp_path / "x", ["1.png", "sub/2.png", "3.png", "4.png", "5.png"])
+    table = {
+        "file_name": ["4.png", "sub/2.png", "1.png", "3.png"],
+        "label": ["fox", "cat", None, "fox"],
+        "age": [3, 11, 3, 4],
+        "weight": [0.5, 1.0, 2.0, 2.5],
+        "wild": [True, False, False, True],
+    }
+    rows = datasets.Dataset.from_dict(table)
+    {"csv": rows.to_csv, "jsonl": rows.to_json, "parquet": rows.to_parquet}[kind](folder / f"metadata.{kind}")
+    images, _ = open_folder(folder, streaming=streaming)
+    note = "Data: 4 images of 5 files: 1 has no row in the metadata (5.png); "
+    assert images.class_names == ["cat", "fox"]
+    if streaming:
+        assert note + "2 classes: cat, fox." in capsys.readouterr().out
+        return
+    assert found(images) == {3: "fox", 1: "cat", 0: None, 2: "fox"}
+    assert note + "classes: cat 1, fox 2; 1 without a class." in capsys.readouterr().out
+    assert list(found(images)) == [3, 1, 0, 2]  # the rows have the order of the metadata, as `datasets` has it
+    assert found(open_folder(folder, class_names=["cat"])[0]) == {1: "cat"}
+    assert found(open_folder(folder, label_column="age")[0]) == {3: "3", 1: "11", 0: "3", 2: "4"}
+    assert open_folder(folder, label_column="age")[0].class_names == ["3", "4", "11"]
+    assert open_folder(folder, label_column="wild")[0].class_names == ["False", "True"]
+    with pytest.raises(UserError, match=r"weight is not a class column \(its float64 values are neither words nor"):
+        open_folder(folder, label_column="weight")
+
+
+def test_metadata_and_splits(open_folder, tmp_path):
+    folder = write_images(tmp_path / "x", ["train/a/1.png", "train/b/2.png", "test/a/3.png"])
+    (folder / "metadata.csv").write_text("file_name,age\ntrain/a/1.png,1\ntest/a/3.png,2\ntrain/b/2.png,3\n")
+    train, test = open_folder(folder, validation_split="test")
+    assert found(train) == {0: "a", 1: "b"} and found(test) == {2: "a"}
+    (folder / "metadata.csv").rename(folder / "train" / "metadata.csv")
+    (folder / "train" / "metadata.csv").write_text("file_name,label\na/1.png,x\nb/2.png,y\n")
+    train, test = open_folder(folder, validation_split="test")
+    assert found(train) == {0: "x", 1: "y"} and found(test) == {2: None}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("file_name,label\n1.png,a\n2.png,b\n", "metadata.csv names 2.png in row 1, but there is no such image"),
+        ("file_name,label\n../secret.png,a\n", r"names \.\./secret.png in row 0, but there is no such image"),
+        ("file_name\n/etc/passwd\n", "names /etc/passwd in row 0, but there is no such image"),
+        ("name,label\n1.png,a\n", "has no column file_name with text, only name, label: add the path"),
+        ("file_name,label\n1.png\n", "metadata.csv cannot be read .*: correct or remove it"),
+    ],
+)
+def test_odd_metadata_are_refused(open_folder, tmp_path, text, sentence):
+    folder = write_images(tmp_path / "x", ["1.png", "../secret.png"])
+    (folder / "metadata.csv").write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        open_folder(folder)
+
+
+def test_a_folder_keeps_the_order_and_the_fingerprint_of_earlier_runs(open_folder, tmp_path):
+    names = ["Dog/x.png", "cat-b/3.png", "cat.b/q.png", "cat/1.png", "cat/10.png", "cat/2.png", "dog/B.PNG"]
+    images, _ = open_folder(write_images(tmp_path / "pets", names))
+    assert values_of(images.get(range(7))) == list(range(7))
+    assert images.fingerprint == "88a8654c0a0b99e0"  # computed at commit 88ab078
+
+
+def test_the_fingerprint_of_a_large_folder_is_that_of_its_files(open_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddpm_hf.data.image_set.MEMORY_LIMIT", 0)
+    folder = write_images(tmp_path / "x", ["1.png", "2.png"])
+    before = open_folder(folder)[0].fingerprint
+    assert open_folder(shutil.copytree(folder, tmp_path / "y"))[0].fingerprint == before  # times are copied, too
+    (folder / "2.png").write_bytes(plain(9))
+    assert open_folder(folder)[0].fingerprint != before
+
+
+def test_a_streamed_folder_resumes_earlier_runs(open_folder, tmp_path):
+    folder = write_images(tmp_path / "x", [f"{'ab'[k % 2]}/{k:02d}.png" for k in range(20)])
+    stream, _ = open_folder(folder, streaming=True)
+    position = {"shard_idx": 0, "shard_example_idx": 7, "type": "ExamplesIterable"}  # as `datasets` streams folders
+    position = {
+        "examples_iterable": position,
+        "previous_state": None,
+        "num_examples_since_previous_state": 0,
+        "previous_state_example_idx": 7,
+        "type": "MappedExamplesIterable",
+    }
+    rows = iter(stream.rows)
+    first = [next(rows) for _ in range(8)]
+    stream.rows.load_state_dict({"examples_iterable": position, "epoch": 0})
+    assert next(iter(stream.rows)) == first[7]
+
+
+# Datasets from code.
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_saved_datasets_are_loaded(open_folder, tmp_path, streaming, numbered):
+    saved = datasets.load_dataset(str(numbered), cache_dir=str(tmp_path / "c"))["train"].with_format("numpy")
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=saved, test=saved.select([5, 6])).save_to_disk(tmp_path / "two")
+    for name, held_out in [("one", None), ("two", "test")]:
+        images, validation = open_folder(tmp_path / name, streaming=streaming, validation_split=held_out)
+        assert images.class_names == ["a", "b", "c"]
+        if not streaming:
+            assert values_of(images.get(range(40))) == list(range(40))
+            assert images.labels.tolist() == [k % 3 for k in range(40)]
+        else:
+            assert values_of(images.get(range(3))) == [0, 1, 2]
+        assert held_out is None or values_of(validation.get([0, 1])) == [5, 6]
+
+
+@pytest.mark.parametrize("place", ["/etc", "../one", "..", 7])
+def test_saved_datasets_name_only_their_own_files(open_folder, tmp_path, place):
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": plain(1), "path": None}]})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path / "two")
+    (tmp_path / "two" / "dataset_dict.json").write_text(json.dumps({"splits": [place]}))
+    with pytest.raises(UserError, match="save the dataset again"):
+        open_folder(tmp_path / "two")
+    (tmp_path / "one" / "state.json").write_text(json.dumps({"_data_files": [{"filename": place}]}))
+    with pytest.raises(UserError, match="state.json does not list files of its folder: save the dataset again"):
+        open_folder(tmp_path / "one")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()})]
+)
+def test_tables_without_the_types_of_datasets(open_folder, tmp_path, kind, streaming):
+    (tmp_path / "x").mkdir()
+    files = [plain(1), plain(2), plain(3)]
+    files = [{"bytes": file, "path": None} for file in files] if pa.types.is_struct(kind) else files
+    table = pa.table({"name": ["u", "v", "w"], "image": pa.array(files, kind), "label": ["dog", None, "cat"]})
+    pyarrow.parquet.write_table(table, tmp_path / "x" / "train.parquet")
+    images, _ = open_folder(tmp_path / "x", streaming=streaming)
+    if streaming:
+        assert values_of(images.get(range(3))) == [1, 2, 3]
+        return
+    assert found(images) == {1: "dog", 2: None, 3: "cat"}
+    assert open_folder(tmp_path / "x", image_column="image", label_column="name")[0].class_names == ["u", "v", "w"]
+    with pytest.raises(UserError, match="--image_column name is not an image column: choose from name, image, label"):
+        open_folder(tmp_path / "x", image_column="name")
+
+
+def test_tables_that_are_not_used_are_named(open_folder, tmp_path, capsys):
+    folder = write_hub(tmp_path / "x", [plain(1)])
+    shutil.copy(folder / "data" / "train-00000-of-00001.parquet", folder / "more.parquet")
+    open_folder(folder)
+    assert capsys.readouterr().out == "Data: 1 of 2 tables, without more.parquet.\n"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_images_are_said_to_be_missing(open_folder, tmp_path, streaming):
+    write_hub(tmp_path / "x", [plain(0), plain(1), None])
+    with pytest.raises(UserError, match=r"^image 2 \(without a name\) cannot be read \(it is missing in this row\): "):
+        open_folder(tmp_path / "x", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["file", "pipe", "inside"])
+def test_a_dataset_names_no_files_outside_of_it(open_folder, tmp_path, streaming, kind):
+    (tmp_path / "x").mkdir()
+    path = tmp_path / ("x/1.dat" if kind == "inside" else "1.png")
+    os.mkfifo(path) if kind == "pipe" else path.write_bytes(plain(5))
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(path)}]}, features=features)
+    pyarrow.parquet.write_table(table.data.table, tmp_path / "x" / "train.parquet")
+    if kind == "inside":
+        assert values_of(open_folder(tmp_path / "x", streaming=streaming)[0].get([0])) == [5]
+        return
+    with pytest.raises(UserError, match=r"png\) cannot be read \(it is not a file of the dataset\): store the images"):
+        open_folder(tmp_path / "x", streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_reason_why_a_dataset_cannot_be_loaded_is_said(open_folder, tmp_path, streaming):
+    folder = write_hub(tmp_path / "x", [plain(k) for k in range(40)], shards=2)
+    (folder / "data" / "train-00001-of-00002.parquet").write_bytes(b"no table")
+    with pytest.raises(UserError, match=r"cannot be loaded \((?!An error).*Parquet") as caught:
+        open_folder(folder, streaming=streaming)
+    assert "\n" not in str(caught.value)
 
 
 # Held-out images.
@@ -505,15 +838,18 @@ def test_datasets_of_several_configurations_are_refused(make, numbered):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_datasets_without_images_are_refused(make, tmp_path, streaming):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="cannot be loaded .*doesn't contain any data files"):
-        load_images(make(train_data_dir=str(tmp_path / "empty"), streaming=streaming))
-    (tmp_path / "empty" / "notes.txt").write_text("no image\n")
-    with pytest.raises(UserError, match="cannot be loaded|no images are left for training"):
-        load_images(make(train_data_dir=str(tmp_path / "empty"), streaming=streaming))
-    with pytest.raises(
-        UserError, match=r"--image_column \(not given\) is not an image column: choose from (text|none)"
-    ):
-        load_images(make(tmp_path / "empty", streaming=streaming))
+    for flags in ({"train_data_dir": str(tmp_path / "empty")}, {"dataset_name": str(tmp_path / "empty")}):
+        (tmp_path / "empty" / "notes.txt").unlink(missing_ok=True)
+        with pytest.raises(
+            UserError, match=r"empty cannot be loaded \(it has no files\): give a folder of image files"
+        ):
+            load_images(make(streaming=streaming, **flags))
+        (tmp_path / "empty" / "notes.txt").write_text("no image\n")
+        with pytest.raises(UserError, match=r"\(it has no images, only 1 other file: notes.txt\): give a folder of"):
+            load_images(make(streaming=streaming, **flags))
+    write_hub(tmp_path / "columns", [plain(0)])
+    with pytest.raises(UserError, match="--image_column text is not an image column: choose from id, image"):
+        load_images(make(tmp_path / "columns", streaming=streaming, image_column="text"))
     write_hub(tmp_path / "other", [plain(0)], [0], split="test")
     with pytest.raises(UserError, match="there is no split named `train`, only test: rename the split"):
         load_images(make(tmp_path / "other", streaming=streaming))
@@ -534,7 +870,7 @@ def test_broken_images_are_named(make, tmp_path, broken, option, monkeypatch):
     if option == "dataloader_num_workers":
         monkeypatch.setattr("ddpm_hf.data.image_set.MEMORY_LIMIT", 0)
     with pytest.raises(
-        UserError, match=r"^image \d+ \(without a name\) cannot be read \(.*\): repair or remove it\.$"
+        UserError, match=r"^image \d+ \(without a name\) cannot be read \(.*\): repair or remove it, or skip"
     ):
         next(training_batches(load_images(config)[0], config, 0, 0, 1))
 
@@ -546,3 +882,12 @@ def test_broken_files_are_named(make, tmp_path):
     (tmp_path / "pets" / "1.png").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"image 1 \(.*1\.png\) cannot be read \(cannot identify image file\): repair"):
         load_images(make(train_data_dir=str(tmp_path / "pets")))
+
+
+def test_a_run_called_digits_does_not_hide_the_bundled_digits(tmp_path, monkeypatch):
+    """`cd runs; ddpm_hf evaluate digits` compares with the bundled digits, although a folder of that name is here."""
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "train_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    train, _ = load_images(TrainingConfig(dataset_name="digits", resolution=8))
+    assert train.num_images == 1797

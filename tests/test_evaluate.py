@@ -21,6 +21,7 @@ from ddpm_hf.evaluation.compare import comparison
 from ddpm_hf.evaluation.digit_classifier import load_digit_classifier
 from ddpm_hf.evaluation.extractor import EXTRACTORS
 from ddpm_hf.evaluation.features import extract, images_at
+from ddpm_hf.evaluation.inputs import match_channels
 from ddpm_hf.evaluation.metrics import digit_counts
 from ddpm_hf.evaluation.records import read_record
 from ddpm_hf.evaluation.reference import read_reference, reference_of
@@ -400,6 +401,22 @@ def test_other_weights_are_no_other_protocol(record, capsys):
     assert capsys.readouterr().out.count("|") > 20
 
 
+@pytest.mark.parametrize(
+    ("changed", "shared"), [({"seed": 1}, "39"), ({"seed": 39}, "1"), ({"seed": 40}, None), ({"seed": 0}, None)]
+)
+def test_seeds_that_share_images_are_told(record, changed, shared):
+    one = read_record(record)
+    other = one | {"sampler": one["sampler"] | changed}
+    assert (one["sampler"]["seed"], one["samples"]["n"]) == (0, 40)
+    for first, second in ((one, other), (other, one)):
+        text = comparison({"a": first, "b": second})
+        assert f"draw {shared} of their images from the same noise" in text or shared is None and "Warning" not in text
+    another = other | {"model": other["model"] | {"unet_sha256": "0"}}
+    assert "Warning" not in comparison({"a": one, "b": another})
+    fewer = other | {"sampler": other["sampler"] | {"num_inference_steps": 2}}
+    assert "Warning" not in comparison({"a": one, "b": fewer}, vary=["sampler"])
+
+
 def test_a_metric_that_one_lacks_is_a_gap_and_how_the_bound_was_taken_is_protocol(record):
     one = read_record(record)
     fewer = one | {"metrics": [entry for entry in one["metrics"] if entry["id"] != "bits_per_dim"]}
@@ -438,6 +455,32 @@ def folder_of(tmp_path, *images, suffix=".png"):
     return tmp_path
 
 
+def nested(folder, *names):
+    """Make files below a folder, each with the content of a PNG."""
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (28, 28)).save(folder / name, format="PNG")
+    return folder
+
+
+def test_grey_samples_of_other_programs_are_read_as_grey(digits, digit_folder, tmp_path):
+    """With three equal channels, opaque alpha or a palette, in class subfolders, with upper-case names, or as .npz."""
+    pixels = digits[1].pixels[:, 0].numpy()
+    for k, image in enumerate(pixels):
+        grey = Image.fromarray(image)
+        image = [grey.convert("RGB"), grey.convert("RGB").convert("RGBA"), grey.convert("P")][k % 3]
+        (tmp_path / "other" / str(k // 30)).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / "other" / str(k // 30) / f"{k:02d}.PNG", format="PNG")
+    (tmp_path / "other" / "0" / "._00.png").write_text("a resource fork")
+    np.savez(tmp_path / "other.npz", arr_0=np.repeat(pixels[..., None], 3, axis=-1))
+    for name in ("other", "other.npz"):
+        found = read_samples(tmp_path / name).images
+        assert found.shape[1] == 3 and torch.equal(match_channels(found, digits[0]), digits[1].pixels)
+    flags = ["--dataset_name", digit_folder, "--metrics", "memorization", "--output", tmp_path / "r.json"]
+    evaluate(tmp_path / "other", *flags)
+    assert json.loads((tmp_path / "r.json").read_text())["data"]["channels"] == 1
+
+
 @pytest.mark.parametrize(
     "make, wanted",
     [
@@ -446,7 +489,11 @@ def folder_of(tmp_path, *images, suffix=".png"):
         (lambda folder: folder_of(folder, Image.new("L", (28, 28)), Image.new("RGB", (28, 28))), "mixes images"),
         (lambda folder: folder_of(folder, Image.new("L", (28, 28)), suffix=".jpg"), "lossy"),
         (lambda folder: folder_of(folder, Image.new("RGBA", (28, 28))), "has the mode RGBA"),
-        (lambda folder: folder_of(folder, Image.new("RGB", (28, 28))), "samples are 3x28x28"),
+        (lambda folder: folder_of(folder, Image.new("RGB", (28, 28), "red")), "samples are 3x28x28"),
+        (lambda folder: nested(folder, "cat/1.png", "2.PNG"), "its subfolder cat has others"),
+        (lambda folder: nested(folder, "a/1.png", "a/samples.json"), "has sets of samples in its subfolders"),
+        (lambda folder: nested(folder, "samples/1.png", "train_config.json"), "has no PNG files"),
+        (lambda folder: nested(folder, "a/1.png", "a/2.jpg"), "lossy format (2.jpg)"),
         (lambda folder: folder_of(folder, Image.new("L", (28, 28))), "at least 40"),
         (lambda folder: folder / "nothing", "Hub"),
     ],

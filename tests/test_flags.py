@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import processes
 import pytest
@@ -13,6 +14,8 @@ from conftest import TINY, steps
 from PIL import Image
 from safetensors.torch import load_file
 
+from ddpm_hf import UserError
+from ddpm_hf.__main__ import parse
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.dataset import load_images
@@ -124,7 +127,8 @@ def first_images(folder, *flags):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--image_column=second", "--center_crop", "--random_flip", "--class_names=b", "--resolution=4"]
+    "flag",
+    ["--image_column=second", "--center_crop", "--random_flip", "--class_names=b", "--resolution=4", "--channels=3"],
 )
 def test_data_flags_change_the_images(odd_images, flag):
     _, plain = first_images(odd_images)
@@ -139,6 +143,13 @@ def test_preserve_input_precision_keeps_16_bits(odd_images):
     assert torch.allclose(levels, levels.round(), atol=1e-3)
     assert not torch.allclose((exact + 1) * 127.5, ((exact + 1) * 127.5).round(), atol=1e-3)
     assert (exact - rounded).abs().max() < 0.05  # rounding, and clamping between the two passes
+
+
+def test_pixel_range_says_which_values_are_black_and_white(odd_images):
+    flags = ["--image_column=second", "--center_crop", "--preserve_input_precision"]
+    _, plain = first_images(odd_images, *flags)
+    _, wide = first_images(odd_images, *flags, "--pixel_range=-65535,131070")  # 65535 becomes 2/3 of the scale
+    assert torch.allclose(3 * wide, plain, atol=1e-5)
 
 
 def test_label_column_changes_the_classes(odd_images):
@@ -162,9 +173,36 @@ def test_train_data_dir_cache_dir_and_config_name(image_folder, tmp_path):
     config = parse_config([f"--train_data_dir={image_folder}", f"--cache_dir={tmp_path}", "--resolution=8"])
     images, _ = load_images(config)
     assert images.num_images == 12 and images.class_names == ["cat", "dog"]
-    assert any(tmp_path.rglob("*.arrow"))
-    with pytest.raises(ValueError, match="elsewhere"):
+    files = [{"bytes": path.read_bytes(), "path": None} for path in image_folder.rglob("*.png")]
+    datasets.Dataset.from_dict({"image": files}).to_parquet(tmp_path / "table" / "train.parquet")
+    flags = [f"--dataset_name={tmp_path / 'table'}", f"--cache_dir={tmp_path / 'cache'}", "--resolution=8"]
+    assert load_images(parse_config(flags))[0].num_images == 12
+    assert any((tmp_path / "cache").rglob("*.arrow"))
+    with pytest.raises(UserError, match="--dataset_config_name elsewhere does not exist"):
         load_images(parse_config([f"--dataset_name={image_folder}", "--dataset_config_name=elsewhere"]))
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "name"),
+    [
+        ("train", "--output_dir=~/x", "output_dir"),
+        ("train", "--dataset_name=~/x", "dataset_name"),
+        ("train", "--cache_dir=~/x", "cache_dir"),
+        ("train", "--resume_from_checkpoint=~/x", "resume_from_checkpoint"),
+        ("train", "--model_config_name_or_path=~/x", "model_config_name_or_path"),
+        ("sample", "--output=~/x", "output"),
+        ("evaluate", "--samples_dir=~/x", "samples_dir"),
+        ("evaluate", "~/x", "subject"),
+        ("card", "~/x", "run"),
+    ],
+)
+def test_a_tilde_is_the_home_folder(command, word, name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    more = {"train": ["--preset=digits"], "sample": ["model"]}.get(command, [])
+    arguments = parse([command, *more, word])
+    assert getattr(arguments.config if command == "train" else arguments, name) == "/home/me/x"
+    assert TrainingConfig(dataset_name="digits", output_dir="~/x").output_dir == "/home/me/x"
+    assert TrainingConfig(dataset_name="digits", output_dir="a~b").output_dir == "a~b"
 
 
 def finished(folder, *flags):
@@ -262,7 +300,7 @@ ELSEWHERE = {
     "model_config_name_or_path": "test_build", "enable_xformers_memory_efficient_attention": "test_build",
     "push_to_hub": "test_hub", "hub_token": "test_hub", "hub_model_id": "test_hub", "hub_private_repo": "test_hub",
     "eval_metrics": "test_scoring", "eval_epochs": "test_scoring", "eval_num_images": "test_scoring",
-    "eval_inception": "test_scoring", "best_by": "test_scoring",
+    "eval_inception": "test_scoring", "best_by": "test_scoring", "on_bad_image": "test_pixels",
 }  # fmt: skip
 
 

@@ -255,3 +255,8 @@ def test_sample_refuses_guidance_that_cannot_be(guidance_models, arguments, sent
     assert run("sample", *arguments, "--num_images=1", "--output=drawn") == 2
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1 and not (guidance_models / "drawn").exists()
+
+
+@pytest.mark.parametrize("labels, numbers", [(7, [7]), ("7", [7]), ("12", [12]), (["7", 12], [7, 12])])
+def test_one_class_may_be_given_without_a_list(labels, numbers):
+    assert Classes(None, 13).numbers(labels) == numbers

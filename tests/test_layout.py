@@ -126,7 +126,7 @@ def test_functions_that_several_pipelines_have_are_the_same():
             if isinstance(node, ast.FunctionDef):
                 sources.setdefault(node.name, []).append(ast.get_source_segment(text, node))
     copied = {name: copies for name, copies in sources.items() if len(copies) > 1}
-    assert {"after_step", "check_generator", "ddim_step"} <= set(copied)
+    assert {"after_step", "check_generator", "to_output"} <= set(copied)
     assert [name for name, copies in copied.items() if len(set(copies)) > 1] == []
 
 

@@ -19,6 +19,7 @@ from ddpm_hf.diffusion.losses import (
 )
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ddpm_hf.diffusion.timestep_sampling import draw_timesteps, new_history, timestep_probabilities, update_history
+from ddpm_hf.randomness import keyed_generator
 
 
 class Answer(torch.nn.Module):
@@ -66,6 +67,23 @@ def test_min_snr_is_one_weight_in_the_space_of_x0(prediction_type):
     wanted = scheduler.snr(batch["timesteps"]).clamp(max=5) * x0_error.square().mean(dim=(1, 2, 3))
     assert torch.allclose(simple_loss(scheduler, snr_gamma=5.0)(Answer(output), batch), wanted.float(), rtol=2e-3)
     assert (min_snr_weights(scheduler, batch["timesteps"], 5.0) > 0).all()
+
+
+def test_a_large_gamma_restores_upstreams_weight_of_x0():
+    """diffusers' script weights the error of x_0 by the SNR; without a gamma its weight here is 1."""
+    scheduler = make_scheduler("nichol_cosine", 1000, prediction_type="sample")
+    batch = a_batch()
+    error = torch.full_like(batch["images"], 0.1)
+    answer = Answer(batch["images"] + error)
+    assert torch.allclose(simple_loss(scheduler)(answer, batch), torch.tensor(0.01), rtol=1e-4)
+    alpha_bar = scheduler.alphas_cumprod[batch["timesteps"]]
+    upstream = alpha_bar / (1 - alpha_bar) * 0.01
+    assert torch.allclose(simple_loss(scheduler, snr_gamma=1e9)(answer, batch), upstream, rtol=1e-2)
+
+
+def test_keys_share_a_stream_only_as_torchs_32_bits_of_a_seed_do():
+    draws = [torch.randn(4, generator=keyed_generator(0, "noise", ordinal)) for ordinal in (418_906, 625_568, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_the_hybrid_loss_teaches_the_variance_and_leaves_the_mean_to_the_simple_loss():

@@ -148,6 +148,21 @@ def test_walking_denoises_to_the_posterior_too(folder):
     assert 0.6 < means[0].std() / math.sqrt(0.16**2 / 0.32) * 2 < 1.3
 
 
+@pytest.mark.parametrize("steps", [1, 10, 25, T])
+def test_faint_noise_is_removed_in_any_number_of_steps(folder, steps):
+    """Near t = -1 float32 rounds 1 - alphas_cumprod to 0, which must not be a divisor."""
+    pipe = gaussian(folder, s=0.4)
+    y = 0.7 + 0.02 * torch.randn(4, 1, 4, 4, generator=seeded())
+    levels = [0, 0.002, 0.02, 0.1]
+    arguments = dict(noise_level=levels, num_inference_steps=steps, num_samples=64, generator=seeded())
+    restored = pipe(y, "denoise", **arguments, output_type="pt").images
+    expected, sigma = 2 * y - 1, 2 * torch.tensor(levels).clamp(min=2e-3)[:, None, None, None]
+    expected = (expected * 0.16 / (0.16 + sigma**2) + 1) / 2
+    assert ((restored - expected).abs() <= 0.3 * sigma + 1e-3).all()
+    estimated = pipe(y[:1].round(decimals=3), "denoise", num_inference_steps=steps, output_type="pt").images
+    assert estimated.isfinite().all()
+
+
 def test_restorations_of_gaussian_data_have_the_posterior_mean(folder):
     """With white data, what is known shrinks to the mean by s^2 / (s^2 + sigma^2), and what is not is the mean."""
     pipe = gaussian(folder, s=1.0)
@@ -158,6 +173,16 @@ def test_restorations_of_gaussian_data_have_the_posterior_mean(folder):
     expected = 0.5 + (y - 0.5) / (1 + 0.4**2)
     expected[..., :4, :] = 0.5
     assert (output.images - expected).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("task, low, high", [("inpaint", 0.4, 0.6), ("denoise", 0.8, 1.0)])
+def test_restorations_vary_as_the_docstring_says(folder, task, low, high):
+    """The posterior of white data has the variance s^2 sigma^2 / (s^2 + sigma^2)."""
+    pipe, y = gaussian(folder, s=0.4), torch.full((300, 1, 4, 4), 0.6)
+    options = {"mask": torch.zeros(4, 4)} if task == "inpaint" else {}
+    options |= dict(noise_level=0.15, num_inference_steps=25, num_samples=1, generator=seeded(), output_type="pt")
+    variance = (2 * pipe(y, task, **options).images).var() / (0.16 * 0.09 / 0.25)
+    assert low < variance < high
 
 
 @pytest.mark.parametrize("task", ["inpaint", "super_resolution", "colorize", "deblur"])

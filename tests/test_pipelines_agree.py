@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -10,15 +11,23 @@ from conftest import ROOT
 
 FILES = sorted((ROOT / "pipelines").glob("*.py"))
 SHARED = {
+    "to_output": 3,
     "ddpm_scheduler": 3,
     "trailing_timesteps": 2,
     "predict_original_sample": 2,
-    "ddim_step": 2,
     "after_step": 3,
     "check_steps": 3,
     "check_generator": 3,
     "check_output": 3,
 }
+
+
+def load(path):
+    """Import a pipeline file."""
+    spec = importlib.util.spec_from_file_location(f"agree_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def functions():
@@ -51,8 +60,14 @@ def test_no_method_has_more_than_five_positional_parameters(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_tensor_stays_on_its_device(path):
-    spec = importlib.util.spec_from_file_location(f"agree_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    images = module.to_output(torch.zeros(2, 3, 4, 5, device="meta"), "pt")
+    images = load(path).to_output(torch.zeros(2, 3, 4, 5, device="meta"), "pt")
     assert images.device.type == "meta" and images.shape == (2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("pixel", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_pixels_that_are_not_finite_become_no_picture(path, pixel):
+    images = torch.zeros(2, 1, 4, 4)
+    images[1, 0, 2, 2] = pixel
+    with pytest.raises(ValueError, match="pixels that are nan or infinite"):
+        load(path).to_output(images, "pil")

@@ -20,7 +20,8 @@ PARAMETERS = {
     "mnist": (1_623_169, 641_122),
     "mnist-cpu": (686_769, 291_554),
     "cifar10": (35_746_307, 13_412_738),
-    "cifar10-cosine": (52_545_926, 20_407_426),
+    "cifar10-cosine": (52_546_438, 20_407_938),  # the first: improved-diffusion's own count
+    "afhq-cat-cpu": (3_832_251, 1_548_098),
     "afhq-cat-64": (35_746_307, 13_412_738),
     "afhq-cat-128": (85_602_691, 33_498_626),
     "afhq-cat-256": (113_673_219, 42_615_042),
@@ -39,7 +40,7 @@ def parameters(unet):
 
 def test_cifar10_is_the_published_ddpm():
     unet = build("--preset=cifar10")
-    assert round(parameters(unet) / 1e6, 1) == 35.7  # hojonathanho/diffusion scripts/run_cifar.py: "35.7M"
+    assert parameters(unet) == 35_746_307  # hojonathanho/diffusion scripts/run_cifar.py: "35.7M"
     # unet/config.json of google/ddpm-cifar10-32, as diffusers writes it today; dropout belongs to training.
     published = dict(
         act_fn="silu", add_attention=True, attention_head_dim=None, block_out_channels=(128, 256, 256, 256),
@@ -58,13 +59,24 @@ def test_cifar10_is_the_published_ddpm():
 
 def test_cifar10_cosine_is_nichol_and_dhariwals():
     unet = build("--preset=cifar10-cosine")
-    assert round(parameters(unet) / 1e6) in (52, 53)  # the release calls it cifar10_uncond_50M
+    assert parameters(unet) == 52_546_438  # as built by openai/improved-diffusion's script_util.py
     assert unet.config.out_channels == 6  # mean and variance
     heads = {m.heads for m in unet.modules() if type(m).__name__ == "Attention"}
     assert heads == {4}
     assert unet.config.down_block_types == ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D")
     config = parse_config(["--preset=cifar10-cosine"])
     assert (config.ddpm_num_steps, config.dropout, config.random_flip, config.max_grad_norm) == (4000, 0.3, False, 0)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-cosine"])
+def test_every_attention_has_a_group_norm(name):
+    """diffusers leaves it out in the middle block if the blocks are scaled and shifted by the timestep."""
+    classify = TrainingConfig.from_preset(name, objective="classify", variance_type="fixed_small")
+    with torch.device("meta"):
+        classifier = build_classifier(classify, 3, ["cat", "dog"])
+    for network in (build(f"--preset={name}"), classifier):
+        attentions = [module for module in network.modules() if type(module).__name__ == "Attention"]
+        assert len(attentions) > 2 and all(one.group_norm.num_groups == 32 for one in attentions)
 
 
 def test_afhq_256_has_the_size_of_hos_lsun_model():
@@ -108,7 +120,8 @@ def other_values(config):
     down = tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attended)
     up = tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attended))
     plain = {"down_block_types": ("DownBlock2D",) * len(mults), "up_block_types": ("UpBlock2D",) * len(mults)}
-    scale = "default" if config.resnet_time_scale_shift == "scale_shift" else "scale_shift"
+    is_scaled = config.resnet_time_scale_shift == "scale_shift"
+    scale, groups = ("default", None) if is_scaled else ("scale_shift", unet_kwargs(config, 3)["norm_num_groups"])
     return [
         ("base_channels", 96, {"block_out_channels": tuple(96 * mult for mult in mults)}),
         ("channel_mults", [2 * m for m in mults], {"block_out_channels": tuple(2 * m * base for m in mults)}),
@@ -117,9 +130,9 @@ def other_values(config):
         ("attention_resolutions", [], plain | {"add_attention": False}),
         ("dropout", 0.45, {"dropout": 0.45}),
         ("attention_head_dim", 16, {"attention_head_dim": 16}),
-        ("norm_num_groups", 4, {"norm_num_groups": 4}),
+        ("norm_num_groups", 4, {"norm_num_groups": 4} | ({"attn_norm_num_groups": 4} if is_scaled else {})),
         ("norm_eps", 1e-3, {"norm_eps": 1e-3}),
-        ("resnet_time_scale_shift", scale, {"resnet_time_scale_shift": scale}),
+        ("resnet_time_scale_shift", scale, {"resnet_time_scale_shift": scale, "attn_norm_num_groups": groups}),
         ("flip_sin_to_cos", not config.flip_sin_to_cos, {"flip_sin_to_cos": not config.flip_sin_to_cos}),
         ("freq_shift", 1 - config.freq_shift, {"freq_shift": 1 - config.freq_shift}),
         ("downsample_padding", 1 - config.downsample_padding, {"downsample_padding": 1 - config.downsample_padding}),

@@ -12,6 +12,8 @@ from ddpm_hf.__main__ import main
 from ddpm_hf.community_pipelines import pipeline_file
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.models.saving import save_pipeline
+from ddpm_hf.sampling.masks import read_mask, read_masks_in_memory
+from ddpm_hf.sampling.restoration import restore
 
 
 FEW = ["--num_inference_steps=2", "--num_samples=1"]
@@ -121,12 +123,88 @@ def test_inpainting_keeps_what_is_black_in_the_mask(tiny_run, images, tmp_path):
     assert changed[:, 6:].max() <= 2 < changed[:, :6].mean()
 
 
-def test_a_mask_without_white_is_refused(tiny_run, images, tmp_path, capsys):
-    Image.new("L", Image.open(images / "a.png").size).save(tmp_path / "black.png")
-    flags = ["--task=inpaint", f"--mask={tmp_path / 'black.png'}"]
-    with pytest.raises(SystemExit) as stopped:
-        main(["restore", str(tiny_run), str(images / "a.png"), str(tmp_path / "one.png"), *flags])
-    assert stopped.value.code == 2 and "is black everywhere" in capsys.readouterr().err
+def strokes(mode, color):
+    """A mask that an editor saves: transparent, but for a stroke of this color in 8:20, 8:20."""
+    layer = Image.new("RGBA", (28, 28))
+    layer.paste((*color, 255), (8, 8, 20, 20))
+    if mode != "P":
+        return layer.convert(mode)
+    mask = Image.new("P", (28, 28), 1)
+    mask.putpalette([*color, 255, 255, 255])
+    mask.paste(0, (8, 8, 20, 20))
+    mask.info["transparency"] = 1
+    return mask
+
+
+def named_grey_value():
+    """A 16-bit mask whose tRNS chunk makes one grey value transparent."""
+    values = np.full((28, 28), 65535, np.uint16)
+    values[8:20, 8:20] = 0
+    return Image.fromarray(values)
+
+
+def on_black(layer):
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
+
+
+MASKS = {
+    "white on transparent": (strokes("RGBA", (255, 255, 255)), {}),
+    "black on transparent": (strokes("RGBA", (0, 0, 0)), {}),
+    "red on transparent": (strokes("RGBA", (255, 0, 0)), {}),
+    "grey and transparency": (strokes("LA", (40, 40, 40)), {}),
+    "black in a palette": (strokes("P", (0, 0, 0)), {"transparency": 1}),
+    "white in a palette": (strokes("P", (255, 255, 255)), {"transparency": 1}),
+    "one grey value is transparent": (strokes("RGBA", (0, 0, 0)).getchannel("A"), {"transparency": 0}),
+    "one grey value of 16 bits is transparent": (named_grey_value(), {"transparency": 65535}),
+    "opaque everywhere": (on_black(strokes("RGBA", (255, 255, 255))), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("mask", "options"), MASKS.values(), ids=MASKS)
+def test_the_opaque_parts_of_a_mask_are_painted(tmp_path, mask, options):
+    mask.save(tmp_path / "mask.png", **options)
+    painted = read_mask(tmp_path / "mask.png")
+    assert painted[8:20, 8:20].all() and painted.sum() == 144
+    assert torch.equal(read_masks_in_memory([Image.open(tmp_path / "mask.png")])[0], painted)
+
+
+def test_a_turned_mask_is_turned_with_its_transparency(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # to be shown turned clockwise
+    layer = Image.new("RGBA", (8, 4))
+    layer.paste("white", (0, 0, 2, 1))  # top left, so top right when turned
+    layer.save(tmp_path / "mask.png", exif=exif)
+    painted = read_mask(tmp_path / "mask.png")
+    assert painted.shape == (8, 4) and painted.sum() == 2 and painted[:2, 3].all()
+
+
+def test_what_is_painted_is_said_and_nothing_else_changes(tiny_run, images, tmp_path, capsys):
+    strokes("RGBA", (255, 255, 255)).save(tmp_path / "brush.png")
+    flags = ["--task=inpaint", f"--mask={tmp_path / 'brush.png'}", *FEW]
+    main(["restore", str(tiny_run), str(images / "a.png"), str(tmp_path / "one.png"), *flags])
+    assert "The mask repaints 18.4 % of the pixels." in capsys.readouterr().out  # 144 of 784
+    changed = np.abs(pixels(tmp_path / "one.png") - pixels(images / "a.png"))
+    assert changed[8:20, 8:20].mean() > 2
+    changed[8:20, 8:20] = 0
+    assert changed.max() <= 2
+    image, mask = Image.open(images / "a.png"), Image.open(tmp_path / "brush.png")
+    settings = dict(task="inpaint", num_inference_steps=2, num_samples=1)
+    assert np.array_equal(restore(tiny_run, image, mask=mask, **settings)[0], pixels(tmp_path / "one.png"))
+
+
+@pytest.mark.parametrize(
+    ("color", "why"),
+    [
+        ((0, 0, 0, 255), "is black everywhere"),
+        ((0, 0, 0, 0), "is transparent everywhere"),
+        ((255, 255, 255, 255), "marks the whole image"),
+        ((9, 9, 9, 128), "marks the whole image"),
+    ],
+)
+def test_a_mask_of_nothing_or_all_is_refused(tiny_run, images, tmp_path, capsys, color, why):
+    Image.new("RGBA", (28, 28), color).save(tmp_path / "mask.png")
+    flags = ["--task=inpaint", f"--mask={tmp_path / 'mask.png'}"]
+    assert why in refused(capsys, tiny_run, images / "a.png", tmp_path / "one.png", *flags)
     assert not (tmp_path / "one.png").exists()
 
 
@@ -243,7 +321,7 @@ def test_bad_places(tiny_run, images, tmp_path, capsys):
         (images / "notes.txt", tmp_path / "out.png", "cannot be read"),
         (images, tmp_path / "file", "is a file or the same folder as INPUT"),
         (images, images, "is a file or the same folder as INPUT"),
-        (images, tmp_path / "file" / "deeper", "could not be written"),
+        (images, tmp_path / "file" / "deeper", "nothing can be written in"),
     ]:
         assert wanted in refused(capsys, tiny_run, given, output, "--task=denoise")
     assert (tmp_path / "file").read_text() == "mine"

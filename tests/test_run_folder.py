@@ -7,10 +7,12 @@ from conftest import ROOT, TINY
 
 from ddpm_hf import UserError, files
 from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.models import build
+from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.run_folder import checkpoints
-from ddpm_hf.training.checkpoints import remove_checkpoint
+from ddpm_hf.training.checkpoints import remove_checkpoint, save_checkpoint
 from ddpm_hf.training.loop import train
-from ddpm_hf.training.run import open_run
+from ddpm_hf.training.run import build_run, open_run
 
 
 def config(folder, *flags):
@@ -58,6 +60,27 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(ran, name, size
     with pytest.raises(UserError, match="checkpoint-1 is damaged"):
         open_run(config(ran, "--use_ema", "--resume_from_checkpoint=checkpoint-1"))
     assert listing(ran) == before
+
+
+@pytest.mark.parametrize("objective", ["simple", "classify"])
+def test_a_run_of_an_earlier_version_goes_on_without_the_group_norm_that_it_lacks(tmp_path, objective):
+    flags = [*TINY, "--resnet_time_scale_shift=scale_shift", f"--objective={objective}"]
+    new = build_run(parse_config([*flags, f"--output_dir={tmp_path}/run"]), None)[0]
+    assert new.network.mid_block.attentions[0].group_norm is not None
+
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "middle_norm_groups", lambda *_: None)
+        old = build_run(new.config, None)[0]
+    old.state.step = 1
+    network = {"unet": dict(old.network.config), "class_names": None}
+    if objective == "classify":
+        del network["unet"]["attn_norm_num_groups"]  # earlier classifiers do not have this argument
+    save_checkpoint(old.accelerator, old.config, old.state, network=network, ema=None, rows=[])
+    resumed = open_run(parse_config([*flags, f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=latest"]))
+    assert resumed.network.mid_block.attentions[0].group_norm is None and resumed.state.step == 1
+    if objective == "simple":
+        assert load_pretrained(checkpoint).unet.mid_block.attentions[0].group_norm is None
 
 
 def test_a_tracker_that_cannot_start_leaves_the_run_that_was_to_be_overwritten(ran):

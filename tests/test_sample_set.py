@@ -186,10 +186,14 @@ def test_low_precision_is_inside_the_unet_only(model):
     assert low.dtype == torch.float32 and 0 < (low - full).abs().mean() < 0.05
 
 
-def test_images_that_are_not_finite_are_refused(tmp_path, tiny_run):
+def test_images_that_are_not_finite_are_refused(tmp_path, tiny_run, monkeypatch):
     model = load_pretrained(str(tiny_run))
     model.unet.conv_out.bias.data.fill_(float("nan"))
     sampler = Sampler(name="ddim", num_inference_steps=2).resolve(model)
+    with pytest.raises(UserError, match="predicts numbers that are not finite .float32.: give"):
+        draw_samples(model, sampler, 2, tmp_path / "nan", batch_size=2)
+    assert not (tmp_path / "nan").exists()
+    monkeypatch.setattr("ddpm_hf.sampling.sample_set.step_seconds", lambda *step: 0.0)  # as if only later steps fail
     with pytest.raises(UserError, match="image 0 has pixels that are not finite"):
         draw_samples(model, sampler, 2, tmp_path / "nan", batch_size=2)
     assert not files(tmp_path / "nan")

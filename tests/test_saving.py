@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import model_of
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
 from ddpm_hf.community_pipelines import shipped
@@ -15,6 +16,7 @@ from ddpm_hf.models import saving
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.pretrained import load_classifier, load_pretrained
 from ddpm_hf.models.saving import save_classifier, save_pipeline
+from ddpm_hf.sampling.settings import Sampler
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +24,11 @@ def unet():
     return tiny_unet()
 
 
-def tiny_unet(**kwargs):
+def tiny_unet(out_channels=1, **kwargs):
     torch.manual_seed(0)
     blocks = dict(down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], block_out_channels=[8], **kwargs)
-    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, **blocks)
+    sizes = dict(sample_size=8, in_channels=1, out_channels=out_channels, layers_per_block=1, norm_num_groups=4)
+    return UNet2DModel(**sizes, **blocks)
 
 
 def test_a_pipeline_is_stock_and_loads_as_ddpm_and_ddim(tmp_path, unet):
@@ -48,6 +51,43 @@ def test_a_pipeline_is_stock_and_loads_as_ddpm_and_ddim(tmp_path, unet):
     assert (tmp_path / "README.md").read_text() == "mine"
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["README.md", "model_index.json", "scheduler", "unet"]
+
+
+@pytest.mark.parametrize(
+    "variance_type, steps, how",
+    [
+        ("fixed_small", 50, {}),
+        ("fixed_small", 10, {}),
+        ("fixed_large", 50, {}),
+        ("learned_range", 50, {}),
+        ("learned_range", 20, {"timesteps": "linspace"}),
+        ("learned_range", 7, {"timesteps": "linspace"}),
+    ],
+)
+def test_stock_ddpm_draws_what_sample_draws_without_noise_at_the_end(tmp_path, variance_type, steps, how):
+    unet = tiny_unet(2 if variance_type == "learned_range" else 1)
+    unet.conv_out.bias.data[1:] = 3.0  # a large variance
+    scheduler = PaperDDPMScheduler.nichol_cosine(50, variance_type=variance_type)
+    save_pipeline(tmp_path, unet, scheduler)
+    pipeline, model = DDPMPipeline.from_pretrained(tmp_path), load_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    stock = pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="pt").images
+    drawn = Sampler(num_inference_steps=steps, **how).resolve(model).draw(model, [0])
+    torch.testing.assert_close(drawn, 2 * stock - 1, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize("steps", [50, 12])
+def test_the_published_spacing_does_not_change_our_samplers(tmp_path, variance_type, steps):
+    unet = tiny_unet(2 if variance_type == "learned_range" else 1)
+    scheduler = PaperDDPMScheduler.nichol_cosine(50, variance_type=variance_type)
+    save_pipeline(tmp_path, unet, scheduler)
+    saved, trained = load_pretrained(tmp_path), model_of(unet, scheduler)
+    for name in ("ddpm", "ddim"):
+        images = [
+            Sampler(name=name, num_inference_steps=steps).resolve(model).draw(model, [0]) for model in (saved, trained)
+        ]
+        torch.testing.assert_close(*images, rtol=0, atol=1e-3)
 
 
 def test_a_saved_network_does_not_say_where_it_was_loaded_from(tmp_path, unet, monkeypatch):

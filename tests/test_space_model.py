@@ -13,6 +13,7 @@ from diffusers import DDIMPipeline, DDPMPipeline
 from PIL import Image
 from space_server import pixels, save_model
 
+from ddpm_hf.data.decode import to_array
 from ddpm_hf.errors import UserError
 from ddpm_hf.models.pretrained import load_pretrained
 
@@ -20,8 +21,8 @@ from ddpm_hf.models.pretrained import load_pretrained
 sys.path.insert(0, str(ROOT / "spaces"))
 
 from checks import Refused
-from images import read_image, to_tensor
-from model import Model, community_pipeline, open_model
+from images import read_image, to_images, to_tensor
+from model import Model, open_model, shared_module
 from tabs.compare import compare
 from tabs.generate import generate
 from tabs.how_it_works import forward
@@ -63,9 +64,9 @@ def test_all_steps_draw_what_stock_diffusers_draws(folder, kind, sampler, stock)
 
 @pytest.mark.parametrize("sampler", ["DDIM", "DDPM"])
 @pytest.mark.parametrize("steps, guidance", [(4, 1.0), (10, 1.0), (4, 3.0)])
-def test_a_class_is_drawn_as_by_the_community_pipeline(conditional, sampler, steps, guidance):
+def test_a_class_is_drawn_as_by_the_shared_module(conditional, sampler, steps, guidance):
     model = conditional
-    pipeline = community_pipeline("class_guided").ClassGuidedPipeline(
+    pipeline = shared_module("class_guided").ClassGuidedPipeline(
         model.unet, model.scheduler, id2label=dict(enumerate(CLASSES))
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -149,7 +150,9 @@ def test_what_shows_through_and_the_middle(tmp_path):
     image.save(tmp_path / "clear.png")
     read = read_image(tmp_path / "clear.png")
     grey, colour = (to_tensor(read, (20, 20), channels) for channels in (1, 3))
-    assert grey.shape == (1, 1, 20, 20) and grey[0, 0, 0, 0] == -1
+    assert grey.shape == (1, 1, 20, 20) and grey[0, 0, 0, 0] == 1
+    trained = to_array(Image.open(tmp_path / "clear.png"), channels=1)[:, 10:30, 0]
+    assert torch.equal(grey[0, 0], torch.from_numpy(trained.astype(np.float32) / 127.5 - 1))
     assert colour.shape == (1, 3, 20, 20) and (colour[0, :, 0, 0] == 1).all()
     assert colour[0, :, 10, 10].tolist() == [1, -1, -1]
 
@@ -260,3 +263,11 @@ def test_a_model_that_cannot_draw_is_refused_in_one_sentence(folder, name):
     with pytest.raises(Refused) as error:
         open_model(str(path))
     assert "\n" not in str(error.value) and re.search(": (give|add) ", str(error.value)), error.value
+
+
+@pytest.mark.parametrize("pixel", [torch.nan, torch.inf])
+def test_pixels_that_are_not_finite_are_not_shown(pixel):
+    images = torch.zeros(2, 1, 4, 4)
+    images[1, 0, 2, 2] = pixel
+    with pytest.raises(Refused, match="pixels that are nan or infinite"):
+        to_images(images)

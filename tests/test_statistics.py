@@ -130,21 +130,45 @@ def test_the_jackknife_is_the_true_sampling_deviation_and_infinity_is_unbiased()
 
 def test_kernel_distance_equals_torchmetrics_whatever_the_chunk(monkeypatch):
     a, b = gaussian(60, 12, seed=0), gaussian(60, 12, seed=1, shift=0.4)
-    wanted = poly_mmd(a, b).item()
+    wanted, whole = poly_mmd(a, b).item(), kernel_distance(a, b)
     assert abs(kernel_distance(a, b)[0] - wanted) < 1e-9
     monkeypatch.setattr(metrics, "CHUNK", 60 * 7)
     assert abs(kernel_distance(a, b)[0] - wanted) < 1e-9
-    blocks = [poly_mmd(a[k::3], b[k::3]).item() for k in range(3)]
-    assert math.isclose(kernel_distance(a, b, 3)[1], np.std(blocks, ddof=1) / math.sqrt(3), rel_tol=1e-9)
+    assert math.isclose(kernel_distance(a, b)[1], whole[1], rel_tol=1e-9)
 
 
 def test_kernel_distance_is_unbiased():
-    pairs = [kernel_distance(gaussian(40, 4, 2 * k), gaussian(60, 4, 2 * k + 1), 2)[0] for k in range(200)]
+    pairs = [kernel_distance(gaussian(40, 4, 2 * k), gaussian(60, 4, 2 * k + 1))[0] for k in range(200)]
     assert abs(np.mean(pairs)) < 3 * np.std(pairs) / math.sqrt(200)
     # In one dimension, the points 1, 2, 1, 2 against four points at 0, whose kernel is 1 with every other point.
     two = [torch.tensor([[1.0], [2.0]]).repeat(2, 1), torch.zeros(4, 1)]
     within = (2 * 2**3 + 2 * 5**3 + 8 * 3**3) / 12  # of the 12 ordered pairs: 2 (1,1), 2 (2,2), 8 (1,2)
-    assert math.isclose(kernel_distance(*two, 2)[0], within + 1 - 2 * 1)
+    assert math.isclose(kernel_distance(*two)[0], within + 1 - 2 * 1)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, 0.5])
+def test_the_error_of_the_kernel_distance_is_the_spread_of_repeated_draws(shift):
+    """At shift 0 the spread comes from the pairs, which blocks or a jackknife overestimate; else from the points."""
+    reference = gaussian(150, 8, seed=999)
+    draws = [kernel_distance(gaussian(100, 8, seed, shift=shift), reference) for seed in range(300)]
+    values, errors = map(np.array, zip(*draws))
+    assert math.sqrt((errors**2).mean()) / values.std(ddof=1) == pytest.approx(1, abs=0.12)
+    assert (errors > 0).mean() > 0.98
+
+
+def test_the_error_of_the_kernel_distance_by_the_definition():
+    """All pairs of pairs of six points: those with both points, one point and no point in common."""
+    a, b = gaussian(6, 2, seed=3), gaussian(5, 2, seed=4)
+    g = ((a @ b.T / 2 + 1) ** 3).mean(dim=1)
+    h = (a @ a.T / 2 + 1) ** 3 - g[:, None] - g
+    pairs = [(i, j) for i in range(6) for j in range(6) if i != j]
+    products = {2: [], 1: [], 0: []}
+    for p in pairs:
+        for q in pairs:
+            products[len({*p} & {*q})].append((h[p] * h[q]).item())
+    same, shared, apart = (np.mean(products[k]) for k in (2, 1, 0))
+    variance = 2 / 30 * (8 * (shared - apart) + same - apart)
+    assert math.isclose(kernel_distance(a, b)[1], math.sqrt(max(variance, 0)), rel_tol=1e-9)
 
 
 def test_standardised_features_do_not_depend_on_scale():
@@ -235,7 +259,7 @@ def test_class_report_by_hand():
         lambda x: frechet_distance(*mean_and_covariance(x), *mean_and_covariance(x[:, :4])),
         lambda x: frechet_standard_error(x, *mean_and_covariance(x), num_blocks=16),
         lambda x: frechet_at_infinity(x[:19], *mean_and_covariance(x)),
-        lambda x: kernel_distance(x, x[:10], num_blocks=6),
+        lambda x: kernel_distance(x[:3], x),
         lambda x: kernel_distance(x, x * math.nan),
         lambda x: precision_recall(x, x[:3]),
         lambda x: inception_score(x[:9]),

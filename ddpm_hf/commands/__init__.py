@@ -15,6 +15,7 @@ COMMANDS = [
     "restore",
     "figures",
     "export",
+    "convert",
     "card",
     "push",
     "push-space",

@@ -7,8 +7,6 @@ ddpm_hf compare a.json b.json
 ddpm_hf compare ddim10.json ddim50.json --vary sampler
 """
 
-from pathlib import Path
-
 from .flags import names
 
 
@@ -24,12 +22,6 @@ def add_flags(parser):
 
 
 def run(arguments):
-    from ..evaluation.compare import comparison
-    from ..evaluation.records import read_record
+    from ..evaluation.compare import compare
 
-    records = {
-        Path(path).stem if len(arguments.records) > 1 else path: read_record(path) for path in arguments.records
-    }
-    if len(records) < len(arguments.records):
-        records = {path: read_record(path) for path in arguments.records}
-    print(comparison(records, arguments.vary, arguments.markdown))
+    print(compare(*arguments.records, vary=arguments.vary, markdown=arguments.markdown))

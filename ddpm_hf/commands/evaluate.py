@@ -22,7 +22,8 @@ def add_flags(parser):
     parser.add_argument(
         "subject",
         nargs="?",
-        help="a model (folder, checkpoint or Hub id), or samples: a folder of PNG files, or an .npz whose arr_0 is "
+        help="a model (folder, checkpoint or Hub id), or samples: a folder with PNG files, or with subfolders of PNG "
+        "files, or an .npz whose arr_0 is "
         "uint8 (N, H, W, C)",
     )
     parser.add_argument(
@@ -84,6 +85,14 @@ def add_data_flags(parser):
     add("--label_column", help="column with the classes")
     add("--validation_split", help="held-out images: the name of a split, or a count or share of the training images")
     add("--class_names", type=names, help="keep only these classes, e.g. cat,dog")
+    add("--channels", type=int, choices=[1, 3], help="channels of the images: 1 (grey) or 3 (RGB)")
+    add(
+        "--pixel_range",
+        type=names,
+        metavar="BLACK,WHITE",
+        help="values of black and white in grey images of more than 8 bits, e.g. --pixel_range=0,4095",
+    )
+    add("--on_bad_image", choices=["refuse", "skip"], help="what to do about images that cannot be read")
     add("--resolution", type=int, help="height and width in pixels for --calibrate without a model; default: 32")
     add(
         "--reference",

@@ -43,7 +43,13 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
         help="variance of ddpm's noise; default: the model's own if all T steps are taken, else fixed_small",
     )
     add("--dtype", default="float32", help="precision inside the UNet: float32, bfloat16 or float16; default: float32")
-    add("--seed", type=int, default=0, help="image k uses the generator seeded with seed + k; default: 0")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="image k uses the generator seeded with seed + k, so N images of seeds 0 and 1 share all but one, and "
+        "those of seeds 0 and N share none; default: 0",
+    )
     add("--class_labels", type=names, help="classes to draw in turn, e.g. cat,dog or 0,1,2; default: all")
     add(
         "--guidance_scale",

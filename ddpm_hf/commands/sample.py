@@ -40,7 +40,9 @@ def run(arguments):
     name = f"{model.facts['name'].replace('/', '--')}-{sampler.name}{sampler.num_inference_steps}"
     if sampler.classifier is not None or sampler.guidance_scale != 1:
         name += f"-guided{sampler.guidance_scale:g}"
-    output = arguments.output or Path("samples", f"{name}-seed{sampler.seed}")
+    output = arguments.output
+    if output is None:
+        output = Path("samples", f"{name}-seed{sampler.seed}")
     sheet = Path(f"{output}.sheet.png")
     check_sheet(sheet, output)
     for warning in sampler.warnings(model):

@@ -36,7 +36,7 @@ def flag(default, help: str, **bounds):
 
 
 def check_types(config):
-    """Turn paths into strings, and refuse a value whose type is not the type of its field.
+    """Turn paths into strings, put the home folder for a leading ~, and refuse a value of another type than its field.
 
     Only Python code can give a wrong type, because argparse converts the flags of a command line.
 
@@ -45,12 +45,12 @@ def check_types(config):
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, os.PathLike):
-            value = os.fspath(value)
+        if isinstance(value, str | os.PathLike):
+            value = os.path.expanduser(value)
             setattr(config, field.name, value)
         if not is_allowed(value, field.type):
             kinds, choices = allowed(field.type)
-            wanted = [TYPES[kind] for kind in kinds if kind is not types.NoneType] + choices
+            wanted = [TYPES[kind] for kind in kinds if kind is not types.NoneType] + list(map(str, choices))
             raise UserError(f"--{field.name} is {value!r}, but must be {' or '.join(wanted)}.")
 
 
@@ -84,7 +84,7 @@ def is_allowed(value, annotation) -> bool:
     return value in choices or any(fits(value, kind) for kind in kinds)
 
 
-def allowed(annotation) -> tuple[list[type], list[str]]:
+def allowed(annotation) -> tuple[list[type], list]:
     """Return the types and the choices that an annotation allows: `Literal["a"] | None` gives ([NoneType], ["a"])."""
     kinds = []
     choices = []
@@ -118,4 +118,5 @@ def split_list(words, kind: type = str, example: str = "") -> list | None:
     try:
         return [kind(part) for part in parts]
     except ValueError:
-        raise UserError(f"{' '.join(map(str, words))!r} is not a list of whole numbers: write {example}.") from None
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise UserError(f"{' '.join(map(str, words))!r} is not a list of {numbers}: write {example}.") from None

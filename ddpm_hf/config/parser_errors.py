@@ -1,13 +1,25 @@
 """What the parsers of all commands share. This file imports nothing slow, because `--help` has to answer quickly."""
 
+import os
+
 from ..errors import no_such, no_such_flag, one_sentence
 
 
+def with_home(word: str) -> str:
+    """Return `~/x` and `--flag=~/x` with the home folder for the ~, and any other word unchanged."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + os.path.expanduser(value)
+
+
 class OneSentenceErrors:
-    """Add this to an ArgumentParser: its errors are one sentence, without the usage, and suggest a spelling."""
+    """Add this to an ArgumentParser: its errors are one sentence, without the usage, and suggest a spelling.
+
+    A leading ~ in a value is the home folder, also in `--output=~/x`, where many shells leave the ~ as it is.
+    """
 
     def parse_args(self, words: list[str], namespace=None):
         """Return the parsed flags. An unknown flag is reported before a missing argument."""
+        words = [with_home(word) for word in words]
         known = self._option_string_actions
         for word in words[: words.index("--") if "--" in words else None]:
             if word.startswith("--") and word.partition("=")[0] not in known:
@@ -19,7 +31,7 @@ class OneSentenceErrors:
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            self.error(no_such(action.option_strings[0], value, action.choices))
+            self.error(no_such(action.option_strings[0], str(value), list(map(str, action.choices))))
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_sentence(message)}\n")

@@ -7,6 +7,7 @@ This file does not import torch, because `--help` has to answer quickly.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,6 +51,18 @@ class DataOptions:
     center_crop: bool = flag(False, "Crop images to their central square, instead of a random square")
     random_flip: bool = flag(False, "Mirror each image left to right with probability 1/2")
     preserve_input_precision: bool = flag(False, "Keep 16 and 32 bit images exact, instead of rounding them to 8 bit")
+    channels: Literal[1, 3] | None = flag(
+        None, "Channels of the images: 1 (grey) or 3 (RGB); default: 1 if their files are grey, else 3 [ours]"
+    )
+    pixel_range: list[str] | None = flag(
+        None,
+        "Values of black and white in grey images of more than 8 bits, e.g. --pixel_range=0,4095 for 12 bits; "
+        "default: 0,65535 for integers, 0,1 for floats [ours]",
+    )
+    on_bad_image: Literal["refuse", "skip"] = flag(
+        "refuse",
+        "What to do about images that cannot be read; skip: check all before training, leave these out [ours]",
+    )
     streaming: bool = flag(False, "Read the dataset as a stream, without storing it on disk [ours]")
     validation_split: str | None = flag(
         None, "Held-out images: a split's name, or a count (500) or share (0.05) of the training images [ours]"
@@ -117,7 +130,9 @@ class DiffusionOptions:
         "linear", "Noise schedule: ho_linear (scaled by 1000/T), nichol_cosine, or a beta_schedule of diffusers"
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
-        "epsilon", "What the UNet predicts: the noise, the clean image, or v"
+        "epsilon",
+        "What the UNet predicts: the noise, the clean image, or v; errors of the image have equal weights, not SNR "
+        "as in diffusers' script (for its weights, add --snr_gamma 1e9)",
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = flag(
         "fixed_small", "Variance of the reverse process; with learned_range the UNet predicts it [ours]"
@@ -131,7 +146,9 @@ class DiffusionOptions:
     timestep_sampling: Literal["uniform", "loss_second_moment"] = flag(
         "uniform", "How timesteps are drawn; loss_second_moment draws timesteps with large losses more often [ours]"
     )
-    loss_type: Literal["l2", "l1", "huber"] = flag("l2", "Distance between the prediction and its target [ours]")
+    loss_type: Literal["l2", "l1", "huber"] = flag(
+        "l2", "Distance between the prediction and its target; huber is smooth L1 with beta 1 [ours]"
+    )
     snr_gamma: float | None = flag(
         None,
         "Weight the loss by Min-SNR with this gamma, e.g. 5; default: no weights [ours]",
@@ -332,7 +349,21 @@ class TrainingConfig(*reversed(GROUPS)):
             raise UserError("--save_best needs held-out images to measure a loss: add --validation_split, e.g. 0.05.")
 
     def _check_data(self):
-        """Refuse a config without training images, and one whose held-out images are the training images."""
+        """Refuse flags that name no training images, or hold them out, or read their pixels in an impossible way."""
+        self.pixel_range = split_list(self.pixel_range, float, "--pixel_range=0,4095") or None
+        if self.pixel_range is not None:
+            numbers = ",".join(f"{value:.10g}" for value in self.pixel_range)
+            is_finite = all(map(math.isfinite, self.pixel_range))
+            if len(self.pixel_range) != 2 or not is_finite or self.pixel_range[0] >= self.pixel_range[1]:
+                raise UserError(
+                    f"--pixel_range is {numbers}, but must be the value of black and then the larger one of white, "
+                    "e.g. --pixel_range=0,4095."
+                )
+        if self.on_bad_image == "skip" and self.streaming:
+            raise UserError(
+                "--on_bad_image skip checks all images before training, and --streaming does not keep them: leave one "
+                "out."
+            )
         if self.validation_split == "train":
             raise UserError("--validation_split train names the training images: give another split or a share.")
         if self.dataset_name is None and self.train_data_dir is None:

@@ -8,20 +8,23 @@ which a run was resumed.
 import functools
 import hashlib
 import itertools
-from pathlib import Path
+import os
+from collections import Counter
 
 import datasets
 import numpy as np
-from huggingface_hub.errors import HTTPError
-from PIL import Image
 
 from ..errors import UserError
 from .decode import read_image, undecoded, use_file
+from .folders import SPLIT_OF, printable
 from .image_set import ImageSet
+from .sources import check_image, check_images, loading, open_source
 from .stream import StreamedSet
+from .survey import skip_unreadable, skipped_warning, survey
 
 
-GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
+TEXTS = {"string", "large_string"}  # types of columns
+CLASSES_SHOWN = 10  # with more classes, only the range of their sizes is printed
 
 
 def load_images(config, channels=None):
@@ -34,88 +37,91 @@ def load_images(config, channels=None):
         class_names: the list of the class names, in the order of the labels; None if there are no classes. Only the
             classes in `config.class_names` are kept, if that is given.
         fingerprint: 16 hex digits.
+        warnings: sentences to print about the pixels, which come from a look at up to 256 images (in a stream, at the
+            first 64). Only the training set has them.
+        skipped: the images that --on_bad_image skip left out of both sets, each with the reason. Only the training
+            set has them.
 
     Args:
-        channels: 1 or 3. None looks at up to 256 images (in a stream, at the first 64): 1 if all of them are grey,
-            else 3.
+        channels: the number of channels of the model, 1 or 3. None: `config.channels`, or what suits the images.
 
     Raises:
         UserError: if images, columns, classes or splits are missing or cannot be read.
     """
     if channels not in (None, 1, 3):
         raise UserError(f"the model has {channels} channels, but images have 1 (grey) or 3 (RGB): give another model.")
-    splits = _load_splits(config)
-    held_out = config.validation_split
+    if channels and config.channels not in (None, channels):
+        raise UserError(
+            f"the model has {channels} channels, but --channels is {config.channels}: leave --channels out, or give "
+            "another model."
+        )
+    source = open_source(config)
+    splits, held_out = source.splits, config.validation_split
+    if held_out not in splits and SPLIT_OF.get(held_out) in splits.keys() - {"train"}:
+        held_out = SPLIT_OF[held_out]  # val is validation, and so on
     if "train" not in splits:
         raise UserError(
             f"there is no split named `train`, only {', '.join(splits)}: rename the split that you want to train on "
             "to `train`."
         )
     columns, classes = _find_columns(splits["train"], config)
-    rows = _select_rows(splits["train"], columns, classes, config)
-    validation = None
-    if held_out in splits:
-        validation = _select_rows(splits[held_out], columns, classes, config)
-        if config.streaming:  # fetch the rows now, because they are used many times
-            validation = datasets.Dataset.from_list([{"row": n} | row for n, row in enumerate(validation)])
-    elif held_out is not None:
+    check = functools.partial(check_image, places=source.places, allow_missing=config.on_bad_image == "skip")
+    select = functools.partial(_select_rows, columns=columns, classes=classes, config=config, check=check)
+    rows, validation = select(splits["train"]), select(splits[held_out]) if held_out in splits else None
+    rows, validation, skipped = _usable(rows, validation, config)
+    if int(os.environ.get("RANK", 0)) == 0:  # one process of a launch says it
+        print(_describe(source, held_out, rows, classes), flush=True)
+    if validation is None and held_out is not None:
         rows, validation = _split_by_hash(rows, held_out, splits, config)
     if config.streaming:
-        sample = list(enumerate(row["image"] for row in itertools.islice(rows, 64)))
+        sample = [(row["row"], row["image"]) for row in _read_rows(rows, check, 64)]
+        if validation is not None:  # fetch the rows now, because they are used many times
+            validation = datasets.Dataset.from_list(_read_rows(validation, check))
     else:
         sample = list(undecoded(rows, range(0, len(rows), -(-len(rows) // 256) or 1)))
     if not sample or validation is not None and not len(validation):
         raise UserError("no images are left for training or for validation: give a larger dataset or more classes.")
-    modes = {use_file(lambda file: Image.open(file).mode, item) for item in sample}
+    channels, warnings = survey(sample, channels or config.channels, config.pixel_range)
+    # Without --pixel_range it is left out, so that the fingerprints of older runs stay the same.
+    options = {"pixel_range": tuple(config.pixel_range)} if config.pixel_range else {}
     read = functools.partial(
         read_image,
-        channels=channels or (1 if modes <= GREY_MODES else 3),
+        channels=channels,
         resolution=config.resolution,
         exact=config.preserve_input_precision,
+        **options,
     )
     parts = dict(classes=classes, read=read, config=config)
     validation = None if validation is None else ImageSet(validation, **parts)
-    return StreamedSet(rows, **parts, sample=sample) if config.streaming else ImageSet(rows, **parts), validation
+    train = StreamedSet(rows, **parts, sample=sample, check=check) if config.streaming else ImageSet(rows, **parts)
+    train.warnings = skipped_warning(skipped) + warnings
+    train.skipped = skipped
+    return train, validation
 
 
-def _load_splits(config):
-    """Return the dataset that the flags name, as a dict `{split: rows}`."""
-    name = config.dataset_name
-    if not name and not config.train_data_dir:
-        raise UserError("there is nothing to train on: give --dataset_name (Hub id or folder) or --train_data_dir.")
-    if name == "digits" and not Path(name).exists():
-        return {"train": _digits().to_iterable_dataset() if config.streaming else _digits()}
-    options = {"cache_dir": config.cache_dir, "streaming": config.streaming}
-    try:
-        if name:
-            return dict(datasets.load_dataset(name, config.dataset_config_name, **options))
-        return dict(datasets.load_dataset("imagefolder", data_dir=config.train_data_dir, **options))
-    except (
-        HTTPError,
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        datasets.exceptions.DatasetsError,
-    ) as error:
-        reason = " ".join(str(error).split("Example of usage")[0].split())
-        advice = "give a dataset of the Hub or a local folder, either with images or a copy of a Hub dataset"
-        if "Config" in reason:
-            advice = "give one of these as --dataset_config_name"
-        raise UserError(f"{name or config.train_data_dir} cannot be loaded ({reason}): {advice}.") from error
-
-
-def _digits():
-    """Return scikit-learn's 1,797 handwritten digits, 8x8, as rows with an image and a label."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)
-    # Encode as PGM, because --validation_split hashes the bytes. In PGM these are a constant header and the pixels.
-    files = [{"bytes": b"P5 8 8 255 " + image.tobytes(), "path": None} for image in pixels]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
-    return datasets.Dataset.from_dict({"image": files, "label": digits.target.tolist()}, features=features)
+def _describe(source, held_out, rows, classes):
+    """Return the line that says which files, classes and splits are used. `rows` are the training rows."""
+    is_stream = isinstance(rows, datasets.IterableDataset)
+    parts = [source.note or ("a stream of images" if is_stream else f"{len(rows):,} images")]
+    names = [printable(name) for name in classes.values()]
+    if classes and is_stream:
+        parts.append(f"{len(classes):,} classes" + f": {', '.join(names)}" * (len(classes) <= CLASSES_SHOWN))
+    elif classes:
+        found = Counter(rows["label"][:])
+        counts = [found[value] for value in classes]
+        if len(classes) <= CLASSES_SHOWN:
+            parts.append("classes: " + ", ".join(f"{name} {count:,}" for name, count in zip(names, counts)))
+        else:
+            parts.append(f"{len(classes):,} classes with {min(counts):,} to {max(counts):,} images each")
+        if without := len(rows) - sum(counts):
+            parts.append(f"{without:,} without a class")
+    if len(source.splits) > 1:
+        use = {"train": "used", held_out: "held out"}
+        sizes = {
+            k: "" if isinstance(v, datasets.IterableDataset) else f" {len(v):,}" for k, v in source.splits.items()
+        }
+        parts.append("splits: " + ", ".join(f"{k}{size} ({use.get(k, 'not used')})" for k, size in sizes.items()))
+    return f"Data: {'; '.join(parts)}."
 
 
 def _find_columns(rows, config):
@@ -126,18 +132,24 @@ def _find_columns(rows, config):
     features = rows.features or {}  # a stream of texts has None
     columns = ", ".join(features) or "none"
     first = {type(feature): name for name, feature in reversed(features.items())}
-    image = config.image_column or first.get(datasets.Image)
+    files = [name for name, feature in features.items() if _holds_files(feature)]
+    image = config.image_column or first.get(datasets.Image) or next(iter(files), None)
     label = config.label_column or first.get(datasets.ClassLabel)
+    is_listed = isinstance(rows, datasets.Dataset)  # else the values of a column are unknown
+    if label is None and is_listed and getattr(features.get("label"), "dtype", "") in TEXTS:
+        label = "label"
     kind = features.get(label)
+    dtype = getattr(kind, "dtype", "")
     classes = {}
-    if not isinstance(features.get(image), datasets.Image):
+    if not isinstance(features.get(image), datasets.Image) and image not in files:
         raise UserError(f"--image_column {image or '(not given)'} is not an image column: choose from {columns}.")
     if isinstance(kind, datasets.ClassLabel):
         classes = dict(enumerate(kind.names))
-    elif "int" in getattr(kind, "dtype", "") and not config.streaming:
-        classes = {value: str(value) for value in sorted(set(rows[label][:]) - {None})}
+    elif is_listed and ("int" in dtype or dtype in {"bool", *TEXTS}):
+        classes = {value: str(value) for value in sorted(set(rows[label][:]) - {None, ""})}
     elif label:
-        raise UserError(f"--label_column {label} is not a class column: choose from {columns}.")
+        why = f" (its {dtype} values are neither words nor whole numbers)" if "float" in dtype else ""
+        raise UserError(f"--label_column {label} is not a class column{why}: choose from {columns}.")
     if unknown := set(config.class_names or []) - set(classes.values()):
         known = f"choose from {', '.join(classes.values())}" if classes else f"give --label_column, one of {columns}"
         raise UserError(f"--class_names has {min(unknown)}, which is not a class of this dataset: {known}.")
@@ -146,15 +158,58 @@ def _find_columns(rows, config):
     return {image: "image"} | ({label: "label"} if label else {}), classes
 
 
-def _select_rows(rows, columns, classes, config):
-    """Return the rows of the wanted classes, with columns `image` (not decoded), `label` and `row` (row number)."""
+def _holds_files(feature):
+    """Return whether a column has encoded images without saying so: bytes, or a struct with `bytes`."""
+    if isinstance(feature, dict):
+        feature = feature.get("bytes")
+    return getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def _select_rows(rows, *, columns, classes, config, check):
+    """Return the rows of the wanted classes, with columns `image` (not decoded), `label` and `row` (row number).
+
+    Each image is checked with `check`; in a stream, later.
+    """
     # Cast first. Otherwise each later step of a stream would decode the images and encode them again.
-    rows = rows.cast_column(next(iter(columns)), datasets.Image(decode=False)).select_columns(list(columns))
+    rows = rows.cast_column(next(iter(columns)), datasets.Image(decode=False))
+    if config.streaming and isinstance(rows, datasets.Dataset):
+        # As a generator, because checkpoints contain the position of the stream, and `datasets` streams a folder so.
+        rows = datasets.IterableDataset.from_generator(_each, features=rows.features, gen_kwargs={"rows": rows})
+    rows = rows.select_columns(list(columns))
     rows = rows.rename_columns({column: name for column, name in columns.items() if column != name})
     if config.streaming:
         return rows.filter(lambda label: label in classes, input_columns="label") if config.class_names else rows
     rows = rows.add_column("row", np.arange(len(rows)))
-    return rows.select(np.flatnonzero(np.isin(rows["label"][:], list(classes)))) if config.class_names else rows
+    if not config.class_names:
+        check_images(rows, check, range(len(rows)))
+        return rows
+    wanted = [k for k, label in enumerate(rows["label"][:]) if label in classes]
+    check_images(rows, check, set(wanted))
+    return rows.select(wanted)
+
+
+def _each(rows):
+    yield from rows
+
+
+def _read_rows(stream, check, count=None):
+    """Return the first `count` rows of a stream, or all, with their row numbers. Each image is checked."""
+    with loading("the stream"):
+        rows = [{"row": n} | row for n, row in enumerate(itertools.islice(stream, count))]
+    for row in rows:
+        check(row["row"], row["image"])
+    return rows
+
+
+def _usable(rows, validation, config):
+    """Return both sets of rows without the images that --on_bad_image skip leaves out, and a list of these images."""
+    if config.on_bad_image != "skip":
+        return rows, validation, []
+    rows, skipped = skip_unreadable(rows, config.pixel_range)
+    if validation is not None:
+        validation, more = skip_unreadable(validation, config.pixel_range)
+        skipped += more
+    return rows, validation, skipped
 
 
 def _split_by_hash(rows, held_out, splits, config):

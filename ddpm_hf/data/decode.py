@@ -6,7 +6,9 @@ An item is a pair `(row number, encoded image)`. An encoded image is a dict `{"b
 
 import functools
 import io
+import os
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 
@@ -24,26 +26,61 @@ from ..randomness import draws_for, keyed_generator
 FLIP_BLOCK = 4096  # flips are drawn in blocks of this many consecutive images
 # Seconds per image. If decoding takes less, we use no threads, because they would cost more time than they save.
 THREADS_PAY_FROM = 2e-3
+MAX_ASPECT = 16  # the ends of images that are longer than this many times their shorter side are cut off
 CHUNK = 256  # number of rows that are read from the dataset at once
 
 
-def to_array(image, channels, exact=False):
+def upright(image):
+    """Return a Pillow image, turned as its EXIF orientation says."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def opacity(image):
+    """Return how opaque each pixel of a Pillow image is, uint8 (H,W); None if it cannot have transparent parts."""
+    if not image.has_transparency_data:
+        return None
+    if image.mode.startswith("I"):  # a 16-bit PNG names one grey value that is transparent; Pillow leaves it to us
+        return np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8)
+    return np.asarray(image.convert("RGBA").getchannel("A"))
+
+
+def white_level(mode):
+    """Return the value of white in a grey mode of more than 8 bits."""
+    return 1 if mode == "F" else 65535
+
+
+def to_array(image, channels, exact=False, pixel_range=None):
     """Return a Pillow image as an upright array (H,W,C) with C = `channels` (1 or 3); transparent parts become white.
 
     The array is uint8, and 16-bit and float greys are rounded to 8 bits. With `exact` the array is float32 in [0, 1],
     without rounding. But Pillow itself opens 16-bit *color* images as 8-bit.
 
+    Args:
+        pixel_range: the values of black and white in greys of more than 8 bits. None: 0 and 65535 for integers, 0
+            and 1 for floats.
+
     Raises:
-        UserError: if a grey value is outside 0 to 65535 (integers) or 0 to 1 (floats).
+        UserError: if a grey value is outside this range.
     """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip their values at 255
         array = np.asarray(image)
-        white = 1 if image.mode == "F" else 65535
-        if not 0 <= array.min() <= array.max() <= white:
-            raise UserError(f"its values are {array.min():g} to {array.max():g}, not within 0 to {white}: rescale it.")
-        array = (array / white).astype(np.float32) if exact else np.rint(array / white * 255).astype(np.uint8)
+        black, white = pixel_range or (0, white_level(image.mode))
+        if image.has_transparency_data:
+            array = np.where(opacity(image), array, white)
+        low, high = array.min(), array.max()
+        if not black <= low <= high <= white:  # also refuses nan
+            raise UserError(
+                f"its values are {low:.10g} to {high:.10g}, not within {black:.10g} (black) to {white:.10g} (white): "
+                "rescale all images, or give these two values for all of them, e.g. "
+                f"--pixel_range={min(black, low):.10g},{high:.10g}."
+            )
+        if pixel_range is not None:
+            array = array.astype(np.float64) - black
+        array = array / (white - black)
+        array = array.astype(np.float32) if exact else np.rint(array * 255).astype(np.uint8)
     else:
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -55,9 +92,16 @@ def to_array(image, channels, exact=False):
     return array if array.ndim == 3 else np.repeat(array[..., None], channels, axis=-1)
 
 
-def read_image(item, channels, resolution, exact):
-    """Decode an item with `to_array`, and resize it with antialiasing: its shorter side becomes `resolution`."""
-    array = use_file(lambda file: to_array(Image.open(file), channels, exact), item)
+def read_image(item, channels, resolution, exact, pixel_range=None):
+    """Decode an item with `to_array`, and resize it with antialiasing: its shorter side becomes `resolution`.
+
+    Of an image that is much longer than wide, or wider than long, only the middle is resized. All of it could need
+    gigabytes: resized to 256, an image of 60,000 x 1 pixels has 4 billion pixels.
+    """
+    array = use_file(lambda file: to_array(Image.open(file), channels, exact, pixel_range), item)
+    longest = MAX_ASPECT * min(array.shape[:2])
+    top, left = (max(0, side - longest) // 2 for side in array.shape[:2])
+    array = array[top : top + longest, left : left + longest]
     height, width = (round(side * resolution / min(array.shape[:2])) for side in array.shape[:2])
     if (height, width) == array.shape[:2]:
         return array
@@ -129,16 +173,53 @@ def undecoded(rows, indices):
 
 def use_file(use, item):
     """Return `use(file)` for the image file of an item. Any error becomes a UserError with the row and the path."""
-    row, encoded = item[0], item[1] or {"bytes": b"", "path": None}
+    row, encoded = item[0], item[1] or {"bytes": None, "path": None}
     try:
+        if encoded["bytes"] is None and encoded["path"] is None:
+            raise OSError("it is missing")
         if encoded["bytes"] is not None:
             return use(io.BytesIO(encoded["bytes"]))
+        check_regular(encoded["path"])
         with fsspec.open(encoded["path"], "rb") as file:  # a stream's path can point to the Hub or into an archive
             return use(io.BytesIO(file.read()))
     except Exception as error:
-        path = encoded["path"] or "without a name"
-        reason = str(error).split(" <_io")[0].rstrip(".")
-        raise UserError(f"image {row} ({path}) cannot be read ({reason}): repair or remove it.") from error
+        name = f"image {row} ({encoded['path'] or 'without a name'})"
+        raise _cannot_be_read(name, error, "repair or remove it, or skip it with --on_bad_image skip") from error
+
+
+def _cannot_be_read(name, error, advice) -> UserError:
+    if isinstance(error, UserError):  # it says what to do
+        return UserError(f"{name} cannot be read: {error}")
+    return UserError(f"{name} cannot be read ({short_reason(error)}): {advice}.")
+
+
+def short_reason(error) -> str:
+    """Return the message of an error without its full stop, and without the name of a file in memory."""
+    return str(error).split(" <_io")[0].rstrip(".")
+
+
+def check_regular(path):
+    """Raise an OSError if a path leads to a folder, a pipe or a device, which might never end. It is not opened."""
+    for part in str(path).split("::"):  # e.g. zip://a.png::/data/images.zip
+        local = part.removeprefix("file://")
+        if os.path.exists(local) and not os.path.isfile(local):
+            raise OSError("it is not a regular file")
+
+
+def use_path(use, path):
+    """Return `use(image)` for the Pillow image in a file of this machine.
+
+    Raises:
+        UserError: if the file cannot be read, or if it unpacks to more than half as many pixels as Pillow refuses.
+    """
+    try:
+        check_regular(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return use(image)
+    except Exception as error:  # Pillow's decoders raise anything for a broken file
+        raise _cannot_be_read(path, error, "repair or remove it") from error
 
 
 @functools.lru_cache(maxsize=2)

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from ..randomness import keyed_generator
 from .decode import draw_augmentations, read_batch
+from .sources import loading
 
 
 SHUFFLE_BUFFER = 1000  # number of consecutive rows that are shuffled together
@@ -21,11 +22,12 @@ class StreamedSet(Dataset):
 
     labels = None  # each batch brings its own labels
 
-    def __init__(self, rows, *, classes, read, config, sample):
+    def __init__(self, rows, *, classes, read, config, sample, check):
         self.rows = rows
         self.read = read
         self.config = config
         self.sample = sample
+        self.check = check
         self.label_of = {value: label for label, value in enumerate(classes)}
         self.class_names = list(classes.values()) or None
         self.channels = read.keywords["channels"]
@@ -76,7 +78,10 @@ class StreamedSet(Dataset):
         if ordinals.start < self.state["block"] + self.state["taken"]:  # slow: reads the stream again
             self.load_state_dict(None)
         skipped = ordinals.start - self.state["block"] - self.state["taken"]
-        rows = list(itertools.islice(self.shuffled, skipped, skipped + len(ordinals)))
+        with loading("the stream"):
+            rows = list(itertools.islice(self.shuffled, skipped, skipped + len(ordinals)))
+        for ordinal, row in zip(ordinals, rows):
+            self.check(ordinal, row["image"])
         items = zip(ordinals, [row["image"] for row in rows])
         augmentations = draw_augmentations(ordinals, self.config, random_crop=not self.config.center_crop)
         batch = {"ordinals": torch.tensor(ordinals), "images": read_batch(items, self.read, **augmentations)}

@@ -18,15 +18,19 @@ from .scheduler import PaperDDPMScheduler
 
 
 NUM_BANDS = 4  # losses are logged for each quarter of the timesteps
-DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}
+DISTANCES = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.smooth_l1_loss}  # huber: with torch's beta 1
 
 
 def simple_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma: float | None = None):
     """Return the loss L_simple (Ho et al. 2020, eq. 14): the distance of prediction and target, averaged over pixels.
 
     Args:
-        loss_type: "l2", "l1" or "huber".
+        loss_type: "l2", "l1" or "huber". The last is smooth L1 with beta 1: half the squared error for errors below 1,
+            so for most errors of eps. It is not the pseudo-Huber loss of diffusers' scripts.
         snr_gamma: use Min-SNR weights with this gamma (Hang et al. 2023, https://huggingface.co/papers/2303.09556).
+            Without it, a UNet that predicts x_0 is trained by the plain squared error, as START_X by Nichol &
+            Dhariwal. diffusers' train_unconditional.py weights this error by the SNR, which makes it the error of
+            eps. A gamma above every SNR, e.g. 1e9, gives the same weights.
     """
 
     def loss(model, batch):
@@ -148,7 +152,7 @@ def min_snr_weights(scheduler: PaperDDPMScheduler, timesteps: torch.Tensor, gamm
     """Return the Min-SNR weight (B,) of each timestep for the scheduler's prediction type.
 
     The squared error of x_0 has the weight min(SNR, gamma). The squared error of epsilon is SNR times that of x_0, so
-    its weight is divided by SNR. For v the factor is SNR + 1.
+    its weight is divided by SNR. For v, divide by SNR + 1 instead.
     """
     snr = scheduler.snr(timesteps).float()
     in_x0 = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[scheduler.config.prediction_type]

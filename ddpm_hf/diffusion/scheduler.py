@@ -4,8 +4,9 @@
 so a DDPMScheduler or DDIMScheduler made from its config has the same betas.
 To publish a model, save `scheduler.stock()`, which is a plain DDPMScheduler.
 
-Do not confuse the names: diffusers' "linear" keeps beta in [1e-4, 0.02] for every T, so at T=100 a third of the signal
-survives the last step. "ho_linear" scales both ends by 1000/T.
+Two schedules have similar names. "linear" is diffusers' schedule: its betas go from 1e-4 to 0.02 for every T, so at
+T=100 abar is still 0.36 after the last step. "ho_linear" is our name for the same schedule with both ends times
+1000/T. It is saved as diffusers' "linear" with the scaled `beta_start` and `beta_end`.
 
 Timesteps count from 0, as in diffusers: our t is t+1 in the papers, and t = -1 is the clean image.
 """
@@ -234,7 +235,7 @@ class PaperDDPMScheduler(DDPMScheduler):
           not divide T.
         - "leading": k (T//S), diffusers' default.
         - "trailing": round((k+1) T/S) - 1.
-        - "linspace": round(k (T-1)/(S-1)).
+        - "linspace": round(k (T-1)/(S-1)), the stride of Nichol & Dhariwal's own respaced chains.
         The last three are as in Table 2 of https://huggingface.co/papers/2305.08891, without the config's
         `steps_offset`. Sampling begins at T-1 with trailing, and with linspace for S > 1. With the other three names
         it begins lower if S < T.

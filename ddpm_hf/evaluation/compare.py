@@ -1,8 +1,11 @@
 """Show records side by side in a table, if they were measured in the same way."""
 
+from itertools import combinations
+from pathlib import Path
+
 from ..errors import UserError
 from ..markdown import literal
-from .records import number, table
+from .records import number, read_record, table
 
 
 # Two records can be compared even if these fields differ: the model, the environment and the numbers. The list has
@@ -21,8 +24,37 @@ NOT_PROTOCOL = [
 ]
 
 
+def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
+    """Return a table of the scores of several records, one column each, with their errors and floors.
+
+    Args:
+        records: paths of records that `evaluate` wrote, or its results.
+        vary: settings that may differ between the records, e.g. `["sampler"]` or `["sampler.eta", "data"]`.
+        markdown: return the table as Markdown instead of aligned text.
+
+    Raises:
+        UserError: if a record cannot be read, or if the records were measured in different ways. The message names the
+            settings that differ.
+
+    Example:
+        >>> settings = dict(metrics=["bits_per_dim"], suite="smoke", bound_images=2, overwrite=True)
+        >>> a = ddpm_hf.evaluate("runs/digits", output="published.json", **settings)
+        >>> b = ddpm_hf.evaluate("runs/digits", output="raw.json", weights="raw", **settings)
+        >>> table = ddpm_hf.compare(a, b)
+        >>> table.splitlines()[0].split()
+        ['published', 'raw']
+    """
+    paths = [Path(getattr(record, "path", record)) for record in records]  # of an `Evaluated`, or the path itself
+    headings = [path.stem for path in paths]
+    if len(set(headings)) < len(paths):
+        headings = [str(path) for path in paths]
+    return comparison(dict(zip(headings, map(read_record, paths))), vary, markdown)
+
+
 def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = False) -> str:
     """Return a table of values with their errors. It has a row for each metric and a column for each record.
+
+    Below the table stands a warning for each two records that share images, see `shared_images`.
 
     Args:
         records: the records, by the heading of their column.
@@ -74,7 +106,30 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
         floors = {number(by_id[id].get("floor")) for by_id in entries.values() if id in by_id} - {""}
         if len(floors) == 1:
             rows[-1][0] += f" (floor {floors.pop()})"
-    return table(rows, markdown)
+    return "\n\n".join([table(rows, markdown), *shared_images(records)])
+
+
+def shared_images(records: dict[str, dict]) -> list[str]:
+    """Return a warning for each two records of one model whose different seeds draw some images from the same noise.
+
+    Image k is drawn from seed + k, so N images of seed s and N of seed s + 1 share all images but one.
+    """
+    warnings = []
+    for (name, one), (other_name, other) in combinations(records.items(), 2):
+        samplers = [record["sampler"] | {"seed": None} for record in (one, other)]
+        weights = [record["model"].get("unet_sha256") for record in (one, other)]
+        seeds = [record["sampler"].get("seed") for record in (one, other)]
+        counts = [record.get("samples", {}).get("n", 0) for record in (one, other)]
+        if None in seeds + weights or weights[0] != weights[1] or samplers[0] != samplers[1] or seeds[0] == seeds[1]:
+            continue
+        shared = min(seed + count for seed, count in zip(seeds, counts)) - max(seeds)
+        if shared > 0:
+            warnings.append(
+                f"Warning: {name} and {other_name} draw {shared:,} of their images from the same noise, because their "
+                f"seeds are {seeds[0]} and {seeds[1]}: for independent images, give seeds that are at least "
+                f"{max(counts)} apart."
+            )
+    return warnings
 
 
 def protocol(record: dict) -> dict:

@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 
 from ..errors import UserError
+from ..files import check_output
 from ..models.pretrained import Pretrained
 from ..randomness import keyed_generator
 from ..sampling.generate import sample_together
@@ -106,7 +107,13 @@ class Evaluation:
 
 @dataclass(frozen=True, repr=False)
 class Evaluated:
-    """The result of `evaluate`: the record, its path, and the names of the metrics. `print` shows it as a table."""
+    """The result of `evaluate`. `print` shows it as a table.
+
+    Attributes:
+        record: all that was measured, and how: the contents of the JSON file.
+        path: the path of that file. `compare` takes it.
+        metrics: the names of the metrics that were requested.
+    """
 
     record: dict
     path: Path
@@ -165,7 +172,8 @@ def evaluate(
         metrics: names of METRICS. None: the metrics that suit the data.
         suite: how much to measure: smoke, fast, standard or paper, see SUITES. `num_images`, `bound_images` and
             `bound_timesteps` override the numbers of the suite.
-        num_images: how many images to draw, or how many of the samples to use; at least 40.
+        num_images: how many images to draw, or how many of the samples to use. Metrics that compare features need at
+            least 40.
         bound_images, bound_timesteps: bits_per_dim uses this many held-out images (at least 1), and this many
             timesteps of each image (at least 2). 0 means all.
         features: the extractor of kid and precision_recall: inception, dinov2 or digits. None: digits for MNIST, else
@@ -209,6 +217,7 @@ def evaluate(
         rows = torch.randperm(len(held_out), generator=keyed_generator(0, "floor"))[: numbers["num_images"]]
         found = SampleSet(images_at(held_out, rows), {"method": "real", "split": "held_out"}, {})
     if found is not None:
+        found.images = inputs.match_channels(found.images, train)
         inputs.check_shapes(found.images, train)
     resolved = None if found is not None else inputs.choose_sampler(model, sampler, flags, numbers)
     short_name = inputs.name_of_sampler(model, found.sampler if found is not None else resolved.record(model))
@@ -216,6 +225,9 @@ def evaluate(
     if model is None:
         stem = Path(subject or samples or "calibration").stem
     path = inputs.record_path(output, overwrite, inputs.run_subfolder(model, "evaluations"), stem)
+    images_dir = inputs.run_subfolder(model, "evaluation_samples") / short_name
+    if samples_dir is not None:
+        images_dir = check_output("--samples_dir", samples_dir)
     evaluation = Evaluation(
         metrics=metrics or [name for name, metric in METRICS.items() if metric.suits(train, model)],
         train=train,
@@ -225,7 +237,7 @@ def evaluate(
         sampler=resolved,
         samples=found,
         num_images=numbers["num_images"] if found is None else len(found.images),
-        samples_dir=Path(samples_dir or inputs.run_subfolder(model, "evaluation_samples") / short_name),
+        samples_dir=images_dir,
         features=features or default_features(train),
         options={
             "inception": {"weights": inception, "pipeline": inception_pipeline},

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ..config.training_config import TrainingConfig
+from ..config.training_config import DataOptions, TrainingConfig
 from ..data.dataset import load_images
 from ..data.image_set import ImageSet
 from ..errors import UserError, no_such
-from ..files import writing
+from ..files import check_output
 from ..models.pretrained import Pretrained, load_pretrained
-from ..sampling.sample_set import SampleSet, read_samples
+from ..sampling.sample_set import SampleSet, check_counts, read_samples
 from ..sampling.samplers import image_shape
 from ..sampling.settings import Sampler, sampler_named
 from .metrics import METRICS
@@ -30,6 +30,8 @@ SUITES = {
     "paper": dict(num_images=50_000, sampler="ddpm", steps=None, bound_images=0, bound_timesteps=0),
 }
 DATA_FLAGS = ["dataset_name", "dataset_config_name", "image_column", "label_column", "validation_split", "class_names"]
+DATA_FLAGS += ["channels", "pixel_range", "on_bad_image"]
+SAME_IN_A_COPY = ["validation_split", "class_names", "center_crop", "channels", "pixel_range", "on_bad_image"]
 
 
 def check_metrics(names: list[str]):
@@ -51,10 +53,7 @@ def choose_suite(suite: str, num_images, bound_images, bound_timesteps, batch_si
         raise UserError(no_such("suite", suite, SUITES))
     given = {"num_images": num_images, "bound_images": bound_images, "bound_timesteps": bound_timesteps}
     numbers = SUITES[suite] | {name: value for name, value in given.items() if value is not None}
-    if numbers["num_images"] < 1 or batch_size < 1:
-        raise UserError(
-            f"--num_images is {numbers['num_images']} and --batch_size {batch_size}: each must be at least 1."
-        )
+    check_counts(numbers["num_images"], batch_size)
     images, timesteps = numbers["bound_images"], numbers["bound_timesteps"]
     if images < 0 or timesteps < 0 or timesteps == 1:
         raise UserError(
@@ -153,12 +152,13 @@ def open_data(
     Raises:
         UserError: if no flag names the images, or if the images cannot be read.
     """
-    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    # Take only the flags that say what the images are. A model from elsewhere must not say where files are written.
+    known = {field.name for field in dataclasses.fields(DataOptions)} - {"cache_dir", "dataloader_num_workers"}
     flags = model.run.get("flags", {}) if model is not None else {}
     flags = {key: value for key, value in flags.items() if key in known}
     if "dataset_name" in data and data["dataset_name"] != flags.get("dataset_name"):
         # A different --dataset_name is taken to be another copy of the same data.
-        flags = {key: flags[key] for key in ("validation_split", "class_names", "center_crop") if key in flags}
+        flags = {key: flags[key] for key in SAME_IN_A_COPY if key in flags}
     flags |= data
     source = flags.get("dataset_name") or flags.get("train_data_dir")
     if not source:
@@ -181,6 +181,8 @@ def open_data(
     flags |= {"streaming": False, "random_flip": False, "resume_from_checkpoint": None}
     with PartialState().local_main_process_first():
         train, held_out = load_images(TrainingConfig(**flags), channels)
+    for warning in train.warnings:
+        PartialState().print(warning, flush=True)
     if calibrate and held_out is None:
         raise UserError(
             "--calibrate compares held-out images with training images, but no images are held out: add "
@@ -208,6 +210,15 @@ def check_labels(model: Pretrained, train: ImageSet, held_out: ImageSet | None):
         )
 
 
+def match_channels(images: torch.Tensor, train: ImageSet) -> torch.Tensor:
+    """Return samples (N, C, H, W) with one channel if the real images have one and the channels are equal.
+
+    Many programs save grey images with three equal channels.
+    """
+    is_color = any(bool((part != part[:, :1]).any()) for part in images.split(1000))
+    return images if is_color or train.channels != 1 else images[:, :1].contiguous()
+
+
 def check_shapes(images: torch.Tensor, train: ImageSet):
     """Raise a UserError if the samples (N, C, H, W) do not have the size and the channels of the real images."""
     wanted = (train.channels, train.resolution, train.resolution)
@@ -222,15 +233,13 @@ def record_path(output, overwrite: bool, folder: Path, stem: str) -> Path:
     """Return the path of the record: `output`, or a new name in `folder` that begins with `stem`.
 
     Raises:
-        UserError: if `output` exists and `overwrite` is False, or if its folder cannot be created.
+        UserError: if `output` exists and `overwrite` is False, or if nothing can be written there.
     """
     if output is not None:
-        path = Path(output)
+        path = check_output("--output", output)
         for old in (path, path.with_suffix(".pairs.png")):
             if old.exists() and not overwrite:
                 raise UserError(f"{old} exists already: add --overwrite to replace it, or give another --output.")
-        with writing("the record", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         return path
     count = 1
     while (path := folder / f"{stem}{f'-{count}' if count > 1 else ''}.json").exists():

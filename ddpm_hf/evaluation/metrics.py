@@ -164,7 +164,7 @@ def kid(look: Look) -> list[dict]:
         floor = distance(random_rows(look.held_out.features, len(look.generated.features)))[0]
     id = f"kid{look.count}_full" + ("" if name == "inception" else f"_{name}")
     entry = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=len(train))
-    return [entry | {"se": error, "se_method": "disjoint blocks"}]
+    return [entry | {"se": error, "se_method": "U-statistic"}]
 
 
 def precision_recall(look: Look) -> list[dict]:
@@ -351,6 +351,17 @@ class Metric:
         suits: takes (training images, model or None) and returns True if the metric is computed by default.
         hub_names: the names of the metric on the Hub. The key is the beginning of an id, up to the first number:
             {"is": "inception_score"}.
+
+    Example:
+        >>> def brightness(look):  # look.images: uint8 (N, C, H, W)
+        ...     mean = look.images.double().mean().item()
+        ...     return [look.entry("brightness", mean, lower_is_better=False)]
+        >>> ddpm_hf.METRICS["brightness"] = ddpm_hf.Metric(brightness)
+        >>> few = {"num_images": 40, "num_inference_steps": 2}
+        >>> result = ddpm_hf.evaluate("runs/digits", metrics=["brightness"], **few)
+        40 images of ddim in 2 steps: ...
+        >>> list(result.scores)
+        ['brightness']
     """
 
     function: Callable[[Look], list[dict]]

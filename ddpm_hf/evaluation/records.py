@@ -86,41 +86,40 @@ def read_record(path) -> dict:
     """
     record = read_json(Path(path))
     if not is_record(record):
-        raise UserError(
-            f"{path} is not a complete record of the schema {EVALUATION_SCHEMA}: give one that `evaluate` wrote."
-        )
+        raise UserError(f"{path} is not a record of the schema {EVALUATION_SCHEMA}: give one that `evaluate` wrote.")
     return record
 
 
 def is_record(content: dict) -> bool:
-    """Return whether the content of a JSON file has the schema of a record, and every part that we read."""
-    parts = {"command": str, "model": dict, "sampler": dict, "data": dict, "metrics": list, "cost": dict}
-    if content.get("schema") != EVALUATION_SCHEMA or not has_parts(content, parts):
+    """Return whether the content of a JSON file has the schema of a record, and the parts that are read of one."""
+    parts = {"model": dict, "sampler": dict, "data": dict, "metrics": list, "cost": dict}
+    if content.get("schema") != EVALUATION_SCHEMA or not isinstance(content.get("command", ""), (str, type(None))):
         return False
-    data = content["data"]
-    return (
-        has_parts(data, {"name": str, "train": dict})
-        and has_parts(data["train"], {"n": int})
-        and (data.get("held_out", 0) is None or has_parts(data.get("held_out"), {"n": int}))
-        and has_parts(content["cost"], {"drawing_s": int | float | None, "scoring_s": int | float | None})
-        and isinstance(content["sampler"].get("method", ""), str)
-        and all(map(is_entry, content["metrics"]))
+    if not all(isinstance(content.get(name), kind) for name, kind in parts.items()):
+        return False
+    data, cost, sampler = content["data"], content["cost"], content["sampler"]
+    sets = [data.get("train"), *([] if data.get("held_out") is None else [data["held_out"]])]
+    has_data = isinstance(data.get("name"), str) and all(
+        isinstance(one, dict) and is_value(one.get("n")) for one in sets
     )
+    has_cost = all(is_value(cost.get(name)) for name in ("drawing_s", "scoring_s"))
+    is_named = isinstance(sampler.get("method", ""), str)
+    return has_data and has_cost and is_named and all(map(is_entry, content["metrics"]))
 
 
 def is_entry(entry) -> bool:
-    """Return whether `entry` is the entry of a metric in a record: measured, or skipped with a reason."""
-    if not has_parts(entry, {"id": str}) or entry.get("status") == "skipped":
-        return has_parts(entry, {"id": str, "reason": str})
-    sizes = dict.fromkeys(("se", "floor", "n_gen", "n_ref"), int | float | None)
-    return has_parts(entry, {"value": int | float, "extra": dict} | sizes)
+    """Return whether a value is the entry of a metric in a record: of a skipped one, or one with all numbers."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+        return False
+    if not isinstance(entry.get("extra", {}), dict) or not isinstance(entry.get("reason"), (str, type(None))):
+        return False
+    numbers = ("value", "se", "floor", "n_gen", "n_ref")
+    return entry.get("status") == "skipped" or all(name in entry and is_value(entry[name]) for name in numbers)
 
 
-def has_parts(content, parts: dict) -> bool:
-    """Return whether `content` is a dict that has these keys, with values of these types."""
-    return isinstance(content, dict) and all(
-        key in content and isinstance(content[key], kind) for key, kind in parts.items()
-    )
+def is_value(value) -> bool:
+    """Return whether a value of a record is a number, or None for a number that was not measured."""
+    return value is None or type(value) in (int, float)
 
 
 def record_table(record: dict) -> str:

@@ -6,7 +6,6 @@ A file has `mu` and `sigma` (float64), in the format of pytorch-fid, EDM, TTUR a
 
 import json
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 
 from ..errors import UserError
-from ..files import write_npz, writing
+from ..files import parse_json, read_npz, write_npz, writing
 from .extractor import extractor_id
 from .features import extract
 from .statistics import mean_and_covariance
@@ -112,19 +111,20 @@ def read_reference(path, extractor=None, pipeline: str | None = None) -> Referen
             is not a covariance.
     """
     path = Path(path)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ARRAYS if name in file}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as .npz ({error}): give statistics with mu and sigma.") from error
+    arrays = read_npz(path, lambda names: [name for name in ARRAYS if name in names], "give statistics (mu, sigma)")
     if "mu" not in arrays or "sigma" not in arrays:
         raise UserError(f"{path} has no mu and sigma: give statistics as pytorch-fid or `evaluate` save them.")
-    mean, covariance = (torch.from_numpy(np.asarray(arrays[name], dtype=np.float64)) for name in ("mu", "sigma"))
-    meta = json.loads(str(arrays["meta"])) if "meta" in arrays else {"pipeline": pipeline}
+    try:
+        mean, covariance = (torch.from_numpy(np.asarray(arrays[name], dtype=np.float64)) for name in ("mu", "sigma"))
+        meta = parse_json(str(arrays["meta"])) if "meta" in arrays else {"pipeline": pipeline}
+        tensors = {name: torch.from_numpy(arrays[name]) if name in arrays else None for name in ("features", "logits")}
+        count = int(arrays["num_samples"]) if "num_samples" in arrays else None
+        if not isinstance(meta, dict):
+            raise ValueError("its meta is not a JSON object")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a file of statistics ({error}): give one with mu and sigma.") from error
     if extractor is not None:
         _check_reference(path, mean, covariance, meta, extractor)
-    tensors = {name: torch.from_numpy(arrays[name]) if name in arrays else None for name in ("features", "logits")}
-    count = int(arrays["num_samples"]) if "num_samples" in arrays else None
     return Reference(mean, covariance, count, **tensors, meta=meta)
 
 
@@ -135,7 +135,7 @@ def _check_reference(path, mean, covariance, meta, extractor):
         raise UserError(
             f"{path} has statistics of {mean.numel()} features, but {extractor.name} has {d}: give another file."
         )
-    if meta["pipeline"] is None:
+    if meta.get("pipeline") is None:
         raise UserError(
             f"{path} does not say how its images were resized: add --reference_pipeline pytorch (pytorch-fid) or tf1 "
             "(EDM, TTUR)."

@@ -128,26 +128,38 @@ def standardise(features: Tensor, reference: Tensor) -> Tensor:
     return (_float64(features).to(mean.device) - mean) / std.where(std > 1e-9 * mean.abs(), 1)
 
 
-def kernel_distance(features_a: Tensor, features_b: Tensor, num_blocks: int = 10) -> tuple[float, float]:
-    """Return the kernel distance (KID) of features (N, d) and (M, d), and its standard error.
+def kernel_distance(features_a: Tensor, features_b: Tensor) -> tuple[float, float]:
+    """Return the kernel distance (KID) of features (N, d) to features (M, d), and its standard error.
 
     The distance is the unbiased estimate of the squared maximum mean discrepancy with the kernel (x.y / d + 1)^3
-    (Binkowski et al. 2018, eq. 4), over all pairs rather than over random subsets. It can be below 0. The standard
-    error is computed for the mean over disjoint, interleaved blocks. It is an upper estimate, because the blocks
-    together have fewer pairs.
+    (Binkowski et al. 2018, eq. 4), over all pairs rather than over random subsets. It can be below 0.
+
+    For fixed `features_b`, the distance is a U-statistic of `features_a`: the mean of h(x, x') over all pairs. The
+    standard error is the root of the unbiased estimate of its variance (Hoeffding 1948, eq. 5.13), or 0 if that
+    estimate is below 0. As in `frechet_standard_error`, the error includes the random choice of `features_a`. It does
+    not include the choice of `features_b` or of the training seed.
 
     Raises:
-        UserError: for fewer than 2 blocks, or fewer than 2 images per block.
+        UserError: for fewer than 4 images in `features_a`.
     """
     _check_sizes(features_a, features_b)
-    _check_blocks("kernel_distance", min(len(features_a), len(features_b)), num_blocks)
     for features in (features_a, features_b):
         _check(features)
+    n = len(features_a)
+    if n < 4:
+        raise UserError(f"kernel_distance has {n} images; give at least 4, for its standard error.")
     a = _float64(features_a)
     b = _float64(features_b).to(a.device)
-    blocks = [_squared_discrepancy(a[k::num_blocks], b[k::num_blocks]) for k in range(num_blocks)]
-    error = torch.tensor(blocks, dtype=torch.float64).std() / num_blocks**0.5
-    return _squared_discrepancy(a, b), error.item()
+    within_b = _kernel_sums(b, b.new_zeros(len(b)))[0].sum() / (len(b) * (len(b) - 1))
+    to_b = torch.cat([_kernel(part, b).mean(dim=1) for part in a.split(_rows(len(b)))])
+    # h(x, x') = k(x, x') - g(x) - g(x') + within_b, where g(x) is the mean kernel of x and `features_b`.
+    rows, squares = _kernel_sums(a, to_b - within_b / 2)
+    distance = rows.sum() / (n * (n - 1))
+    # The mean of h(x, x') h(y, y') over all pairs of pairs with both points, one point and no point in common.
+    same, shared = squares / (n * (n - 1)), (rows.square().sum() - squares) / (n * (n - 1) * (n - 2))
+    apart = (rows.sum() ** 2 - 4 * rows.square().sum() + 2 * squares) / (n * (n - 1) * (n - 2) * (n - 3))
+    variance = 2 / (n * (n - 1)) * (2 * (n - 2) * (shared - apart) + same - apart)
+    return distance.item(), variance.clamp(min=0).sqrt().item()
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, float]:
@@ -296,23 +308,26 @@ def _frechet(mean_a: Tensor, root_a: Tensor, mean_b: Tensor, root_b: Tensor) -> 
     return max(distance, 0.0), mean_term  # rounding can make it -1e-13; nan stays nan
 
 
-def _squared_discrepancy(a: Tensor, b: Tensor) -> float:
-    """Return eq. 4 of Binkowski et al. 2018."""
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    """Return the kernel of `kernel_distance` for all pairs: (N, M)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def mean_within(x):
-        total = 0
-        for start in range(0, len(x), _rows(len(x))):
-            part = x[start : start + _rows(len(x))]
-            values = kernel(part, x[start:])  # the kernel is symmetric, so pairs with earlier rows are counted already
-            total = total + 2 * values.sum() - values[:, : len(part)].sum()
-        diagonal = (x.square().sum(dim=1) / x.shape[1] + 1) ** 3
-        return (total - diagonal.sum()) / (len(x) * (len(x) - 1))
+def _kernel_sums(x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums (N,) of h(x_i, x_j) over all j other than i, and the sum of its squares over all these pairs.
 
-    between = sum(kernel(part, b).sum() for part in a.split(_rows(len(b)))) / (len(a) * len(b))
-    return (mean_within(a) + mean_within(b) - 2 * between).item()
+    h(x_i, x_j) is the kernel minus offset_i and offset_j (N,). It is symmetric, so each pair is computed once.
+    """
+    rows, squares = x.new_zeros(len(x)), x.new_zeros(())
+    for start in range(0, len(x), _rows(len(x))):
+        part = slice(start, start + _rows(len(x)))
+        values = _kernel(x[part], x[start:]) - offset[part, None] - offset[start:]
+        values.fill_diagonal_(0)
+        rows[part] += values.sum(dim=1)
+        later = values[:, len(values) :]
+        rows[start + len(values) :] += later.sum(dim=0)
+        squares += values.square().sum() + later.square().sum()
+    return rows, squares
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from ..hub_requests import HUB_ERRORS, ask_hub, transfer_seconds
 from .classifier import NoisyClassifier
 
 
-def build_unet(config, channels: int, class_names: list[str] | None = None) -> UNet2DModel:
+def build_unet(config, channels: int, class_names: list[str] | None = None, saved: dict | None = None) -> UNet2DModel:
     """Build the UNet that `config` asks for, with weights drawn from `config.seed`.
 
     Args:
         channels: number of channels of the images, 1 or 3.
         class_names: the classes of the data. A class-conditional UNet has one embedding per class. With
             --label_dropout it has one more, the last, for "no class".
+        saved: the config of the network in the checkpoint to resume, see `middle_norm_groups`.
 
     Raises:
         UserError: if such a UNet2DModel cannot be built. The message says which flag to change.
@@ -41,7 +42,7 @@ def build_unet(config, channels: int, class_names: list[str] | None = None) -> U
                     "--class_conditional."
                 )
     else:
-        kwargs = unet_kwargs(config, channels) | {"num_class_embeds": embeddings}
+        kwargs = unet_kwargs(config, channels, saved) | {"num_class_embeds": embeddings}
     with building("UNet", config.seed):
         unet = UNet2DModel(**kwargs)
         initialize(unet)
@@ -61,8 +62,11 @@ def output_channels(config, channels: int) -> int:
     return channels * (2 if config.variance_type == "learned_range" else 1)
 
 
-def unet_kwargs(config, channels: int) -> dict:
+# More than 60 lines because every flag of the architecture stands on a separate line.
+def unet_kwargs(config, channels: int, saved: dict | None = None) -> dict:
     """Return the UNet2DModel arguments that `config` asks for, for images of `channels` channels.
+
+    `saved` is the config of the network in the checkpoint to resume, see `middle_norm_groups`.
 
     Raises:
         UserError: if the resolution cannot be halved once per level, if no level has a requested attention
@@ -101,6 +105,7 @@ def unet_kwargs(config, channels: int) -> dict:
             f"--base_channels is {base}, but --freq_shift {config.freq_shift} needs at least "
             f"{2 * config.freq_shift + 2} channels: give more channels, or a smaller --freq_shift."
         )
+    norm_num_groups = common_groups(config.norm_num_groups, block_out_channels)
     return dict(
         sample_size=resolution,
         in_channels=channels,
@@ -112,13 +117,27 @@ def unet_kwargs(config, channels: int) -> dict:
         add_attention=add_attention,
         attention_head_dim=config.attention_head_dim or None,
         dropout=0.0 if config.dropout is None else config.dropout,
-        norm_num_groups=common_groups(config.norm_num_groups, block_out_channels),
+        norm_num_groups=norm_num_groups,
+        attn_norm_num_groups=middle_norm_groups(config, norm_num_groups, saved),
         norm_eps=config.norm_eps,
         resnet_time_scale_shift=config.resnet_time_scale_shift,
         flip_sin_to_cos=config.flip_sin_to_cos,
         freq_shift=config.freq_shift,
         downsample_padding=config.downsample_padding,
     )
+
+
+def middle_norm_groups(config, norm_num_groups: int, saved: dict | None) -> int | None:
+    """Return UNet2DModel's `attn_norm_num_groups`, the groups of the GroupNorm before the middle attention.
+
+    None leaves the choice to diffusers, which takes `norm_num_groups`, but no GroupNorm for blocks with scale_shift.
+    Nichol & Dhariwal have this GroupNorm (improved-diffusion `unet.py: AttentionBlock`). Earlier versions of this
+    package did not build it, so a network that is resumed from their checkpoint (`saved`, its config) has none either.
+    """
+    if config.resnet_time_scale_shift == "default":
+        return None
+    had_none = saved is not None and saved.get("attn_norm_num_groups") is None
+    return None if had_none else norm_num_groups
 
 
 def default_channel_mults(resolution: int) -> list[int]:
@@ -143,18 +162,20 @@ def common_groups(groups: int, channel_counts: list[int]) -> int:
     return groups
 
 
-def build_classifier(config, channels: int, class_names: list[str]) -> NoisyClassifier:
+def build_classifier(config, channels: int, class_names: list[str], saved: dict | None = None) -> NoisyClassifier:
     """Build a classifier of noisy images with the architecture flags of `config` and weights drawn from `config.seed`.
 
-    The classifier is the downsampling half of the UNet that the same flags would build.
+    The classifier is the downsampling half of the UNet that the same flags would build. `saved` is the config of the
+    network in the checkpoint to resume, see `middle_norm_groups`.
 
     Raises:
         UserError: if such a UNet or classifier cannot be built. The message says which flag to change.
     """
-    kwargs = unet_kwargs(config, channels)
+    kwargs = unet_kwargs(config, channels, saved)
     scheduler = make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps)
     names = ["sample_size", "in_channels", "layers_per_block", "block_out_channels", "down_block_types", "dropout"]
-    names += ["norm_num_groups", "attention_head_dim", "resnet_time_scale_shift", "add_attention"]
+    names += ["norm_num_groups", "attn_norm_num_groups", "attention_head_dim", "resnet_time_scale_shift"]
+    names += ["add_attention"]
     with building("classifier", config.seed):
         return NoisyClassifier(
             num_classes=len(class_names),
@@ -232,6 +253,7 @@ def read_unet_config(config) -> dict:
 def initialize(unet: UNet2DModel):
     """Initialize the weights as Ho et al. 2020 do (`nn.py: default_init`): Glorot-uniform weights and zero biases.
 
+    This is done for every UNet, although Nichol & Dhariwal keep torch's default for all layers that are not zeros.
     The last layer of each residual block, the last layer of each attention block, and the last layer of the UNet are
     all zeros. At the start of training, no block therefore adds anything to its input, and the UNet predicts zero.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ class Classes:
         known = list(self.names or map(str, range(len(self))))
         if label in known:
             return known.index(label)
-        if str(label).isdigit() and int(label) < len(self):
+        if re.fullmatch("[0-9]{1,9}", str(label)) and int(label) < len(self):
             return int(label)
         if not known:
             raise UserError(
@@ -74,8 +75,8 @@ class Classes:
             "numbers of these classes."
         )
 
-    def numbers(self, labels: Iterable[int | str] | None) -> list[int] | None:
-        """Return the numbers of the requested labels. None requests all classes in turn.
+    def numbers(self, labels: int | str | Iterable[int | str] | None) -> list[int] | None:
+        """Return the numbers of the requested labels: one label, or several. None requests all classes in turn.
 
         The result is None if `labels` is None and there are no classes.
 
@@ -84,7 +85,7 @@ class Classes:
         """
         if labels is None:
             return list(range(len(self))) or None
-        return [self.number(label) for label in labels]
+        return [self.number(label) for label in ([labels] if isinstance(labels, (int, str)) else labels)]
 
     def in_turn(self, indices: Sequence[int]) -> list[int] | None:
         """Return the class of each image if the images take all classes in turn. None for an unconditional network."""

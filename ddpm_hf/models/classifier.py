@@ -44,6 +44,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         layers_per_block: int = 2,
         down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
         attention_head_dim: int | None = 8,  # None: one head
         add_attention: bool = True,  # in the middle block
         resnet_time_scale_shift: str = "default",
@@ -94,7 +95,11 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             for i, block_type in enumerate(down_block_types)
         )
         self.mid_block = UNetMidBlock2D(
-            in_channels=block_out_channels[-1], add_attention=add_attention, attention_head_dim=heads_of[-1], **shared
+            in_channels=block_out_channels[-1],
+            add_attention=add_attention,
+            attention_head_dim=heads_of[-1],
+            attn_groups=attn_norm_num_groups,
+            **shared,
         )
         self.norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[-1], eps=1e-5)
         self.head = nn.Linear(block_out_channels[-1], num_classes)

@@ -7,19 +7,21 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import safetensors.torch
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from huggingface_hub.errors import HFValidationError
 
-from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
+from ..config.run_record import read_run
+from ..diffusion.scheduler import BETA_SCHEDULES, PaperDDPMScheduler, make_scheduler
 from ..errors import UserError
 from ..files import read_json
 from ..hub_requests import API, HUB_ERRORS, download, short_reason
 from ..run_folder import checkpoints, step_of
+from . import judge
 from .classes import Classes
 from .classifier import NoisyClassifier
+from .judge import quiet_diffusers
 
 
 # A pipeline with any of these schedulers is a DDPM, because each scheduler's config holds the betas that DDPM uses.
@@ -81,18 +83,25 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
     """
     if weights not in WEIGHTS:
         raise UserError(f"--weights is {weights!r}; choose {' or '.join(WEIGHTS)}.")
-    name, folder, revision = _find_folder(name)
+    name, folder, revision = find_folder(name)
     if (folder / "state.pt").is_file():
         return _from_checkpoint(folder, weights)
     if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():
         raise UserError(
             f"{name} is the run of a classifier, not of a model: give a model, and --classifier {name} to guide it."
         )
+    if not (folder / "model_index.json").is_file() and any(
+        (folder / part / "config.json").is_file() for part in ("", "unet", "unet_ema")
+    ):
+        raise UserError(
+            f"{name} has no model_index.json, so it is no pipeline yet: make one of its UNet with "
+            f"`ddpm_hf convert {name} NEW_FOLDER`."
+        )
     if not (folder / "model_index.json").is_file():
         raise UserError(
             f"{name} has no model_index.json: give the folder or the Hub id of a pipeline, or a checkpoint folder."
         )
-    _check_is_ddpm(name, folder)
+    check_is_ddpm(name, folder)
     if weights == "raw":
         found = checkpoints(folder)
         if not found:
@@ -100,31 +109,71 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
                 f"{name} has no checkpoint, and only checkpoints hold raw weights: give --weights published."
             )
         return _from_checkpoint(found[-1], weights)
-    _check_shards(_part_folder(folder, "unet"))
-    try:
-        unet = UNet2DModel.from_pretrained(_part_folder(folder, "unet"), local_files_only=True, use_safetensors=True)
-        scheduler = PaperDDPMScheduler.from_config(DDPMScheduler.load_config(_part_folder(folder, "scheduler")))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{name} cannot be loaded ({reason}): give a folder or Hub id of a whole pipeline.") from error
-    if unet.config.sample_size is None:
-        raise UserError(
-            f"the UNet config of {name} has no sample_size, the size of the images: add sample_size to "
-            "unet/config.json."
-        )
+    with opening(name, "give a folder or Hub id of a whole pipeline, or repair this one"):
+        index = read_json(folder / "model_index.json")
+        unet, scheduler = _read_parts(name, folder, index)
     run_folder = folder.parent if folder.name == "best" else folder  # a run's best/ holds only a pipeline
-    run = read_json(run_folder / "train_config.json", missing={})
-    classes = Classes.of_model(unet.config.num_class_embeds, read_json(folder / "model_index.json").get("id2label"))
+    classes = Classes.of_model(unet.config.num_class_embeds, index.get("id2label"))
     facts = {"name": name if revision else folder.resolve().name, "revision": revision, "weights": "published"}
-    return _pretrained(unet, scheduler, facts, run=run, folder=folder, classes=classes)
+    return _pretrained(unet, scheduler, facts, run=read_run(run_folder), folder=folder, classes=classes)
 
 
-def _part_folder(folder: Path, name: str) -> Path:
+@contextlib.contextmanager
+def opening(what, advice: str):
+    """Turn every error inside a `with` block that opens files from elsewhere into a UserError with this advice."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # a broken file may raise anything
+        reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:400]
+        raise UserError(f"{what} cannot be loaded ({reason or type(error).__name__}): {advice}.") from error
+
+
+def _read_parts(name: str, folder: Path, index: dict) -> tuple[UNet2DModel, PaperDDPMScheduler]:
+    """Return the UNet and the scheduler of a pipeline folder. Both are judged by their configs first."""
+    unet_folder, scheduler_folder = part_folder(folder, "unet"), part_folder(folder, "scheduler")
+    config, schedule = read_json(unet_folder / "config.json"), read_json(scheduler_folder / "scheduler_config.json")
+    judge.check_index(index)
+    judge.check_unet(config, index)
+    judge.check_scheduler(schedule)
+    scheduler = PaperDDPMScheduler.from_config(schedule)
+    judge.check_schedule(scheduler)
+    check_shards(unet_folder)
+    if not any(unet_folder.glob("*.safetensors")):
+        raise UserError(
+            f"{name} has no safetensors weights, and pickled ones (.bin) are not opened, because a pickle can run "
+            f"code: convert them with `ddpm_hf convert {name} NEW_FOLDER`."
+        )
+    unet = read_network(UNet2DModel, unet_folder)
+    judge.check_together(unet.config, scheduler.config)
+    return unet, scheduler
+
+
+def read_network(kind: type, folder: Path):
+    """Return the network of a class of diffusers' kind in a folder, as float32, with all its weights from safetensors.
+
+    Raises:
+        ValueError: for weights that are missing or not finite.
+        Exception: anything else that diffusers raises for a broken file.
+    """
+    judge.check_sizes(read_json(folder / "config.json", missing={}))
+    with quiet_diffusers():  # diffusers would warn that NoisyClassifier does not use auto_map
+        network, info = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    judge.check_weights(network)
+    return network
+
+
+def part_folder(folder: Path, name: str) -> Path:
     """Return the folder with the files of one part. Some old pipelines keep all files in the top folder."""
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _check_shards(folder: Path):
+def check_shards(folder: Path):
     """Refuse an index of shards that names anything but safetensors, because diffusers would read pickles."""
     for path in folder.glob("*.safetensors.index.json"):
         names = read_json(path).get("weight_map")
@@ -133,27 +182,16 @@ def _check_shards(folder: Path):
             raise UserError(f"{path} names files that are not safetensors: give a model that is saved as safetensors.")
 
 
-@contextlib.contextmanager
-def quiet_diffusers():
-    """Silence diffusers' warnings, but not its errors, inside a `with` block."""
-    level = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers.utils.logging.set_verbosity(level)
-
-
-def _find_folder(name: str | Path) -> tuple[str, Path, str | None]:
+def find_folder(name: str | Path, patterns: list[str] = PIPELINE_FILES) -> tuple[str, Path, str | None]:
     """Return (name, folder, revision) of a local folder or of a Hub repository.
 
-    A repository is downloaded first. The revision of a local folder is None.
+    The files of a repository that `patterns` name are downloaded first. The revision of a local folder is None.
     """
     name, folder = os.fspath(name), Path(name)
-    if folder.exists():
+    if os.path.exists(name):  # unlike Path.exists, it is False for a name that is too long
         return name, folder, None
     try:
-        folder = download(name, PIPELINE_FILES, ignore="*.fp16.*")
+        folder = download(name, patterns, ignore="*.fp16.*")
     except HFValidationError:
         raise UserError(f"{name} is neither a folder here nor a Hub id: give a folder or USER/NAME.") from None
     except HUB_ERRORS as error:
@@ -162,7 +200,8 @@ def _find_folder(name: str | Path) -> tuple[str, Path, str | None]:
     return name, folder, folder.name
 
 
-def _check_is_ddpm(name: str, folder: Path):
+def check_is_ddpm(name: str, folder: Path):
+    """Raise a UserError if a folder with a model_index.json is not the pipeline of a DDPM."""
     index = read_json(folder / "model_index.json")
     parts = {key: value for key, value in index.items() if not key.startswith("_")}
     found = {key: value[1] for key, value in parts.items() if isinstance(value, list) and len(value) == 2}
@@ -174,34 +213,40 @@ def _check_is_ddpm(name: str, folder: Path):
 
 
 def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
-    saved = read_json(checkpoint / "train_config.json")
+    """Return the model of a checkpoint. Its configs and weights are judged like those of a pipeline."""
+    saved = read_run(checkpoint)
     averaged = weights == "published" and (checkpoint / "ema.safetensors").is_file()
-    flags = saved["flags"]
+    flags = saved.get("flags", {})
     if flags.get("objective") == "classify":
         raise UserError(f"{checkpoint} is a checkpoint of a classifier: give a pipeline or a checkpoint of a model.")
-    unet = UNet2DModel.from_config(saved["unet"])
-    file = checkpoint / ("ema.safetensors" if averaged else "model.safetensors")
-    unet.load_state_dict(safetensors.torch.load_file(file))
-    scheduler = make_scheduler(
-        flags["ddpm_beta_schedule"],
-        flags["ddpm_num_steps"],
-        prediction_type=flags["prediction_type"],
-        variance_type=flags["variance_type"],
-    )
     names = saved.get("class_names")
+    id2label = dict(enumerate(names)) if names else None
+    with opening(checkpoint, "it is damaged, so give another checkpoint"):
+        settings = {"prediction_type": flags["prediction_type"], "variance_type": flags["variance_type"]}
+        judge.check_unet(saved["unet"], {"id2label": id2label})
+        judge.check_scheduler({"num_train_timesteps": flags["ddpm_num_steps"], **settings})
+        if flags["ddpm_beta_schedule"] not in BETA_SCHEDULES:
+            raise ValueError(f"its ddpm_beta_schedule is {flags['ddpm_beta_schedule']!r}, which does not exist")
+        scheduler = make_scheduler(flags["ddpm_beta_schedule"], flags["ddpm_num_steps"], **settings)
+        judge.check_schedule(scheduler)
+        tensors = safetensors.torch.load_file(checkpoint / ("ema.safetensors" if averaged else "model.safetensors"))
+        unet = judge.build_unet(saved["unet"], tensors)
+        unet.load_state_dict(tensors)
+        judge.check_weights(unet)
+        judge.check_together(unet.config, scheduler.config)
     facts = {
-        "name": checkpoint.parent.resolve().name,
+        "name": checkpoint.resolve().parent.name,
         "revision": None,
-        "weights": "raw" if weights == "raw" or not flags["use_ema"] else "published",
-        "train_step": step_of(checkpoint),
+        "weights": "raw" if weights == "raw" or not flags.get("use_ema") else "published",
+        "train_step": step_of(checkpoint) if re.fullmatch(r"checkpoint-[0-9]+", checkpoint.name) else None,
     }
     return _pretrained(
         unet,
         scheduler,
         facts,
-        run=read_json(checkpoint.parent / "train_config.json", missing=saved),
+        run=read_run(checkpoint.parent) or saved,
         folder=checkpoint,
-        classes=Classes.of_model(unet.config.num_class_embeds, dict(enumerate(names)) if names else None),
+        classes=Classes.of_model(unet.config.num_class_embeds, id2label),
     )
 
 
@@ -226,13 +271,14 @@ def load_classifier(name: str | Path) -> NoisyClassifier:
         >>> ddpm_hf.load_classifier("runs/digits-classifier").config.num_classes
         10
     """
-    name, folder, _ = _find_folder(name)
-    folder = _part_folder(folder, "classifier")
-    _check_shards(folder)
+    name, folder, _ = find_folder(name)
+    folder = part_folder(folder, "classifier")
     try:
-        with quiet_diffusers():  # diffusers would warn that NoisyClassifier does not use auto_map
-            classifier = NoisyClassifier.from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        check_shards(folder)
+        classifier = read_network(NoisyClassifier, folder)
+    except UserError:
+        raise
+    except Exception as error:  # a broken file may raise anything
         raise UserError(
             f"{name} has no classifier ({' '.join(str(error).split())[:200]}): train one with --objective classify."
         ) from error

@@ -1,6 +1,6 @@
 """Save a UNet as stock diffusers' `DDPMPipeline`, or save a classifier together with its code.
 
-The saved model_index.json names only classes of diffusers, so the folder loads where ddpm_hf is not installed. Stock
+The model_index.json of a run names only classes of diffusers, so it loads where ddpm_hf is not installed. Stock
 diffusers has no class-conditional pipeline, so for a conditional UNet we save our own pipeline file next to the
 weights.
 """
@@ -37,9 +37,8 @@ def save_pipeline(
     """
     conditional = unet.config.num_class_embeds is not None
     with _replacing_files(folder) as new:
-        # Save trailing spacing, which is the default of our own samplers. Stock DDIM then begins in pure noise, and
-        # draws the same images that we scored.
-        published = DDPMScheduler.from_config(scheduler.stock().config, timestep_spacing="trailing")
+        spacing = stock_spacing(scheduler.config.variance_type)
+        published = DDPMScheduler.from_config(scheduler.stock().config, timestep_spacing=spacing)
         DDPMPipeline(_in_float32(unet), published).save_pretrained(new)
         index = read_json(new / "model_index.json")
         if class_names is not None:
@@ -50,6 +49,21 @@ def save_pipeline(
             code = pipeline_file(pipeline).read_text(encoding="utf-8")
             index["_class_name"] = [pipeline, re.search(r"^class (\w+)\(DiffusionPipeline\)", code, re.MULTILINE)[1]]
         write_json(new / "model_index.json", index)
+
+
+def stock_spacing(variance_type: str) -> str:
+    """Return the timestep_spacing to publish. Only stock pipelines read it, and only for fewer steps than T.
+
+    Stock DDPM adds noise after every step except at t = 0, and spacing "trailing" ends above 0. With fixed_small that
+    last noise is 1e-10. With learned_range it is visible, so such a model gets "linspace", which ends at 0 and is the
+    stride of Nichol & Dhariwal. Stock DDIM, which cannot use a UNet that predicts its variance, is not affected.
+
+    All others get "trailing", the default of our own samplers. Stock DDIM then begins in pure noise. If the number of
+    steps S divides T, it draws the images that we scored. Otherwise it steps to t - T//S, which is not the next
+    timestep (with "linspace" this is so for every S < T). The model card says that stock DDPM needs all T steps for
+    fixed_large.
+    """
+    return "linspace" if variance_type == "learned_range" else "trailing"
 
 
 def save_classifier(folder: str | Path, classifier):

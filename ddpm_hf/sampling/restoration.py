@@ -10,6 +10,7 @@ settings of the finished results.
 import contextlib
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,19 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..community_pipelines import pipeline_file, pipeline_module
-from ..data.decode import to_array
+from ..data.decode import to_array, use_path
 from ..errors import UserError, no_such
-from ..files import read_json, write_json, writing
+from ..files import check_output, read_json, write_json, writing
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import GAP, check_sheet, frame, image_sheet, save_picture, to_uint8
-from .samplers import image_generators
+from .masks import read_mask, read_masks_in_memory
+from .samplers import check_channels, check_seed, image_generators
 
 
 RESTORATION_SCHEMA = "ddpm_hf.restoration/1"
 RECORD = "restoration.json"
+MAX_SAMPLES = 1000  # restorations of one image, which are in memory together
+MAX_PIXELS = 2048**2  # of a result; a UNet keeps hundreds of numbers for each pixel
 SHEET_IMAGES = 16
 SHEET_COLUMNS = 8
 TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": "deblur"}  # settings of a single task
@@ -39,13 +43,14 @@ TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": 
 
 @dataclass
 class Item:
-    """One image to restore. `check_items` fills in its size."""
+    """One image to restore. `check_items` fills in its size, and the share of its pixels that a mask marks."""
 
     index: int
     path: Path
     output: Path
     mask: Path | None  # for inpaint
     size: tuple[int, int] = (0, 0)  # (H, W)
+    painted: float | None = None  # 0 to 1
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,13 @@ class Restored:
         sheet: the path of a picture that shows each input above its result.
         noise_levels: the noise level of each image that this call restored, as the standard deviation of the noise on
             pixels in [0, 1].
+        painted: for inpaint, the share of each image, from 0 to 1, that its mask marks for painting; otherwise [].
     """
 
     num_images: int
     sheet: Path
     noise_levels: list[float]
+    painted: list[float]
 
 
 def restore(
@@ -78,6 +85,8 @@ def restore(
 ) -> list[Image.Image] | Restored:
     """Denoise, inpaint, enlarge, colorize or deblur images with a model that was trained on clean images.
 
+    Results are good estimates, but not samples of the posterior: they have about half of its variance.
+
     Args:
         model: a folder, a checkpoint, a Hub id, or what `load` returned.
         images: PIL images, arrays or tensors that pipelines/restoration.py accepts. With `output`: the path of an
@@ -85,8 +94,9 @@ def restore(
         output: a .png file, or a folder. In a folder, each result has the name of its input, with the ending .png.
             None: the results are returned.
         task: denoise, inpaint, super_resolution, colorize or deblur.
-        mask: for inpaint, a mask image, white in the areas to paint. Give one mask for all images, or a list with one
-            per image. With `output`: the path of one mask, or of a folder where each mask has the name of its image.
+        mask: for inpaint, a mask image, white in the areas to paint. If it has transparent parts, its opaque parts are
+            the areas to paint, in any color. Give one mask for all images, or a list with one per image. With
+            `output`: the path of one mask, or of a folder where each mask has the name of its image.
         batch_size: images per batch, at least 1. It changes the results only by round-off.
         seed: the noise of image k comes from a random generator seeded with seed + k.
         overwrite: replace results that are already in `output`.
@@ -107,7 +117,8 @@ def restore(
     """
     settings = {name: value for name, value in settings.items() if value is not None} | {"task": task}
     check_task_settings(settings, mask, batch_size)
-    items = None if output is None else find_items(Path(images), Path(output), mask)
+    check_seed(seed)
+    items = None if output is None else find_items(Path(images), check_output("OUTPUT", output), mask)
     if not isinstance(model, Pretrained):
         model = load_pretrained(model)
     if items is None:
@@ -121,6 +132,7 @@ def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size
     pipeline = open_pipeline(model)
     several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
     images = list(images) if several else [images]
+    mask = read_masks_in_memory(mask)
     restored = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -154,11 +166,13 @@ def restore_files(
     noise_levels = restore_items(to_do, pipeline, settings, seed, batch_size)
     with writing("the sheet", output):
         draw_sheet(items[:SHEET_IMAGES], sheet)
-    return Restored(len(items), sheet, noise_levels)
+    painted = [item.painted for item in items if item.painted is not None]
+    return Restored(len(items), sheet, noise_levels, painted)
 
 
 def open_pipeline(model: Pretrained) -> DiffusionPipeline:
     """Return the RestorationPipeline of a loaded model, on the device of this process."""
+    check_channels(model.unet)
     module = pipeline_module("restoration")
     pipeline = module.RestorationPipeline(model.unet, model.scheduler.stock(), model.classes.id2label)
     return pipeline.to(PartialState().device)
@@ -178,8 +192,10 @@ def check_task_settings(settings: dict, mask, batch_size: int):
             "--task inpaint needs a mask: give --mask, an image that is white in the areas to paint, or a folder of "
             "such images."
         )
-    if not settings.get("noise_level", 0) >= 0:
-        raise UserError(f"--noise_level is {settings['noise_level']}; it must be at least 0.")
+    if not 0 <= settings.get("noise_level", 0) < math.inf:
+        raise UserError(f"--noise_level is {settings['noise_level']}; it must be at least 0, and finite.")
+    if settings.get("num_samples", 1) > MAX_SAMPLES:
+        raise UserError(f"--num_samples is {settings['num_samples']}; it must be at most {MAX_SAMPLES:,}.")
     if batch_size < 1:
         raise UserError(f"--batch_size is {batch_size}; it must be at least 1.")
 
@@ -240,20 +256,9 @@ def read(path: Path) -> torch.Tensor:
 
     The image is turned upright, and transparent areas become white.
     """
-    try:
-        array = to_array(Image.open(path), 3, exact=True)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
-        raise UserError(f"{path} cannot be read ({error}): repair or remove this file.") from error
+    array = use_path(lambda image: to_array(image, 3, exact=True), path)
     image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
     return image[:1] if (image == image[:1]).all() else image
-
-
-def read_mask(path: Path) -> torch.Tensor:
-    """Read a mask as bool (H, W). Areas to paint are True: the pixels brighter than half of the brightest pixel."""
-    grey = read(path).mean(dim=0)
-    if not grey.any():
-        raise UserError(f"--mask {path} is black everywhere: give a mask that is white in the areas to paint.")
-    return grey > grey.max() / 2
 
 
 def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -277,13 +282,17 @@ def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tenso
 
 
 class Accepted(Exception):
-    """Raised after the pipeline's first step with an image, which shows that it accepts the image and the settings."""
+    """Stops a trial restoration after its first step.
+
+    `check_items` raises it from `callback_on_step_end`. A pipeline that calls back accepts the image and the settings.
+    """
 
 
 def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
-    """Check that all items can be restored, set their sizes, and return the SHA-256 of all images and masks.
+    """Check that all items can be restored, and return the SHA-256 of all images and masks.
 
-    Every item is read, and the pipeline takes one step with the first image of each size.
+    Every item is read, and its size and its share of pixels to paint are set. The pipeline takes one step with the
+    first image of each size.
     """
 
     def accept(*step):
@@ -294,6 +303,13 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
     for item in tqdm(items, desc="Reading", unit="image", disable=len(items) < 200):
         image, mask = read_for(pipeline, item, options["task"])
         item.size = tuple(image.shape[1:])
+        item.painted = None if mask is None else mask.float().mean().item()
+        factor = options.get("scale_factor", 2) if options["task"] == "super_resolution" else 1
+        if image[0].numel() * factor**2 > MAX_PIXELS:
+            raise UserError(
+                f"the result of {item.path} would have more than {MAX_PIXELS / 1e6:.0f} million pixels: give a "
+                "smaller image, or a part of it."
+            )
         digest.update(f"{item.path.stem} {tuple(image.shape)} ".encode() + image.numpy().tobytes())
         digest.update(b"" if mask is None else mask.numpy().tobytes())
         first.setdefault(item.size, item)

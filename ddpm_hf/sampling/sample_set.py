@@ -5,9 +5,9 @@ file holds the images as `arr_0`, uint8 (N, H, W, C), the format of ADM's evalua
 """
 
 import json
+import re
 import shutil
 import time
-import zipfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data.decode import opacity, use_path
 from ..errors import UserError
-from ..files import read_json, write_json, write_npz, writing
+from ..files import check_output, parse_json, read_json, read_npz, write_json, write_npz, writing
 from ..models.pretrained import Pretrained
 from ..pictures import save_picture, to_pil, to_uint8
 from .samplers import autocast, class_arguments, image_shape
@@ -28,6 +28,7 @@ from .settings import DTYPES, Sampler
 
 
 SAMPLES_SCHEMA = "ddpm_hf.samples/1"
+MAX_IMAGES = 10_000_000
 
 
 @dataclass
@@ -65,7 +66,7 @@ def check_same_samples(place: Path, found: dict | None, wanted: dict):
 
 
 def read_samples(path) -> SampleSet:
-    """Read samples from a folder of PNG files or from an .npz file.
+    """Read samples from a folder of PNG files, which may be in subfolders, or from an .npz file.
 
     An .npz file holds the images as `arr_0`, or as its first array, uint8 (N, H, W, C).
 
@@ -85,44 +86,48 @@ def read_samples(path) -> SampleSet:
 
 def _read_npz(path: Path) -> tuple[torch.Tensor, dict | None]:
     """Return the images of an .npz file, uint8 (N, C, H, W), and its record, or None if it has no record."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            name = "arr_0" if "arr_0" in arrays else arrays.files[0]
-            array = arrays[name]
-            meta = str(arrays["meta"]) if "meta" in arrays else None
-    except (OSError, ValueError, IndexError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} cannot be read as .npz: give an .npz file with uint8 images (N, H, W, C) as arr_0."
-        ) from error
+
+    def choose(names: list[str]) -> list[str]:
+        return ["arr_0" if "arr_0" in names else names[0], *(["meta"] if "meta" in names else [])]
+
+    arrays = read_npz(path, choose, "give an .npz file with uint8 images (N, H, W, C) as arr_0")
+    meta = str(arrays.pop("meta", ""))
+    if not arrays:
+        raise UserError(f"{path} has a record but no images: give an .npz with uint8 images (N, H, W, C) as arr_0.")
+    (array,) = arrays.values()
     if array.dtype != np.uint8:
         raise UserError(
             f"{path} holds {array.dtype} numbers, and their range is unknown: give uint8 images, e.g. "
             "round((x + 1) * 127.5) for x in [-1, 1]."
         )
-    if array.ndim != 4 or array.shape[-1] not in (1, 3) or not len(array):
+    if array.ndim != 4 or array.shape[-1] not in (1, 3) or not array.size:
         raise UserError(
             f"{path} holds an array of shape {array.shape}: give images of shape (N, H, W, C) with C = 1 or 3."
         )
-    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), json.loads(meta) if meta else None
+    try:
+        content = parse_json(meta)
+    except ValueError:  # the meta of another program
+        content = None
+    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), _checked_record(content, path)
 
 
 def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
-    """Return the images in the PNG files of a folder, uint8 (N, C, H, W), in the order of file names.
+    """Return the images in the PNG files of a folder, or of its subfolders, uint8 (N, C, H, W), in the order of names.
 
     With a record, only the `num_images` images of the record are read.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a folder of PNG files, or an .npz.")
-    files = sorted(folder.glob("*.png"))
+    files = find_pngs(folder) if record is None else []
     if record is not None:  # do not read more files: an earlier run with a larger num_images may have left some
-        wanted = [folder / file_name(k) for k in range(record["num_images"])]
-        files = [path for path in wanted if path.is_file()]
-        if len(files) < len(wanted):
+        files = [path for k in range(record["num_images"]) if (path := folder / file_name(k)).is_file()]
+        if len(files) < record["num_images"]:
             raise UserError(
-                f"{folder} has only {len(files)} of {len(wanted)} images: run the same `sample` command again to draw "
-                "the others."
+                f"{folder} has only {len(files)} of {record['num_images']} images: run the same `sample` command "
+                "again to draw the others."
             )
-    lossy = [path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".webp")]
+    near = [path for place in {folder, *(path.parent for path in files)} for path in place.iterdir()]
+    lossy = [path for path in near if path.suffix.lower() in (".jpg", ".jpeg", ".webp")]
     if lossy:
         raise UserError(
             f"{folder} has images in a lossy format ({lossy[0].name}), and compression artifacts change the scores: "
@@ -133,14 +138,9 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
     arrays = []
     kind = None
     for path in tqdm(files, desc="Reading samples", unit="image", disable=len(files) < 2000):
-        try:
-            with Image.open(path) as image:
-                mode = image.mode
-                array = np.asarray(image)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error}): remove this image, or draw it again.") from error
+        mode, array = use_path(grey_or_color, path)
         if mode not in ("L", "RGB"):
-            raise UserError(f"{path} has the mode {mode}: give 8-bit grey (L) or RGB images.")
+            raise UserError(f"{path} has the mode {mode}: give 8-bit grey (L) or RGB images without transparency.")
         kind = kind or (mode, array.shape)
         if (mode, array.shape) != kind:
             raise UserError(
@@ -152,18 +152,88 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
+def find_pngs(folder: Path) -> list[Path]:
+    """Return the PNG files of a folder, or else of its subfolders, e.g. one for each class, in the order of names.
+
+    Raises:
+        UserError: if a subfolder is a set of samples of its own, or if there are PNG files in both places.
+    """
+    direct, nested = (
+        [path for path in sorted(folder.glob(names)) if path.suffix.lower() == ".png" and path.name[0] != "."]
+        for names in ("*", "*/*")
+    )
+    if (folder / "train_config.json").exists():  # its subfolders hold sheets and figures
+        nested = []
+    if direct and nested:
+        raise UserError(
+            f"{folder} has PNG files, and its subfolder {nested[0].parent.name} has others: give a folder that has "
+            "them in one of these places."
+        )
+    if sets := [path.parent for path in nested if (path.parent / "samples.json").exists()]:
+        raise UserError(f"{folder} has sets of samples in its subfolders: give one of them, e.g. {sets[0]}.")
+    return [path for path in direct or nested if path.is_file()]
+
+
+def grey_or_color(image) -> tuple[str, np.ndarray]:
+    """Return the mode and the pixels of a Pillow image, as L or RGB if that loses nothing."""
+    mode = {"1": "L", "LA": "L", "P": "RGB", "RGBA": "RGB"}.get(image.mode)
+    alpha = opacity(image)
+    if mode and (alpha is None or alpha.min() == 255):
+        image = image.convert(mode)
+    return image.mode, np.asarray(image)
+
+
 def read_sample_record(folder: Path) -> dict | None:
     """Return the content of samples.json in a folder, or None if the file is missing or from another program."""
     try:
         record = read_json(folder / "samples.json")
     except UserError:
         return None
-    return record if record.get("schema") == SAMPLES_SCHEMA else None
+    return _checked_record(record, folder / "samples.json")
+
+
+def _checked_record(content, path: Path) -> dict | None:
+    """Return the content of a record of samples, or None if another program wrote it.
+
+    Raises:
+        UserError: for a record of ours whose entries are not what `draw_samples` writes.
+    """
+    if not isinstance(content, dict) or content.get("schema") != SAMPLES_SCHEMA:
+        return None
+    sampler, model, count = (content.get(key) for key in ("sampler", "model", "num_images"))
+    is_whole = isinstance(sampler, dict) and isinstance(model, dict) and type(count) is int
+    if is_whole and 1 <= count <= MAX_IMAGES and isinstance(model.get("unet_sha256"), str) and _is_sampler(sampler):
+        return content
+    raise UserError(f"the record in {path} is damaged: remove it, or draw these samples again.")
+
+
+def _is_sampler(sampler: dict) -> bool:
+    """Return whether the entries of a sampler's record that are read have the types that `Sampler.record` gives them.
+
+    File names are made of the method and the number of steps.
+    """
+    method, steps, labels, names = (
+        sampler.get(key) for key in ("method", "num_inference_steps", "class_labels", "class_names")
+    )
+    is_named = isinstance(method, str) and re.fullmatch(r"[\w+-]{1,40}", method) and type(steps) is int
+    if not is_named or not isinstance(labels or [], list) or not isinstance(names or [], list):
+        return False
+    most = len(names) if names else 10**9
+    is_labelled = all(type(label) is int and 0 <= label < most for label in labels or [])
+    return is_labelled and all(isinstance(name, str) for name in names or [])
 
 
 def file_name(k: int) -> str:
     """Return the name of image k in a folder of samples."""
     return f"{k:06d}.png"
+
+
+def check_counts(num_images: int, batch_size: int):
+    """Raise a UserError for a number of images or a batch size that is impossible."""
+    if num_images < 1 or batch_size < 1:
+        raise UserError(f"--num_images is {num_images} and --batch_size {batch_size}; both must be at least 1.")
+    if num_images > MAX_IMAGES:
+        raise UserError(f"--num_images is {num_images}; a set of samples has at most {MAX_IMAGES:,} images.")
 
 
 def draw_samples(
@@ -188,9 +258,8 @@ def draw_samples(
         UserError: if `output` holds other samples or other files, if it cannot be written, or if an image has pixels
             that are not finite.
     """
-    if num_images < 1 or batch_size < 1:
-        raise UserError(f"--num_images is {num_images} and --batch_size {batch_size}; both must be at least 1.")
-    output = Path(output)
+    check_counts(num_images, batch_size)
+    output = check_output("--output", output)
     state = PartialState()
     folder = output.with_name(output.name + ".parts") if output.suffix == ".npz" else output
     record = {
@@ -202,6 +271,10 @@ def draw_samples(
     drawn = _read_drawn(output, folder, record)
     if len(drawn) >= num_images:
         return output
+    model.unet.to(state.device)
+    size = min(batch_size, num_images)
+    # One call on every process also shows that the model can draw, before anything is written.
+    one_image = step_seconds(sampler.network(model), size, DTYPES[sampler.dtype]) / size
     state.wait_for_everyone()  # the main process must not write to the folder before all processes have read it
     if state.is_main_process:
         with writing("samples", folder):
@@ -217,9 +290,8 @@ def draw_samples(
         if not all((folder / file_name(k)).is_file() for k in block)
     ]
     if mine:
-        model.unet.to(state.device)
         if state.is_main_process:
-            _print_estimate(model, sampler, mine)
+            _print_estimate(sampler, mine, one_image)
         _draw_blocks(model, sampler, mine, folder)
     state.wait_for_everyone()
     if output.suffix == ".npz" and state.is_main_process:
@@ -235,6 +307,8 @@ def _read_drawn(output: Path, folder: Path, record: dict) -> torch.Tensor:
         UserError: if `output` or `folder` holds other samples than `record` describes.
     """
     drawn = torch.empty(0, 1, 1, 1, dtype=torch.uint8)
+    if output.suffix == ".npz" and output.is_dir():
+        raise UserError(f"--output {output} is a folder, but a name ending in .npz is that of a file: give another.")
     if output.suffix == ".npz" and output.is_file():
         drawn, found = _read_npz(output)
         check_same_samples(output, found, record)
@@ -242,11 +316,10 @@ def _read_drawn(output: Path, folder: Path, record: dict) -> torch.Tensor:
     return drawn
 
 
-def _print_estimate(model: Pretrained, sampler: Sampler, blocks: list[range]):
-    """Time one denoising step of one batch, and print an estimate of how long drawing all these blocks will take."""
+def _print_estimate(sampler: Sampler, blocks: list[range], one_image: float):
+    """Print an estimate of how long drawing all these blocks takes. `one_image`: seconds of one step of an image."""
     left = sum(map(len, blocks))
-    one_step = step_seconds(sampler.network(model), len(blocks[0]), DTYPES[sampler.dtype]) / len(blocks[0])
-    cost = duration(one_step * sampler.num_inference_steps * left)
+    cost = duration(one_image * sampler.num_inference_steps * left)
     print(f"{left:,} images of {sampler.name} in {sampler.num_inference_steps} steps: about {cost}.", flush=True)
 
 
@@ -261,14 +334,6 @@ def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folde
 
         for block in blocks:
             images = sampler.draw(model, block, partial(count, len(block)))
-            if not images.isfinite().all():
-                broken = block[int((~images.isfinite()).flatten(1).any(dim=1).nonzero()[0])]
-                error = UserError(
-                    f"image {broken} has pixels that are not finite ({sampler.name}, {sampler.dtype}): give --dtype "
-                    "float32, or check whether the training of this model diverged."
-                )
-                error.on_one_process = True
-                raise error
             with writing("samples", folder):
                 for k, image in zip(block, to_pil(to_uint8(images))):
                     if not (folder / file_name(k)).is_file():
@@ -284,15 +349,24 @@ def _pack(folder: Path, output: Path, record: dict):
 
 
 def step_seconds(unet: nn.Module, batch_size: int, dtype: torch.dtype) -> float:
-    """Return how many seconds one call of the UNet on a batch takes. A first call, to warm up, is not counted."""
+    """Return how many seconds one call of the UNet on a batch takes. A first call, to warm up, is not counted.
+
+    Raises:
+        UserError: if the UNet's output is not finite.
+    """
     x = torch.zeros(batch_size, *image_shape(unet), device=unet.device, dtype=unet.dtype)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=unet.device)
     labels = class_arguments(unet, None if unet.config.num_class_embeds is None else [0] * batch_size, batch_size)
     with torch.no_grad(), autocast(unet, dtype):
         for _ in range(2):
             start = time.perf_counter()
-            unet(x, timesteps, **labels).sample.sum().item()  # item() waits until the GPU is done
+            is_finite = unet(x, timesteps, **labels).sample.isfinite().all().item()  # waits until the GPU is done
             seconds = time.perf_counter() - start
+    if not is_finite:
+        raise UserError(
+            f"the UNet of this model predicts numbers that are not finite ({str(dtype).removeprefix('torch.')}): give "
+            "--dtype float32, or check whether the training of this model diverged."
+        )
     return seconds
 
 

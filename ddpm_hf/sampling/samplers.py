@@ -69,7 +69,8 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
     """Return x_t' by Algorithm 2 (second order, multistep) of Lu et al. 2022, and None as its standard deviation.
 
     The paper is https://huggingface.co/papers/2211.01095. The last step, to the clean image, returns the predicted
-    x_0. This is the limit of a first-order step.
+    x_0. This is the limit of a first-order step. The predicted x_0 is clipped as the config says. diffusers'
+    DPMSolverMultistepScheduler never clips, so its images are those of clip=False.
     """
     if step.prev_timestep < 0:
         return step.pred_original_sample, None
@@ -93,8 +94,26 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmsolver++": dpmsolver_step}
 
 
+def check_seed(seed: int):
+    """Raise a UserError for a seed to which numbers of images cannot be added, because torch takes 64 bits."""
+    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+        raise UserError(f"--seed is {seed}, but must be a whole number from -2^63 to 2^63 - 1: give another one.")
+
+
+def check_channels(unet: nn.Module):
+    """Raise a UserError if the images of a UNet are neither grey nor RGB."""
+    if unet.config.in_channels not in (1, 3):
+        raise UserError(
+            f"the images of this model have {unet.config.in_channels} channels, but only images of 1 (grey) or 3 "
+            "(RGB) can be drawn and written: give another model."
+        )
+
+
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """Return one CPU generator per image, seeded with `seed + k` for each k in `indices`, as EDM does."""
+    """Return one CPU generator per image, seeded with `seed + k` for each k in `indices`, as EDM does.
+
+    Image 1 of seed 0 therefore is image 0 of seed 1. For N other images, give a seed that is at least N higher.
+    """
     return [torch.Generator().manual_seed(seed + k) for k in indices]
 
 
@@ -115,6 +134,8 @@ def draw(
     on_step: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Draw one image per CPU generator, and return float32 (B, C, H, W) in [-1, 1] on the UNet's device.
+
+    Pixels that overflow, e.g. in float16 or because the training diverged, are nan.
 
     Args:
         unet: a UNet2DModel, or a module that is called like one and has `config`, `device` and `dtype`. It is in eval
@@ -159,7 +180,8 @@ def draw(
                 on_step(i, len(timesteps), x, pred_original_sample)
     finally:
         unet.train(was_training)
-    return x.clamp(-1, 1)
+    # An infinite pixel becomes nan, because clamped it could not be told from a white or a black one.
+    return x.clamp(-1, 1).where(x.isfinite(), math.nan)
 
 
 def distinct_steps(scheduler, num_inference_steps: int | None, spacing) -> list[tuple[int, int]]:

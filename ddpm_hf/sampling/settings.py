@@ -14,6 +14,8 @@ from ..models.pretrained import Pretrained, weights_hash
 from .guidance import guide
 from .samplers import (
     SAMPLERS,
+    check_channels,
+    check_seed,
     check_settings,
     default_steps,
     default_variance,
@@ -44,9 +46,10 @@ class Sampler:
         variance_type: for ddpm, fixed_small, fixed_large or learned_range. None: the variance type of the model on
             all T steps. On fewer steps: learned_range if the model has it, else fixed_small.
         dtype: float32, bfloat16 or float16. The UNet computes in this dtype, and the rest stays float32.
-        seed: image k is drawn from a random generator seeded with seed + k.
-        class_labels: names or numbers. Image k gets the label `class_labels[k % len(class_labels)]`. None: all
-            classes in turn.
+        seed: image k is drawn from a random generator seeded with seed + k. Two sets of N images share no noise if
+            their seeds are at least N apart.
+        class_labels: one class, by its name or number, or a list of classes. With a list, image k gets the label
+            `class_labels[k % len(class_labels)]`. None: all classes in turn.
         guidance_scale: how closely images follow the class. 1 is the conditional model itself. See `guidance.guide`.
         classifier: guides an unconditional model towards a class.
 
@@ -63,7 +66,7 @@ class Sampler:
     variance_type: str | None = None
     dtype: str = "float32"
     seed: int = 0
-    class_labels: Sequence[int | str] | None = None
+    class_labels: int | str | Sequence[int | str] | None = None
     guidance_scale: float = 1.0
     classifier: NoisyClassifier | None = None
 
@@ -75,11 +78,13 @@ class Sampler:
         """
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}.")
+        check_seed(self.seed)
+        check_channels(model.unet)
         check_settings(self.name, self.eta, self.variance_type, model.unet)
         self.network(model)  # raises a UserError if the model does not support the guidance
         timesteps = self.timesteps
         steps = self.num_inference_steps
-        if isinstance(timesteps, str) and re.fullmatch(r"\d+(,\d+)*", timesteps):
+        if isinstance(timesteps, str) and re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", timesteps):
             timesteps = [int(t) for t in timesteps.split(",")]
         if isinstance(timesteps, str) and steps is None:
             steps = default_steps(self.name, len(model.scheduler))
@@ -114,9 +119,12 @@ class Sampler:
         """Draw the images numbered `indices` in one batch: float32 (B, C, H, W) in [-1, 1], on the UNet's device.
 
         `on_step(i, num_steps, sample, pred_original_sample)` is called after each step.
+
+        Raises:
+            UserError: if an image has pixels that are not finite.
         """
         listed = not isinstance(self.timesteps, str)
-        return draw(
+        images = draw(
             self.network(model),
             model.scheduler,
             image_generators(self.seed, indices),
@@ -129,6 +137,15 @@ class Sampler:
             dtype=DTYPES[self.dtype],
             on_step=on_step,
         )
+        if not images.isfinite().all():
+            broken = indices[int((~images.isfinite()).flatten(1).any(dim=1).nonzero()[0])]
+            error = UserError(
+                f"image {broken} has pixels that are not finite ({self.name}, {self.dtype}): give --dtype float32, or "
+                "check whether the training of this model diverged."
+            )
+            error.on_one_process = True
+            raise error
+        return images
 
     def record(self, model: Pretrained) -> dict:
         """Return these settings as JSON values, for records and samples.json."""

@@ -254,11 +254,7 @@ pipeline = DDPMPipeline.from_pretrained({in_python(name)})
 image = pipeline(num_inference_steps={steps}).images[0]"""
         parts.append("Stock diffusers loads it, from the Hub or from the path of this folder:")
         parts.append(code_block("python", call))
-        if scheduler["variance_type"] == "learned_range":
-            parts.append("`DDIMPipeline` cannot use this model, because the UNet also predicts a variance.")
-        else:
-            call = f"DDIMPipeline.from_pretrained({in_python(name)})(num_inference_steps={min(50, steps)}).images[0]"
-            parts.append(f"To draw in fewer steps: {code(call)}.")
+        parts.append(fewer_steps(name, scheduler))
     needs_class = bool(unet["num_class_embeds"]) and unet["num_class_embeds"] <= len(index.get("id2label", {}))
     for pipeline in EARLIER_PIPELINES | PIPELINES:
         if (folder / f"{pipeline}.py").is_file():
@@ -268,6 +264,36 @@ image = pipeline(num_inference_steps={steps}).images[0]"""
     commands = f"""python -m ddpm_hf sample {model} --num_images 64 --sampler ddim --num_inference_steps {few}
 python -m ddpm_hf evaluate {model}"""
     return [*parts, "Sample many images and score them with `ddpm_hf`:", code_block("bash", commands)]
+
+
+def fewer_steps(name: str, scheduler: dict) -> str:
+    """Return a Markdown paragraph that says how stock diffusers draws in fewer than T steps.
+
+    Stock DDPM adds noise after every step except at t = 0, and spacing "trailing" ends above 0.
+    """
+    steps, is_learned = scheduler["num_train_timesteps"], scheduler["variance_type"] == "learned_range"
+    ends_at_0 = scheduler["timestep_spacing"] in ("leading", "linspace")
+    few = min(50, steps)
+    sentences = []
+    if is_learned:
+        sentences.append("`DDIMPipeline` cannot use this model, because the UNet also predicts a variance.")
+    else:
+        call = f"DDIMPipeline.from_pretrained({in_python(name)})(num_inference_steps={few}).images[0]"
+        sentences.append(
+            f"To draw in fewer steps: {code(call)}. If the number of steps divides {steps}, these are the images of "
+            "`ddpm_hf sample --sampler ddim`."
+        )
+    if is_learned and ends_at_0:
+        sentences.append(
+            f"In fewer steps than {steps}, `DDPMPipeline` draws the images of `ddpm_hf sample --timesteps "
+            f"{scheduler['timestep_spacing']}`."
+        )
+    elif scheduler["variance_type"] != "fixed_small":
+        sentences.append(
+            f"`DDPMPipeline` needs all {steps} steps: in fewer steps it leaves noise in the images, because it adds "
+            "noise after the last step too."
+        )
+    return " ".join(sentences)
 
 
 def in_python(name: str) -> str:
@@ -309,9 +335,9 @@ def scores(records: dict[str, dict]) -> str:
         how += [f"weights: {literal(record['model']['weights'])}"] if "weights" in record["model"] else []
         rows = [["metric", "value", "+-", "floor (real images)", "N", "N real"]]
         rows += [[code(id), *numbers] for id, *numbers in score_rows(record)]
-        against = f"against {code(data['name'])} ({number(data['train']['n'])} training images"
-        against += f", {number(data['held_out']['n'])} held out)" if data["held_out"] else ")"
-        spent = f"drawn in {number(cost['drawing_s'])} s, scored in {number(cost['scoring_s'])} s"
+        against = f"against {code(data['name'])} ({number(data['train'].get('n'))} training images"
+        against += f", {number(data['held_out'].get('n'))} held out)" if data.get("held_out") else ")"
+        spent = f"drawn in {number(cost.get('drawing_s'))} s, scored in {number(cost.get('scoring_s'))} s"
         sentence = f"{', '.join(how)}; {against}; {spent}; [record](evaluations/{quote(file)})."
         command = "\n\n" + code_block("bash", record["command"]) if record.get("command") else ""
         parts.append(f"{sentence[0].upper()}{sentence[1:]}{command}\n\n{table(rows, markdown=True)}")

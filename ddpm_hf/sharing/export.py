@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..community_pipelines import pipeline_file
 from ..errors import UserError
-from ..files import is_utf_8, read_json, write_json, writing
+from ..files import check_output, is_utf_8, read_json, write_json, writing
 from ..models.classifier import NoisyClassifier
 from ..models.pretrained import Pretrained, load_classifier, load_pretrained
 from ..models.saving import save_classifier, save_pipeline
@@ -36,7 +36,7 @@ def export(
 
     Args:
         model: a folder, a checkpoint, a Hub id, or the result of `load`.
-        output: a folder that does not exist yet.
+        output: a folder that does not exist yet. Nothing is overwritten.
         classifier: a classifier to guide an unconditional model: a run of --objective classify, a Hub id, or the
             classifier itself.
         pipeline: the default pipeline of the folder. None: class_guided for a model with classes or a classifier, else
@@ -50,12 +50,13 @@ def export(
     Example:
         >>> ddpm_hf.export("runs/digits", "my-export")
         ['restoration', 'reconstruction']
+        >>> pipeline = DDPMPipeline.from_pretrained("my-export")
     """
     if not isinstance(model, Pretrained):
         model = load_pretrained(model, weights)
     if isinstance(classifier, (str, Path)):
         classifier = load_classifier(str(classifier))
-    output = Path(output)
+    output = check_output("OUTPUT", output)
     conditional = model.unet.config.num_class_embeds is not None
     if os.path.lexists(output):
         raise UserError(f"{output} already exists: give another folder, or remove this one.")

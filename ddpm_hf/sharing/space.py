@@ -7,6 +7,7 @@ from pathlib import Path
 from ..community_pipelines import shipped
 from ..errors import UserError
 from ..hub_requests import API, HUB_ERRORS, ask_hub, short_reason, transfer_seconds
+from ..models import judge
 from .hub import create_repository, is_hub_id, retry
 
 
@@ -65,5 +66,6 @@ def write_space(folder: Path, model: str):
             target = folder / path.relative_to(shipped("spaces"))
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
+    shutil.copyfile(judge.__file__, folder / "judge.py")
     card = folder / "README.md"
     card.write_text(card.read_text().replace("\n---\n", f"\nmodels:\n- {model}\n---\n", 1))

@@ -256,6 +256,16 @@ def save_checkpoint(accelerator, config, state: TrainState, *, network: dict, em
     accelerator.wait_for_everyone()
 
 
+def saved_network(checkpoint: Path) -> dict:
+    """Return the config of the network in a checkpoint.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    with reading(checkpoint):
+        return json.loads((checkpoint / "train_config.json").read_text())["unet"]
+
+
 def check_same_run(checkpoint: Path, config, network_config: dict, total_steps: int) -> list[str]:
     """Refuse a checkpoint that this run cannot continue. Return a list of one warning if flags changed, else [].
 

@@ -247,7 +247,7 @@ def redraw_figures(folder: str | Path):
     folder = Path(folder)
     if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():  # an export has both
         only = folder / "figures" / "loss.png"
-        raise UserError(f"{folder} is the run of a classifier, whose only figure is {only}.")
+        raise UserError(f"{folder} is the run of a classifier, which has only {only}: give the run of a DDPM.")
     if not (folder / "train_config.json").is_file() or not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a finished run: give the --output_dir of a training.")
     model = load_pretrained(str(folder))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin, gather_object
 from diffusers import UNet2DModel
 from torch.optim.swa_utils import AveragedModel
 
@@ -105,7 +105,7 @@ def open_run(config: TrainingConfig) -> Run | None:
         UserError: if the input cannot be trained on; nothing is written then.
     """
     checkpoint = checkpoints.find_checkpoint(config)
-    run, warnings = build_run(config)
+    run, warnings = build_run(config, checkpoint)
     if checkpoint is not None:
         warnings += checkpoints.check_same_run(checkpoint, config, dict(run.network.config), run.total_steps)
     is_main = run.accelerator.is_main_process
@@ -124,20 +124,22 @@ def open_run(config: TrainingConfig) -> Run | None:
     return run
 
 
-def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
+def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, list[str]]:
     """Return the parts of a run, and warnings to print. Nothing is written.
 
     Raises:
-        UserError: for input that cannot be trained on.
+        UserError: for input that cannot be trained on, or if the config of the checkpoint cannot be read.
     """
     if config.objective not in OBJECTIVES:
         raise UserError(f"--objective {config.objective} is not known: choose from {', '.join(OBJECTIVES)}.")
     accelerator = make_accelerator(config)
     with accelerator.local_main_process_first():
         train_set, validation_set = load_images(config, unet_channels(config))
+    check_skipped(config, train_set)
     check_classes(config, train_set)
     build = build_classifier if config.objective == "classify" else build_unet
-    network = build(config, train_set.channels, train_set.class_names)
+    saved = None if checkpoint is None else checkpoints.saved_network(checkpoint)
+    network = build(config, train_set.channels, train_set.class_names, saved)
     scheduler = make_scheduler(
         config.ddpm_beta_schedule,
         config.ddpm_num_steps,
@@ -170,7 +172,7 @@ def build_run(config: TrainingConfig) -> tuple[Run, list[str]]:
     )
     run = replace(run, facts=describe(run))
     evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
-    return replace(run, evaluation=evaluation), [*ema_warning(config, total_steps), *skipped]
+    return replace(run, evaluation=evaluation), [*train_set.warnings, *ema_warning(config, total_steps), *skipped]
 
 
 def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:
@@ -222,6 +224,15 @@ def restore_state(run: Run, checkpoint: Path | None):
         state.loss_history = None
     elif state.loss_history is None:
         state.loss_history = new_history(config.ddpm_num_steps)
+
+
+def check_skipped(config, train_set):
+    """Raise a UserError if the processes skipped different images, because each would then train in another order."""
+    if config.on_bad_image == "skip" and len(set(gather_object([train_set.fingerprint]))) > 1:
+        raise UserError(
+            "--on_bad_image skip left out different images in different processes: check that every process can read "
+            "all files."
+        )
 
 
 def check_classes(config, train_set):
@@ -320,9 +331,10 @@ def describe(run: Run) -> dict:
     config, accelerator, data = run.config, run.accelerator, run.train_set
     parameters = sum(parameter.numel() for parameter in run.network.parameters())
     held_out = 0 if run.validation_set is None else run.validation_set.num_images
+    skipped = f", {len(data.skipped):,} skipped" if data.skipped else ""
     images = "a stream of" if data.num_images is None else f"{data.num_images:,}"
     summary = (
-        f"{images} images of {data.resolution}x{data.resolution}x{data.channels} ({held_out:,} held out), "
+        f"{images} images of {data.resolution}x{data.resolution}x{data.channels} ({held_out:,} held out{skipped}), "
         f"{parameters / 1e6:.1f} M parameters, {run.total_steps:,} steps of {run.global_batch} images = "
         f"{run.total_steps * run.global_batch / run.num_images:.1f} epochs, on {accelerator.num_processes} x "
         f"{accelerator.device.type}, mixed precision {config.mixed_precision}"
@@ -333,6 +345,7 @@ def describe(run: Run) -> dict:
         "parameters": parameters,
         "num_images": data.num_images,
         "num_validation_images": held_out,
+        "skipped_images": data.skipped,
         "channels": data.channels,
         "class_names": data.class_names,
         "data_fingerprint": data.fingerprint,

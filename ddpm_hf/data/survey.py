@@ -1,0 +1,132 @@
+"""Look at images before training: skip those that cannot be read, and say what looks like a mistake in a sample."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import UserError
+from .decode import CHUNK, short_reason, to_array, undecoded, use_file, white_level
+
+
+GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
+# Cameras store previews behind a photo as MPO, and Pillow counts the layers of a PSD as frames.
+ONE_PICTURE = {"MPO", "PSD"}
+DARK = 0.25  # images whose largest value is below this share of the scale are almost black
+
+
+def skip_unreadable(rows, pixel_range):
+    """Return the rows whose images can be read, and a list of the other images, each with the reason.
+
+    Every image is decoded, once and before training, so that the order of a run never changes. Rows that can all be
+    read are returned as they are.
+
+    Raises:
+        UserError: if no image can be read.
+    """
+    problems = []
+    with ThreadPoolExecutor() as pool, tqdm(desc="checking", total=len(rows), unit=" images", disable=None) as bar:
+        for start in range(0, len(rows), CHUNK):
+            items = undecoded(rows, range(start, min(start + CHUNK, len(rows))))
+            problems += pool.map(partial(_problem, pixel_range=pixel_range), items)
+            bar.update(len(problems) - start)
+    readable = [row for row, problem in enumerate(problems) if problem is None]
+    skipped = [problem for problem in problems if problem is not None]
+    if not readable and skipped:
+        raise UserError(f"none of the {len(rows):,} images can be read ({skipped[0]}): give images.")
+    return rows.select(np.array(readable)) if skipped else rows, skipped
+
+
+def _problem(item, pixel_range) -> str | None:
+    """Return the number of an image, its file name if it has one, and why it cannot be read; None if it can be."""
+    try:
+        use_file(lambda file: to_array(Image.open(file), 3, pixel_range=pixel_range), item)
+    except UserError as error:
+        row, encoded = item
+        path = encoded and encoded["path"]  # the name is enough: a record of a run may be published
+        return f"image {row}{f' ({Path(path).name})' if path else ''}: {short_reason(error.__cause__)}"
+
+
+def skipped_warning(skipped: list[str]) -> list[str]:
+    """Return a warning that names up to three skipped images, in a list; an empty list if none was skipped."""
+    if not skipped:
+        return []
+    more = f" and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
+    return [f"Warning: {len(skipped):,} images cannot be read and are skipped: {'; '.join(skipped[:3])}{more}."]
+
+
+def survey(items, channels, pixel_range) -> tuple[int, list[str]]:
+    """Return the number of channels to train with, and warnings to print.
+
+    Args:
+        items: a sample of the images, see decode.py.
+        channels: 1 or 3. None: 1 if all of these images have a grey mode, else 3.
+        pixel_range: see `decode.to_array`.
+
+    Raises:
+        UserError: for an image that cannot be read.
+    """
+    kinds = [use_file(_kind, item) for item in items]
+    is_grey = {mode for mode, _ in kinds} <= GREY_MODES
+    depths = [mode[0] if mode[0] in "IF" else "8 bits" for mode, _ in kinds]  # I: 16 or 32 bits, F: floats
+    colored, brightest = _look_at_pixels(items, depths, pixel_range, colored=is_grey or channels is not None)
+    warnings = []
+    if not colored:
+        warnings.append(
+            "Hint: these images are stored in color, but are grey: --channels 1 trains a smaller model, which cannot "
+            "tint its images."
+        )
+    warnings += [_dark_warning(depth, top, pixel_range) for depth, top in brightest.items() if 0 < top < DARK]
+    if several := [item for item, (_, has_pages) in zip(items, kinds) if has_pages]:
+        row, encoded = several[0]
+        name = Path(encoded["path"]).name if encoded["path"] else f"image {row}"
+        warnings.append(
+            f"Warning: {len(several)} of the {len(items)} images looked at have several pages or frames, e.g. {name}. "
+            "Only the first one is used: save each as a file of its own to use all."
+        )
+    return channels or (1 if is_grey else 3), warnings
+
+
+def _kind(file) -> tuple[str, bool]:
+    """Return the mode of an image, and whether it has several pages or frames."""
+    image = Image.open(file)
+    return image.mode, getattr(image, "is_animated", False) and image.format not in ONE_PICTURE
+
+
+def _look_at_pixels(items, depths, pixel_range, *, colored: bool) -> tuple[bool, dict]:
+    """Return whether any image has colors, and the largest value of each depth, as a share of its scale.
+
+    Most often the first image answers both questions, so that the others need not be decoded.
+
+    Args:
+        depths: one word per image. Images of different depths have different scales.
+        colored: True if the first question need not be answered.
+    """
+    brightest = dict.fromkeys(depths, 0.0)
+    for item, depth in zip(items, depths):
+        if colored and brightest[depth] >= DARK:
+            continue
+        array = use_file(lambda file: to_array(Image.open(file), 3, exact=True, pixel_range=pixel_range), item)
+        brightest[depth] = max(brightest[depth], float(array.max()))
+        colored = colored or bool((array != array[..., :1]).any())
+    return colored, brightest
+
+
+def _dark_warning(depth: str, top: float, pixel_range) -> str:
+    """Return the warning that images are almost black, often because their values fill only a part of the scale."""
+    if depth == "8 bits":
+        return (
+            f"Warning: no pixel of the 8-bit images looked at is brighter than {top:.1%} of white, so the model would "
+            "learn almost black images: rescale them."
+        )
+    black, white = pixel_range or (0, white_level(depth))
+    largest = black + top * (white - black)
+    likely = f"{largest:.4g}" if depth == "F" else 2 ** round(largest).bit_length() - 1  # 4095 for 12 bits
+    return (
+        f"Warning: the largest value in the images looked at is {largest:.6g}, but white is {white:.10g}, so the "
+        "model would learn almost black images: say which values are black and white, e.g. "
+        f"--pixel_range={black:.10g},{likely}."
+    )

@@ -1,0 +1,123 @@
+"""Convert what `load_pretrained` does not open: pickled weights, bare UNets, checkpoints of diffusers' script."""
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from diffusers import UNet2DModel
+
+from ..diffusion.scheduler import BETA_SCHEDULES, PaperDDPMScheduler, make_scheduler
+from ..errors import UserError, no_such
+from ..files import check_output, read_json, write_json, writing
+from . import judge
+from .classes import Classes
+from .pretrained import PIPELINE_FILES, check_is_ddpm, check_shards, find_folder, opening, part_folder, read_network
+from .saving import save_pipeline
+
+
+PICKLES = ["diffusion_pytorch_model*.bin", "unet/diffusion_pytorch_model*.bin"]
+PICKLE = r"diffusion_pytorch_model(-\d+-of-\d+)?\.bin"  # one file or shards, no variant such as fp16
+# The settings of diffusers' script, for a model without a scheduler.
+SCHEDULE = {"ddpm_num_steps": 1000, "ddpm_beta_schedule": "linear", "prediction_type": "epsilon"}
+
+
+def convert(name: str | Path, output: str | Path, *, weights: str = "published", **schedule):
+    """Write a stock pipeline with safetensors, made of a model that has pickled weights or no scheduler.
+
+    Pickles are read with torch's `weights_only`, which runs no code.
+
+    Args:
+        name: a folder or Hub id of a DDPM's pipeline, of a UNet2DModel, or a folder `checkpoint-<step>` of diffusers'
+            train_unconditional.py.
+        output: a folder that does not exist yet.
+        weights: of a checkpoint of diffusers' script, "published" takes the moving average if there is one (unet_ema),
+            and "raw" takes the weights before averaging (unet).
+        schedule: ddpm_num_steps, ddpm_beta_schedule and prediction_type, for a model without a scheduler. Default: the
+            settings of diffusers' script, see SCHEDULE.
+
+    Raises:
+        UserError: for anything else, for a model that cannot draw, or if `output` exists or cannot be written.
+    """
+    output = check_output("OUTPUT", output)
+    if output.exists():
+        raise UserError(f"{output} already exists: give another folder, or remove this one.")
+    name, folder, _ = find_folder(name, [*PIPELINE_FILES, *PICKLES])
+    has_index = (folder / "model_index.json").is_file()
+    if has_index:
+        check_is_ddpm(name, folder)
+    unet_folder = _unet_folder(name, folder, weights)
+    with opening(name, "give a whole pipeline or UNet of diffusers"):
+        index = read_json(folder / "model_index.json", missing={})
+        config = read_json(unet_folder / "config.json")
+        if config.get("_class_name") != "UNet2DModel":
+            raise ValueError(f"it is a {str(config.get('_class_name'))[:60]}, not a UNet2DModel")
+        judge.check_index(index)
+        judge.check_unet(config, index)
+        scheduler = _read_scheduler(name, folder, schedule) if has_index else _new_scheduler(schedule)
+        judge.check_schedule(scheduler)
+        unet = _read_unet(unet_folder, config)
+        judge.check_together(unet.config, scheduler.config)
+    names = Classes.of_model(unet.config.num_class_embeds, index.get("id2label")).names
+    new = output.with_name(f".{output.name}.tmp")
+    with writing("the pipeline", output):
+        shutil.rmtree(new, ignore_errors=True)  # an earlier call that was killed may have left it
+        new.mkdir(parents=True)
+        save_pipeline(new, unet, scheduler, names)
+        new.rename(output)
+
+
+def _unet_folder(name: str, folder: Path, weights: str) -> Path:
+    """Return the folder with the UNet to convert."""
+    averaged = folder / "unet_ema"
+    found = averaged if weights == "published" and averaged.is_dir() else part_folder(folder, "unet")
+    if not (found / "config.json").is_file():
+        raise UserError(
+            f"{name} has no config.json of a UNet: give a pipeline, a UNet, or a checkpoint of diffusers' script."
+        )
+    return found
+
+
+def _read_scheduler(name: str, folder: Path, schedule: dict) -> PaperDDPMScheduler:
+    """Return the scheduler of a pipeline. Flags must not contradict it."""
+    if schedule:
+        raise UserError(f"{name} has a scheduler of its own: leave --{min(schedule)} out.")
+    config = read_json(part_folder(folder, "scheduler") / "scheduler_config.json")
+    judge.check_scheduler(config)
+    return PaperDDPMScheduler.from_config(config)
+
+
+def _new_scheduler(schedule: dict) -> PaperDDPMScheduler:
+    """Return a scheduler for a UNet that has none."""
+    T, beta_schedule, prediction_type = (SCHEDULE | schedule).values()
+    if beta_schedule not in BETA_SCHEDULES:
+        raise UserError(no_such("--ddpm_beta_schedule", beta_schedule, BETA_SCHEDULES))
+    if prediction_type not in judge.PREDICTION_TYPES:
+        raise UserError(no_such("--prediction_type", prediction_type, judge.PREDICTION_TYPES))
+    if not 1 <= T <= judge.MAX_T:
+        raise UserError(f"--ddpm_num_steps is {T}, but must be from 1 to {judge.MAX_T:,}: give another number.")
+    return make_scheduler(beta_schedule, T, prediction_type=prediction_type)
+
+
+def _read_unet(folder: Path, config: dict) -> UNet2DModel:
+    """Return the UNet in a folder. Pickles become safetensors first, because diffusers renames old weights of both."""
+    check_shards(folder)
+    if any(folder.glob("*.safetensors")):
+        return read_network(UNet2DModel, folder)
+    pickles = [path for path in sorted(folder.glob("*.bin")) if re.fullmatch(PICKLE, path.name)]
+    if not pickles:
+        raise ValueError("it has neither safetensors nor diffusion_pytorch_model.bin")
+    tensors = {}
+    for path in pickles:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+            raise ValueError(f"{path.name} holds something else than weights")
+        tensors |= content
+    with tempfile.TemporaryDirectory() as place:
+        write_json(Path(place, "config.json"), config)
+        # Clone, because safetensors does not store tensors that share memory.
+        tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(tensors, Path(place, "diffusion_pytorch_model.safetensors"))
+        return read_network(UNet2DModel, Path(place))

@@ -1,0 +1,53 @@
+"""Read the masks of inpainting: find the pixels that an image marks for painting."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.decode import opacity, to_array, upright, use_path
+from ..errors import UserError
+
+
+def read_mask(path: Path) -> torch.Tensor:
+    """Read a mask file with `painted_pixels`, as bool (H, W). Areas to paint are True.
+
+    Raises:
+        UserError: for a file that cannot be read, and for a mask that marks no pixel or all pixels.
+    """
+    return painted_pixels(use_path(Image.Image.copy, path), f"--mask {path}")
+
+
+def read_masks_in_memory(mask):
+    """Return one mask, or a list of masks. PIL images are read with `painted_pixels`, other masks stay as they are."""
+    if isinstance(mask, (list, tuple)):
+        return [read_masks_in_memory(one) for one in mask]
+    return painted_pixels(mask, "the mask") if isinstance(mask, Image.Image) else mask
+
+
+def painted_pixels(image: Image.Image, name: str) -> torch.Tensor:
+    """Return which pixels a mask marks for painting, bool (H, W).
+
+    If some parts of the mask are more transparent than others, its opaque parts are marked, in any color: editors save
+    a layer of brush strokes like this. Otherwise its white parts are marked. A pixel counts as opaque or white if it
+    is above half of the highest value in the mask, because some programs write 1 instead of 255.
+
+    Args:
+        name: how an error message calls the mask.
+
+    Raises:
+        UserError: for a mask that marks no pixel or all pixels.
+    """
+    image = upright(image)
+    values, mark, unmarked = opacity(image), "opaque", "transparent"
+    if values is None or 0 < values.min() == values.max():
+        # float64 keeps the mean of three equal values equal to them.
+        values, mark, unmarked = to_array(image, 3, exact=True).astype(np.float64).mean(axis=-1), "white", "black"
+    advice = f"give a mask that is {mark} in the areas to paint, and {unmarked} elsewhere"
+    if not values.any():
+        raise UserError(f"{name} is {unmarked} everywhere, so there is nothing to paint: {advice}.")
+    painted = values > values.max() / 2
+    if painted.all():
+        raise UserError(f"{name} marks the whole image, so nothing of it would be kept: {advice}.")
+    return torch.from_numpy(painted)
