@@ -37,6 +37,15 @@ def writing(what: str, path, *, also: tuple = ()):
         ) from error
 
 
+def is_utf_8(path: Path) -> bool:
+    """Return whether a path is valid UTF-8. Linux allows any bytes, but safetensors loads only from such paths."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def write_beside(path: Path, write):
     """Call `write(temporary path)`, then rename that file to `path`. A kill thus leaves no incomplete `path`."""
     partial = path.with_name(f".{path.name}.tmp")

@@ -1,6 +1,7 @@
 """Turn tensors into pictures: sheets, strips and PNG files."""
 
 import math
+import os
 from functools import partial
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def image_sheet(images: torch.Tensor, path, columns: int | None = None) -> Path:
     """Write uint8 images (N, C, H, W), C = 1 or 3, as one sheet, by default nearly square. Return the sheet's path."""
     big = resize(images, max(128, *images.shape[-2:]))
     return save_picture(tile(big, columns or near_square(len(big))).save, path, optimize=True)
+
+
+def check_sheet(sheet: Path, output: Path):
+    """Raise UserError if a sheet would replace a file that is not the sheet of `output`, which does not exist yet."""
+    if os.path.lexists(sheet) and not os.path.lexists(output):
+        raise UserError(
+            f"{sheet} already exists, and the sheet of {output} would replace it: give another output, or "
+            "move this file."
+        )
 
 
 def frame(image: Image.Image, side: int) -> torch.Tensor:

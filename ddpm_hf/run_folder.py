@@ -1,5 +1,6 @@
 """List the names of the files in a run folder, and say which of them are published."""
 
+import json
 import re
 from pathlib import Path
 
@@ -47,6 +48,23 @@ def files_in(folder: str | Path, patterns: list[str]) -> list[Path]:
             is_real = path.is_file() and path.resolve() == root / pattern.parent / path.name
             if re.fullmatch(name, path.name) and is_real:
                 found.append(path)
+    return found
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Return the lines of a metrics.jsonl, oldest first; [] without this file.
+
+    Lines that are not complete are left out. A full disk or a kill can cut a line.
+    """
+    path = Path(path)
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict) and isinstance(content.get("step"), int):
+            found.append(content)
     return found
 
 

@@ -35,6 +35,7 @@ UPLOADS = uploads.make_folder()
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
 import gradio as gr  # noqa: E402
+from connections import bounded_body, close_half_sent  # noqa: E402
 from model import HERE, Model, open_model  # noqa: E402
 from starlette.concurrency import run_in_threadpool  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
@@ -72,28 +73,20 @@ class Page(gr.Blocks):
 class BoundedRequests:
     """ASGI middleware that bounds what visitors send.
 
-    It refuses requests of more than MAX_BODY bytes, even those without a content-length. After an upload it deletes
-    the oldest uploads if all together are too large.
+    It refuses requests of more than MAX_BODY bytes, even those without a content-length, and those that do not arrive.
+    After an upload it deletes the oldest uploads if all together are too large.
     """
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        received = 0
-
-        async def bounded_receive():
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            return message if received <= MAX_BODY else {"type": "http.disconnect"}
-
         if int(dict(scope.get("headers", [])).get(b"content-length", 0)) > MAX_BODY:
             what = f"The request is larger than {MAX_BODY // 10**6} MB: send a smaller file."
             await JSONResponse({"detail": what}, status_code=413)(scope, receive, send)
         else:
             try:
-                await self.app(scope, bounded_receive, send)
+                await self.app(scope, bounded_body(receive, MAX_BODY) if scope["type"] == "http" else receive, send)
             finally:  # also after an upload that was broken off, whose part is on the disk
                 if scope.get("path", "").rstrip("/").endswith("/upload"):
                     await run_in_threadpool(uploads.delete_oldest, UPLOADS)
@@ -124,9 +117,13 @@ def build(model: Model) -> Page:
 
 def main():
     try:
-        model = open_model(MODEL)
+        page = build(open_model(MODEL))
     except Refused as error:
         print(error, file=sys.stderr)
+        sys.exit(2)
+    except Exception as error:  # a model from elsewhere may hold anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        print(f"DDPM_MODEL is {MODEL!r}, which has no page ({reason}): give another model.", file=sys.stderr)
         sys.exit(2)
     theme = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=SYSTEM_FONT, font_mono=["monospace"]).set(
         block_title_background_fill="transparent",
@@ -138,7 +135,7 @@ def main():
         button_secondary_border_color="*border_color_primary",
     )
     try:
-        build(model).launch(
+        page.launch(
             theme=theme,
             css_paths=HERE / "page.css",
             max_file_size="10mb",
@@ -146,6 +143,7 @@ def main():
             app_kwargs={"middleware": [Middleware(BoundedRequests)]},
             ssr_mode=False,
             footer_links=["api", "gradio"],
+            prevent_thread_lock=True,
         )
     except OSError:  # gradio tried 100 ports
         name = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
@@ -154,6 +152,8 @@ def main():
             f"The page cannot be served at {where}: give an address of this machine and a free port.", file=sys.stderr
         )
         sys.exit(2)
+    close_half_sent(page.server)
+    page.block_thread()
 
 
 if __name__ == "__main__":

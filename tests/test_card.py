@@ -14,10 +14,13 @@ from test_saving import tiny_unet
 from ddpm_hf.__main__ import main
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.errors import UserError
+from ddpm_hf.evaluation.records import read_record
 from ddpm_hf.models.saving import save_pipeline
 from ddpm_hf.provenance import command, hide_paths, without_paths
 from ddpm_hf.run_folder import PUBLISHED
 from ddpm_hf.sharing.card import write_card
+from ddpm_hf.training.figures import loss_figure
 from ddpm_hf.training.loop import train
 
 
@@ -259,6 +262,100 @@ def test_names_from_elsewhere_cannot_change_the_card(name, tmp_path):
         return [kind for kind in kinds if kind not in ("text", "code_inline")]
 
     assert kinds_of(tmp_path / "1", name) == kinds_of(tmp_path / "2", "cat")
+
+
+RECORD = json.loads((ROOT / "tests/fixtures/run_5c3000a/run/evaluations/finished.json").read_text())
+ENTRY = RECORD["metrics"][0]
+FOREIGN_RECORDS = {
+    "half": json.dumps(RECORD)[:500],
+    "empty": "",
+    "list": "[]",
+    "no parts": json.dumps({"schema": RECORD["schema"]}),
+    "no metrics": json.dumps(RECORD | {"metrics": None}),
+    "entry without id": json.dumps(RECORD | {"metrics": [{"value": 1.0}]}),
+    "entry of text": json.dumps(RECORD | {"metrics": [ENTRY | {"value": "low"}]}),
+    "entry of a list": json.dumps(RECORD | {"metrics": [[1, 2]]}),
+    "entry without an error": json.dumps(RECORD | {"metrics": [{"id": "fid", "value": 1.0}]}),
+    "data of text": json.dumps(RECORD | {"data": "digits"}),
+    "data without sizes": json.dumps(RECORD | {"data": {"name": "digits"}}),
+    "held out of text": json.dumps(RECORD | {"data": RECORD["data"] | {"held_out": "some"}}),
+    "sampler of a list": json.dumps(RECORD | {"sampler": {"method": ["ddim"]}}),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN_RECORDS)
+def test_a_half_or_foreign_record_is_left_out_of_the_card(name, tmp_path):
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations/a.json").write_text(FOREIGN_RECORDS[name])
+    (tmp_path / "evaluations/b.json").write_text(json.dumps(RECORD))
+    text = card_of(tmp_path).text
+    assert text.count("[record](") == 1 and "(evaluations/b.json)" in text and "bits_per_dim" in text
+    with pytest.raises(UserError, match=r"^[^\n]*a\.json [^\n]*: give [^\n]*\.$"):
+        read_record(tmp_path / "evaluations/a.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        [],
+        {},
+        {"flags": None},
+        {"flags": {"dataset_name": ["digits"], "hub_model_id": 3, "preset": {}, "objective": []}},
+        {"flags": {"channel_mults": {"a": []}, "no_such_flag": 1}, "device": ["cpu"], "parameters": {}},
+        {"flags": {}, "command": 7},
+    ],
+    ids=str,
+)
+def test_of_an_odd_train_config_the_card_is_made_or_refused_in_a_sentence(change, tmp_path):
+    card_of(tmp_path)
+    (tmp_path / "train_config.json").write_text(json.dumps(change))
+    before = (tmp_path / "README.md").read_text()
+    try:
+        assert write_card(tmp_path)
+    except UserError as error:
+        assert re.fullmatch(r"[^\n]*: give [^\n]*\.", str(error)) and before == (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["caf\xe9".encode("latin-1"), b"\xff\xfe", b""])
+def test_a_readme_that_is_not_utf_8_is_the_users_and_stays(text, tmp_path):
+    (tmp_path / "README.md").write_bytes(text)
+    assert not write_card(tmp_path) and (tmp_path / "README.md").read_bytes() == text
+
+
+def test_a_readme_that_is_a_link_is_the_users_and_stays(tmp_path):
+    (tmp_path / "README.md").symlink_to("nowhere.md")
+    assert (
+        not write_card(tmp_path) and (tmp_path / "README.md").is_symlink() and not (tmp_path / "nowhere.md").exists()
+    )
+
+
+def test_damaged_files_never_end_a_training(tmp_path, caplog):
+    """A line of metrics.jsonl is cut, records are damaged, and no card can be written."""
+    folder = tmp_path / "caf\xe9"
+    flags = [*TINY, f"--output_dir={folder}", "--checkpointing_steps=3", "--save_model_epochs=1000", "--use_ema"]
+    train(parse_config([*flags, "--max_train_steps=3"]))
+    assert write_card(folder) and "caf" in (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "evaluations").mkdir()
+    for name, text in FOREIGN_RECORDS.items():
+        (folder / f"evaluations/{name}.json").write_text(text)
+    whole = (folder / "metrics.jsonl").read_bytes()
+    (folder / "metrics.jsonl").write_bytes(b"3\n" + whole[:-20] + b"\n{}\n\xff\n" + whole + whole[:50])
+    (folder / "README.md").unlink()
+    (folder / ".README.md.tmp").mkdir()  # so that no card can be written
+    run = train(parse_config([*flags, "--max_train_steps=6", "--resume_from_checkpoint=latest"]))
+    assert run.finished and run.step == 6 and run.losses["loss"] > 0
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [3, 6]
+    assert (folder / "figures/loss.png").is_file() and (folder / "figures/reverse.gif").is_file()
+    assert "has no up-to-date model card: the model card could not be written" in caplog.text
+    (folder / ".README.md.tmp").rmdir()
+    assert write_card(folder) and "Not scored yet" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_metrics_jsonl_without_a_whole_line_has_no_figure_and_no_numbers(tmp_path):
+    for text in (b"", b'{"step": 3, "lo', b"{}\n[]\n3\n\xff", b'{"step": 3}'):
+        (tmp_path / "metrics.jsonl").write_bytes(text)
+        assert loss_figure(tmp_path / "metrics.jsonl", tmp_path / "loss.png") is None
+        assert not (tmp_path / "loss.png").exists() and "## Training" in card_of(tmp_path).text
 
 
 def test_a_card_written_by_hand_stays(tmp_path, capsys):

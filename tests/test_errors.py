@@ -133,6 +133,7 @@ BAD = {
     "folder below a file": ([*TINY, "--output_dir={root}/file/run"], "could not be written"),
     "tracker's folder elsewhere": ([*TINY, "--logging_dir={root}"], "is not inside --output_dir: give a name"),
     "tracker's folder above": ([*TINY, "--logging_dir=../logs"], "is not inside --output_dir: give a name"),
+    "folder with a name that is not UTF-8": ([*TINY, "--output_dir=runs/caf\udce9"], "is in a path that is not UTF-8"),
     "no name of a folder": ([*TINY, "--output_dir="], "--output_dir is empty"),
     "latest in a folder of the user's": (
         [*TINY, "--output_dir={root}/mine", "--resume_from_checkpoint=latest"],

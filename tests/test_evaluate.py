@@ -356,6 +356,29 @@ def test_unlike_protocols_are_refused_naming_the_field(record):
         comparison({"a": one, "b": other}, vary=["sampler"])
 
 
+@pytest.mark.parametrize(
+    "name", ["<!--", "```", "[x](http://y)", "|", "a\n# b", "<b>", "\\|", "**b**", "a_b", "http://y"]
+)
+def test_names_cannot_change_a_markdown_table(record, name):
+    markdown_it = pytest.importorskip("markdown_it")
+
+    def kinds_of(text):
+        """Return the kinds of all that a table with `text` in every place is made of, but plain text and code."""
+        one = read_record(record)
+        other = json.loads(json.dumps(one))
+        other["model"]["name"] = other["data"]["name"] = text
+        for each in (one, other):
+            each["metrics"].append(each["metrics"][0] | {"id": text})
+        table = comparison({text: one, f"2 {text}": other}, vary=["data"], markdown=True)
+        tokens = markdown_it.MarkdownIt("commonmark").enable("table").parse(table)
+        kinds = [token.type for token in tokens]
+        for token in tokens:
+            kinds += [child.type for child in token.children or []]
+        return [kind for kind in kinds if kind not in ("text", "code_inline")]
+
+    assert kinds_of(name) == kinds_of("cat")
+
+
 def test_vary_must_name_a_field(record):
     one = read_record(record)
     with pytest.raises(UserError, match="--vary smapler is not a field"):

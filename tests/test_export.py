@@ -97,6 +97,25 @@ def test_of_a_folder_full_of_own_files_only_those_of_the_run_are_exported(guidan
     assert "reverse.png holds an access token" in caplog.text
 
 
+def test_an_export_touches_nothing_beside_it_and_leaves_nothing_when_it_fails(guidance_models, tmp_path, capsys):
+    folder = shutil.copytree(guidance_models / "conditional", tmp_path / "model")
+    (tmp_path / ".new.tmp").mkdir()
+    (tmp_path / ".new.tmp/mine.txt").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    before = {*tmp_path.iterdir()}
+    (folder / "train_config.json").write_text("{")
+    assert run("export", folder, tmp_path / "new") == 2
+    (folder / "train_config.json").write_text('{"flags": []}')
+    (folder / "metrics.jsonl").write_text('{"step": 3, "loss"')
+    assert run("export", folder, tmp_path / "link") == 2 and run("export", folder, tmp_path / "caf\udce9") == 2
+    error = capsys.readouterr().err
+    for part in ("cannot be read as JSON", "already exists", "is in a path that is not UTF-8"):
+        assert part in error
+    assert {*tmp_path.iterdir()} == before
+    assert run("export", folder, tmp_path / "new") == 0
+    assert {*tmp_path.iterdir()} == before | {tmp_path / "new"} and (tmp_path / ".new.tmp/mine.txt").is_file()
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [

@@ -1,11 +1,17 @@
 """The Hub: a real client in its own process talks HTTP to tests/hub_server.py; cards and pipelines on disk."""
 
+import contextlib
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import datasets
 import pytest
@@ -221,6 +227,132 @@ def test_a_full_disk_is_a_warning(run, monkeypatch, caplog):
     assert (
         "Nothing was pushed to me/run, because the files could not be copied ([Errno 28] No space left" in caplog.text
     )
+
+
+class OddServer:
+    """A server that answers every request in the same way, and is not the Hub."""
+
+    def __init__(self, answer: bytes, pause: float | None = None):
+        self.answer, self.pause = answer, pause
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        with contextlib.suppress(OSError):  # it was closed
+            while True:
+                threading.Thread(target=self.reply, args=[self.socket.accept()[0]], daemon=True).start()
+
+    def reply(self, connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(65536)
+            if self.pause is None:
+                connection.sendall(self.answer)
+                return
+            for byte in self.answer * 1000 if self.answer else [0] * 1000:
+                time.sleep(self.pause)
+                connection.sendall(bytes([byte]) if self.answer else b"")
+
+
+def http(status: str, body: str, *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", "Connection: close", f"Content-Length: {len(body)}", *headers, "", body]
+    return "\r\n".join(lines).encode()
+
+
+PAGE = http("200 OK", "<html><h1>Log in to the WLAN</h1></html>", "Content-Type: text/html")
+ODD_SERVERS = {
+    "login page": (PAGE,),
+    "json": (http("200 OK", '{"a": 1}', "Content-Type: application/json"),),
+    "json of numbers": (http("200 OK", '{"url": 1, "id": 2, "siblings": 3}', "Content-Type: application/json"),),
+    "list": (http("200 OK", "[[]]", "Content-Type: application/json"),),
+    "text": (http("200 OK", '"welcome"', "Content-Type: application/json"),),
+    "deep json": (http("200 OK", "[" * 20_000, "Content-Type: application/json"),),
+    "empty": (http("200 OK", ""),),
+    "redirect to itself": (http("302 Found", "", "Location: /"),),
+    "no http": (b"SSH-2.0-OpenSSH_9.6\r\n",),
+    "hangs up": (b"",),
+    "silent": (b"", 0.1),
+    "drips": (b"x", 0.1),
+}
+
+
+def test_a_server_that_is_not_the_hub_is_a_sentence_in_bounded_time(hub, tmp_path, run):
+    servers = {name: OddServer(*answer) for name, answer in ODD_SERVERS.items()}
+    printed, told = client(
+        hub,
+        tmp_path,
+        f"""
+import sys, time
+from ddpm_hf import hub_requests
+from ddpm_hf.__main__ import main
+from ddpm_hf.sampling import sample_set, settings
+from ddpm_hf.sharing import push, space  # imported before the clock starts
+
+hub_requests.ANSWER_SECONDS = 0.5
+for name, url in {[(name, server.url) for name, server in servers.items()]}:
+    hub_requests.API.endpoint = url
+    for argv in (
+        ["push", "{run}", "--hub_model_id", "me/x"],
+        ["push-space", "me/x"],
+        ["sample", "me/x", "--output", "{tmp_path}/out"],
+    ):
+        start = time.monotonic()
+        print(name, *argv, sep="|", file=sys.stderr)
+        try:
+            main(argv)
+        except SystemExit as stopped:
+            print(stopped.code, time.monotonic() - start < 20)
+""",
+        token=WRITE_TOKEN,
+    )
+    assert printed == ["2 True"] * 3 * len(servers)
+    blocks = re.split(r"^(.*\|.*)\n", told, flags=re.MULTILINE)[1:]
+    for case, said in zip(blocks[::2], blocks[1::2]):
+        errors = [line for line in said.splitlines() if ": error: " in line]
+        assert len(errors) == 1 and servers[case.split("|")[0]].url in errors[0] and "Traceback" not in said, case
+        assert re.search(r": (check|log in)[^:]*\.$", errors[0]), errors
+    assert not (tmp_path / "out").exists() and not list(run.glob(".push-*"))
+
+
+def test_only_the_newest_push_waits_and_only_two_copies_are_kept(run, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+    sent = []
+
+    def upload_folder(folder_path, commit_message, **target):
+        begun.set()
+        assert go_on.wait(60)
+        sent.append((commit_message, (Path(folder_path) / "metrics.jsonl").read_text()))
+
+    monkeypatch.setattr(ddpm_hub.API, "upload_folder", upload_folder)
+    pushing = None
+    for k in range(9):
+        (run / "metrics.jsonl").write_text(str(k))
+        pushing = ddpm_hub.push_in_background(run, "me/run", None, f"Step {k}", replaces=pushing)
+        assert begun.wait(60)
+        assert len(list(run.glob(".push-*"))) == min(k + 1, 2)
+    go_on.set()
+    assert ddpm_hub.wait_for_push(pushing, run, "me/run")
+    assert sent == [("Step 0", "0"), ("Step 8", "8")] and not list(run.glob(".push-*"))
+
+
+def test_the_wait_for_the_last_push_is_bounded(run, monkeypatch, caplog):
+    go_on = threading.Event()
+    monkeypatch.setattr(ddpm_hub.API, "upload_folder", lambda **target: go_on.wait(60))
+    monkeypatch.setattr(ddpm_hub, "WAITS", (0.1, 0.1))
+    monkeypatch.setattr(ddpm_hub, "transfer_seconds", lambda size: 0.5)
+    waiting = ddpm_hub.in_thread(lambda: go_on.wait(60), ddpm_hub.PUSHING)  # an upload of before that hangs
+    pushing = ddpm_hub.push_in_background(run, "me/run", None, "End of training")
+    start = time.monotonic()
+    assert not ddpm_hub.wait_for_push(pushing, run, "me/run") and time.monotonic() - start < 5
+    assert "The push to me/run was not complete after 1 s: push it again with `python -m ddpm_hf push" in caplog.text
+    assert pushing.cancel() and not list(run.glob(".push-*"))
+    go_on.set()
+    assert waiting.result(60)
+    go_on.clear()
+    hanging = ddpm_hub.push_in_background(run, "me/run", None, "Step 3")
+    assert hanging.result(5) is False  # an attempt has a limit too, and is not tried again
+    assert "The push to me/run failed (no complete answer in 0 s): push it again" in caplog.text
+    go_on.set()
 
 
 def test_the_server_serves_datasets(hub, tmp_path):

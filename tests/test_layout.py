@@ -5,6 +5,7 @@ import dataclasses
 import re
 import shlex
 import sys
+from importlib import metadata
 
 import pytest
 from conftest import ROOT
@@ -162,6 +163,13 @@ def test_commands_of_the_package_are_parsed(page):
     assert commands or page != "README.md"
     for command in commands:
         parse(shlex.split(command))
+
+
+def test_every_pinned_package_is_installed():
+    """Also a package that an installed one needs. `make setup` installs all extras but [benchmark]."""
+    names = {re.sub(r"[-_.]+", "-", each.name).lower() for each in metadata.distributions()}
+    pins = re.findall(r"^([^#=\n]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert len(pins) > 50 and [pin for pin in pins if re.sub(r"[-_.]+", "-", pin).lower() not in names] == []
 
 
 def test_nothing_pulls_torchvision():

@@ -259,6 +259,20 @@ def test_deep_images_are_read_with_the_scale_of_the_training(tiny_run, tmp_path)
     assert np.array_equal(pixels(tmp_path / "eight-out.png"), pixels(tmp_path / "twelve-out.png"))
 
 
+@pytest.mark.parametrize("of_a_folder", [True, False])
+def test_a_sheet_and_a_link_of_the_user_stay(tiny_run, images, tmp_path, capsys, of_a_folder):
+    place, output = (images, tmp_path / "out") if of_a_folder else (images / "a.png", tmp_path / "a.png")
+    arguments = [str(tiny_run), str(place), str(output), "--task=denoise"]
+    sheet = output.with_name(f"{output.name}.sheet.png")
+    sheet.write_bytes(b"mine")
+    assert f"{sheet} already exists, and the sheet of {output} would replace it" in refused(capsys, *arguments)
+    assert sheet.read_bytes() == b"mine" and not output.exists()
+    sheet.unlink()
+    output.symlink_to(tmp_path / "nowhere")
+    refused(capsys, *arguments)
+    assert output.is_symlink() and not sheet.exists() and not (tmp_path / "nowhere").exists()
+
+
 def test_colour(colour_model, tmp_path, capsys):
     save_grey(tmp_path / "in" / "grey.png")
     main(["restore", str(colour_model), str(tmp_path / "in"), str(tmp_path / "coloured"), "--task=colorize", *FEW])

@@ -1,14 +1,12 @@
 """What a start may do to a folder: everything that can be refused comes first, and only a run's own files go."""
 
-import json
 import shutil
 
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
 from ddpm_hf import UserError, files
 from ddpm_hf.config.command_line import parse_config
-from ddpm_hf.evaluation.records import EVALUATION_SCHEMA
 from ddpm_hf.models import build
 from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.run_folder import checkpoints
@@ -121,7 +119,7 @@ def test_a_checkpoint_in_a_folder_of_no_run_is_not_overwritten(tmp_path):
 
 
 def test_overwriting_removes_exactly_what_the_run_wrote(ran, own):
-    record = json.dumps({"schema": EVALUATION_SCHEMA})
+    record = (ROOT / "tests/fixtures/run_5c3000a/run/evaluations/finished.json").read_text()
     write(ran / "evaluations" / "fid.json", record)
     write(ran / "evaluations" / "fid.pairs.png")
     write(ran / "checkpoint-2.tmp" / "state.pt")

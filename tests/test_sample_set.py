@@ -224,6 +224,29 @@ def test_bad_flags_are_one_sentence_and_leave_nothing(tiny_run, tmp_path, capsys
     assert not files(tmp_path / "x")
 
 
+@pytest.mark.parametrize("name", ["x", "x.npz"])
+def test_a_sheet_of_the_user_stays_and_our_own_is_replaced(tiny_run, tmp_path, capsys, name):
+    arguments = [
+        "sample",
+        str(tiny_run),
+        "--output",
+        str(tmp_path / name),
+        "--num_inference_steps=2",
+        "--num_images=1",
+    ]
+    sheet = tmp_path / f"{name}.sheet.png"
+    sheet.write_bytes(b"mine")
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2 and "already exists, and the sheet of" in capsys.readouterr().err
+    assert sheet.read_bytes() == b"mine" and [*tmp_path.iterdir()] == [sheet]
+    sheet.unlink()
+    main(arguments)
+    first = sheet.read_bytes()
+    main([*arguments, "--num_images=2"])
+    assert sheet.read_bytes() != first
+
+
 def test_what_is_no_ddpm_is_refused(tmp_path, tiny_run):
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))

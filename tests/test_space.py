@@ -357,10 +357,12 @@ def test_a_bad_address_is_one_sentence(tmp_path, name, value):
 
 
 def test_uploads_are_bounded_on_the_disk(space):
-    """The oldest go first: here 130 MB are sent, and a file that was sent last is read."""
-    first = space.upload(bytes(9_000_000))[1]["path"]
-    for k in range(13):
-        space.upload(bytes(9_000_000) + bytes([k]))
+    """The oldest go first: here 500 files of 150 MB are sent, and a file that was sent last is read."""
+    first = space.upload(bytes(300_000))[1]["path"]
+    for k in range(20):
+        files = [("files", (f"{k}.{n}.png", bytes(300_000) + bytes([k, n]))) for n in range(25)]
+        answer = httpx.post(f"{space.url}/gradio_api/upload", files=files, timeout=60)
+        assert answer.status_code == 200 and len(answer.json()) == 25
     mine = space.upload(png(DIGIT[:, ::-1]), "last.png")[1]
     folder = Path(mine["path"]).parent.parent
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 100_000_000

@@ -148,7 +148,7 @@ def run(arguments):
     from ..evaluation.inputs import check_metrics
     from ..locks import writer_of
     from ..processes import start_processes
-    from ..sharing.card import write_card
+    from ..sharing.card import write_card_or_warn
 
     start_processes()
     check_metrics(arguments.require)
@@ -164,7 +164,7 @@ def run(arguments):
     folder = evaluated.path.parent
     has_card = folder.name == "evaluations" and (folder.parent / "README.md").is_file()
     if has_card and writer_of(folder.parent) is None:
-        write_card(folder.parent)
+        write_card_or_warn(folder.parent)
     measured = {name for name in evaluated.metrics if name not in evaluated.skipped}
     if missing := [name for name in arguments.require if name not in measured]:
         print(f"ddpm_hf evaluate: {', '.join(missing)} is required, but was skipped.", file=sys.stderr)

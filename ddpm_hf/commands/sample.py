@@ -28,7 +28,7 @@ def run(arguments):
     from accelerate import PartialState
 
     from ..models.pretrained import load_pretrained
-    from ..pictures import image_sheet
+    from ..pictures import check_sheet, image_sheet
     from ..processes import start_processes
     from ..sampling.sample_set import draw_samples, read_samples
     from ..sampling.settings import sampler_named
@@ -43,10 +43,11 @@ def run(arguments):
     output = arguments.output
     if output is None:
         output = Path("samples", f"{name}-seed{sampler.seed}")
+    sheet = Path(f"{output}.sheet.png")
+    check_sheet(sheet, output)
     for warning in sampler.warnings(model):
         PartialState().print(warning, flush=True)
     draw_samples(model, sampler, arguments.num_images, output, batch_size=arguments.batch_size)
     if PartialState().is_main_process:
-        sheet = Path(f"{output}.sheet.png")
         image_sheet(read_samples(output).images[:ON_SHEET], sheet)
         print(f"{arguments.num_images:,} images are in {output}; {sheet} shows the first ones.")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import UserError, no_such_flag
+from ..files import is_utf_8
 from .fields import check_bounds, check_types, flag, split_list
 from .presets import find_preset
 
@@ -322,9 +323,14 @@ class TrainingConfig(*reversed(GROUPS)):
             )
 
     def _check_folders(self):
-        """Refuse an empty --output_dir, and a --logging_dir outside it."""
+        """Refuse an --output_dir that is empty or cannot be loaded from, and a --logging_dir outside it."""
         if not self.output_dir:
             raise UserError("--output_dir is empty: give the name of a folder.")
+        if not is_utf_8(Path(self.output_dir).absolute()):
+            raise UserError(
+                f"--output_dir {self.output_dir!r} is in a path that is not UTF-8, from which safetensors cannot "
+                "load: give another folder."
+            )
         if Path(self.logging_dir).is_absolute() or not {"", ".", ".."}.isdisjoint(self.logging_dir.split("/")):
             raise UserError(
                 f"--logging_dir {self.logging_dir!r} is not inside --output_dir: give a name such as logs."

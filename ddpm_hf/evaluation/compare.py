@@ -4,6 +4,7 @@ from itertools import combinations
 from pathlib import Path
 
 from ..errors import UserError
+from ..markdown import literal
 from .records import number, read_record, table
 
 
@@ -96,11 +97,12 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     for field in ("model.name", "model.weights", "model.train_step"):
         if len({str(fields.get(field)) for fields in flat.values()}) > 1:
             varied.append(field)
-    rows = [["", *records]]
-    rows += [[field, *(str(fields.get(field)) for fields in flat.values())] for field in varied]
+    show = literal if markdown else str  # names come from files and other programs
+    rows = [["", *map(show, records)]]
+    rows += [[show(field), *(show(fields.get(field)) for fields in flat.values())] for field in varied]
     entries = {name: {entry["id"]: entry for entry in record["metrics"]} for name, record in records.items()}
     for id in dict.fromkeys(ids):
-        rows.append([id, *(cell(by_id.get(id)) for by_id in entries.values())])
+        rows.append([show(id), *(cell(by_id.get(id)) for by_id in entries.values())])
         floors = {number(by_id[id].get("floor")) for by_id in entries.values() if id in by_id} - {""}
         if len(floors) == 1:
             rows[-1][0] += f" (floor {floors.pop()})"

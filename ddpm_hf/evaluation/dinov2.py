@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +18,7 @@ from transformers import Dinov2Model
 
 from ..errors import UserError
 from ..files import read_json
+from ..hub_requests import HUB_ERRORS, download
 from .features import Extractor, check_images, full_precision
 from .inception import MissingWeights
 
@@ -113,10 +113,8 @@ def load_dinov2(source: str = "facebook/dinov2-large") -> DINOv2:
 
 def _from_hub(source: str) -> Path:
     try:
-        return Path(
-            snapshot_download(source, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"])
-        )
-    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        return download(source, ["config.json", "*.safetensors", "*.safetensors.index.json"])
+    except (HFValidationError, *HUB_ERRORS) as error:
         raise MissingWeights(
             f"{source} is not a folder here, and it cannot be downloaded from the Hub: give --dinov2 FOLDER_OR_ID, "
             "with config.json and model.safetensors."

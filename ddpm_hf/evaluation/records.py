@@ -129,7 +129,7 @@ def read_record(path) -> dict:
     """Return the record in a file that `evaluate` wrote.
 
     Raises:
-        UserError: for a file that is not a record of the schema EVALUATION_SCHEMA.
+        UserError: for a file that is not a complete record of the schema EVALUATION_SCHEMA.
     """
     record = read_json(Path(path))
     if not is_record(record):

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..diffusion.scheduler import make_scheduler
 from ..errors import UserError
+from ..hub_requests import HUB_ERRORS, ask_hub, transfer_seconds
 from .classifier import NoisyClassifier
 
 
@@ -226,9 +227,13 @@ def read_unet_config(config) -> dict:
     """
     name = config.model_config_name_or_path
     subfolder = "unet" if (Path(name) / "unet" / "config.json").is_file() else None
+
+    def load():
+        return UNet2DModel.load_config(name, subfolder=subfolder, cache_dir=config.cache_dir)
+
     try:
-        kwargs = UNet2DModel.load_config(name, subfolder=subfolder, cache_dir=config.cache_dir)
-    except (OSError, ValueError) as error:
+        kwargs = load() if Path(name).exists() else ask_hub(load, transfer_seconds(0))
+    except (ValueError, *HUB_ERRORS) as error:
         raise UserError(
             f"--model_config_name_or_path {name!r} has no UNet2DModel config ({str(error).strip().splitlines()[0]}): "
             "give a JSON file with such a config, or a folder or Hub id that has one."

@@ -10,13 +10,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from diffusers import UNet2DModel
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 
 from ..config.run_record import read_run
 from ..diffusion.scheduler import BETA_SCHEDULES, PaperDDPMScheduler, make_scheduler
 from ..errors import UserError
 from ..files import read_json
+from ..hub_requests import API, HUB_ERRORS, download, short_reason
 from ..manifest import check_files
 from ..run_folder import checkpoints, step_of
 from . import judge
@@ -192,18 +192,12 @@ def find_folder(name: str | Path, patterns: list[str] = PIPELINE_FILES) -> tuple
     if os.path.exists(name):  # unlike Path.exists, it is False for a name that is too long
         return name, folder, None
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns="*.fp16.*"))
+        folder = download(name, patterns, ignore="*.fp16.*")
     except HFValidationError:
         raise UserError(f"{name} is neither a folder here nor a Hub id: give a folder or USER/NAME.") from None
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{name} is not a folder here, and the Hub cannot be reached: check the name and the network."
-        ) from error
-    except (HTTPError, OfflineModeIsEnabled) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{name} is not a folder here, and it was not found on the Hub ({reason}): check the name."
-        ) from error
+    except HUB_ERRORS as error:
+        where = f"cannot be downloaded from the Hub, {API.endpoint} ({short_reason(error)})"
+        raise UserError(f"{name} is not a folder here, and it {where}: check the name and the network.") from error
     return name, folder, folder.name
 
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from ..data.decode import to_array, use_path
 from ..errors import UserError, no_such
 from ..files import check_output, read_json, write_json, writing
 from ..models.pretrained import Pretrained, load_pretrained
-from ..pictures import GAP, frame, image_sheet, save_picture, to_uint8
+from ..pictures import GAP, check_sheet, frame, image_sheet, save_picture, to_uint8
 from .masks import read_mask, read_masks_in_memory
 from .samplers import check_channels, check_seed, image_generators
 
@@ -160,11 +161,14 @@ def restore_files(
         "num_images": len(items),
         "inputs_sha256": check_items(items, pipeline, settings, seed),
     }
+    sheet = output.resolve().with_name(f"{output.resolve().name}.sheet.png")
+    if not overwrite:
+        check_sheet(sheet, output)
     is_file = len(items) == 1 and items[0].output == output
     to_do = begin_output(items, output, record, is_file=is_file, overwrite=overwrite)
     noise_levels = restore_items(to_do, pipeline, settings, seed, batch_size)
     with writing("the sheet", output):
-        sheet = draw_sheet(items[:SHEET_IMAGES], output.resolve().with_name(f"{output.resolve().name}.sheet.png"))
+        draw_sheet(items[:SHEET_IMAGES], sheet)
     painted = [item.painted for item in items if item.painted is not None]
     return Restored(len(items), sheet, noise_levels, painted)
 
@@ -345,7 +349,7 @@ def refused_as_user_error(what: str):
 def begin_output(items: list[Item], output: Path, record: dict, *, is_file: bool, overwrite: bool) -> list[Item]:
     """Create the output, or check that its record equals `record`. Return the items that have no result yet."""
     if is_file:
-        if output.exists() and not overwrite:
+        if os.path.lexists(output) and not overwrite:  # also a link to nowhere
             raise UserError(f"{output} already exists: give another OUTPUT, or --overwrite to replace it.")
         with writing("the image", output):
             output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,8 @@ was not measured, the card says so.
 
 import dataclasses
 import json
+import logging
+import os
 import re
 import shlex
 from pathlib import Path
@@ -19,15 +21,17 @@ from ..config.training_config import GROUPS, EvaluationOptions, HubOptions, Outp
 from ..errors import UserError
 from ..evaluation.metrics import METRICS
 from ..evaluation.records import data_name, number, read_record, score_rows, table
-from ..files import read_json, write_beside
+from ..files import read_json, write_beside, writing
+from ..markdown import code, code_block, literal
 from ..models import judge
 from ..provenance import without_paths
-from ..run_folder import files_in
+from ..run_folder import files_in, read_metrics
 from .hub import is_hub_id
 from .licences import LICENCES, UNKNOWN_LICENCE
 from .published import is_ours
 
 
+logger = logging.getLogger(__name__)
 # The mark of our cards, with the name of the repository. Earlier versions wrote the name as it is, we write it quoted.
 MARKER = re.compile(r"^<!-- ddpm_hf: (.+?) -->$", re.MULTILINE | re.DOTALL)
 # For each pipeline file: what it does, and the arguments of an example call.
@@ -65,19 +69,48 @@ def check_has_model(folder: Path):
 def write_card(folder: str | Path, name: str | None = None) -> bool:
     """Write README.md, the model card of a run or an export, and return True.
 
-    If README.md exists and was not written by ddpm_hf, keep it and return False.
+    If README.md exists and was not written by ddpm_hf, or is a link, keep it and return False.
 
     Args:
         folder: a folder with a pipeline or a classifier. The card also shows the records and pictures of a run, the
             scores in evaluations/, and how to call the pipeline files in the folder.
         name: the repository's name, e.g. "me/ddpm-cifar10". None: the repository to which the folder was last pushed,
             else the run's --hub_model_id, else the folder's name.
+
+    Raises:
+        UserError: if a file of the folder cannot be read, or README.md cannot be written.
     """
     folder = Path(folder)
     readme = folder / "README.md"
-    before = MARKER.search(readme.read_text(encoding="utf-8")) if readme.exists() else None
-    if readme.exists() and before is None:
-        return False
+    with writing("the model card", readme):
+        is_file = readme.is_file() and not readme.is_symlink()
+        before = MARKER.search(readme.read_text(encoding="utf-8", errors="replace")) if is_file else None
+        if before is None and os.path.lexists(readme):
+            return False
+        try:
+            text = card_text(folder, name, pushed_to=before[1] if before is not None and "/" in before[1] else None)
+        except UserError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # JSON from elsewhere may hold anything
+            raise UserError(
+                f"the model card of {folder} cannot be made, because one of its JSON files has unexpected content "
+                f"({type(error).__name__}: {error}): give a folder that ddpm_hf wrote."
+            ) from error
+        # The name of a folder need not be UTF-8.
+        write_beside(readme, lambda partial: partial.write_text(text, encoding="utf-8", errors="replace"))
+    return True
+
+
+def write_card_or_warn(folder: str | Path, name: str | None = None):
+    """Write the card as `write_card` does. If that fails, log a warning, because a card must not end other work."""
+    try:
+        write_card(folder, name)
+    except UserError as error:
+        logger.warning("%s has no up-to-date model card: %s", folder, error)
+
+
+def card_text(folder: Path, name: str | None, *, pushed_to: str | None) -> str:
+    """Return the text of the card of a folder; see `write_card`."""
     index = read_json(folder / "model_index.json", missing={})
     try:
         judge.check_index(index)
@@ -85,7 +118,6 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
         raise UserError(f"the card of {folder} cannot be written ({error}): repair this file.") from error
     run = without_paths(read_run(folder))
     flags = run.get("flags", {})
-    pushed_to = before[1] if before is not None and "/" in before[1] else None
     name = name or pushed_to or flags.get("hub_model_id") or folder.resolve().name
     records = {path.name: read_record(path) for path in files_in(folder, ["evaluations/*.json"]) if is_ours(path)}
     data = flags.get("dataset_name") or flags.get("train_data_dir")
@@ -110,34 +142,11 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
         *pictures(folder),
         "## Use\n\n" + "\n\n".join(classifier_usage(name) if is_classifier else usage(name, folder)),
         "## Scores\n\n" + scores(records),
-        *training(folder, run),
+        *training(folder, run, flags),
         "## Limits\n\n" + limits(flags, data, records),
         f"## Data\n\nThe images: {about_data}" if data else "",
     ]
-    text = "\n\n".join(filter(None, parts)) + "\n"
-    write_beside(readme, lambda partial: partial.write_text(text, encoding="utf-8"))
-    return True
-
-
-def literal(text) -> str:
-    """Return Markdown that shows text from elsewhere, in a line, and does nothing else. All but words become code."""
-    is_number = isinstance(text, (int, float))
-    text = str(text)
-    return text if is_number or re.fullmatch(r"[^\W_]+([ _-][^\W_]+)*", text) else code(text)
-
-
-def code(text: str) -> str:
-    """Return Markdown that shows text as code in a line. White space and control characters become single spaces."""
-    text = " ".join("".join(each if each.isprintable() else " " for each in text).split()) or " "
-    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if "`" in (text[0], text[-1]) else ""
-    return f"{ticks}{space}{text}{space}{ticks}"
-
-
-def code_block(language: str, text: str) -> str:
-    """Return Markdown for a block of code, with a fence longer than any in the text."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text}\n{fence}"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def eval_results(record: dict) -> list[EvalResult]:
@@ -321,27 +330,27 @@ def scores(records: dict[str, dict]) -> str:
         how += [f"weights: {literal(record['model']['weights'])}"] if "weights" in record["model"] else []
         rows = [["metric", "value", "+-", "floor (real images)", "N", "N real"]]
         rows += [[code(id), *numbers] for id, *numbers in score_rows(record)]
-        against = f"against {code(data['name'])} ({number(data['train']['n'])} training images"
-        against += f", {number(data['held_out']['n'])} held out)" if data["held_out"] else ")"
-        spent = f"drawn in {number(cost['drawing_s'])} s, scored in {number(cost['scoring_s'])} s"
+        against = f"against {code(data['name'])} ({number(data['train'].get('n'))} training images"
+        against += f", {number(data['held_out'].get('n'))} held out)" if data.get("held_out") else ")"
+        spent = f"drawn in {number(cost.get('drawing_s'))} s, scored in {number(cost.get('scoring_s'))} s"
         sentence = f"{', '.join(how)}; {against}; {spent}; [record](evaluations/{quote(file)})."
         command = "\n\n" + code_block("bash", record["command"]) if record.get("command") else ""
         parts.append(f"{sentence[0].upper()}{sentence[1:]}{command}\n\n{table(rows, markdown=True)}")
     return "\n\n".join(parts) or "Not scored yet: `python -m ddpm_hf evaluate` adds the scores here."
 
 
-def training(folder: Path, run: dict) -> list[str]:
+def training(folder: Path, run: dict, flags: dict) -> list[str]:
     """Return the paragraphs about the training, in Markdown: command, cost, loss curve, recipe and flags."""
     if not run:
         return []
-    flags = run["flags"]
-    metrics = folder / "metrics.jsonl"
     last = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
-        last |= {key: value for key, value in json.loads(line).items() if value is not None}
+    for line in read_metrics(folder / "metrics.jsonl"):
+        last |= {key: value for key, value in line.items() if value is not None}
     known = {what: (run | last).get(key) for key, what in MEASURES.items()}
     rows = [
-        [what, literal(value) if isinstance(value, str) else number(value)] for what, value in known.items() if value
+        [what, literal(value) if isinstance(value, str) else number(value)]
+        for what, value in known.items()
+        if value and isinstance(value, (str, int, float))
     ]
     preset = PRESETS.get(flags.get("preset"))
     recipe = f"The recipe is the preset `{flags['preset']}`: {preset.about}. " if preset else ""

@@ -1,11 +1,14 @@
 """Export a model and the pipeline files that suit it into one folder. Loading the folder needs only diffusers."""
 
+import contextlib
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from ..community_pipelines import pipeline_file
 from ..errors import UserError
-from ..files import check_output, read_json, write_json, writing
+from ..files import check_output, is_utf_8, read_json, write_json, writing
 from ..models.classifier import NoisyClassifier
 from ..models.pretrained import Pretrained, load_classifier, load_pretrained
 from ..models.saving import save_classifier, save_pipeline
@@ -55,8 +58,12 @@ def export(
         classifier = load_classifier(str(classifier))
     output = check_output("OUTPUT", output)
     conditional = model.unet.config.num_class_embeds is not None
-    if output.exists():
+    if os.path.lexists(output):
         raise UserError(f"{output} already exists: give another folder, or remove this one.")
+    if not is_utf_8(output.absolute()):
+        raise UserError(
+            f"{str(output)!r} is in a path that is not UTF-8, from which safetensors cannot load: give another."
+        )
     if classifier is not None:
         check_classifier(classifier, model.unet, model.scheduler)
     suits = {
@@ -69,10 +76,7 @@ def export(
         raise UserError(f"--pipeline {pipeline} does not suit this model: choose from {', '.join(names)}.")
     if pipeline is None and (conditional or classifier is not None):
         pipeline = names[0]
-    new = output.with_name(f".{output.name}.tmp")
-    with writing("the export", output):
-        shutil.rmtree(new, ignore_errors=True)  # an earlier export that was killed may have left it
-        new.mkdir(parents=True)
+    with writing("the export", output), new_folder(output) as new:
         save_pipeline(new, model.unet, model.scheduler, model.classes.names, pipeline)
         if classifier is not None:
             save_classifier(new, classifier)
@@ -85,5 +89,18 @@ def export(
         if model.facts["revision"] is not None and model.run:  # the Hub's cache is made of links
             write_json(new / "train_config.json", without_paths(model.run))
         write_card(new, output.resolve().name)
-        new.rename(output)
     return names
+
+
+@contextlib.contextmanager
+def new_folder(path: Path):
+    """Yield an empty folder next to `path`, inside a `with` block that fills it. Rename it to `path` at the end.
+
+    After an error it is removed instead. Its name is new, so that no folder of the user is in the way.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+        new = Path(temporary, path.name)  # inside, because only the owner may read a temporary folder
+        new.mkdir()
+        yield new
+        new.rename(path)

@@ -3,25 +3,23 @@
 import logging
 import re
 import tempfile
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
-# HTTPError belongs to httpx. Import it from huggingface_hub, which decides which major version of httpx is used.
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 
 from ..errors import UserError
-from ..run_folder import PUBLISHED
+from ..hub_requests import API, HUB_ERRORS, ask_hub, in_thread, is_denied, is_final, short_reason, transfer_seconds
+from ..run_folder import PUBLISHED, files_in
 from .published import copy_published
 
 
 logger = logging.getLogger(__name__)
-# All pushes use this client. It has one worker thread, so they reach the Hub in the order in which they were started.
-API = HfApi()
 WAITS = (5, 30, 120)  # seconds to wait before each new attempt of a push
 LOG_IN = "log in with `hf auth login`, or give a --hub_token with write access to this repository"
+PUSHING = threading.Lock()  # held by the push that is uploading, so that pushes reach the Hub one after another
 
 
 def is_hub_id(name: str) -> bool:
@@ -39,50 +37,45 @@ def create_repository(name: str, private: bool = False, token: str | None = None
         space: more arguments of `HfApi.create_repo`, if the repository is a Space: `repo_type="space"` and others.
 
     Raises:
-        UserError: if the Hub cannot be reached or refuses, or if a private repository is required and a public one
-            exists.
+        UserError: if the Hub cannot be reached or refuses, if what answers is not the Hub, or if a private repository
+            is required and a public one exists.
     """
     kind = {"repo_type": space.get("repo_type")}
-    try:
+
+    def create() -> tuple[str, bool]:
         # False would ask for a public repository. None asks for the default, which an organisation can set to private.
         repo_id = API.create_repo(name, token=token, private=private or None, exist_ok=True, **space).repo_id
         # Check that the token can write: create_repo does not check it if the repository exists.
         API.auth_check(repo_id, token=token, write=True, **kind)
-        is_private = API.repo_info(repo_id, token=token, **kind).private
+        return repo_id, API.repo_info(repo_id, token=token, **kind).private
+
+    try:
+        repo_id, is_private = ask_hub(create)
     except HFValidationError:
         raise UserError(f"{name!r} cannot name a repository: give --hub_model_id NAME or USER/NAME.") from None
-    except (HTTPError, OfflineModeIsEnabled) as error:
+    except HUB_ERRORS as error:
         remedy = LOG_IN if is_denied(error) else "check the network, or train without a push and push later"
         raise UserError(f"cannot push to {name!r} on {API.endpoint} ({short_reason(error)}): {remedy}.") from None
-    if private and not is_private:
+    if private and is_private is not True:
         raise UserError(f"{repo_id} exists and is public: make it private, or choose another --hub_model_id.")
     return repo_id
 
 
-def short_reason(error: Exception) -> str:
-    """Return a few words on why a request failed. They never hold the token, which is only in the headers."""
-    if isinstance(error, HfHubHTTPError):
-        return f"{error.response.status_code} {error.response.reason_phrase}"
-    return str(error).partition("\n")[0] or type(error).__name__
-
-
-def is_denied(error: Exception) -> bool:
-    """Return whether a request failed because the token is missing, wrong or lacks the permission."""
-    return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
-
-
-def is_final(error: Exception) -> bool:
-    """Return whether the Hub would refuse the same request again."""
-    return isinstance(error, HfHubHTTPError) and error.response.status_code in {*range(400, 500)} - {408, 429}
-
-
-def push_in_background(output_dir: str | Path, repo_id: str, token: str | None, message: str) -> "Future[bool]":
+def push_in_background(
+    output_dir: str | Path, repo_id: str, token: str | None, message: str, *, replaces: "Future[bool] | None" = None
+) -> "Future[bool]":
     """Start to upload a run as one commit. Return a future of a bool: True if the upload succeeded.
 
     The files are copied first by `copy_published`, so that training can go on writing. Files that the Hub already has
     are not sent again. A push that fails is tried again. If the last attempt fails too, this is logged as a warning
     and is not an error, because a network failure must not end hours of training.
+
+    Args:
+        replaces: an earlier push of the same run. If it has not begun, it is cancelled and its copy removed, so that
+            there are never more than two copies on the disk: of the push that is uploading, and of the newest.
     """
+    if replaces is not None:
+        replaces.cancel()
     try:
         snapshot = tempfile.TemporaryDirectory(prefix=".push-", dir=output_dir, ignore_cleanup_errors=True)
         copy_published(Path(output_dir), Path(snapshot.name), PUBLISHED, token)
@@ -92,17 +85,43 @@ def push_in_background(output_dir: str | Path, repo_id: str, token: str | None, 
             repo_id,
             error,
         )
-        return API.run_as_future(lambda: False)
+        return in_thread(lambda: False)
+    target = {"repo_id": repo_id, "folder_path": snapshot.name, "commit_message": message, "token": token}
+    seconds = upload_seconds(output_dir)
 
-    def upload():
-        with snapshot as folder:
+    def push() -> bool:
+        with snapshot:
             return retry(
-                lambda: API.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, token=token),
+                lambda: ask_hub(lambda: API.upload_folder(**target), seconds),
                 repo_id,
-                f"push it again with `python -m ddpm_hf push {output_dir} --hub_model_id {repo_id}`",
+                push_again(output_dir, repo_id),
             )
 
-    return API.run_as_future(upload)
+    pushing = in_thread(push, PUSHING)
+    pushing.add_done_callback(lambda done: snapshot.cleanup() if done.cancelled() else None)
+    return pushing
+
+
+def upload_seconds(output_dir: str | Path) -> float:
+    """Return how long one attempt to upload a run may take."""
+    return transfer_seconds(sum(path.stat().st_size for path in files_in(output_dir, PUBLISHED)))
+
+
+def push_again(output_dir: str | Path, repo_id: str) -> str:
+    """Return the advice to push a run again."""
+    return f"push it again with `python -m ddpm_hf push {output_dir} --hub_model_id {repo_id}`"
+
+
+def wait_for_push(pushing: "Future[bool]", output_dir: str | Path, repo_id: str) -> bool:
+    """Wait for a push at the end of a run, and return whether it succeeded. After too long, log a warning instead."""
+    seconds = sum(WAITS) + upload_seconds(output_dir)
+    try:
+        return pushing.result(seconds)
+    except TimeoutError:
+        logger.warning(
+            "The push to %s was not complete after %.0f s: %s.", repo_id, seconds, push_again(output_dir, repo_id)
+        )
+        return False
 
 
 def retry(upload, repo_id: str, remedy: str) -> bool:

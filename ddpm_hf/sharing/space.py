@@ -4,12 +4,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-
 from ..community_pipelines import shipped
 from ..errors import UserError
+from ..hub_requests import API, HUB_ERRORS, ask_hub, short_reason, transfer_seconds
 from ..models import judge
-from .hub import API, create_repository, is_hub_id, retry, short_reason
+from .hub import create_repository, is_hub_id, retry
 
 
 SUFFIXES = [".py", ".md", ".txt", ".css", ".html", ".js"]  # the files that a Space is made of
@@ -32,8 +31,8 @@ def push_space(model: str, name: str | None = None, *, private: bool = False, to
             f"{model} is not a Hub id, and a Space cannot see this disk: push the model first, then give USER/NAME."
         )
     try:
-        found = API.file_exists(model, "model_index.json", token=token)
-    except (HTTPError, OfflineModeIsEnabled) as error:
+        found = ask_hub(lambda: API.file_exists(model, "model_index.json", token=token))
+    except HUB_ERRORS as error:
         raise UserError(f"{API.endpoint} does not answer ({short_reason(error)}): check the network.") from None
     if not found:
         raise UserError(
@@ -50,7 +49,9 @@ def push_space(model: str, name: str | None = None, *, private: bool = False, to
                 repo_id=space_id, repo_type="space", folder_path=folder, token=token, commit_message=f"Show {model}"
             )
 
-        if not retry(upload, space_id, f"push it again with `python -m ddpm_hf push-space {model}`"):
+        seconds = transfer_seconds(0)  # the files are small
+        again = f"push it again with `python -m ddpm_hf push-space {model}`"
+        if not retry(lambda: ask_hub(upload, seconds), space_id, again):
             raise UserError(f"the Space {space_id} is not up to date: see the warning above, then push again.")
     return f"{API.endpoint}/spaces/{space_id}"
 

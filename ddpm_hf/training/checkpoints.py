@@ -23,7 +23,7 @@ from ..evaluation.records import read_record
 from ..files import read_json, remove, write_beside, writing
 from ..locks import LOCK, locked
 from ..manifest import check_files, damaged, reading, write_manifest
-from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoint_folders, checkpoints, files_in, step_of
+from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoint_folders, checkpoints, files_in, read_metrics, step_of
 from .changes import check_fixed_flags, warnings_about
 
 
@@ -360,10 +360,6 @@ def keep_metrics_up_to(output_dir, step: int):
     """Remove the lines after `step` from metrics.jsonl, because the resumed run writes them again."""
     path = Path(output_dir) / "metrics.jsonl"
     if path.is_file():
-        lines = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # a kill or a full disk may have cut the line
-                lines += [line] if json.loads(line)["step"] <= step else []
-        text = "".join(line + "\n" for line in lines)
+        text = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
         with writing("metrics.jsonl", path):
             write_beside(path, lambda partial: partial.write_text(text))

@@ -4,7 +4,6 @@ Most functions write one file under a temporary name, rename it and return its p
 factors without smoothing, so that a pixel becomes a square. Plots do not use pyplot, because it keeps global state.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from ..locks import check_unlocked
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import evenly, image_sheet, near_square, resize, save_picture, strip, tile, to_uint8
 from ..randomness import keyed_generator
+from ..run_folder import read_metrics
 from ..sampling.samplers import draw, image_generators
 
 
@@ -99,9 +99,14 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[end] - total[at - half_width]) / (end - at + half_width)
 
 
-def loss_figure(metrics_path, path) -> Path:
-    """Plot metrics.jsonl: training and validation loss, loss for each quarter of the timesteps, learning rate."""
-    lines = [json.loads(line) for line in Path(metrics_path).read_text().splitlines()]
+def loss_figure(metrics_path, path) -> Path | None:
+    """Plot metrics.jsonl: training and validation loss, loss for each quarter of the timesteps, learning rate.
+
+    Return None, and draw nothing, if metrics.jsonl is missing or no line of it is complete.
+    """
+    lines = [line for line in read_metrics(metrics_path) if line.keys() >= {"lr", "loss_by_band"}]
+    if not lines:
+        return None
     all_steps = np.array([line["step"] for line in lines])
     titles = ["loss", "loss by timestep t", "learning rate"]
     figure, axes = plot("AB;AC", titles, 5, width_ratios=[5, 4], height_ratios=[3, 1])
@@ -181,9 +186,8 @@ def run_figures(
         on_step: called after every step of sampling, as in `draw`.
         class_labels: labels of the `num_images` samples, for a conditional UNet.
     """
-    metrics, folder = Path(output_dir, "metrics.jsonl"), Path(output_dir, "figures")
-    if metrics.exists():
-        loss_figure(metrics, folder / "loss.png")
+    folder = Path(output_dir, "figures")
+    loss_figure(Path(output_dir, "metrics.jsonl"), folder / "loss.png")
     schedule_figure(scheduler, folder / "schedule.png")
     forward_strip(scheduler, images[:4], folder / "forward.png", seed)
     steps = scheduler.subsequence(num_inference_steps, "trailing")

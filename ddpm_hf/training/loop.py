@@ -5,7 +5,6 @@ optimizer steps and images seen, never in micro-batches or processes.
 """
 
 import contextlib
-import json
 import math
 import signal
 import threading
@@ -23,6 +22,8 @@ from ..diffusion.timestep_sampling import draw_timesteps, update_history
 from ..errors import UserError
 from ..models.pretrained import Pretrained, load_pretrained
 from ..output import drop_failing_output
+from ..run_folder import read_metrics
+from ..sharing.hub import wait_for_push
 from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
 from .run import Run, open_run
 
@@ -86,7 +87,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
         run.accelerator.wait_for_everyone()
         run.accelerator.end_training()
         if run.state.push is not None:
-            run.state.push.result()  # wait for the push; if it failed, it has printed a warning
+            wait_for_push(run.state.push, config.output_dir, run.repo_id)  # if it fails, this prints a warning
         finished = finished_run(run)
     if run.accelerator.is_main_process:
         print_summary(run, finished)
@@ -230,9 +231,7 @@ def finished_run(run: Run) -> FinishedRun:
     """Return what `train` returns, from the state of a run that has ended."""
     state, folder = run.state, Path(run.config.output_dir)
     finished = state.step == run.total_steps and not state.figures_missing
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    last = json.loads(lines[-1]) if lines else {}
+    last = next(reversed(read_metrics(folder / "metrics.jsonl")), {})
     number = state.signals[0] if state.signals else signal.SIGTERM  # another process may have caught it
     return FinishedRun(
         folder=folder,

@@ -19,7 +19,7 @@ from ..models.saving import save_classifier, save_pipeline
 from ..pictures import image_sheet
 from ..sampling.generate import sample_together
 from ..sampling.settings import Sampler
-from ..sharing.card import write_card
+from ..sharing.card import write_card_or_warn
 from ..sharing.hub import push_in_background
 from . import checkpoints
 from .changes import facts_to_compare
@@ -203,15 +203,16 @@ def draw_figures(run: Run, due: set[str], line: dict):
 def write_run_card(run: Run, due: set[str], line: dict):
     """Write the model card, README.md."""
     if run.accelerator.is_main_process:
-        with writing("the model card", run.config.output_dir):
-            write_card(Path(run.config.output_dir), run.repo_id)
+        write_card_or_warn(run.config.output_dir, run.repo_id)
 
 
 def start_push(run: Run, due: set[str], line: dict):
     """With --push_to_hub, start to push the run folder to the Hub. Only the main process does so."""
     if run.repo_id is not None:
         message = "End of training" if "end" in due else f"Step {run.state.step}"
-        run.state.push = push_in_background(Path(run.config.output_dir), run.repo_id, run.config.hub_token, message)
+        run.state.push = push_in_background(
+            run.config.output_dir, run.repo_id, run.config.hub_token, message, replaces=run.state.push
+        )
 
 
 # Pairs of what is due and the function that does it, called as `task(run, due, line)`.

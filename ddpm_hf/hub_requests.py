@@ -1,0 +1,119 @@
+"""Ask the Hub. A server that is silent, slow, or not the Hub gives an error in bounded time."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+
+# HTTPError belongs to httpx. Import it from huggingface_hub, which decides which major version of httpx is used.
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
+
+
+API = HfApi()
+ANSWER_SECONDS = 30  # for a few small requests
+SILENT_SECONDS = 60  # without a byte, in a longer request
+SLOWEST = 50_000  # bytes per second; a slower transfer is given up
+UNKNOWN_SIZE = 1_000_000_000  # bytes, of a repository that does not say how large it is
+# What `ask_hub` raises. OfflineModeIsEnabled and TimeoutError are OSErrors.
+HUB_ERRORS = (HTTPError, OSError)
+
+
+def in_thread(function: Callable, lock=None) -> Future:
+    """Start `function()` in a thread that does not keep the process alive, and return its future result.
+
+    Args:
+        lock: is held while the function runs. Until then, the future can be cancelled.
+    """
+    future = Future()
+
+    def run():
+        with lock or contextlib.nullcontext():
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except BaseException as error:
+                    future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def ask_hub(request: Callable, seconds: float | None = None):
+    """Return `request()`, which calls huggingface_hub.
+
+    Args:
+        seconds: how long it may take in all; default: ANSWER_SECONDS. A limit for each read is not enough, because a
+            server may send a byte now and then.
+
+    Raises:
+        HFValidationError: for a name that is not the name of a repository.
+        HTTPError: if the Hub refuses or cannot be reached.
+        OSError: if offline mode is enabled, if the answer is not the Hub's, or, as TimeoutError, if none came in time.
+    """
+    seconds = ANSWER_SECONDS if seconds is None else seconds
+    session = get_session()
+    if session.timeout.read is None:  # then a thread that we stop waiting for would wait for ever
+        session.timeout = SILENT_SECONDS
+    future = in_thread(request)
+    try:
+        return future.result(seconds)
+    except (HFValidationError, HTTPError):
+        raise
+    except TimeoutError:
+        raise TimeoutError(f"no complete answer in {seconds:.0f} s") from None
+    except OSError:
+        raise
+    except Exception as error:  # huggingface_hub parses whatever it is sent
+        raise ConnectionError("the answer is not the Hub's, perhaps that of a proxy or a login page") from error
+
+
+def transfer_seconds(size: int) -> float:
+    """Return how long the transfer of `size` bytes may take: two minutes, and the time at the slowest speed."""
+    return 120 + size / SLOWEST
+
+
+def download(repo_id: str, patterns: list[str], ignore: str | None = None) -> Path:
+    """Return the folder in HuggingFace's cache with the files of a repository that patterns name.
+
+    Missing files are downloaded. If the Hub cannot be asked, the files in the cache are enough.
+
+    Raises:
+        HFValidationError, HTTPError, OSError: see `ask_hub`.
+    """
+    options = {"allow_patterns": patterns, "ignore_patterns": ignore}
+    try:
+        files = ask_hub(lambda: API.model_info(repo_id, files_metadata=True)).siblings
+        sizes = [file.size for file in files or []]
+        seconds = transfer_seconds(sum(sizes) if sizes and None not in sizes else UNKNOWN_SIZE)
+        return Path(ask_hub(lambda: snapshot_download(repo_id, **options), seconds))
+    except HFValidationError:
+        raise
+    except HUB_ERRORS:
+        try:
+            return Path(snapshot_download(repo_id, local_files_only=True, **options))
+        except LocalEntryNotFoundError:
+            pass
+        raise
+
+
+def short_reason(error: Exception) -> str:
+    """Return a few words on why a request failed. They never hold the token, which is only in the headers."""
+    if isinstance(error, HfHubHTTPError):
+        return f"{error.response.status_code} {error.response.reason_phrase}"
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def is_denied(error: Exception) -> bool:
+    """Return whether a request failed because the token is missing, wrong or lacks the permission."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
+
+
+def is_final(error: Exception) -> bool:
+    """Return whether the Hub would refuse the same request again, or take too long again."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in {*range(400, 500)} - {408, 429}
+    return isinstance(error, TimeoutError)
