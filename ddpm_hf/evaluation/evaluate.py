@@ -205,6 +205,7 @@ def evaluate(
 
     Example:
         >>> result = ddpm_hf.evaluate("runs/digits", metrics=["bits_per_dim"], suite="smoke")
+        Data: 1,797 images; classes: 0 178, ...
         >>> result.scores["bits_per_dim"] > 0
         True
     """

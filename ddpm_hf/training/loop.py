@@ -74,6 +74,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
         >>> smaller = {"base_channels": 8, "ddpm_num_inference_steps": 10, "eval_batch_size": 4}
         >>> config = TrainingConfig.from_preset("digits", max_train_steps=2, output_dir="runs/short", **smaller)
         >>> run = ddpm_hf.train(config)
+        Data: 1,797 images; classes: 0 178, ...
         1,617 images of 8x8x1 (180 held out), ...
         >>> run.step, run.finished
         (2, True)
