@@ -177,7 +177,7 @@ def make_step(
 
     A step is forward, backward, clipping, AdamW and the moving average, as in the training loop, without its data.
     """
-    set_backends(precision, benchmark)
+    set_backends("highest" if precision == "float32" else "high", precision != "float32", benchmark)
     unet = build_unet(config, 3).to(DEVICE).train()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     unet.to(memory_format=layout)
@@ -191,7 +191,10 @@ def make_step(
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=fused, capturable=graph)
     batch = times * config.train_batch_size
     noisy, noise, timesteps = fixed_batch(config, batch, layout)
-    network = torch.compile(unet, **compiled) if compiled is not None else unet
+    network = unet
+    if compiled is not None:
+        torch._dynamo.reset()  # forget the networks of earlier variants
+        network = torch.compile(unet, **compiled)
 
     def take_step():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -212,12 +215,21 @@ def make_step(
     return (captured(take_step) if graph else take_step), batch
 
 
-def set_backends(precision: str = "bf16", benchmark: bool = False):
-    """Choose between float32 and TF32 for what is not bfloat16, and let cuDNN measure its kernels, or not."""
-    torch._dynamo.reset()
-    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "float32"
-    torch.backends.cudnn.benchmark = benchmark
+def backends() -> tuple[str, bool, bool]:
+    """Return torch's global switches that decide how fast a step is: the arguments of `set_backends`."""
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+
+
+def set_backends(matmul: str = "highest", tf32: bool = True, benchmark: bool = False):
+    """Set torch's global switches; by default to torch's own values.
+
+    Args:
+        matmul: "highest" multiplies float32 matrices in float32, "high" in TF32.
+        tf32: let cuDNN use TF32 for convolutions in float32.
+        benchmark: let cuDNN measure its kernels for a convolution and take the fastest.
+    """
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, benchmark
 
 
 def fixed_batch(config, count: int, layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -298,7 +310,6 @@ def step(stage: Stage):
     def plain(dtype):
         reset_peak()
         set_backends()
-        torch.set_float32_matmul_precision("highest")  # torch's default, as is TF32 in cuDNN
         images, _, _ = fixed_batch(config, config.train_batch_size, torch.contiguous_format)
         loop = PlainLoop(build_unet(config, 3), [{"input": images}], 10**6, device=str(DEVICE), dtype=dtype)
         return measured(loop.step, len(images))
@@ -391,7 +402,7 @@ def profile_step(stage: Stage, config, name: str, options: dict) -> dict:
             times[row[index]] += row[2]
             counts[row[index]] += 1
         for key, milliseconds in times.most_common(12):
-            stage.found(table, key, ms=milliseconds, percent=100 * milliseconds / total, launches=counts[key])
+            stage.found(table, key, ms=milliseconds, percent=100 * milliseconds / (total or 1), launches=counts[key])
     return {"device ms": total, "launches": len(rows)} | values
 
 
@@ -430,13 +441,20 @@ def loop(stage: Stage):
         flags = [f"--dataset_name={images}", "--validation_split=", f"--output_dir={folder}/run"]
         config = config_of(stage, *flags)
         config.checkpointing_steps = config.save_images_epochs = config.save_model_epochs = 10**9  # only the loop
+        set_backends()
         run = open_run(config)
+        of_run = backends()
         steps = training_steps(run)
-        steps["bare step: no loop, clipping, AdamW, EMA"] = make_step(config)[0]
-        torch.backends.cudnn.allow_tf32 = True  # as by default
-        torch.set_float32_matmul_precision("highest")
+        steps["bare step: bf16, clipping, fused AdamW, EMA"] = make_step(config)[0]
         per_turn, rounds = (1, 1) if stage.toy else (10, 1000)
-        turns = {name: lambda take=take: [take() for _ in range(per_turn)] for name, take in steps.items()}
+
+        def turn(name):
+            # The run may set global switches. The plain loop does not get them.
+            set_backends(*(() if name.startswith("plain") else of_run))
+            for _ in range(per_turn):
+                steps[name]()
+
+        turns = {name: functools.partial(turn, name) for name in steps}
 
         def add(result):
             for name, values in result.items():
@@ -456,20 +474,27 @@ def sampling(stage: Stage):
     scheduler = make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps)
     compiled = {"disable": True} if stage.toy else COMPILED
 
-    def unet(channels_last=False, dtype=torch.float32):
+    def unet(channels_last=False):
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        return build_unet(config, 3).eval().requires_grad_(False).to(DEVICE, dtype=dtype, memory_format=layout)
+        return build_unet(config, 3).eval().requires_grad_(False).to(DEVICE, memory_format=layout)
 
     def stock(dtype):
         set_backends()
-        pipeline = DDIMPipeline(unet(dtype=dtype), scheduler.stock())
+        pipeline = DDIMPipeline(unet(), scheduler.stock())
         pipeline.set_progress_bar_config(disable=True)
-        return speed(lambda: pipeline(images, num_inference_steps=steps, output_type="np"))
+
+        def draw():
+            # The pipeline cannot be converted to bfloat16, because it makes a numpy array of its images.
+            with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+                pipeline(images, num_inference_steps=steps, output_type="np")
+
+        return speed(draw)
 
     def ours(dtype, channels_last=False, benchmark=False, compile_it=False):
         set_backends(benchmark=benchmark)
         model = Pretrained(unet(channels_last), scheduler, facts={}, run={}, folder=Path())
         if compile_it:
+            torch._dynamo.reset()
             model.unet.compile(**compiled)
         sampler = Sampler(name="ddim", num_inference_steps=steps, dtype=dtype).resolve(model)
         return speed(lambda: sample_images(model, sampler, range(images), batch_size=images, progress=False))

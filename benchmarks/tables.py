@@ -1,4 +1,4 @@
-"""Write tables in Markdown."""
+"""Write tables in Markdown. This needs no torch, so that gpu.py starts at once."""
 
 
 def markdown_table(title: str, rows: dict[str, dict]) -> str:
