@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -193,3 +194,42 @@ def test_the_gpu_benchmark_refuses_before_it_starts(flags, said, gpu, tmp_path, 
         gpu.main()
     assert stopped.value.code == 2 and said in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_kernels_of_a_gpu_count_by_the_operator_that_launched_them(gpu, monkeypatch):
+    """Events as the profiler returns them on a GPU: a kernel is in its operator's list, and an event of its own."""
+    import gpu_stages
+
+    monkeypatch.setattr(gpu_stages, "CUDA", True)
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def operator(name, **kernels):
+        listed = [SimpleNamespace(name=each, duration=us) for each, us in kernels.items()]
+        return SimpleNamespace(name=name, device_type=cpu, kernels=listed)
+
+    def kernel(name, us, is_user_annotation=False):
+        span = SimpleNamespace(elapsed_us=lambda: us)
+        return SimpleNamespace(name=name, device_type=cuda, time_range=span, is_user_annotation=is_user_annotation)
+
+    launched = {"sm90_xmma_fprop": 3000, "nchwToNhwcKernel": 500, "fused_adam": 250}
+    events = [
+        operator("aten::cudnn_convolution", sm90_xmma_fprop=3000, nchwToNhwcKernel=500),
+        operator("aten::_fused_adamw_", fused_adam=250),
+        operator("aten::view"),
+        *(kernel(name, us) for name, us in launched.items()),
+        kernel("unknown_kernel", 125),
+        kernel("ProfilerStep#1", 9000, is_user_annotation=True),
+    ]
+    assert gpu_stages.kernels(events) == [
+        ("convolution", "`sm90_xmma_fprop`", 3.0),
+        ("layout", "`nchwToNhwcKernel`", 0.5),
+        ("optimizer", "`fused_adam`", 0.25),
+        ("other", "`unknown_kernel`", 0.125),
+    ]
+    names = {"aten::addmm": "matmul", "aten::native_group_norm_backward": "normalisation", "aten::silu": "elementwise"}
+    names |= {
+        "aten::_flash_attention_forward": "attention",
+        "aten::copy_": "copy",
+        "triton_poi_fused_silu_0": "compiled",
+    }
+    assert {name: gpu_stages.kind_of(name) for name in names} == names
