@@ -527,3 +527,5 @@ def sampling(stage: Stage):
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # everything is written, and clearing up a GPU can take long or hang
