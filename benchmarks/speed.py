@@ -94,51 +94,67 @@ def plain_loader(run):
 
 
 def training(run, arguments) -> dict:
-    config, device = run.config, run.accelerator.device
-    batches = training_batches(run.train_set, config, 0, 0, 1)
-    channels = run.train_set.channels
-
-    def plain(dtype=None):
-        unet = build_unet(config, channels)
-        options = {"learning_rate": config.learning_rate, "device": str(device), "dtype": dtype}
-        return PlainLoop(unet, plain_loader(run), 10**6, **options)
-
-    dtypes = {PLAIN: None, f"{PLAIN}, bf16": torch.bfloat16}
-    loops = {name: plain(dtype) for name, dtype in dtypes.items() if arguments.only in (None, name)}
-    bare = build_unet(config, channels).to(device)
-    optimizer = torch.optim.AdamW(bare.parameters(), lr=1e-4)
-    images = torch.randn(config.train_batch_size, channels, config.resolution, config.resolution, device=device)
-    timesteps = torch.randint(config.ddpm_num_steps, (len(images),), device=device)
-
-    def bare_step():
-        with run.accelerator.autocast():
-            output = bare(images, timesteps).sample
-        torch.nn.functional.mse_loss(output.float(), images).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    with progress_bar(run) as bar:
-
-        def run_step():
-            step(run, batches)
-            bar.update()
-            if due := what_is_due(run):
-                run_due_tasks(run, due, 0.0)
-
-        run.model.train()
-        steps = {"ddpm_hf": run_step} | {name: loop.step for name, loop in loops.items()}
-        steps |= {f"one fixed batch, {config.mixed_precision}, no loop": bare_step}
-        steps = {name: take for name, take in steps.items() if arguments.only in (None, name)}
-        contenders = {name: lambda take=take: [take() for _ in range(arguments.steps)] for name, take in steps.items()}
-        result = race(contenders, arguments.rounds, arguments.steps * config.train_batch_size)
-    with FlopCounterMode(display=False) as counter:
-        bare_step()
-    flops = counter.get_total_flops() / len(images)
+    steps = training_steps(run, arguments.only)
+    contenders = {name: lambda take=take: [take() for _ in range(arguments.steps)] for name, take in steps.items()}
+    result = race(contenders, arguments.rounds, arguments.steps * run.config.train_batch_size)
+    flops = flops_per_image(build_unet(run.config, run.train_set.channels).to(run.accelerator.device))
     for numbers in result.values():
         numbers["TFLOP/s"] = numbers["images_per_second"] * flops / 1e12
         if arguments.peak_tflops:
             numbers["utilisation"] = numbers["TFLOP/s"] / arguments.peak_tflops
     return result
+
+
+def training_steps(run, only: str | None = None) -> dict:
+    """Return what to compare, as name -> function that takes one optimizer step; `only` names a single one.
+
+    They are the loop of ddpm_hf, the plain diffusers loop in float32 and in bfloat16, and a step without any loop.
+    """
+    config, device, channels = run.config, run.accelerator.device, run.train_set.channels
+    batches, bar = training_batches(run.train_set, config, 0, 0, 1), progress_bar(run)
+    run.model.train()
+
+    def run_step():
+        step(run, batches)
+        bar.update()
+        if due := what_is_due(run):
+            run_due_tasks(run, due, 0.0)
+
+    def plain(dtype=None):
+        options = {"learning_rate": config.learning_rate, "device": str(device), "dtype": dtype}
+        return PlainLoop(build_unet(config, channels), plain_loader(run), 10**6, **options).step
+
+    def bare():
+        unet = build_unet(config, channels).to(device)
+        optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
+        images = torch.randn(config.train_batch_size, channels, config.resolution, config.resolution, device=device)
+        timesteps = torch.randint(config.ddpm_num_steps, (len(images),), device=device)
+
+        def bare_step():
+            with run.accelerator.autocast():
+                output = unet(images, timesteps).sample
+            torch.nn.functional.mse_loss(output.float(), images).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return bare_step
+
+    makers = {
+        "ddpm_hf": lambda: run_step,
+        PLAIN: plain,
+        f"{PLAIN}, bf16": lambda: plain(torch.bfloat16),
+        f"one fixed batch, {config.mixed_precision}, no loop": bare,
+    }
+    return {name: make() for name, make in makers.items() if only in (None, name)}
+
+
+def flops_per_image(unet) -> float:
+    """Return the floating-point operations of one image in a training step: forward and backward."""
+    size, channels = unet.config.sample_size, unet.config.in_channels
+    images, timesteps = torch.randn(2, channels, size, size, device=unet.device), torch.tensor([1, 2])
+    with FlopCounterMode(display=False) as counter:
+        unet(images, timesteps.to(unet.device)).sample.mean().backward()
+    return counter.get_total_flops() / len(images)
 
 
 def sampling(run, arguments) -> dict:

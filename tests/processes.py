@@ -16,7 +16,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["ddpm_hf.training.loop", "ddpm_hf.evaluation.evaluate", "sklearn.datasets", "matplotlib.backends.backend_agg"]
+    [
+        "ddpm_hf.training.loop",
+        "ddpm_hf.evaluation.evaluate",
+        "sklearn.datasets",
+        "matplotlib.backends.backend_agg",
+        "torch._dynamo",  # the first step of an optimizer imports it
+    ]
 )
 
 
