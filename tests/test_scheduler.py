@@ -286,7 +286,7 @@ def test_diffusers_spacings_are_diffusers(T, S, spacing):
         ),
         (
             lambda: make_scheduler("linear").reverse_log_variance(ONE_PIXEL, 5, 4, "learned_range"),
-            "variance_type learned_range needs a UNet with out_channels twice its in_channels.",
+            "variance_type is learned_range, but the UNet predicts no variance: give fixed_small or fixed_large.",
         ),
     ],
 )
@@ -308,7 +308,7 @@ def test_refusals(make, sentence):
         ((None, [5, 5]), "timesteps are [5, 5]; give whole numbers from 0 to 99, strictly rising or falling."),
         ((None, [5, 1, 9]), "timesteps are [5, 1, 9]; give whole numbers from 0 to 99, strictly rising or falling."),
         ((None, [0.5, 1]), "timesteps are [0.5, 1]; give whole numbers from 0 to 99, strictly rising or falling."),
-        ((10, [0, 50]), "num_inference_steps is 10, but 2 timesteps are listed: drop one."),
+        ((10, [0, 50]), "num_inference_steps is 10, but 2 timesteps are listed: leave num_inference_steps out."),
     ],
 )
 def test_subsequence_refusals(arguments, sentence):
