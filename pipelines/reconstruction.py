@@ -1,4 +1,4 @@
-"""Turn images into latents x_T and back, and walk from one image to another, by DDIM without fresh noise.
+"""Turn images into latents x_T and back, and interpolate between two images, by DDIM without fresh noise.
 
 DDIM with eta = 0 (Song et al. 2021, https://huggingface.co/papers/2010.02502) solves an ODE, so it also runs
 backwards, from an image to its latent (section 4.3). Here each step is written as a rotation, which stays well behaved

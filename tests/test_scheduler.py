@@ -301,7 +301,7 @@ def test_refusals(make, sentence):
     [
         ((0, "leading"), "num_inference_steps is 0; it must be from 1 to the model's 100 timesteps."),
         ((101, "quad"), "num_inference_steps is 101; it must be from 1 to the model's 100 timesteps."),
-        ((10, "even"), "spacing is 'even'; choose quad, uniform, leading, trailing, linspace or list timesteps."),
+        ((10, "even"), "spacing is 'even'; choose quad, uniform, leading, trailing or linspace, or list timesteps."),
         ((None, []), "timesteps are []; give whole numbers from 0 to 99, strictly rising or falling."),
         ((None, [0, 100]), "timesteps are [0, 100]; give whole numbers from 0 to 99, strictly rising or falling."),
         ((None, [-1, 5]), "timesteps are [-1, 5]; give whole numbers from 0 to 99, strictly rising or falling."),

@@ -15,7 +15,7 @@ def with_home(word: str) -> str:
 
 
 class OneSentenceErrors:
-    """A base class for an ArgumentParser. It prints an error as one sentence that suggests a spelling, without usage.
+    """A base class for an ArgumentParser. Errors are one sentence without the usage, with a suggested spelling.
 
     It replaces a leading ~ in a value by the home folder, even in `--output=~/x`, where many shells do not replace it.
     """

@@ -130,7 +130,7 @@ def _find_columns(rows, config):
 
     Data without classes has no label column in the first dict, and its second dict is empty.
     """
-    features = rows.features or {}  # they are None for a stream of texts
+    features = rows.features or {}  # None for a stream of text files
     columns = ", ".join(features) or "none"
     first = {type(feature): name for name, feature in reversed(features.items())}
     files = [name for name, feature in features.items() if _holds_files(feature)]
@@ -160,7 +160,7 @@ def _find_columns(rows, config):
 
 
 def _holds_files(feature):
-    """Return whether a column has bytes, or structs with `bytes`. They may be image files, despite its type."""
+    """Return whether a column has bytes, or structs with `bytes`, which may be undeclared image files."""
     if isinstance(feature, dict):
         feature = feature.get("bytes")
     return getattr(feature, "dtype", "") in ("binary", "large_binary")
@@ -174,7 +174,7 @@ def _select_rows(rows, *, columns, classes, config, check):
     # Cast first. Otherwise each later step of a stream would decode the images and encode them again.
     rows = rows.cast_column(next(iter(columns)), datasets.Image(decode=False))
     if config.streaming and isinstance(rows, datasets.Dataset):
-        # Use a generator, as `datasets` does to stream a folder. Checkpoints store the position in such a stream.
+        # Stream from a generator, as `datasets` does for a folder, because checkpoints store its position.
         rows = datasets.IterableDataset.from_generator(_each, features=rows.features, gen_kwargs={"rows": rows})
     rows = rows.select_columns(list(columns))
     rows = rows.rename_columns({column: name for column, name in columns.items() if column != name})

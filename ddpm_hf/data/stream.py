@@ -44,7 +44,7 @@ class StreamedSet(Dataset):
         return self.num_images
 
     def get(self, indices):
-        """Return some of the first 64 images, (B,C,H,W) float32 in [-1, 1]. `indices` above 63 are left out."""
+        """Return those images at `indices` that are among the first 64, (B,C,H,W) float32 in [-1, 1]."""
         return read_batch([self.sample[k] for k in indices if k < len(self.sample)], self.read)
 
     def state_dict(self):

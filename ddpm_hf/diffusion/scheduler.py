@@ -263,7 +263,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         if spacing == "linspace":
             return _pairs(np.linspace(0, T - 1, S).round())
         raise UserError(
-            f"spacing is {spacing!r}; choose quad, uniform, leading, trailing, linspace or list timesteps."
+            f"spacing is {spacing!r}; choose quad, uniform, leading, trailing or linspace, or list timesteps."
         )
 
     @property

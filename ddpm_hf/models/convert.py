@@ -82,7 +82,7 @@ def _unet_folder(name: str, folder: Path, weights: str) -> Path:
 
 
 def _read_scheduler(name: str, folder: Path, schedule: dict) -> PaperDDPMScheduler:
-    """Return the scheduler of a pipeline. Raise a UserError if flags describe a scheduler, too."""
+    """Return the scheduler of a pipeline. Raise a UserError if flags describe another one."""
     if schedule:
         raise UserError(f"{name} has a scheduler of its own: leave --{min(schedule)} out.")
     config = read_json(part_folder(folder, "scheduler") / "scheduler_config.json")

@@ -56,8 +56,8 @@ def stock_spacing(variance_type: str) -> str:
 
     Models with learned_range get "linspace", whose last timestep is 0. With "trailing" the last timestep is above 0,
     and stock DDPM adds noise after every step except the one at t = 0, so its images would have visible noise.
-    "linspace" is also the stride of Nichol & Dhariwal. Stock DDIM cannot use a UNet that predicts its variance, so it
-    does not matter which spacing suits DDIM.
+    "linspace" is also the stride of Nichol & Dhariwal. For these models, the choice does not matter to stock DDIM,
+    which cannot use a UNet that predicts its variance.
 
     All other models get "trailing", the default of our own samplers. With fixed_small, the noise that stock DDPM adds
     after the last step is only 1e-10. With fixed_large, stock DDPM needs all T steps, as the model card says. Stock

@@ -16,7 +16,7 @@ from .samplers import clipped
 
 
 class Guided(nn.Module):
-    """A network with the call, the device and the dtype of `unet`."""
+    """A base class of networks that take the place of `unet` in a sampler, with its call, device and dtype."""
 
     def __init__(self, unet: UNet2DModel, scheduler: PaperDDPMScheduler, scale: float):
         super().__init__()
