@@ -34,7 +34,9 @@ def read_run(folder: str | Path) -> dict:
             if field.name in flags and not _could_be(flags[field.name], field.type)
         ]
     if odd:
-        raise UserError(f"{path} was not written by a run, because its {odd[0]} has the wrong type: remove this file.")
+        raise UserError(
+            f"{path} was not written by a run, because its entry {odd[0]} has a wrong type: remove this file."
+        )
     return run
 
 
