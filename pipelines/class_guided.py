@@ -4,8 +4,8 @@
   with class labels and with label dropout. The folder is a stock DDPMPipeline whose model_index.json names the K
   classes: `"id2label": {"0": "cat", ...}`. A UNet with K + 1 class embeddings uses the last one for "no class" and can
   be guided. A UNet with K class embeddings cannot be guided.
-- Classifier guidance (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233, Algorithm 2, which is for DDIM
-  and here guides DDPM too) needs a UNet without classes, and a classifier of noisy images that was trained on the same
+- Classifier guidance (Dhariwal & Nichol 2021, https://huggingface.co/papers/2105.05233, Algorithm 2, made for DDIM and
+  used here for DDPM too) needs a UNet without classes, and a classifier of noisy images that was trained on the same
   noise schedule.
 - An unconditional model without a classifier is sampled without guidance.
 
@@ -270,8 +270,8 @@ class ClassGuidedPipeline(DiffusionPipeline):
         output, predicted_variance = self._guided_output(x, t, labels, scale).tensor_split([x.shape[1]], dim=1)
         x0 = predict_original_sample(output, x, alpha_bar, config.prediction_type)
         if self.classifier is not None and scale != 0 and alpha_bar > 0:  # at abar = 0, x_t is pure noise
-            # The docstring of __call__ states this guidance for eps'. Here it is applied to x_0, for DDPM too. The
-            # shift of the mean in Algorithm 1 is its limit for small steps.
+            # Guide x_0. This equals the formula for eps' in the docstring of __call__. DDPM is guided in this way too.
+            # For small steps, this shifts the mean of a DDPM step as Algorithm 1 does.
             x0 = x0 + scale * ((1 - alpha_bar) / alpha_bar**0.5) * self._log_probability_gradient(x, t, labels)
         clipped = x0
         if config.thresholding:
@@ -279,8 +279,8 @@ class ClassGuidedPipeline(DiffusionPipeline):
         elif config.clip_sample:
             clipped = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
         # Without guidance, DDIM uses the predicted eps, like stock diffusers. With guidance, it uses the eps of the
-        # clipped x_0, because guidance sends x_0 far out of range. Of 40 MNIST digits drawn at scale 2, a classifier
-        # recognized 70 % with the predicted eps and all with that of the clipped x_0.
+        # clipped x_0, because guidance moves x_0 far out of range. Of 40 MNIST digits drawn at scale 2, a classifier
+        # recognized 70 % with the predicted eps, and all with the eps of the clipped x_0.
         is_guided = self.classifier is not None or scale != 1
         epsilon = (x - alpha_bar**0.5 * (clipped if is_guided else x0)) / (1 - alpha_bar) ** 0.5
         return clipped, epsilon, predicted_variance
@@ -301,7 +301,7 @@ class ClassGuidedPipeline(DiffusionPipeline):
     def _log_probability_gradient(self, x, t, labels):
         """Return grad_{x_t} log p(label | x_t, t) of each image, without gradients for the classifier's weights."""
         with torch.inference_mode(False), torch.enable_grad():
-            x = x.clone().requires_grad_()  # a clone, because a tensor made in inference mode takes no gradient
+            x = x.clone().requires_grad_()  # clone, because a tensor made in inference mode cannot have a gradient
             log_probabilities = self.classifier(x.to(self.classifier.dtype), t).float().log_softmax(dim=1)
             return torch.autograd.grad(log_probabilities[range(len(x)), labels.tolist()].sum(), x)[0]
 
@@ -339,12 +339,12 @@ def _variance_kind(config) -> str:
 
 
 def to_output(images: torch.Tensor, output_type: str, **options):
-    """Return images (B, C, H, W) in [-1, 1] as an output_type, in [0, 1]. "pt" images stay on their device.
+    """Convert images (B, C, H, W) in [-1, 1] to an output_type, in [0, 1]. "pt" images stay on their device.
 
     `options` are those of VaeImageProcessor.postprocess.
 
     Raises:
-        ValueError: if PIL images, which cannot hold nan, are wanted of images that are not finite.
+        ValueError: if output_type is "pil" and the images are not finite, because PIL images cannot hold nan.
     """
     if output_type == "pil" and not images.isfinite().all():
         raise ValueError(
@@ -354,7 +354,7 @@ def to_output(images: torch.Tensor, output_type: str, **options):
 
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
-    """Return a stock DDPMScheduler with the betas and the prediction type of `scheduler`, of any class."""
+    """Return a stock DDPMScheduler with the betas and the prediction type of a scheduler of any class."""
     # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)

@@ -1,4 +1,4 @@
-"""Turn images into latents x_T and back, and walk from one image to another, by DDIM without fresh noise.
+"""Turn images into latents x_T and back, and interpolate between two images, by DDIM without fresh noise.
 
 DDIM with eta = 0 (Song et al. 2021, https://huggingface.co/papers/2010.02502) solves an ODE, so it also runs
 backwards, from an image to its latent (section 4.3). Here each step is written as a rotation, which stays well behaved
@@ -208,7 +208,7 @@ class ReconstructionPipeline(DiffusionPipeline):
             num_images: at least 2. The first and the last are reconstructions of a and b.
             num_inference_steps, num_fixed_point_iterations, output_type: see `invert` and `decode`.
             class_labels: one number for all images, or None; see `invert`.
-            generator: one for the random latents, which draws that of image a first; or a list of two, for a and b.
+            generator: for the random latents. One generator draws first for a, then for b. A list has one for each.
 
         Raises:
             ValueError: for images or arguments that do not suit this model.
@@ -236,7 +236,7 @@ class ReconstructionPipeline(DiffusionPipeline):
     def slerp(a: torch.Tensor, b: torch.Tensor, fraction: float) -> torch.Tensor:
         """Return the point at `fraction` of the arc from a (0) to b (1), in the shape of a (Song et al. 2021, eq. 67).
 
-        Parallel tensors span no arc and are mixed linearly.
+        Parallel tensors have no arc between them. They are mixed linearly.
         """
         theta = math.acos(torch.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0).clamp(-1, 1))
         if math.sin(theta) < 1e-6:
@@ -331,12 +331,12 @@ def _pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def to_output(images: torch.Tensor, output_type: str, **options):
-    """Return images (B, C, H, W) in [-1, 1] as an output_type, in [0, 1]. "pt" images stay on their device.
+    """Convert images (B, C, H, W) in [-1, 1] to an output_type, in [0, 1]. "pt" images stay on their device.
 
     `options` are those of VaeImageProcessor.postprocess.
 
     Raises:
-        ValueError: if PIL images, which cannot hold nan, are wanted of images that are not finite.
+        ValueError: if output_type is "pil" and the images are not finite, because PIL images cannot hold nan.
     """
     if output_type == "pil" and not images.isfinite().all():
         raise ValueError(
@@ -346,7 +346,7 @@ def to_output(images: torch.Tensor, output_type: str, **options):
 
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
-    """Return a stock DDPMScheduler with the betas and the prediction type of `scheduler`, of any class."""
+    """Return a stock DDPMScheduler with the betas and the prediction type of a scheduler of any class."""
     # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)

@@ -48,7 +48,7 @@ class RestorationOutput(BaseOutput):
 
 
 def mean_operator(apply: Callable, spread: Callable, count: int = 1) -> tuple[Callable, Callable]:
-    """Return (apply, solve) for an A with A A^T = I / count.
+    """Return (apply, solve) for a linear operator A with A A^T = I / count.
 
     Such an A takes the means of `count` pixels or channels, or selects the pixels of a mask. `apply(x)` is A x.
     `solve(residual, lam)` is A^T (A A^T + lam I)^-1 residual, the pseudo-inverse at lam = 0. The argument `spread` is
@@ -61,7 +61,7 @@ def gaussian_operator(sigma: float, height: int, width: int, device: torch.devic
     """Return (apply, solve) for a blur like scipy.ndimage.gaussian_filter(x, sigma, mode="reflect", truncate=4).
 
     A x = B_h x B_w^T with symmetric B = V diag(s) V^T, so A has the eigenvalues outer(s_h, s_w). Eigenvalues
-    below 1e-4 count as 0, because what they keep is lost in float32's rounding.
+    below 1e-4 count as 0, because float32's rounding destroys the little signal that they keep.
     """
 
     def eigen(n):
@@ -97,9 +97,9 @@ OPERATORS = {
 
 
 class RestorationPipeline(DiffusionPipeline):
-    """Restores images with a UNet2DModel and any scheduler that holds its betas.
+    """Restores images with a UNet2DModel and any scheduler whose config holds its betas.
 
-    A class-conditional UNet needs an embedding for "no class". This embedding must follow those in `id2label`.
+    A class-conditional UNet needs an embedding for "no class", after those of the classes in `id2label`.
     """
 
     model_cpu_offload_seq = "unet"
@@ -146,8 +146,8 @@ class RestorationPipeline(DiffusionPipeline):
                 each other near t = 0. This raises the SSIM of deblurred digits from .988 to .997.
             num_samples: how many restorations to average. The mean of 4 has 1 to 2 dB more PSNR, but 1 is sharper.
                 None: 4, or 1 if there is a single step, because one step already gives the mean of all clean images
-                that fit. Even a single one varies half as much as samples of the posterior do (in variance). "denoise"
-                in several steps comes closer: 0.7 of the variance in 10 steps, 0.96 in 100.
+                that fit. Even single restorations have only half of the posterior's variance. For "denoise" in several
+                steps the share is higher: 0.7 in 10 steps, 0.96 in 100.
             eta: share of the noise that each step draws anew. With 0.5 instead of 1, PSNR is 1 to 5 dB lower, and the
                 mean of "denoise" is off by a quarter to half of a posterior standard deviation.
             generator: one for all images, or a list with one per image. With a list, image k is the same in any batch.
@@ -185,7 +185,7 @@ class RestorationPipeline(DiffusionPipeline):
             x0 = self._predict(x, t, alpha_bar)
             if not is_denoise:
                 x0 = x0 + solve(y - apply(x0), sigma**2 / beta_bar)
-            # The variance of the noise that is drawn anew. "denoise" uses that of DDPM, because y is only the first x.
+            # The variance of the noise to draw anew. "denoise" uses DDPM's, because it uses y only as the first x.
             variance = eta**2 * beta_bar_prev
             if is_denoise:
                 variance = variance * (beta_bar - beta_bar_prev) / (alpha_bar_prev * beta_bar)
@@ -238,9 +238,9 @@ class RestorationPipeline(DiffusionPipeline):
 
         If `sigma` is None it is estimated, as the solution of sigma^2 = mean (y - D)^2 / (1 - mean dD/dy), where D is
         the image denoised at sigma. By Tweedie's and Stein's formulas, this sigma has the highest likelihood. The
-        iteration starts from the median estimate of Donoho & Johnstone 1994. If all pixels of an image are in the
-        range, those at an end of the range count as clipped. Each of them is replaced by a draw from N(D, sigma^2)
-        beyond that end. This raises the PSNR of digits at sigma 0.25 from 18.9 to 24.5 dB.
+        iteration starts from the median estimate of Donoho & Johnstone 1994. If all pixels of an image are in
+        [-1, 1], those at -1 or 1 count as clipped. Each of them is replaced by a draw from N(D, sigma^2) beyond that
+        end. This raises the PSNR of digits at sigma 0.25 from 18.9 to 24.5 dB.
         """
         clipped = (y.abs() >= 1) & (y.abs() <= 1).flatten(1).all(dim=1)[:, None, None, None]
         is_known, given, kept = sigma is not None, y, 1 - clipped.float().flatten(1).mean(dim=1).clamp(max=0.8)
@@ -285,9 +285,9 @@ class RestorationPipeline(DiffusionPipeline):
     def _schedule(self, steps: int, B: int, sigma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return timesteps (steps, B), alphas_cumprod and 1 - alphas_cumprod, both (steps + 1, B, 1, 1, 1).
 
-        The third is computed in float64, because in float32 the difference is 0 near t = -1. The timesteps are even,
-        from the one whose noise is `sigma` to the clean image. If `sigma` is None, they cover all T timesteps, and are
-        closer to each other near 0.
+        The third is computed in float64, because in float32 the difference is 0 near t = -1. The timesteps are
+        evenly spaced, from the one whose noise is `sigma` to the clean image. If `sigma` is None, they cover all T
+        timesteps, and are closer to each other near 0.
         """
         table = ddpm_scheduler(self.scheduler).alphas_cumprod.double()
         # Interpolate log-SNR linearly between timesteps. The clean image, t = -1, gets a very high log-SNR.
@@ -378,12 +378,12 @@ def _pixels(image, channels: int) -> Tensor:
 
 
 def to_output(images: torch.Tensor, output_type: str, **options):
-    """Return images (B, C, H, W) in [-1, 1] as an output_type, in [0, 1]. "pt" images stay on their device.
+    """Convert images (B, C, H, W) in [-1, 1] to an output_type, in [0, 1]. "pt" images stay on their device.
 
     `options` are those of VaeImageProcessor.postprocess.
 
     Raises:
-        ValueError: if PIL images, which cannot hold nan, are wanted of images that are not finite.
+        ValueError: if output_type is "pil" and the images are not finite, because PIL images cannot hold nan.
     """
     if output_type == "pil" and not images.isfinite().all():
         raise ValueError(
@@ -393,7 +393,7 @@ def to_output(images: torch.Tensor, output_type: str, **options):
 
 
 def ddpm_scheduler(scheduler) -> DDPMScheduler:
-    """Return a stock DDPMScheduler with the betas and the prediction type of `scheduler`, of any class."""
+    """Return a stock DDPMScheduler with the betas and the prediction type of a scheduler of any class."""
     # Drop _use_default_values: from_config would reset the fields that it lists, even betas, to the defaults.
     config = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
     return DDPMScheduler.from_config(config)

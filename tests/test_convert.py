@@ -57,7 +57,7 @@ def test_pickled_weights_are_named_and_converted(sources, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["bare", "checkpoint-500"])
 def test_sample_of_a_unet_names_the_command(sources, name):
-    with pytest.raises(UserError, match=f"so it is no pipeline yet: .* with `ddpm_hf convert .*{name} NEW_FOLDER`"):
+    with pytest.raises(UserError, match=f"so it is not a pipeline yet: .* with `ddpm_hf convert .*{name} NEW_FOLDER`"):
         load_pretrained(sources[0] / name)
 
 
@@ -103,7 +103,7 @@ def test_what_cannot_be_converted_is_refused(sources, tmp_path, capsys, monkeypa
     for words, sentence in {
         "evil-pickle new": "evil-pickle cannot be loaded (Weights only load failed",
         "no-weights new": "it has neither safetensors nor diffusion_pytorch_model.bin",
-        "a-list new": "holds something else than weights",
+        "a-list new": "holds other things than weights",
         "empty new": "empty has no config.json of a UNet: give",
         "other new": "it is a AutoencoderKL, not a UNet2DModel",
         "nowhere/x new": "is not a folder here",

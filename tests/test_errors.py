@@ -81,7 +81,7 @@ BAD = {
     "hybrid of a fixed variance": ([*TINY, "--objective=hybrid"], "--objective hybrid trains a learned variance"),
     "simple with a learned one": (
         [*TINY, "--objective=simple", "--variance_type=learned_range"],
-        "--objective simple does not train --variance_type learned_range: give hybrid or vlb",
+        "--objective simple cannot train --variance_type learned_range: give --objective hybrid or vlb",
     ),
     "weighted bound": ([*TINY, "--objective=vlb", "--snr_gamma=5"], "--objective vlb cannot be combined with"),
     "bound of another distance": (

@@ -129,7 +129,9 @@ def test_no_card_is_written_of_odd_records(name, tmp_path, capsys):
 
 def test_the_sentence_names_the_entry_and_what_it_must_be(tmp_path):
     edited("unet", sample_size=-8)(save_model(tmp_path / "model", 10))
-    with pytest.raises(UserError, match="its sample_size is -8, but must be a whole number from 1 to 2048") as error:
+    with pytest.raises(
+        UserError, match="its sample_size is -8, but must be one or two whole numbers from 1 to 2048"
+    ) as error:
         load_pretrained(tmp_path / "model")
     assert str(error.value).endswith(": give a folder or Hub id of a whole pipeline, or repair this one.")
 

@@ -329,7 +329,7 @@ def test_the_summary_has_means_and_the_standard_error_over_images():
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"variance_type": "learned_range"}, "learned_range needs a UNet with out_channels twice its in_channels"),
+        ({"variance_type": "learned_range"}, "variance_type is learned_range, but the UNet predicts no variance"),
         ({"variance_type": "learned"}, "variance_type is 'learned'; choose"),
         ({"num_timesteps": 1}, "num_timesteps is 1; it must be from 2 to the model's 10 timesteps"),
         ({"num_timesteps": 11}, "num_timesteps is 11"),

@@ -128,7 +128,7 @@ def test_floats_off_the_scale_are_refused_with_the_way_out(make, tmp_path, strea
         load_images(make(folder, streaming=streaming))
     said = str(error.value)
     assert "its values are -1024 to 3071, not within 0 (black) to 1 (white): rescale all images, or train" in said
-    assert said.endswith("in all of them, e.g. --pixel_range=-1024,3071.")
+    assert said.endswith("fit all of them, e.g. --pixel_range=-1024,3071.")
     images, _ = load_images(make(folder, pixel_range=[-1024.0, 3071.0], streaming=streaming))
     assert images.warnings == [] and (images.get([0]).min(), images.get([0]).max()) == (-1, 1)
 

@@ -213,7 +213,7 @@ def test_images_that_are_not_finite_are_refused(tmp_path, tiny_run, monkeypatch)
         ("--class_labels 1", "this model has no classes"),
         ("--class_labels=-1", "this model has no classes"),
         ("--weights raw", "has no checkpoint"),
-        ("--variance_type learned_range", "out_channels twice"),
+        ("--variance_type learned_range", "predicts no variance"),
     ],
 )
 def test_bad_flags_are_one_sentence_and_leave_nothing(tiny_run, tmp_path, capsys, flags, wanted):

@@ -398,7 +398,7 @@ def test_to_pil_has_the_stock_pipelines_modes_and_pixels():
         ),
         (
             {"variance_type": "learned_range"},
-            "variance_type learned_range needs a UNet with out_channels twice its in_channels.",
+            "variance_type is learned_range, but the UNet predicts no variance: give fixed_small or fixed_large.",
         ),
         ({"num_inference_steps": 11}, "num_inference_steps is 11; it must be from 1 to the model's 10 timesteps."),
         ({"class_labels": [0, 1]}, "class_labels are [0, 1], but this UNet has no classes: leave class_labels out."),

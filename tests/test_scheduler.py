@@ -286,7 +286,7 @@ def test_diffusers_spacings_are_diffusers(T, S, spacing):
         ),
         (
             lambda: make_scheduler("linear").reverse_log_variance(ONE_PIXEL, 5, 4, "learned_range"),
-            "variance_type learned_range needs a UNet with out_channels twice its in_channels.",
+            "variance_type is learned_range, but the UNet predicts no variance: give fixed_small or fixed_large.",
         ),
     ],
 )
@@ -301,14 +301,14 @@ def test_refusals(make, sentence):
     [
         ((0, "leading"), "num_inference_steps is 0; it must be from 1 to the model's 100 timesteps."),
         ((101, "quad"), "num_inference_steps is 101; it must be from 1 to the model's 100 timesteps."),
-        ((10, "even"), "spacing is 'even'; choose quad, uniform, leading, trailing, linspace or list timesteps."),
+        ((10, "even"), "spacing is 'even'; choose quad, uniform, leading, trailing or linspace, or list timesteps."),
         ((None, []), "timesteps are []; give whole numbers from 0 to 99, strictly rising or falling."),
         ((None, [0, 100]), "timesteps are [0, 100]; give whole numbers from 0 to 99, strictly rising or falling."),
         ((None, [-1, 5]), "timesteps are [-1, 5]; give whole numbers from 0 to 99, strictly rising or falling."),
         ((None, [5, 5]), "timesteps are [5, 5]; give whole numbers from 0 to 99, strictly rising or falling."),
         ((None, [5, 1, 9]), "timesteps are [5, 1, 9]; give whole numbers from 0 to 99, strictly rising or falling."),
         ((None, [0.5, 1]), "timesteps are [0.5, 1]; give whole numbers from 0 to 99, strictly rising or falling."),
-        ((10, [0, 50]), "num_inference_steps is 10, but 2 timesteps are listed: drop one."),
+        ((10, [0, 50]), "num_inference_steps is 10, but 2 timesteps are listed: leave num_inference_steps out."),
     ],
 )
 def test_subsequence_refusals(arguments, sentence):

@@ -50,7 +50,7 @@ class FlagParser(OneSentenceErrors, HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser, field):
-        # HfArgumentParser passes all metadata of a field to argparse, which does not know the bounds.
+        # Keep only the help text. HfArgumentParser passes all metadata to argparse, which does not know our bounds.
         plain = copy.copy(field)
         plain.metadata = {"help": field.metadata["help"]}
         HfArgumentParser._parse_dataclass_field(parser, plain)

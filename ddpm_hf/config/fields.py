@@ -36,7 +36,7 @@ def flag(default, help: str, **bounds):
 
 
 def check_types(config):
-    """Turn paths into strings, put the home folder for a leading ~, and refuse a value of another type than its field.
+    """Refuse values of a wrong type. Also turn paths into strings, and replace a leading ~ by the home folder.
 
     Only Python code can give a wrong type, because argparse converts the flags of a command line.
 
@@ -99,7 +99,9 @@ def fits(value, kind: type) -> bool:
 
 
 def split_list(words, kind: type = str, example: str = "") -> list | None:
-    """Return `["1,2", "4"]`, `"1,2,4"` or `(1, 2, 4)` as `[1, 2, 4]`, blanks as `[]`, and None as None.
+    """Return the value of a list flag as a list: `["1,2", "4"]`, `"1,2,4"` and `(1, 2, 4)` become `[1, 2, 4]`.
+
+    A blank text becomes `[]`. None stays None.
 
     Raises:
         UserError: if a part cannot be read as `kind`. The message ends with `example`.

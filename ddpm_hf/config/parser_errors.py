@@ -1,4 +1,7 @@
-"""What the parsers of all commands share. This file imports nothing slow, because `--help` has to answer quickly."""
+"""Define how the parsers of all commands report errors and read a leading ~.
+
+This file imports nothing slow, because `--help` has to answer quickly.
+"""
 
 import os
 
@@ -6,15 +9,15 @@ from ..errors import no_such, no_such_flag, one_sentence
 
 
 def with_home(word: str) -> str:
-    """Return `~/x` and `--flag=~/x` with the home folder for the ~, and any other word unchanged."""
+    """Return a word of a command line. In `~/x` and `--flag=~/x`, the ~ is replaced by the home folder."""
     flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return flag + equals + os.path.expanduser(value)
 
 
 class OneSentenceErrors:
-    """Add this to an ArgumentParser: its errors are one sentence, without the usage, and suggest a spelling.
+    """A base class for an ArgumentParser. Errors are one sentence without the usage, with a suggested spelling.
 
-    A leading ~ in a value is the home folder, also in `--output=~/x`, where many shells leave the ~ as it is.
+    It replaces a leading ~ in a value by the home folder, even in `--output=~/x`, where many shells do not replace it.
     """
 
     def parse_args(self, words: list[str], namespace=None):

@@ -1,6 +1,7 @@
-"""Define the presets. Each holds the flags of a complete run, and each number has its source.
+"""Define the presets. A preset is a named set of flags for a complete run.
 
-`--preset NAME` alone starts a complete run. Every other flag overrides the preset. Sources:
+`--preset NAME` alone starts a complete run. Every other flag overrides the preset. Descriptions and comments name the
+sources of the numbers:
 
     Ho        Ho et al. 2020, https://huggingface.co/papers/2006.11239, hojonathanho/diffusion `scripts/run_cifar.py`
     Nichol    Nichol & Dhariwal 2021, https://huggingface.co/papers/2102.09672, and openai/improved-diffusion README
@@ -18,7 +19,7 @@ from ..errors import UserError, no_such
 
 
 class Preset(NamedTuple):
-    """A description of one line, and the flags that differ from the defaults of TrainingConfig."""
+    """A preset: its description in one line, and the flags that differ from the defaults of TrainingConfig."""
 
     about: str
     flags: dict
@@ -30,17 +31,19 @@ ADAM = dict(adam_beta1=0.9, adam_beta2=0.999, adam_weight_decay=0.0, adam_epsilo
 # Tensor2Tensor (sin before cos, log(10000)/(half - 1)), and padding on the right and bottom before downsampling.
 HO_UNET = dict(attention_head_dim=0, flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_eps=1e-6)
 # Nichol's UNet: 4 heads of 256 / 4 = 64 channels, and each block is scaled and shifted by the timestep ("FiLM").
-# Its layers are those of improved-diffusion. Three things differ. There the network gets the timestep times 1000 / T
-# (`rescale_timesteps`), which a stock UNet2DModel cannot do, so here it gets 0 to 3999. The initial weights there are
-# torch's defaults, and here Ho's. The average of the weights there starts at the initial weights, see CONSTANT_EMA.
+# Its layers are those of improved-diffusion. Three things differ:
+# - improved-diffusion multiplies the timestep by 1000 / T (`rescale_timesteps`). A stock UNet2DModel cannot do this.
+#   Here the timesteps go from 0 to 3999.
+# - improved-diffusion has torch's default initial weights. We use Ho's.
+# - improved-diffusion starts the moving average at the initial weights. For ours, see CONSTANT_EMA.
 NICHOL_UNET = dict(attention_head_dim=64, resnet_time_scale_shift="scale_shift")
 # Decay 0.9999 (Ho `tpu_utils.py: make_ema`, Nichol `train_util.py`), without warm-up. As in Ho's code, the average
-# starts as the weights after the first step. In Nichol's it starts as the initial weights.
+# starts as the weights after the first step. In Nichol's code, the average starts as the initial weights.
 CONSTANT_EMA = dict(use_ema=True, ema_inv_gamma=0.0, ema_max_decay=0.9999)
 AFHQ = dict(
     dataset_name="huggan/AFHQ",
     class_names=["cat"],
-    validation_split="500",  # as many as the test cats of AFHQ v1, which huggan/AFHQ has merged into train
+    validation_split="500",  # AFHQ v1 has 500 test images of cats, which huggan/AFHQ has merged into train
     center_crop=True,
     random_flip=True,  # Ho: on all datasets except LSUN
     layers_per_block=2,  # Ho
@@ -70,11 +73,11 @@ MNIST = dict(
     base_channels=32,  # course: channels 32, 64, 64 in three levels (28, 14, 7 px), two blocks each
     channel_mults=[1, 2, 2],
     layers_per_block=2,
-    attention_resolutions=[7],  # course: 14 and 7; attention at 14 would take a third of the time
+    attention_resolutions=[7],  # course: 14 and 7; attention at 14 px would use a third of the training time
     attention_head_dim=0,
     ddpm_beta_schedule="nichol_cosine",
-    # Predict v, because 1/sqrt(abar) amplifies the errors of epsilon at the noisy end of cosine betas (Salimans). With
-    # epsilon, backgrounds stay grey for several epochs (here).
+    # Predict v, because at the noisy end of cosine betas, 1/sqrt(abar) amplifies errors of a predicted epsilon
+    # (Salimans). With epsilon, backgrounds stay grey for several epochs (here).
     prediction_type="v_prediction",
     variance_type="fixed_large",
     ddpm_num_inference_steps=100,
@@ -112,7 +115,7 @@ CIFAR10 = dict(
 )
 PRESETS = {
     "digits": Preset(
-        "scikit-learn's 1,797 digits of 8x8 px, bundled: a trial of everything in two CPU minutes",
+        "scikit-learn's 1,797 digits of 8x8 px, bundled: a complete trial run in two CPU minutes",
         dict(
             dataset_name="digits",
             resolution=8,
@@ -163,7 +166,7 @@ PRESETS = {
         ),
     ),
     "cifar10": Preset(
-        "CIFAR-10 as Ho et al.: 35.7 M parameters, 800,000 steps of batch 128; FID 3.17, IS 9.46 there",
+        "CIFAR-10 as Ho et al.: 35.7 M parameters, 800,000 steps of batch 128; the paper has FID 3.17, IS 9.46",
         dict(
             CIFAR10,
             random_flip=True,
@@ -181,9 +184,9 @@ PRESETS = {
         ),
     ),
     "cifar10-cosine": Preset(
-        "CIFAR-10 as Nichol & Dhariwal's L_hybrid: cosine, T=4000, learned variance; FID 3.19, 3.17 bits/dim there "
-        "(but with timesteps from 0 to 3999 and Ho's initial weights); "
-        "with --objective vlb --timestep_sampling loss_second_moment their L_vlb, FID 11.47, 2.94 bits/dim",
+        "CIFAR-10 as Nichol & Dhariwal's L_hybrid: cosine betas, T=4000, learned variance; the paper has FID 3.19, "
+        "3.17 bits/dim. For their L_vlb (FID 11.47, 2.94 bits/dim), add --objective vlb --timestep_sampling "
+        "loss_second_moment. Unlike the paper: timesteps from 0 to 3999, and Ho's initial weights",
         dict(
             CIFAR10,
             layers_per_block=3,
@@ -208,8 +211,9 @@ PRESETS = {
             class_names=["cat"],
             resolution=32,
             validation_split="200",
-            random_flip=True,  # as all AFHQ presets
-            # Thin at 32 px and wide at 4 px (here): as good per CPU second as three levels of 32, 64 and 128 channels.
+            random_flip=True,  # as in AFHQ
+            # Few channels at 32 px, many at 4 px. In equal CPU time, this is as good as three levels of 32, 64 and 128
+            # channels (here).
             base_channels=24,
             channel_mults=[1, 2, 4, 6],
             layers_per_block=1,
@@ -217,10 +221,10 @@ PRESETS = {
             attention_resolutions=[8],
             attention_head_dim=0,  # one head: heads of 8 channels take 40 % longer on a CPU (here)
             ddpm_beta_schedule="nichol_cosine",
-            prediction_type="v_prediction",  # as mnist
+            prediction_type="v_prediction",  # as in MNIST
             variance_type="fixed_large",
             ddpm_num_inference_steps=50,
-            train_batch_size=32,  # this and the lines below, but for the averages: as mnist-cpu
+            train_batch_size=32,  # as mnist-cpu, like lr_warmup_steps and adam_beta2
             max_train_steps=10_200,
             learning_rate=2e-3,
             lr_warmup_steps=100,

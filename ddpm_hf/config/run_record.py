@@ -1,4 +1,4 @@
-"""Read train_config.json, the record of a run. It may come with a model from elsewhere, so its shape is checked."""
+"""Read train_config.json, the record of a run. Its entries are checked, because a download may contain any file."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,7 @@ from .training_config import TrainingConfig
 
 
 SCALARS = (str, int, float, type(None))
-# The kinds of the entries that we read. Other entries may be anything.
+# The allowed types of the entries that we read. Other entries are not checked.
 KINDS = {"flags": (dict,), "class_names": (list, type(None)), "unet": (dict,)}
 KINDS |= dict.fromkeys(["command", "git_commit"], (str, type(None)))
 KINDS |= dict.fromkeys(["parameters", "num_images", "num_processes", "device", "processor"], SCALARS)
@@ -20,7 +20,7 @@ def read_run(folder: str | Path) -> dict:
     """Return the content of a folder's train_config.json, or {} if there is no such file.
 
     Raises:
-        UserError: for a file that is not JSON, or that has an entry or a flag of another type than a run writes.
+        UserError: if the file is not JSON, or if an entry or a flag has a type that a run never writes.
     """
     path = Path(folder, "train_config.json")
     run = read_json(path, missing={})
@@ -41,7 +41,10 @@ def read_run(folder: str | Path) -> dict:
 
 
 def _could_be(value, annotation) -> bool:
-    """Return whether a value is of a type that a flag may have. Earlier versions had other choices of words."""
+    """Return whether a flag may have a value of this type.
+
+    If a flag is a choice of words, any word is accepted, because earlier versions had other choices.
+    """
     if isinstance(value, list):
         return all(isinstance(part, (str, int, float)) for part in value)
     kinds, choices = allowed(annotation)

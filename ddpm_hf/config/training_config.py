@@ -61,7 +61,7 @@ class DataOptions:
     )
     on_bad_image: Literal["refuse", "skip"] = flag(
         "refuse",
-        "What to do about images that cannot be read; skip: check all before training, leave these out [ours]",
+        "What to do with unreadable images. refuse: stop; skip: check all images first, leave these out [ours]",
     )
     streaming: bool = flag(False, "Read the dataset as a stream, without storing it on disk [ours]")
     validation_split: str | None = flag(
@@ -131,8 +131,8 @@ class DiffusionOptions:
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
         "epsilon",
-        "What the UNet predicts: the noise, the clean image, or v; errors of the image have equal weights, not SNR "
-        "as in diffusers' script (for its weights, add --snr_gamma 1e9)",
+        "What the UNet predicts: epsilon (the noise), sample (the clean image), or v. For sample, diffusers' script "
+        "weights the error by the SNR, and this one does not (to do so, add --snr_gamma 1e9)",
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = flag(
         "fixed_small", "Variance of the reverse process; with learned_range the UNet predicts it [ours]"
@@ -191,7 +191,7 @@ class OutputOptions:
     output_dir: str = flag("ddpm-model-64", "Folder that the run is written to")
     overwrite_output_dir: bool = flag(False, "Replace an earlier run in --output_dir")
     resume_from_checkpoint: str | None = flag(
-        None, "Checkpoint to continue from: its folder, or `latest` (without a checkpoint, starts a new run)"
+        None, "Checkpoint to continue from: its folder, or `latest` (if there is none, a new run starts)"
     )
     checkpointing_steps: int = flag(500, "Optimizer steps between checkpoints", at_least=1)
     checkpoints_total_limit: int | None = flag(None, "Number of checkpoints to keep; default: all", at_least=1)
@@ -215,11 +215,15 @@ class EvaluationOptions:
         None, "Metrics to compute during training, e.g. fid,kid; the samples are drawn by DDIM in 50 steps [ours]"
     )
     eval_epochs: int = flag(10, "Epochs between computations of --eval_metrics [ours]", at_least=1)
-    eval_num_images: int = flag(2000, "Images for --eval_metrics, from the same noise each time [ours]", at_least=40)
+    eval_num_images: int = flag(
+        2000, "Images to draw for --eval_metrics, from the same noise each time [ours]", at_least=40
+    )
     eval_inception: str | None = flag(
         None, "File with the weights of FID's Inception network; default: pytorch-fid's [ours]"
     )
-    best_by: str = flag("validation_loss", "What best/ is chosen by: validation_loss or one of --eval_metrics [ours]")
+    best_by: str = flag(
+        "validation_loss", "How to choose best/: by validation_loss or by one of --eval_metrics [ours]"
+    )
 
 
 @dataclass(kw_only=True)
@@ -308,7 +312,9 @@ class TrainingConfig(*reversed(GROUPS)):
                 "--variance_type learned_range, or --objective simple or vlb."
             )
         if self.objective == "simple" and learned:
-            raise UserError("--objective simple does not train --variance_type learned_range: give hybrid or vlb.")
+            raise UserError(
+                "--objective simple cannot train --variance_type learned_range: give --objective hybrid or vlb."
+            )
         if self.objective == "vlb" and (self.snr_gamma is not None or self.loss_type != "l2"):
             raise UserError("--objective vlb cannot be combined with --snr_gamma or --loss_type: leave them out.")
         if self.objective == "classify":
@@ -328,8 +334,8 @@ class TrainingConfig(*reversed(GROUPS)):
             raise UserError("--output_dir is empty: give the name of a folder.")
         if not is_utf_8(Path(self.output_dir).absolute()):
             raise UserError(
-                f"--output_dir {self.output_dir!r} is in a path that is not UTF-8, from which safetensors cannot "
-                "load: give another folder."
+                f"--output_dir {self.output_dir!r} is in a path that is not UTF-8, and safetensors cannot load files "
+                "from there: give another folder."
             )
         if Path(self.logging_dir).is_absolute() or not {"", ".", ".."}.isdisjoint(self.logging_dir.split("/")):
             raise UserError(
@@ -349,15 +355,15 @@ class TrainingConfig(*reversed(GROUPS)):
             raise UserError("--save_best needs held-out images to measure a loss: add --validation_split, e.g. 0.05.")
 
     def _check_data(self):
-        """Refuse flags that name no training images, or hold them out, or read their pixels in an impossible way."""
+        """Refuse a missing dataset, an impossible --pixel_range, and data flags that contradict each other."""
         self.pixel_range = split_list(self.pixel_range, float, "--pixel_range=0,4095") or None
         if self.pixel_range is not None:
             numbers = ",".join(f"{value:.10g}" for value in self.pixel_range)
             is_finite = all(map(math.isfinite, self.pixel_range))
             if len(self.pixel_range) != 2 or not is_finite or self.pixel_range[0] >= self.pixel_range[1]:
                 raise UserError(
-                    f"--pixel_range is {numbers}, but must be the value of black and then the larger one of white, "
-                    "e.g. --pixel_range=0,4095."
+                    f"--pixel_range is {numbers}, but must be two numbers: the value of black, then the larger value "
+                    "of white, e.g. --pixel_range=0,4095."
                 )
         if self.on_bad_image == "skip" and self.streaming:
             raise UserError(

@@ -16,7 +16,7 @@ def training_batches(train_set, config, first_ordinal, process_index, num_proces
     """Yield the batches of one process, without end.
 
     A batch is `{"ordinals": (B,) int64, "images": (B,C,H,W), "labels": (B,) int64}`. Images are float32 in [-1, 1].
-    Data without classes gives no labels. With B = `config.train_batch_size`, micro-batch k of process r of P has the
+    Data without classes has no "labels". With B = `config.train_batch_size`, micro-batch k of process r of P has the
     ordinals `first_ordinal + (k * P + r) * B + [0, B)`. An optimizer step that accumulates A micro-batches therefore
     takes the next A * P * B images.
 

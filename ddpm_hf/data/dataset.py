@@ -34,16 +34,17 @@ def load_images(config, channels=None):
         num_images: the number of images; None for a stream of unknown length.
         channels, resolution: the shape of the images is (channels, resolution, resolution).
         labels: (N,) int64, -1 for "no class"; None if there are no classes, or for a stream.
-        class_names: the list of the class names, in the order of the labels; None if there are no classes. Only the
-            classes in `config.class_names` are kept, if that is given.
-        fingerprint: 16 hex digits.
-        warnings: sentences to print about the pixels, which come from a look at up to 256 images (in a stream, at the
-            first 64). Only the training set has them.
-        skipped: the images that --on_bad_image skip left out of both sets, each with the reason. Only the training
-            set has them.
+        class_names: the list of the class names, in the order of the labels; None if there are no classes. If
+            `config.class_names` is given, it contains only these classes.
+        fingerprint: a hash of the images, or of what identifies them; 16 hex digits.
+
+    The training set has two more:
+        warnings: sentences to print, about skipped images, and about the pixels of a sample (up to 256 images, or the
+            first 64 of a stream).
+        skipped: the images that --on_bad_image skip left out of both sets, each with the reason.
 
     Args:
-        channels: the number of channels of the model, 1 or 3. None: `config.channels`, or what suits the images.
+        channels: the number of channels of the model, 1 or 3. None: `config.channels`, or chosen to suit the images.
 
     Raises:
         UserError: if images, columns, classes or splits are missing or cannot be read.
@@ -69,7 +70,7 @@ def load_images(config, channels=None):
     select = functools.partial(_select_rows, columns=columns, classes=classes, config=config, check=check)
     rows, validation = select(splits["train"]), select(splits[held_out]) if held_out in splits else None
     rows, validation, skipped = _usable(rows, validation, config)
-    if int(os.environ.get("RANK", 0)) == 0:  # one process of a launch says it
+    if int(os.environ.get("RANK", 0)) == 0:  # print it once, not once per process
         print(_describe(source, held_out, rows, classes), flush=True)
     if validation is None and held_out is not None:
         rows, validation = _split_by_hash(rows, held_out, splits, config)
@@ -82,7 +83,7 @@ def load_images(config, channels=None):
     if not sample or validation is not None and not len(validation):
         raise UserError("no images are left for training or for validation: give a larger dataset or more classes.")
     channels, warnings = survey(sample, channels or config.channels, config.pixel_range)
-    # Without --pixel_range it is left out, so that the fingerprints of older runs stay the same.
+    # Pass pixel_range only if the flag is given. Otherwise the fingerprints would differ from those of older runs.
     options = {"pixel_range": tuple(config.pixel_range)} if config.pixel_range else {}
     read = functools.partial(
         read_image,
@@ -129,13 +130,13 @@ def _find_columns(rows, config):
 
     Data without classes has no label column in the first dict, and its second dict is empty.
     """
-    features = rows.features or {}  # a stream of texts has None
+    features = rows.features or {}  # None for a stream of text files
     columns = ", ".join(features) or "none"
     first = {type(feature): name for name, feature in reversed(features.items())}
     files = [name for name, feature in features.items() if _holds_files(feature)]
     image = config.image_column or first.get(datasets.Image) or next(iter(files), None)
     label = config.label_column or first.get(datasets.ClassLabel)
-    is_listed = isinstance(rows, datasets.Dataset)  # else the values of a column are unknown
+    is_listed = isinstance(rows, datasets.Dataset)  # the values of a stream's columns are unknown
     if label is None and is_listed and getattr(features.get("label"), "dtype", "") in TEXTS:
         label = "label"
     kind = features.get(label)
@@ -159,7 +160,7 @@ def _find_columns(rows, config):
 
 
 def _holds_files(feature):
-    """Return whether a column has encoded images without saying so: bytes, or a struct with `bytes`."""
+    """Return whether a column has bytes, or structs with `bytes`, which may be undeclared image files."""
     if isinstance(feature, dict):
         feature = feature.get("bytes")
     return getattr(feature, "dtype", "") in ("binary", "large_binary")
@@ -168,12 +169,12 @@ def _holds_files(feature):
 def _select_rows(rows, *, columns, classes, config, check):
     """Return the rows of the wanted classes, with columns `image` (not decoded), `label` and `row` (row number).
 
-    Each image is checked with `check`; in a stream, later.
+    Each image is checked with `check`. A stream has no column `row`, and its images are checked when they are read.
     """
     # Cast first. Otherwise each later step of a stream would decode the images and encode them again.
     rows = rows.cast_column(next(iter(columns)), datasets.Image(decode=False))
     if config.streaming and isinstance(rows, datasets.Dataset):
-        # As a generator, because checkpoints contain the position of the stream, and `datasets` streams a folder so.
+        # Stream from a generator, as `datasets` does for a folder, because checkpoints store its position.
         rows = datasets.IterableDataset.from_generator(_each, features=rows.features, gen_kwargs={"rows": rows})
     rows = rows.select_columns(list(columns))
     rows = rows.rename_columns({column: name for column, name in columns.items() if column != name})

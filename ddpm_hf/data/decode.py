@@ -26,7 +26,7 @@ from ..randomness import draws_for, keyed_generator
 FLIP_BLOCK = 4096  # flips are drawn in blocks of this many consecutive images
 # Seconds per image. If decoding takes less, we use no threads, because they would cost more time than they save.
 THREADS_PAY_FROM = 2e-3
-MAX_ASPECT = 16  # the ends of images that are longer than this many times their shorter side are cut off
+MAX_ASPECT = 16  # if an image is longer than this many times its shorter side, its ends are cut off
 CHUNK = 256  # number of rows that are read from the dataset at once
 
 
@@ -38,10 +38,10 @@ def upright(image):
 
 
 def opacity(image):
-    """Return how opaque each pixel of a Pillow image is, uint8 (H,W); None if it cannot have transparent parts."""
+    """Return how opaque each pixel of a Pillow image is, uint8 (H,W); None if the image has no transparency."""
     if not image.has_transparency_data:
         return None
-    if image.mode.startswith("I"):  # a 16-bit PNG names one grey value that is transparent; Pillow leaves it to us
+    if image.mode.startswith("I"):  # a 16-bit PNG can declare one grey value transparent; Pillow does not apply it
         return np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8)
     return np.asarray(image.convert("RGBA").getchannel("A"))
 
@@ -55,7 +55,7 @@ def to_array(image, channels, exact=False, pixel_range=None):
     """Return a Pillow image as an upright array (H,W,C) with C = `channels` (1 or 3); transparent parts become white.
 
     The array is uint8, and 16-bit and float greys are rounded to 8 bits. With `exact` the array is float32 in [0, 1],
-    without rounding. But Pillow itself opens 16-bit *color* images as 8-bit.
+    without rounding, except that Pillow itself opens 16-bit *color* images as 8-bit.
 
     Args:
         pixel_range: the values of black and white in greys of more than 8 bits. None: 0 and 65535 for integers, 0
@@ -74,7 +74,7 @@ def to_array(image, channels, exact=False, pixel_range=None):
         if not black <= low <= high <= white:  # also refuses nan
             raise UserError(
                 f"its values are {low:.10g} to {high:.10g}, not within {black:.10g} (black) to {white:.10g} (white): "
-                "rescale all images, or train with the values of black and white in all of them, e.g. "
+                "rescale all images, or train with values of black and white that fit all of them, e.g. "
                 f"--pixel_range={min(black, low):.10g},{high:.10g}."
             )
         if pixel_range is not None:
@@ -95,8 +95,8 @@ def to_array(image, channels, exact=False, pixel_range=None):
 def read_image(item, channels, resolution, exact, pixel_range=None):
     """Decode an item with `to_array`, and resize it with antialiasing: its shorter side becomes `resolution`.
 
-    Of an image that is much longer than wide, or wider than long, only the middle is resized. All of it could need
-    gigabytes: resized to 256, an image of 60,000 x 1 pixels has 4 billion pixels.
+    The ends of a very long or very wide image are cut off first, because to resize all of it could need gigabytes. At
+    `resolution` 256, for example, an image of 60,000 x 1 pixels would become 4 billion pixels.
     """
     array = use_file(lambda file: to_array(Image.open(file), channels, exact, pixel_range), item)
     longest = MAX_ASPECT * min(array.shape[:2])
@@ -188,18 +188,18 @@ def use_file(use, item):
 
 
 def _cannot_be_read(name, error, advice) -> UserError:
-    if isinstance(error, UserError):  # it says what to do
+    if isinstance(error, UserError):  # its message already contains advice
         return UserError(f"{name} cannot be read: {error}")
     return UserError(f"{name} cannot be read ({short_reason(error)}): {advice}.")
 
 
 def short_reason(error) -> str:
-    """Return the message of an error without its full stop, and without the name of a file in memory."""
+    """Return the message of an error without its full stop, and without Pillow's ` <_io.BytesIO object at ...>`."""
     return str(error).split(" <_io")[0].rstrip(".")
 
 
 def check_regular(path):
-    """Raise an OSError if a path leads to a folder, a pipe or a device, which might never end. It is not opened."""
+    """Raise an OSError if a path is not a regular file. It is not opened, because to read a pipe might never end."""
     for part in str(path).split("::"):  # e.g. zip://a.png::/data/images.zip
         local = part.removeprefix("file://")
         if os.path.exists(local) and not os.path.isfile(local):
@@ -207,10 +207,10 @@ def check_regular(path):
 
 
 def use_path(use, path):
-    """Return `use(image)` for the Pillow image in a file of this machine.
+    """Open an image file of this machine with Pillow, and return `use(image)`.
 
     Raises:
-        UserError: if the file cannot be read, or if it unpacks to more than half as many pixels as Pillow refuses.
+        UserError: if the file cannot be read, or if it has more pixels than Pillow's `MAX_IMAGE_PIXELS`.
     """
     try:
         check_regular(path)

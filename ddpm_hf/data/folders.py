@@ -1,6 +1,6 @@
-"""List the images of a local folder, with their classes and splits. Words in the names of files decide nothing.
+"""List the images of a local folder with their classes and splits, by its subfolders and metadata.
 
-A folder of images looks like this. The parts in brackets are optional::
+Words in file names do not matter. A folder of images looks like this. The parts in brackets are optional::
 
     FOLDER/[train/][cat/][any/folders/]1.png
     FOLDER/[train/]metadata.csv
@@ -44,23 +44,23 @@ EXAMPLES = 3  # how many files are named in a sentence about several files
 
 
 def holds_tables(folder: Path, files: dict) -> bool:
-    """Return whether a folder is a copy of a Hub dataset, given its `list_files`; else it is a folder of images."""
+    """Return True for a copy of a Hub dataset, and False for a folder of images. `files` comes from `list_files`."""
     tables = tables_in(files)
     return _has_configs(folder) or any(map(SHARD.search, tables)) or len(tables) > len(images_in(files))
 
 
 def tables_in(files: dict) -> list[str]:
-    """Return those of `list_files` that are tables or archives, which can contain images; metadata are not."""
+    """Return the names of the tables and archives in `list_files`, which can contain images. Metadata are left out."""
     return [name for name in files if _suffix(name) in TABLE_SUFFIXES and not _is_metadata(name)]
 
 
 def images_in(files: dict) -> list[str]:
-    """Return those of `list_files` that are images, judged by their names."""
+    """Return the names of the images in `list_files`: regular files with the suffix of an image format."""
     return [name for name, facts in files.items() if facts is not None and _suffix(name) in IMAGE_SUFFIXES]
 
 
 def open_image_folder(folder: Path, files: dict):
-    """Return `({split: rows}, note)` of a folder of images, given its `list_files`.
+    """Return `({split: rows}, note)` of a folder of images. `files` comes from `list_files`.
 
     Rows are a `datasets.Dataset` with a column `image`, and a column `label` if there are several classes. The note
     says how many of the files are images.
@@ -89,8 +89,9 @@ def open_image_folder(folder: Path, files: dict):
 def list_files(folder: Path) -> dict[str, tuple[int, int] | None]:
     """Return the files below a folder, sorted by path: `{path relative to folder: (bytes, time of last change)}`.
 
-    The value is None for what is not a regular file, e.g. a pipe, and for a broken link. Hidden files and folders are
-    left out. A link to a folder is not followed, because its files are listed where they are.
+    The value is None for a broken link, and for anything that is not a regular file, e.g. a pipe. Hidden files and
+    folders are left out. A link to a folder is not followed, because it leads to files of `folder` that are listed
+    already.
 
     Raises:
         UserError: if a folder cannot be read, or a link to an image or a folder leads out of `folder`.
@@ -123,8 +124,8 @@ def list_files(folder: Path) -> dict[str, tuple[int, int] | None]:
 def _check_link(root, name, is_folder):
     """Raise a UserError if a link to a folder, or to a file that would be read, leads out of `root`.
 
-    A dataset from somebody else could otherwise name any file of this machine. In the cache of the Hub, the files of
-    a dataset are links to files beside it, which is allowed.
+    Otherwise, a downloaded dataset could contain links to any file of this machine. Links inside the cache of the Hub
+    are allowed, because there the files of a dataset are links to a folder `blobs`.
     """
     snapshots = [parent for parent in root.parents if parent.name == "snapshots"]
     cached = [parent.parent for parent in snapshots if (parent.parent / "blobs").is_dir()]
@@ -139,7 +140,7 @@ def _check_link(root, name, is_folder):
 
 
 def _has_configs(folder):
-    """Return whether the card of a copy of a Hub dataset names the files of each split itself."""
+    """Return whether the README.md of a folder is the card of a Hub dataset that lists files under `configs:`."""
     card = folder / "README.md"
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines() if card.is_file() else []
     front = lines[: lines.index("---", 1)] if lines[:1] == ["---"] and "---" in lines[1:] else []
@@ -174,7 +175,7 @@ def _image_rows(folder, names, columns, class_of, fingerprint):
     """Return a `datasets.Dataset` of image files and more columns. It has a ClassLabel if there are several classes.
 
     Args:
-        columns: `{name: arrow array}`, from the metadata. If `label` is among them, folders are not the classes.
+        columns: `{name: arrow array}`, from the metadata. A column `label` replaces the classes of `class_of`.
         class_of: `{name: class, or None}`, for the images of all splits, so that all splits have the same classes.
     """
     features = datasets.Features.from_arrow_schema(pa.schema({name: values.type for name, values in columns.items()}))
@@ -210,7 +211,7 @@ def split_folders(images: list[str]) -> dict[str, str]:
 
 
 def _class_of(name, has_splits):
-    """Return the first folder of an image's path, below the split's folder if there are splits; None without one."""
+    """Return the class of an image: the first folder in its path, after the split's folder. None if there is none."""
     folders = name.split("/")[has_splits:-1]
     return folders[0] if folders else None
 
@@ -246,13 +247,13 @@ def _read_metadata(folder, names, images):
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
-        raise UserError(f"{', '.join(names)} in {folder} do not fit together ({error}): give one file.") from error
+        raise UserError(f"{', '.join(names)} in {folder} cannot be combined ({error}): give one file.") from error
 
 
 def _read_table(path):
     """Return a metadata file as a table. In csv, an empty field means that there is no value."""
     try:
-        # As one block, because arrow guesses the types from the first block, and a line must not exceed a block.
+        # Read one block, because arrow guesses the types from the first block, and a line must not exceed a block.
         block = {"block_size": min(max(path.stat().st_size, 2**20), 2**31 - 1)}
         if path.suffix == ".parquet":
             return pyarrow.parquet.read_table(path)
@@ -299,5 +300,5 @@ def examples(names: list[str]) -> str:
 
 
 def printable(name: str) -> str:
-    """Return a name from a dataset as it can be printed: line breaks and control characters are escaped."""
+    """Return a name from a dataset for printing, with line breaks and control characters escaped."""
     return name if name.isprintable() else ascii(name)

@@ -1,4 +1,4 @@
-"""Find images by row number. They are decoded once, or at each use if the set is large."""
+"""Keep the images of a dataset. They are decoded once, or at each use if the set is large."""
 
 import hashlib
 
@@ -8,11 +8,11 @@ import torch
 from .decode import decode_all, read_batch, scale, undecoded
 
 
-MEMORY_LIMIT = 2 * 2**30  # bytes of pixels; a larger set decodes its images at each use
+MEMORY_LIMIT = 2 * 2**30  # bytes of decoded pixels; the images of a larger set are decoded at each use
 
 
 class ImageSet:
-    """Images by row number. They are decoded once into `pixels` (N,C,H,W), or at each use if `pixels` is None."""
+    """Images with row numbers. They are decoded once into `pixels` (N,C,H,W), or at each use if `pixels` is None."""
 
     def __init__(self, rows, *, classes, read, config):
         self.rows = rows

@@ -1,4 +1,4 @@
-"""Open what --dataset_name or --train_data_dir names: a folder of images, a saved dataset, the Hub, or `digits`."""
+"""Open the data of --dataset_name or --train_data_dir: a folder, a saved dataset, a Hub dataset, or `digits`."""
 
 import contextlib
 import glob
@@ -21,7 +21,8 @@ from .folders import examples, holds_tables, list_files, open_image_folder, tabl
 # The builder of `datasets` for each kind of file.
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".zip": "imagefolder"}
 WILDCARDS = set("*?[]")
-GENERATION_FAILED = "An error occurred while generating the dataset"  # `datasets` puts the reason behind or below it
+# How a general error of `datasets` begins. The reason follows this text, or is in the error's cause.
+GENERATION_FAILED = "An error occurred while generating the dataset"
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Source:
 
     Attributes:
         splits: `{split: rows}`. Rows are a `datasets.Dataset`, or with --streaming perhaps an `IterableDataset`.
-        note: "", or which files were taken.
-        places: the folders that image files may be in; None if we listed the files ourselves.
+        note: a phrase that says which files are used, or "".
+        places: the folders that image files may be in. None: any folder, because `list_files` found the files.
     """
 
     splits: dict
@@ -49,7 +50,7 @@ def open_source(config) -> Source:
     if not name:
         raise UserError("there is nothing to train on: give --dataset_name (Hub id or folder) or --train_data_dir.")
     folder = Path(name).expanduser()
-    is_run = (folder / "train_config.json").is_file()  # a run called digits next to you is not data
+    is_run = (folder / "train_config.json").is_file()  # a run in a folder called digits is not data
     if config.dataset_name == "digits" and (is_run or not folder.exists()):
         return Source({"train": _digits().to_iterable_dataset() if config.streaming else _digits()})
     if not folder.is_dir():
@@ -94,7 +95,7 @@ def _open_saved(folder, config):
         state = read_json(place / "state.json") if _is_file(place / "state.json") else {}
         files = state.get("_data_files")
         files = [file.get("filename") for file in files] if _are(dict, files) else None
-        # Files elsewhere are refused, see `check_image`.
+        # Refuse files outside the folder, for the reason given in `check_image`.
         if not _are(str, files) or not all(_is_inside(place / name, folder) for name in files):
             raise UserError(f"{place / 'state.json'} does not list files of its folder: save the dataset again.")
         with loading(place):
@@ -109,7 +110,7 @@ def _are(kind, values):
 
 
 def _is_file(*paths):
-    """Return whether these are files: pipes, which may have no end, are not."""
+    """Return whether all paths are regular files. A pipe is not, because to read it might never end."""
     return all(Path(path).is_file() for path in paths)
 
 
@@ -127,7 +128,7 @@ def _load_copy(folder, tables, config):
     """Return the Source of a local copy of a Hub dataset. The note names tables that are not used."""
     arguments = {"path": str(folder), "name": config.dataset_config_name}
     with loading(folder):
-        if not WILDCARDS.isdisjoint(str(folder.resolve())):  # `datasets` would take the path itself for a pattern
+        if not WILDCARDS.isdisjoint(str(folder.resolve())):  # `datasets` would read the path as a pattern
             base = glob.escape(str(folder.resolve()))
             patterns = datasets.data_files.get_data_patterns(base)
             files = {split: [f"{base}/{pattern}" for pattern in found] for split, found in patterns.items()}
@@ -148,16 +149,16 @@ def loading(source):
         yield
     except UserError:
         raise
-    except Exception as error:  # files of somebody else can fail in any way
+    except Exception as error:  # a broken or odd file may raise anything
         reason = _reason_of(error)
-        advice = "give a dataset of the Hub or a local folder, either with images or a copy of a Hub dataset"
+        advice = "give a Hub dataset, a folder of images, or a folder with a copy of a Hub dataset"
         if "Config" in reason:
             advice = "give one of these as --dataset_config_name"
         raise UserError(f"{source} cannot be loaded ({reason}): {advice}.") from error
 
 
 def _reason_of(error):
-    """Return what an error of `datasets` says, on one line. Its general errors hide the reason in their cause."""
+    """Return the reason in an error of `datasets`, on one line. A general error has the reason in its cause."""
     text = " ".join(str(error).split("Example of usage")[0].split())
     if text.removeprefix(GENERATION_FAILED).strip(" .") == "" and error.__cause__ is not None:
         return _reason_of(error.__cause__)
@@ -165,10 +166,11 @@ def _reason_of(error):
 
 
 def check_images(rows, check, wanted):
-    """Call `check(row number, image)` for each wanted row of a `datasets.Dataset` whose image is not stored in it.
+    """Call `check(row number, image)` for each wanted row whose image is not bytes in the dataset, but a path.
 
     Args:
-        rows: with a column `image`, which is not decoded. No rows of it were selected, so stored images are not read.
+        rows: a `datasets.Dataset` with an undecoded column `image`. Give all rows, not a selection, so that images
+            which are bytes are not read from the disk.
         wanted: the row numbers to check, as a set or a range.
     """
     rows = rows.with_format("arrow")
@@ -184,8 +186,8 @@ def check_images(rows, check, wanted):
 def check_image(row: int, encoded: dict | None, places: list[Path] | None, allow_missing: bool = False):
     """Refuse an image that is missing, or that is a file outside of its dataset.
 
-    A dataset of somebody else could otherwise name any file of this machine, which would be learned and published, or
-    a pipe, which has no end.
+    Otherwise, a downloaded dataset could name any file of this machine, which the model would learn and publish. Or it
+    could name a pipe, which might never end.
 
     Args:
         encoded: an undecoded image, see decode.py.
@@ -204,7 +206,7 @@ def check_image(row: int, encoded: dict | None, places: list[Path] | None, allow
         raise UserError(
             f"image {row} (without a name) cannot be read (it is missing in this row): repair or remove it."
         )
-    place = encoded["path"].split("::")[-1]  # of a file in an archive, the archive
+    place = encoded["path"].split("::")[-1]  # for a file in an archive, the path of the archive
     if places is None or place.startswith("hf://datasets/"):
         return
     if not any(_is_inside(place, folder) for folder in places):

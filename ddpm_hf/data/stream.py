@@ -44,7 +44,7 @@ class StreamedSet(Dataset):
         return self.num_images
 
     def get(self, indices):
-        """Return the images at `indices`, (B,C,H,W) float32 in [-1, 1]. Indices from 64 on are left out."""
+        """Return those images at `indices` that are among the first 64, (B,C,H,W) float32 in [-1, 1]."""
         return read_batch([self.sample[k] for k in indices if k < len(self.sample)], self.read)
 
     def state_dict(self):
@@ -75,7 +75,7 @@ class StreamedSet(Dataset):
 
     def __getitems__(self, ordinals):
         """Return the batch for a range of ordinals, in the form that `training_batches` describes."""
-        if ordinals.start < self.state["block"] + self.state["taken"]:  # slow: reads the stream again
+        if ordinals.start < self.state["block"] + self.state["taken"]:  # go back to the beginning, which is slow
             self.load_state_dict(None)
         skipped = ordinals.start - self.state["block"] - self.state["taken"]
         with loading("the stream"):

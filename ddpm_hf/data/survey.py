@@ -1,4 +1,4 @@
-"""Look at images before training: skip those that cannot be read, and say what looks like a mistake in a sample."""
+"""Check images before training: skip unreadable images, and warn of likely mistakes in a sample of the images."""
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,8 +21,8 @@ DARK = 0.25  # images whose largest value is below this share of the scale are a
 def skip_unreadable(rows, pixel_range):
     """Return the rows whose images can be read, and a list of the other images, each with the reason.
 
-    Every image is decoded, once and before training, so that the order of a run never changes. Rows that can all be
-    read are returned as they are.
+    Every image is decoded once before training, so that the order of the images cannot change during a run. If all
+    images can be read, `rows` itself is returned.
 
     Raises:
         UserError: if no image can be read.
@@ -36,12 +36,12 @@ def skip_unreadable(rows, pixel_range):
     readable = [row for row, problem in enumerate(problems) if problem is None]
     skipped = [problem for problem in problems if problem is not None]
     if not readable and skipped:
-        raise UserError(f"none of the {len(rows):,} images can be read ({skipped[0]}): give images.")
+        raise UserError(f"none of the {len(rows):,} images can be read ({skipped[0]}): give other images.")
     return rows.select(np.array(readable)) if skipped else rows, skipped
 
 
 def _problem(item, pixel_range) -> str | None:
-    """Return the number of an image, its file name if it has one, and why it cannot be read; None if it can be."""
+    """Return `image 3 (x.png): <reason>` for an image that cannot be read, and None for other images."""
     try:
         use_file(lambda file: to_array(Image.open(file), 3, pixel_range=pixel_range), item)
     except UserError as error:
@@ -85,7 +85,7 @@ def survey(items, channels, pixel_range) -> tuple[int, list[str]]:
         name = Path(encoded["path"]).name if encoded["path"] else f"image {row}"
         warnings.append(
             f"Warning: {len(several)} of the {len(items)} images looked at have several pages or frames, e.g. {name}. "
-            "Only the first one is used: save each as a file of its own to use all."
+            "Only the first one is used: to use all, save each as a separate file."
         )
     return channels or (1 if is_grey else 3), warnings
 
@@ -103,7 +103,7 @@ def _look_at_pixels(items, depths, pixel_range, *, colored: bool) -> tuple[bool,
 
     Args:
         depths: one word per image. Images of different depths have different scales.
-        colored: True if the first question need not be answered.
+        colored: if True, do not look for colors, and return True.
     """
     brightest = dict.fromkeys(depths, 0.0)
     for item, depth in zip(items, depths):

@@ -45,7 +45,7 @@ def variational_term(
         prediction: (B, C, H, W), of the scheduler's prediction type.
         predicted_variance: for learned_range, the last C of the UNet's 2C output channels, not clamped (Nichol &
             Dhariwal 2021, eq. 15).
-        variance_type: a type of `PaperDDPMScheduler.reverse_log_variance`. It raises UserError for another type.
+        variance_type: a type of `PaperDDPMScheduler.reverse_log_variance`, which raises UserError for other types.
         clip: clamp the predicted x_0 to [-1, 1]. The papers do so when they score a model, but not in training.
     """
     options = dict(predicted_variance=predicted_variance, variance_type=variance_type, clip=clip)
@@ -123,8 +123,8 @@ def bound_terms(
     """Evaluate terms of the bound in batches, and yield (rows, timesteps, weights, bits, floored) for each batch.
 
     All five are tensors (B,) on the CPU. `bits` are the terms in bits/dim, float64. `floored` is the share of pixels
-    whose probability is at the decoder's floor. A batch mixes images and timesteps. The UNet computes in its own
-    dtype, and is in eval mode during the evaluation.
+    whose probability was raised to FLOOR. A batch mixes images and timesteps. The UNet computes in its own dtype, in
+    eval mode.
 
     Args:
         images: uint8 (N, C, H, W).

@@ -28,7 +28,7 @@ def simple_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gam
         loss_type: "l2", "l1" or "huber". The last is smooth L1 with beta 1: half the squared error for errors below 1,
             so for most errors of eps. It is not the pseudo-Huber loss of diffusers' scripts.
         snr_gamma: use Min-SNR weights with this gamma (Hang et al. 2023, https://huggingface.co/papers/2303.09556).
-            Without it, a UNet that predicts x_0 is trained by the plain squared error, as START_X by Nichol &
+            Without it, a UNet that predicts x_0 is trained by the plain squared error, like START_X of Nichol &
             Dhariwal. diffusers' train_unconditional.py weights this error by the SNR, which makes it the error of
             eps. A gamma above every SNR, e.g. 1e9, gives the same weights.
     """
@@ -59,7 +59,7 @@ def vlb_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma:
     """Return a loss that estimates the variational bound, in bits per dimension, as T times one of its T terms.
 
     `loss_type` and `snr_gamma` are not used, because a bound fixes the distance and the weights. TrainingConfig
-    refuses them here.
+    refuses them for this objective.
     """
 
     def loss(model, batch):
@@ -73,7 +73,7 @@ def classification_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2",
     """Return the loss of a classifier p(y | x_t, t): the cross-entropy in nats, and 0 for images without a class.
 
     Guidance uses the classifier at all noise levels, so it is trained at all of them (Dhariwal & Nichol 2021,
-    section 4). TrainingConfig refuses `loss_type` and `snr_gamma` here.
+    section 4). TrainingConfig refuses `loss_type` and `snr_gamma` for it.
     """
 
     def loss(model, batch):
@@ -152,7 +152,7 @@ def min_snr_weights(scheduler: PaperDDPMScheduler, timesteps: torch.Tensor, gamm
     """Return the Min-SNR weight (B,) of each timestep for the scheduler's prediction type.
 
     The squared error of x_0 has the weight min(SNR, gamma). The squared error of epsilon is SNR times that of x_0, so
-    its weight is divided by SNR. For v, divide by SNR + 1 instead.
+    its weight is divided by SNR. The squared error of v is SNR + 1 times that of x_0.
     """
     snr = scheduler.snr(timesteps).float()
     in_x0 = {"sample": 1.0, "epsilon": snr, "v_prediction": snr + 1}[scheduler.config.prediction_type]

@@ -218,7 +218,9 @@ class PaperDDPMScheduler(DDPMScheduler):
         if kind != "learned_range":
             raise UserError(f"variance_type is {variance_type!r}; choose fixed_small, fixed_large or learned_range.")
         if predicted_variance is None:
-            raise UserError("variance_type learned_range needs a UNet with out_channels twice its in_channels.")
+            raise UserError(
+                "variance_type is learned_range, but the UNet predicts no variance: give fixed_small or fixed_large."
+            )
         fraction = (predicted_variance + 1) / 2
         return fraction * _like(beta.log(), sample) + (1 - fraction) * _like(beta_tilde.log(), sample)
 
@@ -261,7 +263,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         if spacing == "linspace":
             return _pairs(np.linspace(0, T - 1, S).round())
         raise UserError(
-            f"spacing is {spacing!r}; choose quad, uniform, leading, trailing, linspace or list timesteps."
+            f"spacing is {spacing!r}; choose quad, uniform, leading, trailing or linspace, or list timesteps."
         )
 
     @property
@@ -310,7 +312,8 @@ def _checked_timesteps(timesteps: Sequence[int], T: int, num_inference_steps: in
         raise UserError(f"timesteps are {given}; give whole numbers from 0 to {last}, strictly rising or falling.")
     if num_inference_steps not in (None, len(given)):
         raise UserError(
-            f"num_inference_steps is {num_inference_steps}, but {len(given)} timesteps are listed: drop one."
+            f"num_inference_steps is {num_inference_steps}, but {len(given)} timesteps are listed: leave "
+            "num_inference_steps out."
         )
     return rising
 

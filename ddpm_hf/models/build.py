@@ -14,7 +14,7 @@ from .classifier import NoisyClassifier
 
 
 def build_unet(config, channels: int, class_names: list[str] | None = None, saved: dict | None = None) -> UNet2DModel:
-    """Build the UNet that `config` asks for, with weights drawn from `config.seed`.
+    """Build the UNet that the flags in `config` describe, with weights drawn from `config.seed`.
 
     Args:
         channels: number of channels of the images, 1 or 3.
@@ -64,7 +64,7 @@ def output_channels(config, channels: int) -> int:
 
 # More than 60 lines because every flag of the architecture stands on a separate line.
 def unet_kwargs(config, channels: int, saved: dict | None = None) -> dict:
-    """Return the UNet2DModel arguments that `config` asks for, for images of `channels` channels.
+    """Return the UNet2DModel arguments for the flags in `config`, for images of `channels` channels.
 
     `saved` is the config of the network in the checkpoint to resume, see `middle_norm_groups`.
 
@@ -130,9 +130,10 @@ def unet_kwargs(config, channels: int, saved: dict | None = None) -> dict:
 def middle_norm_groups(config, norm_num_groups: int, saved: dict | None) -> int | None:
     """Return UNet2DModel's `attn_norm_num_groups`, the groups of the GroupNorm before the middle attention.
 
-    None leaves the choice to diffusers, which takes `norm_num_groups`, but no GroupNorm for blocks with scale_shift.
-    Nichol & Dhariwal have this GroupNorm (improved-diffusion `unet.py: AttentionBlock`). Earlier versions of this
-    package did not build it, so a network that is resumed from their checkpoint (`saved`, its config) has none either.
+    If the result is None, diffusers chooses: `norm_num_groups` groups, or no GroupNorm if the blocks have scale_shift.
+    Nichol & Dhariwal's UNet has this GroupNorm (improved-diffusion `unet.py: AttentionBlock`), so we request it for
+    scale_shift. Earlier versions of this package did not. A network that is resumed from one of their checkpoints must
+    be built without it. `saved` is the config of the network in the checkpoint to resume.
     """
     if config.resnet_time_scale_shift == "default":
         return None
@@ -253,9 +254,9 @@ def read_unet_config(config) -> dict:
 def initialize(unet: UNet2DModel):
     """Initialize the weights as Ho et al. 2020 do (`nn.py: default_init`): Glorot-uniform weights and zero biases.
 
-    This is done for every UNet, although Nichol & Dhariwal keep torch's default for all layers that are not zeros.
     The last layer of each residual block, the last layer of each attention block, and the last layer of the UNet are
     all zeros. At the start of training, no block therefore adds anything to its input, and the UNet predicts zero.
+    Nichol & Dhariwal keep torch's default for all other layers. Here, every UNet is initialized as Ho's.
     """
     for module in unet.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):

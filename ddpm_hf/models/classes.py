@@ -14,7 +14,7 @@ class Classes:
     """The classes of a network. For an unconditional network this is `Classes()`, which is empty and therefore falsy.
 
     Attributes:
-        names: the name of class k at index k. None if the model does not store names. Its classes then have only
+        names: the name of class k at index k. None if the model stores no names, so that its classes have only
             numbers.
         num_embeddings: how many class embeddings the network has. If there is one more embedding than names, the last
             embedding means "no class".

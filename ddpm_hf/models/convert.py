@@ -1,4 +1,4 @@
-"""Convert what `load_pretrained` does not open: pickled weights, bare UNets, checkpoints of diffusers' script."""
+"""Convert models that `load_pretrained` refuses: pickled weights, bare UNets, checkpoints of diffusers' script."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ SCHEDULE = {"ddpm_num_steps": 1000, "ddpm_beta_schedule": "linear", "prediction_
 
 
 def convert(name: str | Path, output: str | Path, *, weights: str = "published", **schedule):
-    """Write a stock pipeline with safetensors, made of a model that has pickled weights or no scheduler.
+    """Convert a model with pickled weights or without a scheduler to a stock pipeline with safetensors.
 
     Pickles are read with torch's `weights_only`, which runs no code.
 
@@ -33,13 +33,14 @@ def convert(name: str | Path, output: str | Path, *, weights: str = "published",
         name: a folder or Hub id of a DDPM's pipeline, of a UNet2DModel, or a folder `checkpoint-<step>` of diffusers'
             train_unconditional.py.
         output: a folder that does not exist yet.
-        weights: of a checkpoint of diffusers' script, "published" takes the moving average if there is one (unet_ema),
-            and "raw" takes the weights before averaging (unet).
+        weights: for a checkpoint of diffusers' script. "published" converts the moving average (unet_ema) if there is
+            one. "raw" converts the weights before averaging (unet).
         schedule: ddpm_num_steps, ddpm_beta_schedule and prediction_type, for a model without a scheduler. Default: the
             settings of diffusers' script, see SCHEDULE.
 
     Raises:
-        UserError: for anything else, for a model that cannot draw, or if `output` exists or cannot be written.
+        UserError: if `name` is none of these, if the model cannot draw images, or if `output` exists or cannot be
+            written.
     """
     output = check_output("OUTPUT", output)
     if output.exists():
@@ -81,7 +82,7 @@ def _unet_folder(name: str, folder: Path, weights: str) -> Path:
 
 
 def _read_scheduler(name: str, folder: Path, schedule: dict) -> PaperDDPMScheduler:
-    """Return the scheduler of a pipeline. Flags must not contradict it."""
+    """Return the scheduler of a pipeline. Raise a UserError if flags describe another one."""
     if schedule:
         raise UserError(f"{name} has a scheduler of its own: leave --{min(schedule)} out.")
     config = read_json(part_folder(folder, "scheduler") / "scheduler_config.json")
@@ -102,7 +103,7 @@ def _new_scheduler(schedule: dict) -> PaperDDPMScheduler:
 
 
 def _read_unet(folder: Path, config: dict) -> UNet2DModel:
-    """Return the UNet in a folder. Pickles become safetensors first, because diffusers renames old weights of both."""
+    """Return the UNet in a folder. Pickles become safetensors, so that diffusers reads and renames old weights."""
     check_shards(folder)
     if any(folder.glob("*.safetensors")):
         return read_network(UNet2DModel, folder)
@@ -113,7 +114,7 @@ def _read_unet(folder: Path, config: dict) -> UNet2DModel:
     for path in pickles:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
-            raise ValueError(f"{path.name} holds something else than weights")
+            raise ValueError(f"{path.name} holds other things than weights")
         tensors |= content
     with tempfile.TemporaryDirectory() as place:
         write_json(Path(place, "config.json"), config)

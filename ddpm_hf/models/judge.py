@@ -1,7 +1,7 @@
-"""Judge a model from elsewhere by its configs, before its weights are read.
+"""Check the configs of a model from elsewhere before its weights are read.
 
-The Space has a copy of this file, so it needs only torch and diffusers. Its functions raise ValueErrors that name the
-wrong entry. The caller adds the name of the model, and what to do.
+This file needs only torch and diffusers, because the Space has a copy of it. Its functions raise ValueErrors that name
+the wrong entry. The caller adds the name of the model, and advice.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DModel
 
 
-# Limits on what costs time or memory. The largest published DDPMs stay far below them.
+# Limits on the numbers that determine time and memory. The largest published DDPMs stay far below them.
 MAX_SIDE = 2048  # pixels
 MAX_LAYERS = 32
 MAX_LEVELS = 12
@@ -21,13 +21,13 @@ MAX_CLASSES = 1_000_000
 MAX_T = 100_000
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-# DDIM's config has no variance_type, and that of DPM-Solver is null.
+# None stands for null, which is the variance_type of DPM-Solver. DDIM's config has no variance_type.
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range", None)
 
 
 @contextlib.contextmanager
 def quiet_diffusers():
-    """Silence what diffusers logs inside a `with` block. After an error, its exception says the same."""
+    """Silence the log of diffusers inside a `with` block. The exceptions that it raises give the same reasons."""
     level = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
     try:
@@ -49,8 +49,8 @@ def check_index(index: dict):
 def check_unet(config: dict, index: dict | None = None):
     """Check that a UNet2DModel with this config can be built and can draw images.
 
-    The UNet is built, and called once, on torch's meta device, where tensors have shapes but no memory. A config that
-    asks for too much memory, or for parts that do not fit together, is thus found at no cost.
+    The UNet is built and called once on torch's meta device, where tensors have shapes but need no memory. This finds
+    parts that do not fit together, whatever the size of the UNet.
 
     Args:
         index: the content of model_index.json, whose class names must fit the UNet.
@@ -58,10 +58,12 @@ def check_unet(config: dict, index: dict | None = None):
     check_sizes(config)
     size = config.get("sample_size")
     if size is None:
-        raise ValueError("its unet/config.json has no sample_size, the size of the images, which has to be added")
+        raise ValueError("its unet/config.json has no sample_size: add it, the height and width of the images")
     height, width = size if isinstance(size, (list, tuple)) and len(size) == 2 else (size, size)
     if not _is_whole(height, 1, MAX_SIDE) or not _is_whole(width, 1, MAX_SIDE):
-        raise ValueError(f"its sample_size is {_short(size)}, but must be a whole number from 1 to {MAX_SIDE}, or two")
+        raise ValueError(
+            f"its sample_size is {_short(size)}, but must be one or two whole numbers from 1 to {MAX_SIDE}"
+        )
     if config.get("class_embed_type") is not None:
         raise ValueError(
             f"its class_embed_type is {_short(config['class_embed_type'])}, but only classes by number, "
@@ -78,7 +80,7 @@ def check_unet(config: dict, index: dict | None = None):
             output = unet(torch.empty(1, channels, height, width), torch.zeros(1, dtype=torch.long), classes).sample
     except Exception as error:  # diffusers checks little, so a bad config may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"no UNet2DModel with its unet config can draw ({reason})") from error
+        raise ValueError(f"the UNet2DModel of its unet config cannot be built or cannot draw ({reason})") from error
     if output.shape[2:] != (height, width):
         raise ValueError(f"its UNet turns {height}x{width} pixels into {output.shape[2]}x{output.shape[3]}")
     if output.shape[1] not in (channels, 2 * channels):
@@ -89,7 +91,7 @@ def check_unet(config: dict, index: dict | None = None):
 
 
 def check_sizes(config: dict):
-    """Check the entries of a network's config that decide how much time and memory it takes, and its other numbers."""
+    """Check the numbers in a network's config, e.g. those that determine how much time and memory it takes."""
     widths = config.get("block_out_channels", [224])
     is_list = isinstance(widths, (list, tuple)) and 1 <= len(widths) <= MAX_LEVELS
     if not is_list or not all(_is_whole(width, 1, MAX_CHANNELS) for width in widths):
@@ -115,7 +117,7 @@ def check_sizes(config: dict):
 
 
 def build_unet(config: dict, tensors: dict[str, torch.Tensor]) -> UNet2DModel:
-    """Return the UNet of a config, whose parameters must have the shapes of these tensors."""
+    """Build the UNet of a config. Raise a ValueError if these tensors do not have the shapes of its weights."""
     with quiet_diffusers():
         with torch.device("meta"):
             shapes = {name: each.shape for name, each in UNet2DModel.from_config(config).state_dict().items()}
@@ -125,7 +127,7 @@ def build_unet(config: dict, tensors: dict[str, torch.Tensor]) -> UNet2DModel:
 
 
 def check_scheduler(config: dict):
-    """Check a scheduler's config, of which a DDPMScheduler is then made."""
+    """Check a scheduler's config before a DDPMScheduler is made from it."""
     T = config.get("num_train_timesteps", 1000)
     if not _is_whole(T, 1, MAX_T):
         raise ValueError(f"its num_train_timesteps is {_short(T)}, but must be a whole number from 1 to {MAX_T:,}")
@@ -157,7 +159,7 @@ def check_scheduler(config: dict):
 
 
 def check_schedule(scheduler):
-    """Check the noise schedule that a scheduler has computed: every division by it must be possible."""
+    """Check that the noise schedule of a scheduler is finite, and that sampling never divides by 0."""
     signal = scheduler.alphas_cumprod
     if not (signal.isfinite().all() and signal[0] < 1 and (signal[:-1] > 0).all() and signal[-1] >= 0):
         raise ValueError(

@@ -40,8 +40,8 @@ class Pretrained:
     """A UNet (float32, in eval mode, on the CPU) with its scheduler and classes.
 
     Attributes:
-        facts: what records say about the model: "name" (a Hub id or the folder's name), "revision" (the commit on the
-            Hub), "weights" ("published", or "raw" for weights before averaging), "unet_sha256" (a hash of the
+        facts: entries for records: "name" (a Hub id or the folder's name), "revision" (the commit on the Hub),
+            "weights" ("published", or "raw" for weights before averaging), "unet_sha256" (a hash of the
             weights), "parameters" (their number), "train_step" (of a checkpoint) and "commit" (of the ddpm_hf source
             that trained the model). Unknown facts are None.
         run: the content of train_config.json, or {}.
@@ -95,7 +95,7 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
         (folder / part / "config.json").is_file() for part in ("", "unet", "unet_ema")
     ):
         raise UserError(
-            f"{name} has no model_index.json, so it is no pipeline yet: make one of its UNet with "
+            f"{name} has no model_index.json, so it is not a pipeline yet: make one from its UNet with "
             f"`ddpm_hf convert {name} NEW_FOLDER`."
         )
     if not (folder / "model_index.json").is_file():
@@ -132,7 +132,7 @@ def opening(what, advice: str):
 
 
 def _read_parts(name: str, folder: Path, index: dict) -> tuple[UNet2DModel, PaperDDPMScheduler]:
-    """Return the UNet and the scheduler of a pipeline folder. Both are judged by their configs first."""
+    """Return the UNet and the scheduler of a pipeline folder. Their configs are checked first."""
     unet_folder, scheduler_folder = part_folder(folder, "unet"), part_folder(folder, "scheduler")
     config, schedule = read_json(unet_folder / "config.json"), read_json(scheduler_folder / "scheduler_config.json")
     judge.check_index(index)
@@ -152,7 +152,10 @@ def _read_parts(name: str, folder: Path, index: dict) -> tuple[UNet2DModel, Pape
 
 
 def read_network(kind: type, folder: Path):
-    """Return the network of a class of diffusers' kind in a folder, as float32, with all its weights from safetensors.
+    """Read a network from the config and the safetensors files in a folder, as float32.
+
+    Args:
+        kind: the class of the network, e.g. UNet2DModel.
 
     Raises:
         ValueError: for weights that are missing or not finite.
@@ -175,7 +178,7 @@ def part_folder(folder: Path, name: str) -> Path:
 
 
 def check_shards(folder: Path):
-    """Refuse an index of shards that names anything but safetensors, because diffusers would read pickles."""
+    """Refuse a list of weight files that names other files than safetensors, because diffusers would unpickle them."""
     for path in folder.glob("*.safetensors.index.json"):
         names = read_json(path).get("weight_map")
         names = list(names.values()) if isinstance(names, dict) else [names]
@@ -184,12 +187,12 @@ def check_shards(folder: Path):
 
 
 def find_folder(name: str | Path, patterns: list[str] = PIPELINE_FILES) -> tuple[str, Path, str | None]:
-    """Return (name, folder, revision) of a local folder or of a Hub repository.
+    """Return (name, folder, revision) of a local folder, or of a Hub repository after downloading it.
 
-    The files of a repository that `patterns` name are downloaded first. The revision of a local folder is None.
+    Only files that match `patterns` are downloaded. The revision of a local folder is None.
     """
     name, folder = os.fspath(name), Path(name)
-    if os.path.exists(name):  # unlike Path.exists, it is False for a name that is too long
+    if os.path.exists(name):  # False for a name that is too long, where Path.exists would raise an error
         return name, folder, None
     try:
         folder = download(name, patterns, ignore="*.fp16.*")
@@ -214,7 +217,7 @@ def check_is_ddpm(name: str, folder: Path):
 
 
 def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
-    """Return the model of a checkpoint. Its configs and weights are judged like those of a pipeline."""
+    """Return the model of a checkpoint. Its configs and weights are checked like those of a pipeline."""
     averaged = weights == "published" and (checkpoint / "ema.safetensors").is_file()
     file = "ema.safetensors" if averaged else "model.safetensors"
     check_files(checkpoint, ["train_config.json", file])

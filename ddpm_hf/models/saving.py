@@ -52,16 +52,17 @@ def save_pipeline(
 
 
 def stock_spacing(variance_type: str) -> str:
-    """Return the timestep_spacing to publish. Only stock pipelines read it, and only for fewer steps than T.
+    """Return the `timestep_spacing` to publish. It matters only to stock pipelines that take S < T steps.
 
-    Stock DDPM adds noise after every step except at t = 0, and spacing "trailing" ends above 0. With fixed_small that
-    last noise is 1e-10. With learned_range it is visible, so such a model gets "linspace", which ends at 0 and is the
-    stride of Nichol & Dhariwal. Stock DDIM, which cannot use a UNet that predicts its variance, is not affected.
+    Models with learned_range get "linspace", whose last timestep is 0. With "trailing" the last timestep is above 0,
+    and stock DDPM adds noise after every step except the one at t = 0, so its images would have visible noise.
+    "linspace" is also the stride of Nichol & Dhariwal. For these models, the choice does not matter to stock DDIM,
+    which cannot use a UNet that predicts its variance.
 
-    All others get "trailing", the default of our own samplers. Stock DDIM then begins in pure noise. If the number of
-    steps S divides T, it draws the images that we scored. Otherwise it steps to t - T//S, which is not the next
-    timestep (with "linspace" this is so for every S < T). The model card says that stock DDPM needs all T steps for
-    fixed_large.
+    All other models get "trailing", the default of our own samplers. With fixed_small, the noise that stock DDPM adds
+    after the last step is only 1e-10. With fixed_large, stock DDPM needs all T steps, as the model card says. Stock
+    DDIM begins with pure noise. If S divides T, it draws the images that we scored. Otherwise its step from t goes to
+    t - T//S, which is not the next timestep. (With "linspace" this would happen for every S < T.)
     """
     return "linspace" if variance_type == "learned_range" else "trailing"
 

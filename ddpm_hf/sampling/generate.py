@@ -102,9 +102,9 @@ def sample_images(
 def sample_together(
     model: Pretrained, sampler: Sampler, num_images: int, *, batch_size: int, on_step: Callable | None
 ) -> torch.Tensor:
-    """Draw images 0..num_images-1 on all processes, a share on each: uint8 (N, C, H, W), all images on every process.
+    """Draw images 0..num_images-1 on all processes together, and return them on every process, as uint8 (N, C, H, W).
 
-    Every process must call this. The arguments are those of `sample_images`.
+    Every process must call this function, and draws a share of the images. The arguments are those of `sample_images`.
     """
     state = PartialState()
     share = range(state.process_index, num_images, state.num_processes)

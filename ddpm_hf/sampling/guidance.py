@@ -1,4 +1,4 @@
-"""Guide a UNet towards a class. The networks here are called like a UNet, so every sampler accepts them as one."""
+"""Guide a UNet towards a class. The networks here are called like a UNet, so every sampler accepts them."""
 
 import math
 
@@ -16,7 +16,7 @@ from .samplers import clipped
 
 
 class Guided(nn.Module):
-    """A network with the call, the device and the dtype of `unet`."""
+    """A base class of networks that take the place of `unet` in a sampler, with its call, device and dtype."""
 
     def __init__(self, unet: UNet2DModel, scheduler: PaperDDPMScheduler, scale: float):
         super().__init__()
@@ -55,9 +55,9 @@ class ClassifierFree(Guided):
 class ClassifierGuided(Guided):
     """An unconditional UNet under classifier guidance (Dhariwal & Nichol 2021, Algorithm 2, which is for DDIM).
 
-    Every sampler is guided in this way, DDPM too. For DDPM, Dhariwal & Nichol shift the mean of each step by Algorithm
-    1, which is the limit of this shift for small steps. With 1,000 linear timesteps the shift here is 1 % larger for t
-    from 300 to 990 and 16 % larger at t = 10.
+    Every sampler is guided in this way, DDPM too. For DDPM, Dhariwal & Nichol have another rule, Algorithm 1, which
+    shifts the mean of each step. It is the limit of the rule here for small steps. With 1,000 linear timesteps, the
+    shift here is 1 % larger for t from 300 to 990 and 16 % larger at t = 10.
 
     eps = eps(x_t) - scale sqrt(1 - abar_t) grad log p(y | x_t). The factor sqrt(1 - abar_t) converts a gradient to the
     scale of eps, because the gradient of log p(x_t) is -eps / sqrt(1 - abar_t).

@@ -34,7 +34,7 @@ def painted_pixels(image: Image.Image, name: str) -> torch.Tensor:
     is above half of the highest value in the mask, because some programs write 1 instead of 255.
 
     Args:
-        name: how an error message calls the mask.
+        name: the name of the mask in error messages.
 
     Raises:
         UserError: for a mask that marks no pixel or all pixels.

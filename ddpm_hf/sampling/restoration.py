@@ -174,7 +174,7 @@ def restore_files(
 
 
 def trained_range(model: Pretrained) -> tuple[float, float] | None:
-    """Return the --pixel_range that a model was trained with, because its images have the same scale; or None."""
+    """Return the --pixel_range that a model was trained with, or None. Images to restore are read with this range."""
     flags = model.run.get("flags")
     found = flags.get("pixel_range") if isinstance(flags, dict) else None
     is_pair = isinstance(found, list) and len(found) == 2 and all(isinstance(value, int | float) for value in found)
@@ -295,7 +295,8 @@ def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tenso
 class Accepted(Exception):
     """Stops a trial restoration after its first step.
 
-    `check_items` raises it from `callback_on_step_end`. A pipeline that calls back accepts the image and the settings.
+    `check_items` raises it from `callback_on_step_end`, which the pipeline calls only if it accepts the image and the
+    settings.
     """
 
 
@@ -349,7 +350,7 @@ def refused_as_user_error(what: str):
 def begin_output(items: list[Item], output: Path, record: dict, *, is_file: bool, overwrite: bool) -> list[Item]:
     """Create the output, or check that its record equals `record`. Return the items that have no result yet."""
     if is_file:
-        if os.path.lexists(output) and not overwrite:  # also a link to nowhere
+        if os.path.lexists(output) and not overwrite:  # True also for a broken link
             raise UserError(f"{output} already exists: give another OUTPUT, or --overwrite to replace it.")
         with writing("the image", output):
             output.parent.mkdir(parents=True, exist_ok=True)

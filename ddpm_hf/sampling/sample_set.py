@@ -156,7 +156,7 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
 
 
 def find_pngs(folder: Path) -> list[Path]:
-    """Return the PNG files of a folder, or else of its subfolders, e.g. one for each class, in the order of names.
+    """Return the PNG files of a folder, or of its subfolders (e.g. one per class) if it has none, sorted by name.
 
     Raises:
         UserError: if a subfolder is a set of samples of its own, or if there are PNG files in both places.
@@ -165,12 +165,12 @@ def find_pngs(folder: Path) -> list[Path]:
         [path for path in sorted(folder.glob(names)) if path.suffix.lower() == ".png" and path.name[0] != "."]
         for names in ("*", "*/*")
     )
-    if (folder / "train_config.json").exists():  # its subfolders hold sheets and figures
+    if (folder / "train_config.json").exists():  # the subfolders of a run hold sheets and figures
         nested = []
     if direct and nested:
         raise UserError(
-            f"{folder} has PNG files, and its subfolder {nested[0].parent.name} has others: give a folder that has "
-            "them in one of these places."
+            f"{folder} has PNG files, and its subfolder {nested[0].parent.name} has others: give a folder without PNG "
+            "files in one of these places."
         )
     if sets := [path.parent for path in nested if (path.parent / "samples.json").exists()]:
         raise UserError(f"{folder} has sets of samples in its subfolders: give one of them, e.g. {sets[0]}.")
@@ -178,7 +178,7 @@ def find_pngs(folder: Path) -> list[Path]:
 
 
 def grey_or_color(image) -> tuple[str, np.ndarray]:
-    """Return the mode and the pixels of a Pillow image, as L or RGB if that loses nothing."""
+    """Return the mode and the pixels of a Pillow image, converted to L or RGB if this loses nothing."""
     mode = {"1": "L", "LA": "L", "P": "RGB", "RGBA": "RGB"}.get(image.mode)
     alpha = opacity(image)
     if mode and (alpha is None or alpha.min() == 255):
@@ -199,7 +199,7 @@ def _checked_record(content, path: Path) -> dict | None:
     """Return the content of a record of samples, or None if another program wrote it.
 
     Raises:
-        UserError: for a record of ours whose entries are not what `draw_samples` writes.
+        UserError: for a record of ddpm_hf with entries that `draw_samples` does not write.
     """
     if not isinstance(content, dict) or content.get("schema") != SAMPLES_SCHEMA:
         return None
@@ -211,9 +211,9 @@ def _checked_record(content, path: Path) -> dict | None:
 
 
 def _is_sampler(sampler: dict) -> bool:
-    """Return whether the entries of a sampler's record that are read have the types that `Sampler.record` gives them.
+    """Return whether the record of a sampler has the entries that we read, with the types of `Sampler.record`.
 
-    File names are made of the method and the number of steps.
+    The method must be short and of plain characters, because it becomes part of file names.
     """
     method, steps, labels, names = (
         sampler.get(key) for key in ("method", "num_inference_steps", "class_labels", "class_names")
@@ -277,7 +277,7 @@ def draw_samples(
         return output
     model.unet.to(state.device)
     size = min(batch_size, num_images)
-    # One call on every process also shows that the model can draw, before anything is written.
+    # Time one call on every process. It also shows, before anything is written, that the model can draw.
     one_image = step_seconds(sampler.network(model), size, DTYPES[sampler.dtype]) / size
     state.wait_for_everyone()  # the main process must not write to the folder before all processes have read it
     with contextlib.ExitStack() as lock:
@@ -285,7 +285,7 @@ def draw_samples(
             with writing("samples", folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 lock.enter_context(locked(output, SECOND_WRITER))
-                drawn = _read_drawn(output, folder, record)  # again: it may have changed before it was locked
+                drawn = _read_drawn(output, folder, record)  # again, because it may have changed before the lock
                 for k, image in enumerate(to_pil(drawn)):
                     save_picture(image.save, folder / file_name(k))
                 write_json(folder / "samples.json", record)
@@ -315,7 +315,7 @@ def _read_drawn(output: Path, folder: Path, record: dict) -> torch.Tensor:
     """
     drawn = torch.empty(0, 1, 1, 1, dtype=torch.uint8)
     if output.suffix == ".npz" and output.is_dir():
-        raise UserError(f"--output {output} is a folder, but a name ending in .npz is that of a file: give another.")
+        raise UserError(f"--output {output} is a folder, but a name ending in .npz must be a file: give another name.")
     if output.suffix == ".npz" and output.is_file():
         drawn, found = _read_npz(output)
         check_same_samples(output, found, record)

@@ -1,9 +1,9 @@
 """Draw images from noise: ancestral DDPM sampling, DDIM and DPM-Solver++, over any subsequence of the timesteps.
 
-A sampler is a function that computes one step, and it has a row in `SAMPLERS`. Image k takes all its noise from
+A sampler is a function that computes one step. `SAMPLERS` lists the samplers. Image k takes all its noise from
 `torch.Generator().manual_seed(seed + k)`, in the same order as in stock pipelines. The image therefore does not depend
 on the batch or the process. `DDPMPipeline(...)(generator=torch.Generator().manual_seed(seed + k))` draws the same
-image, up to round-off of 1e-5 in [-1, 1]. After rounding to 8 bits, this occasionally is one grey level.
+image, up to round-off of 1e-5 in [-1, 1]. This occasionally changes an 8-bit pixel by one grey level.
 """
 
 import contextlib
@@ -95,7 +95,7 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmsolver++": dpmsolver_step}
 
 
 def check_seed(seed: int):
-    """Raise a UserError for a seed to which numbers of images cannot be added, because torch takes 64 bits."""
+    """Raise a UserError unless a seed is from -2^63 to 2^63 - 1. For such a seed, torch also accepts seed + k."""
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise UserError(f"--seed is {seed}, but must be a whole number from -2^63 to 2^63 - 1: give another one.")
 
@@ -180,7 +180,7 @@ def draw(
                 on_step(i, len(timesteps), x, pred_original_sample)
     finally:
         unet.train(was_training)
-    # An infinite pixel becomes nan, because clamped it could not be told from a white or a black one.
+    # Turn infinite pixels into nan, because clamping would make them look like white or black pixels.
     return x.clamp(-1, 1).where(x.isfinite(), math.nan)
 
 
@@ -210,7 +210,9 @@ def check_settings(sampler: str, eta: float, variance_type: str | None, unet: nn
             "leave it out."
         )
     if variance_type == "learned_range" and unet.config.out_channels != 2 * unet.config.in_channels:
-        raise UserError("variance_type learned_range needs a UNet with out_channels twice its in_channels.")
+        raise UserError(
+            "variance_type is learned_range, but the UNet predicts no variance: give fixed_small or fixed_large."
+        )
 
 
 def default_steps(sampler: str, num_train_timesteps: int) -> int:
@@ -230,7 +232,7 @@ def default_variance(scheduler: PaperDDPMScheduler, num_steps: int) -> str:
 
 
 def autocast(unet: nn.Module, dtype: torch.dtype):
-    """Return an autocast context for the UNet's device. For float32 it does nothing, so a surrounding one stays."""
+    """Return an autocast context for the UNet's device. For float32 it does nothing, and an outer one stays on."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(unet.device.type, dtype)
 
 

@@ -1,4 +1,4 @@
-"""The class Sampler: all settings that decide how image k of a model looks. Evaluations store its `record`."""
+"""Define the class Sampler: all settings that determine image k of a model. Evaluations store its `record`."""
 
 import re
 from collections.abc import Callable, Sequence
