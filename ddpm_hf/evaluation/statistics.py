@@ -94,7 +94,7 @@ def frechet_at_infinity(
 
     This is FID_infinity of Chong & Forsyth 2020. The bias of the distance is about proportional to 1/n. The distance
     is therefore computed for `num_points` random subsets of n = min(5000, N/10) to N images, and a line in 1/n is
-    fitted. Its value at 1/n = 0 is the result. It has no such bias, but it is noisier than the distance itself.
+    fitted. The result is its value at 1/n = 0, which has no such bias, but is noisier than the distance.
 
     Raises:
         UserError: for fewer than 20 images, or fewer than 2 points.
@@ -172,7 +172,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, f
     - coverage: the share of real balls with a generated point inside.
 
     Raises:
-        UserError: for k < 1, or k or fewer images.
+        UserError: for k < 1, or if a set has k images or fewer.
     """
     _check_sizes(real, generated)
     if not 1 <= k < min(len(real), len(generated)):
@@ -225,7 +225,7 @@ def inception_score(logits: Tensor, num_splits: int = 10) -> tuple[float, float]
 
 
 def class_report(logits: Tensor, reference_frequencies: Tensor) -> dict:
-    """Return how generated images spread over the classes, by a classifier's logits (N, classes).
+    """Return the class balance and the confidence of generated images, from a classifier's logits (N, classes).
 
     - frequencies: the share of images of each class, by the highest logit;
     - total_variation: half the sum of the absolute differences to `reference_frequencies` (classes,), which may be
