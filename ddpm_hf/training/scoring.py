@@ -1,4 +1,4 @@
-"""Score a model during training, with few images that are drawn from the same noise each time, to be comparable.
+"""Score a model during training with few images. Scores are comparable, because the noise is the same each time.
 
 Images are drawn by DDIM in 50 steps from the published weights. Their seeds begin at 1,000,000,000. Reports of a
 finished model use other seeds, because a checkpoint that was chosen by its score for some noise gets too good a score

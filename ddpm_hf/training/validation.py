@@ -7,7 +7,7 @@ from ..randomness import keyed_generator
 from .run import Run
 
 
-VALIDATION_IMAGES = 1024  # enough for three digits; costs a few percent of an epoch
+VALIDATION_IMAGES = 1024  # enough for three digits of the loss; costs a few percent of an epoch
 
 
 def validate(run: Run) -> dict:
