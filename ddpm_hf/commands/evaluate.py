@@ -22,9 +22,8 @@ def add_flags(parser):
     parser.add_argument(
         "subject",
         nargs="?",
-        help="a model (folder, checkpoint or Hub id), or samples: a folder with PNG files, or with subfolders of PNG "
-        "files, or an .npz whose arr_0 is "
-        "uint8 (N, H, W, C)",
+        help="a model (folder, checkpoint or Hub id), or samples: a folder with PNG files (or with subfolders of "
+        "them), or an .npz file whose arr_0 is uint8 (N, H, W, C)",
     )
     parser.add_argument(
         "--from_samples",
@@ -107,7 +106,7 @@ def add_data_flags(parser):
 
 
 def add_network_flags(parser):
-    add = parser.add_argument_group("networks that look at images").add_argument
+    add = parser.add_argument_group("networks that extract features").add_argument
     add(
         "--inception",
         metavar="FILE",
@@ -139,7 +138,7 @@ def add_output_flags(parser):
 
 
 def run(arguments):
-    """Evaluate, print the scores, and write the run's model card again. A run in training will write its card itself.
+    """Evaluate, print the scores, and write the run's model card again, unless the run is still training.
 
     Raises:
         SystemExit: with code 1, if a metric of --require was skipped. The record is written all the same.
@@ -167,5 +166,8 @@ def run(arguments):
         write_card_or_warn(folder.parent)
     measured = {name for name in evaluated.metrics if name not in evaluated.skipped}
     if missing := [name for name in arguments.require if name not in measured]:
-        print(f"ddpm_hf evaluate: {', '.join(missing)} is required, but was skipped.", file=sys.stderr)
+        print(
+            f"ddpm_hf evaluate: {', '.join(missing)} is required, but was skipped: see the reason above.",
+            file=sys.stderr,
+        )
         sys.exit(1)
