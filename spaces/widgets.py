@@ -13,7 +13,7 @@ GALLERY = """<div class="pictures" style="--columns: ${Math.max(1, Math.min(valu
 ${value.map((one) => `<figure><a href="${one.image}" download="${one.caption}.png" title="Save"><img src="${one.image}"
 alt="${one.caption}"></a><figcaption>${one.caption}</figcaption></figure>`).join("")}</div>"""
 # Options of events. Gradio's preprocessing is off, because its errors are not written for visitors. The functions of
-# the tabs check their inputs themselves. Gradio passes inputs by position, so they have many positional parameters.
+# the tabs check their inputs themselves. They have many positional parameters, because Gradio passes them by position.
 BUSY = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
 QUICK = {"preprocess": False, "concurrency_id": "quick", "concurrency_limit": 2, "show_progress": "hidden"}
 
