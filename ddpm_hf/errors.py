@@ -14,7 +14,7 @@ class UserError(ValueError):
         ddpm_hf.errors.UserError: --train_batch_size is 0, but must be at least 1: give a larger number.
     """
 
-    on_one_process = False  # True if only this process may have hit the error and must print it itself
+    on_one_process = False  # True if the other processes may not have hit the error, so that this one must print it
 
 
 def suggestion(word: str, known) -> str:

@@ -142,7 +142,7 @@ def read_npz(path: Path, choose, advice: str) -> dict:
     Raises:
         UserError: if the file cannot be read, or unpacks to more than MAX_UNPACKED times its size.
     """
-    import numpy as np  # imported here, because `--help` needs this file and no arrays
+    import numpy as np  # imported here to keep `--help` fast
 
     try:
         if not path.is_file():  # reading a pipe or a device could wait forever
@@ -175,7 +175,7 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo):
 
 def write_npz(path: Path, **arrays):
     """Write arrays as .npz, completely or not at all."""
-    import numpy as np  # imported here, because `--help` needs this file and no arrays
+    import numpy as np  # imported here to keep `--help` fast
 
     def save(partial):
         with open(partial, "wb") as file:  # given a name, numpy would append .npz

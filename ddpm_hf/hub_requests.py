@@ -23,7 +23,7 @@ HUB_ERRORS = (HTTPError, OSError)
 
 
 def in_thread(function: Callable, lock=None) -> Future:
-    """Start `function()` in a thread that does not keep the process alive, and return its future result.
+    """Start `function()` in a thread that does not keep the process alive. Return a Future of its result.
 
     Args:
         lock: the thread waits for this lock and holds it while the function runs. While it waits, the future can

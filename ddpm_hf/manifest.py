@@ -78,7 +78,7 @@ def wrong_sizes(checkpoint: Path, manifest: dict):
 
 
 def check_files(checkpoint: Path, names: list[str] | None = None):
-    """Compare a checkpoint with its manifest, if it has one.
+    """Raise a UserError if a checkpoint does not match its manifest. Without a manifest, check nothing.
 
     Args:
         names: the files to hash. None: all files.

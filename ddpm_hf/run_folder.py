@@ -70,7 +70,7 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 WEIGHTS = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"]
-WEIGHTS += ["diffusion_pytorch_model-#-of-#.safetensors"]  # in shards
+WEIGHTS += ["diffusion_pytorch_model-#-of-#.safetensors"]  # weights in shards
 # The index comes first, so that it is removed first: a pipeline that a kill leaves half removed is then not loaded.
 PIPELINE = ["model_index.json", "scheduler/scheduler_config.json"]
 PIPELINE += ["unet/" + name for name in ("config.json", *WEIGHTS)]

@@ -204,7 +204,7 @@ def _check_page(config: dict):
 
 
 def shared_module(name: str):
-    """Import a file that the package has too, a pipeline or `judge`, and return the module.
+    """Import a file that the Space shares with the package, a pipeline or `judge`, and return the module.
 
     In a Space, these files are inside this folder. Else they are in the package and in pipelines/.
     """

@@ -79,7 +79,7 @@ def image_inputs(model: Model) -> list[gr.components.Component]:
 
 
 def answer(trigger, function, *, model: Model, inputs: list, outputs: list, **options):
-    """Let an event call `function(model, *inputs)`, and return the event. Its name in the API is the function's.
+    """Let an event call `function(model, *inputs)`, and return the event. In the API, it has the function's name.
 
     The second output is the status line. It says "Stopped." when the event fails; the reason is shown in a message of
     its own.

@@ -16,12 +16,17 @@ def add_flags(parser):
     )
     parser.add_argument("output", help="new folder to write")
     add = parser.add_argument
-    add("--ddpm_num_steps", type=int, help="number of timesteps, if the model does not say it; default: 1000")
-    add("--ddpm_beta_schedule", metavar="NAME", help="noise schedule, if the model does not say it; default: linear")
+    add("--ddpm_num_steps", type=int, help="number of timesteps, if the model's files do not give it; default: 1000")
+    add(
+        "--ddpm_beta_schedule",
+        metavar="NAME",
+        help="noise schedule, if the model's files do not give it; default: linear",
+    )
     add(
         "--prediction_type",
         metavar="NAME",
-        help="what the UNet predicts, if the model does not say it: epsilon, sample or v_prediction; default: epsilon",
+        help="what the UNet predicts, if the model's files do not give it: epsilon, sample or v_prediction; default: "
+        "epsilon",
     )
     add_weights_flag(parser)
 

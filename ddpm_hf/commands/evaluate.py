@@ -91,7 +91,11 @@ def add_data_flags(parser):
         metavar="BLACK,WHITE",
         help="values of black and white in grey images of more than 8 bits, e.g. --pixel_range=0,4095",
     )
-    add("--on_bad_image", choices=["refuse", "skip"], help="what to do about images that cannot be read")
+    add(
+        "--on_bad_image",
+        choices=["refuse", "skip"],
+        help="refuse the data set if an image cannot be read, or skip such images",
+    )
     add("--resolution", type=int, help="height and width in pixels for --calibrate without a model; default: 32")
     add(
         "--reference",
@@ -101,7 +105,7 @@ def add_data_flags(parser):
     add(
         "--reference_pipeline",
         choices=PIPELINES,
-        help="how the images of --reference were resized, if the file does not say it",
+        help="how the images of --reference were resized, if the file does not say so",
     )
 
 
@@ -159,7 +163,10 @@ def run(arguments):
         return
     print(f"{evaluated}\n\nThe record is {evaluated.path}.")
     if arguments.output not in (None, str(evaluated.path)):
-        print(f"Warning: another evaluation wrote {arguments.output} meanwhile.", file=sys.stderr)
+        print(
+            f"Warning: another evaluation wrote {arguments.output} meanwhile, so this record has another name.",
+            file=sys.stderr,
+        )
     folder = evaluated.path.parent
     has_card = folder.name == "evaluations" and (folder.parent / "README.md").is_file()
     if has_card and writer_of(folder.parent) is None:

@@ -29,7 +29,11 @@ def add_flags(parser):
         help="for inpaint: a mask image, white in the areas to paint (if it has transparent parts: opaque in "
         "these areas, in any color), or a folder that has a mask of the same name for each input",
     )
-    add("--scale_factor", type=int, help="for super_resolution: times wider and higher; default: 2")
+    add(
+        "--scale_factor",
+        type=int,
+        help="for super_resolution: how many times wider and higher the result is; default: 2",
+    )
     add("--blur_sigma", type=float, help="for deblur: standard deviation of the Gaussian blur in pixels; default: 1")
     add("--num_inference_steps", type=int, help="number of steps; default: 1 for denoise, else 25 or T, if T is less")
     add(
@@ -52,7 +56,7 @@ def run(arguments):
     """Restore the images and print where they are.
 
     Raises:
-        UserError: as `sampling.restoration.restore`, and if several processes were launched.
+        UserError: as in `sampling.restoration.restore`, and if several processes were launched.
     """
     from accelerate import PartialState
 

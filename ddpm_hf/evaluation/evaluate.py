@@ -54,8 +54,8 @@ class Evaluation:
         reference_pipeline: how the images of `reference_file` were resized, if the file does not say so.
         cache_dir: the folder that keeps features of real images.
         pairs_path: where memorization writes its picture of the closest pairs. None: no picture.
-        on_step: called after every step if images are drawn in memory.
-        extractors: each extractor by its name, or a sentence that says why it is unavailable. `open_extractors` fills
+        on_step: called after every sampling step, but only if images are kept in memory.
+        extractors: by its name, each extractor, or a sentence that says why it is unavailable. `open_extractors` fills
             this dict.
         real: the References of `train` and `held_out`, by the name of the extractor. `score` fills this dict.
     """
@@ -250,7 +250,7 @@ def evaluate(
         reference_file=reference,
         reference_pipeline=reference_pipeline,
         cache_dir=cache_dir,
-        pairs_path=path.with_name(f".{path.stem}.{secrets.token_hex(4)}.pairs.png"),  # renamed with the record
+        pairs_path=path.with_name(f".{path.stem}.{secrets.token_hex(4)}.pairs.png"),  # gets the record's name later
     )
     open_extractors(evaluation)
     for line in warnings_about(evaluation):

@@ -68,7 +68,7 @@ class Look:
 
     @property
     def count(self) -> str:
-        """The number of generated images, as ids write it."""
+        """The number of generated images in the form of ids, e.g. 50k."""
         return format_count(len(self.images))
 
 
@@ -335,7 +335,7 @@ def random_rows(rows: Tensor, n: int) -> Tensor:
 
 
 def format_count(n: int) -> str:
-    """Return a number of images as ids write it: 50k, 2k, 2048."""
+    """Return a number of images in the form of ids: 50k, 2k, 2048."""
     return f"{n // 1000}k" if n % 1000 == 0 and n else str(n)
 
 

@@ -94,7 +94,8 @@ def frechet_at_infinity(
 
     This is FID_infinity of Chong & Forsyth 2020. The bias of the distance is about proportional to 1/n. The distance
     is therefore computed for `num_points` random subsets of n = min(5000, N/10) to N images, and a line in 1/n is
-    fitted. The result is its value at 1/n = 0, which has no such bias, but is noisier than the distance.
+    fitted. The result is the value of the line at 1/n = 0. It has no such bias, but is noisier than the
+    distance.
 
     Raises:
         UserError: for fewer than 20 images, or fewer than 2 points.
@@ -155,7 +156,7 @@ def kernel_distance(features_a: Tensor, features_b: Tensor) -> tuple[float, floa
     # h(x, x') = k(x, x') - g(x) - g(x') + within_b, where g(x) is the mean kernel of x and `features_b`.
     rows, squares = _kernel_sums(a, to_b - within_b / 2)
     distance = rows.sum() / (n * (n - 1))
-    # The mean of h(x, x') h(y, y') over all pairs of pairs with both points, one point and no point in common.
+    # The means of h(x, x') h(y, y') over pairs of pairs that have both points, one point or no point in common.
     same, shared = squares / (n * (n - 1)), (rows.square().sum() - squares) / (n * (n - 1) * (n - 2))
     apart = (rows.sum() ** 2 - 4 * rows.square().sum() + 2 * squares) / (n * (n - 1) * (n - 2) * (n - 3))
     variance = 2 / (n * (n - 1)) * (2 * (n - 2) * (shared - apart) + same - apart)

@@ -28,7 +28,10 @@ DECIDE = {
 
 
 def facts_to_compare(run, step: int) -> dict:
-    """Return the facts that a checkpoint of this optimizer step saves, because the flags do not determine them."""
+    """Return facts on the data, the length and the learning rate of a run, which the flags alone do not determine.
+
+    A checkpoint of the optimizer step `step` saves them.
+    """
     names = ("data_fingerprint", "num_images", "global_batch_size", "total_steps")
     facts = {name: run.facts[name] for name in names}
     return facts | {"classes": run.facts["class_names"], "learning_rate": run.learning_rate(step - 1)}
@@ -61,7 +64,7 @@ def warnings_about(name: str, flags: dict, facts: dict, step: int, run) -> list[
 
     Args:
         name, flags: as in `check_fixed_flags`.
-        facts: what `facts_to_compare` returned for the checkpoint; {} in checkpoints of earlier versions.
+        facts: the result of `facts_to_compare` for the checkpoint; {} in checkpoints of earlier versions.
         step: the optimizer step of the checkpoint.
     """
     free = set(FREE)

@@ -48,7 +48,7 @@ class FinishedRun:
     losses: dict
 
     def __fspath__(self) -> str:
-        """Return the folder, so that functions that take the path of a model take a finished run too."""
+        """Return the folder, so that a finished run can be passed to functions that take the path of a model."""
         return str(self.folder)
 
     def load(self) -> Pretrained:

@@ -64,7 +64,7 @@ class Run:
     total_steps: int
     facts: dict  # for train_config.json, with a "summary" to print
     state: TrainState
-    repo_id: str | None = None  # on the Hub; None without --push_to_hub, and outside the main process
+    repo_id: str | None = None  # of the Hub repository; None without --push_to_hub, and outside the main process
     # A context manager that keeps other runs out of the folder, until it is closed.
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 

@@ -38,7 +38,7 @@ def open_evaluation(config, model: Pretrained, train_set, validation_set) -> tup
     steps = min(STEPS, len(model.scheduler))
     sampler = Sampler(name="ddim", num_inference_steps=steps, seed=SEED, dtype=DTYPES[config.mixed_precision])
     evaluation = Evaluation(
-        # Put the --best_by metric first, so that its number comes first.
+        # Put the --best_by metric first, because `score_run` reads its value from the first entry.
         metrics=sorted(config.eval_metrics, key=lambda name: name != config.best_by),
         train=train_set,
         held_out=validation_set,
