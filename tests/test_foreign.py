@@ -387,7 +387,7 @@ FLAGS = {
     "a class of many digits": (["--class_labels", "9" * 5000], "this model has no classes"),
     "timesteps of many digits": (["--timesteps", "9" * 5000], "choose quad"),
     "images without end": (["--num_images", 10**12], "--num_images is 1000000000000; a set of samples has at most"),
-    "output without a name": (["--output="], "--output is '', which has no name"),
+    "output without a name": (["--output="], "--output is '', which does not name a file"),
     "output here": (["--output", "."], "which does not name a file or folder: give a name"),
     "output above": (["--output", ".."], "which does not name a file or folder: give a name"),
     "output at the root": (["--output", "/"], "which does not name a file or folder: give a name"),

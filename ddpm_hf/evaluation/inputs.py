@@ -212,7 +212,7 @@ def check_labels(model: Pretrained, train: ImageSet, held_out: ImageSet | None):
 
 
 def match_channels(images: torch.Tensor, train: ImageSet) -> torch.Tensor:
-    """Return samples (N, C, H, W) with one channel if the real images have one and the channels are equal.
+    """Return samples (N, C, H, W), cut to one channel if the real images have one and the samples are grey.
 
     Many programs save grey images with three equal channels.
     """

@@ -19,7 +19,9 @@ PACKAGES = ["ddpm_hf", "torch", "diffusers", "transformers", "numpy", "pillow"]
 
 
 def make_record(evaluation, entries: list[dict], images: Tensor, cost: dict) -> dict:
-    """Return the record of an Evaluation: its scores, and everything that they depend on. It holds nothing private.
+    """Return the record of an Evaluation: its scores, and everything that they depend on.
+
+    The record can be published: it contains no tokens and no local paths.
 
     Args:
         entries: the entries that the metrics returned.

@@ -31,7 +31,7 @@ class Reference:
 
     Attributes:
         mean, covariance: float64 (d,) and (d, d), over all images.
-        num_samples: the number of images; None if the file does not say it.
+        num_samples: the number of images; None if the file does not state it.
         features, logits: float32 (N, d) and (N, k) of at most MAX_FEATURES images. None if the file has none.
         meta: facts about the extractor and the data.
     """

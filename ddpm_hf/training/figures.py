@@ -26,7 +26,7 @@ from ..sampling.samplers import draw, image_generators
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
 BANDS = {"0 to T/4": "#12355b", "T/4 to T/2": "#2a78b8", "T/2 to 3T/4": "#5fb6c9", "3T/4 to T": "#a8d5a2"}
-FRAMES = 40  # in the GIF; more frames would be smoother, but the file larger
+FRAMES = 40  # more frames would make the GIF smoother, but the file larger
 DDIM_STEPS = (5, 10, 20, 50)  # divisors of 1000, so that trailing spacing is even
 
 
@@ -147,7 +147,7 @@ def loss_figure(metrics_path, path) -> Path | None:
 
 
 def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
-    """Plot beta, abar and log-SNR over t/T. A dashed line shows Ho's linear or Nichol's cosine schedule to compare."""
+    """Plot beta, abar and log-SNR over t/T. A dashed line shows Ho's linear or Nichol's cosine schedule."""
     T, own = len(scheduler), scheduler.config.beta_schedule
     other, name = PaperDDPMScheduler.nichol_cosine(T), "Nichol's cosine"
     if own == "squaredcos_cap_v2":

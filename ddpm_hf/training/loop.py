@@ -152,7 +152,7 @@ def step(run: Run, batches):
             batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
             # Dropout draws from torch's global generator, so seed it with the ordinal of the first image.
             torch.manual_seed(config.seed + int(ordinals[0]))
-            # Predict the noise and compare.
+            # Predict the noise (or another target) and compute the losses.
             losses = run.loss(run.model, batch)
             # Follow the gradient.
             weights = batch.get("weights", 1.0)
