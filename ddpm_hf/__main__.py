@@ -20,7 +20,7 @@ def module_of(command: str):
 
 
 def parse(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    """Return the flags of a command line, with `command` and `prog`, the program name that begins error messages.
+    """Return the flags of a command line, with `command` and `prog`. Error messages begin with `prog`.
 
     Exits with code 2 on bad input, and with code 0 after --help and --version.
     """
@@ -62,15 +62,18 @@ def main(argv: list[str] | None = None, prog: str | None = None):
     try:
         module_of(arguments.command).run(arguments)
     except UserError as error:
-        if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else only process 0 prints it
-            # Text from elsewhere may have line breaks, or control characters that a terminal obeys.
+        if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else process 0 prints it
+            # Replace line breaks and control characters in text from elsewhere, because a terminal obeys them.
             shown = "".join(each if each.isprintable() else " " for each in str(error))
             print(f"{arguments.prog}: error: {shown}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"{arguments.prog}: error: the name {str(error.filename)[:60]!r}... is too long.", file=sys.stderr)
+        print(
+            f"{arguments.prog}: error: the name {str(error.filename)[:60]!r}... is too long: shorten it.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         can_resume = arguments.command in ("sample", "evaluate", "restore")

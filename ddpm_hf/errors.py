@@ -14,11 +14,14 @@ class UserError(ValueError):
         ddpm_hf.errors.UserError: --train_batch_size is 0, but must be at least 1: give a larger number.
     """
 
-    on_one_process = False  # True if only this process may have hit the error and must print it itself
+    on_one_process = False  # True if the other processes may not have hit the error, so that this one must print it
 
 
 def suggestion(word: str, known) -> str:
-    """Return advice for a mistyped `word`: the closest name in `known`, else all names, or --help if they are many."""
+    """Return advice for a mistyped `word`: the closest name in `known`.
+
+    Without a close name, the advice lists all names, or says `see --help` if there are more than 12.
+    """
     import difflib  # imported here to keep `import ddpm_hf` fast
 
     if close := difflib.get_close_matches(word, known, n=1):
@@ -32,7 +35,7 @@ def no_such(kind: str, word: str, known) -> str:
 
 
 def no_such_flag(word: str, known) -> str:
-    """Return the sentence for a flag that is not in `known`. It leaves out the flag's value, which may be a token."""
+    """Return the sentence for a flag that is not in `known`. Omit the flag's value, because it may be a token."""
     return no_such("flag", re.split(r"[=\s]", word)[0], known)
 
 

@@ -14,7 +14,7 @@ from .errors import UserError
 
 
 MAX_NAME = 230  # bytes; file systems allow 255, and we add suffixes such as .sheet.png and .tmp
-MAX_UNPACKED = 100  # times the packed size; deflate reaches 1,000 with zeros, but images and features stay below 20
+MAX_UNPACKED = 100  # largest ratio of unpacked to packed size; images and features stay below 20, zeros reach 1,000
 MAX_JSON_BYTES = 16_000_000
 MAX_JSON_DEPTH = 64  # no file of ours, and no config of diffusers, is nested more than a few levels deep
 TOO_DEEP = f"it is nested more than {MAX_JSON_DEPTH} levels deep"
@@ -25,8 +25,8 @@ def writing(what: str, path, *, also: tuple = ()):
     """Turn the errors of a full disk or a read-only folder into a UserError, inside a `with` block that writes.
 
     Args:
-        also: more exceptions that mean a failed write. torch.save raises a bare RuntimeError, whose text differs
-            between versions, so a block that calls it, and computes nothing, gives RuntimeError.
+        also: more exceptions that mean a failed write. Give RuntimeError for a block that calls torch.save, which
+            raises it if writing fails. Such a block must compute nothing, because that can raise RuntimeError too.
     """
     try:
         yield
@@ -54,14 +54,14 @@ def write_beside(path: Path, write):
 
 
 def check_output(flag: str, given: str | Path) -> Path:
-    """Return the path that a flag gives for output, if it names something that can be written. Nothing is written.
+    """Return the path that an output flag gives, after checking that it can be written. Nothing is written.
 
     Raises:
         UserError: for a path without a name, such as `.` or `/`, for a long name, or if its folder is not writable.
     """
     path = Path(given)
     if path.name in ("", "..") or "\0" in str(path):
-        raise UserError(f"{flag} is {str(given)!r}, which has no name of a file or folder: give a name.")
+        raise UserError(f"{flag} is {str(given)!r}, which does not name a file or folder: give a name.")
     if len(os.fsencode(path.name)) > MAX_NAME or any(len(os.fsencode(part)) > 255 for part in path.parts):
         raise UserError(f"{flag} has a name of more than {MAX_NAME} bytes: give a shorter name.")
     parent = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
@@ -79,7 +79,7 @@ def remove(path: Path):
 
 
 def read_json(path: Path, *, like: type = dict, missing=None):
-    """Return the content of a JSON file. If there is no such file, return `missing`, if that is given.
+    """Return the content of a JSON file, or `missing` (if given) if the file does not exist.
 
     Raises:
         UserError: for a file that cannot be read, that `parse_json` refuses, or whose content is not of the type
@@ -101,11 +101,11 @@ def read_json(path: Path, *, like: type = dict, missing=None):
 
 
 def parse_json(text: str):
-    """Return the content of a JSON text that may come from anywhere.
+    """Return the content of a JSON text from an untrusted source.
 
     Raises:
-        ValueError: for text that is not JSON, that is nested more than MAX_JSON_DEPTH deep, or that has a string with
-            half of a surrogate pair, which cannot be written to a file.
+        ValueError: for text that is not JSON, or is nested more than MAX_JSON_DEPTH levels deep. Also for a string
+            with half of a surrogate pair, because it cannot be written to a file.
     """
     try:
         content = json.loads(text)
@@ -133,16 +133,16 @@ def write_json(path: Path, content):
 
 
 def read_npz(path: Path, choose, advice: str) -> dict:
-    """Return arrays of an .npz file by name. No pickles are read, and no more memory is taken than the file's data.
+    """Return chosen arrays of an .npz file by name. No pickles are read, and decompression bombs are refused.
 
     Args:
-        choose: a function of the list of all names that returns the list of the names to read.
+        choose: a function that takes the list of all names and returns the names to read.
         advice: what to do if the file cannot be read.
 
     Raises:
-        UserError: if the file cannot be read, or unpacks to far more than it holds.
+        UserError: if the file cannot be read, or unpacks to more than MAX_UNPACKED times its size.
     """
-    import numpy as np  # imported here, because `--help` needs this file and no arrays
+    import numpy as np  # imported here to keep `--help` fast
 
     try:
         if not path.is_file():  # reading a pipe or a device could wait forever
@@ -175,10 +175,10 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo):
 
 def write_npz(path: Path, **arrays):
     """Write arrays as .npz, completely or not at all."""
-    import numpy as np  # imported here, because `--help` needs this file and no arrays
+    import numpy as np  # imported here to keep `--help` fast
 
     def save(partial):
-        with open(partial, "wb") as file:  # numpy would append .npz to a name
+        with open(partial, "wb") as file:  # given a name, numpy would append .npz
             np.savez(file, **arrays)
 
     write_beside(path, save)

@@ -1,4 +1,4 @@
-"""Ask the Hub. A server that is silent, slow, or not the Hub gives an error in bounded time."""
+"""Send requests to the Hub, each with a time limit. A server that is silent, slow or not the Hub is an error."""
 
 import contextlib
 import threading
@@ -14,19 +14,20 @@ from huggingface_hub.utils import get_session
 
 
 API = HfApi()
-ANSWER_SECONDS = 30  # for a few small requests
-SILENT_SECONDS = 60  # without a byte, in a longer request
+ANSWER_SECONDS = 30  # limit for a few small requests together
+SILENT_SECONDS = 60  # limit for the time without a byte, in a longer request
 SLOWEST = 50_000  # bytes per second; a slower transfer is given up
-UNKNOWN_SIZE = 1_000_000_000  # bytes, of a repository that does not say how large it is
+UNKNOWN_SIZE = 1_000_000_000  # bytes; assumed if a repository does not state its size
 # What `ask_hub` raises. OfflineModeIsEnabled and TimeoutError are OSErrors.
 HUB_ERRORS = (HTTPError, OSError)
 
 
 def in_thread(function: Callable, lock=None) -> Future:
-    """Start `function()` in a thread that does not keep the process alive, and return its future result.
+    """Start `function()` in a thread that does not keep the process alive. Return a Future of its result.
 
     Args:
-        lock: is held while the function runs. Until then, the future can be cancelled.
+        lock: the thread waits for this lock and holds it while the function runs. While it waits, the future can
+            be cancelled.
     """
     future = Future()
 
@@ -43,20 +44,21 @@ def in_thread(function: Callable, lock=None) -> Future:
 
 
 def ask_hub(request: Callable, seconds: float | None = None):
-    """Return `request()`, which calls huggingface_hub.
+    """Call `request`, a function that uses huggingface_hub, and return its result. Give up after a time limit.
 
     Args:
-        seconds: how long it may take in all; default: ANSWER_SECONDS. A limit for each read is not enough, because a
-            server may send a byte now and then.
+        seconds: the limit for the whole request; default: ANSWER_SECONDS. A limit for each read is not enough,
+            because a server may send a byte now and then.
 
     Raises:
         HFValidationError: for a name that is not the name of a repository.
         HTTPError: if the Hub refuses or cannot be reached.
-        OSError: if offline mode is enabled, if the answer is not the Hub's, or, as TimeoutError, if none came in time.
+        OSError: if offline mode is enabled, or if the answer is not from the Hub.
+        TimeoutError: if no answer came in time.
     """
     seconds = ANSWER_SECONDS if seconds is None else seconds
     session = get_session()
-    if session.timeout.read is None:  # then a thread that we stop waiting for would wait for ever
+    if session.timeout.read is None:  # without a limit, a thread that we gave up on would wait for ever
         session.timeout = SILENT_SECONDS
     future = in_thread(request)
     try:
@@ -67,19 +69,19 @@ def ask_hub(request: Callable, seconds: float | None = None):
         raise TimeoutError(f"no complete answer in {seconds:.0f} s") from None
     except OSError:
         raise
-    except Exception as error:  # huggingface_hub parses whatever it is sent
-        raise ConnectionError("the answer is not the Hub's, perhaps that of a proxy or a login page") from error
+    except Exception as error:  # parsing an unexpected answer may raise anything
+        raise ConnectionError("the answer is not from the Hub, but perhaps from a proxy or a login page") from error
 
 
 def transfer_seconds(size: int) -> float:
-    """Return how long the transfer of `size` bytes may take: two minutes, and the time at the slowest speed."""
+    """Return how many seconds a transfer of `size` bytes may take: 120, plus the time at SLOWEST bytes/second."""
     return 120 + size / SLOWEST
 
 
 def download(repo_id: str, patterns: list[str], ignore: str | None = None) -> Path:
-    """Return the folder in HuggingFace's cache with the files of a repository that patterns name.
+    """Download the files of a repository that match `patterns`. Return their folder in HuggingFace's cache.
 
-    Missing files are downloaded. If the Hub cannot be asked, the files in the cache are enough.
+    Files that are in the cache are not downloaded again. If a request to the Hub fails, the cached files are used.
 
     Raises:
         HFValidationError, HTTPError, OSError: see `ask_hub`.
@@ -101,7 +103,7 @@ def download(repo_id: str, patterns: list[str], ignore: str | None = None) -> Pa
 
 
 def short_reason(error: Exception) -> str:
-    """Return a few words on why a request failed. They never hold the token, which is only in the headers."""
+    """Return a few words on why a request failed. They never contain the token, which is sent only in the headers."""
     if isinstance(error, HfHubHTTPError):
         return f"{error.response.status_code} {error.response.reason_phrase}"
     return str(error).partition("\n")[0] or type(error).__name__
@@ -113,7 +115,7 @@ def is_denied(error: Exception) -> bool:
 
 
 def is_final(error: Exception) -> bool:
-    """Return whether the Hub would refuse the same request again, or take too long again."""
+    """Return whether a retry is useless, because the Hub would refuse it or time out again."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in {*range(400, 500)} - {408, 429}
     return isinstance(error, TimeoutError)

@@ -1,8 +1,8 @@
 """Let only one process at a time write to a folder or a file.
 
-The lock is an advisory one, on a small file in the folder, or next to the file. The kernel releases
-it when its process ends, even by `kill -9`, so a lock is never left behind. File systems without locks, and Windows,
-are used without any.
+The lock is advisory. It is on a small file in the folder, or next to the file. The kernel releases the lock when its
+process ends, even by `kill -9`, so a lock is never left behind. On Windows, and on file systems without locks, nothing
+is locked.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ if fcntl is not None:
 
 
 def lock_path(place: Path) -> Path:
-    """Return the lock's file: in the folder `place`, or next to an .npz file."""
+    """Return the path of the lock file of `place`: inside a folder, or next to an .npz file."""
     return place.with_name(f".{place.name}.lock") if place.suffix == ".npz" else place / LOCK
 
 
 def writer_of(place: Path) -> str | None:
     """Return a description of the process that holds the lock of `place`, or None. Nothing is written."""
     with contextlib.suppress(OSError), open(lock_path(place), "rb") as file:
-        # Share the lock: the processes of one launch, which all look here, must not meet each other's.
+        # Take a shared lock, because all processes of a launch look here and must not refuse each other.
         return None if _lock(file.fileno(), shared=True) else _name_in(file.fileno())
     return None
 

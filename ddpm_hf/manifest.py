@@ -1,6 +1,7 @@
 """List the files of a checkpoint with their sizes and hashes, so that damage and mix-ups are noticed.
 
-The file manifest.json is written last. Checkpoints of earlier versions have none, and only their contents are checked.
+The file manifest.json is written last. Checkpoints of earlier versions have no manifest, so only
+their contents are checked.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path, step: int):
     """Write the manifest of a checkpoint: its optimizer step, and the size and SHA-256 of each file in `folder`."""
     names = sorted(path.name for path in folder.iterdir())
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         hashes = list(pool.map(lambda name: file_hash(folder / name), names))
     sizes = [(folder / name).stat().st_size for name in names]
     files = {name: {"size": size, "sha256": digest} for name, size, digest in zip(names, sizes, hashes)}
@@ -45,7 +46,7 @@ def read_manifest(checkpoint: Path) -> dict | None:
     manifest = read_json(checkpoint / MANIFEST)
     step, files = manifest.get("step"), manifest.get("files")
     if not isinstance(step, int) or not isinstance(files, dict) or not all(map(_is_entry, files.items())):
-        raise damaged(checkpoint, f"{MANIFEST} has another shape")
+        raise damaged(checkpoint, f"{MANIFEST} does not have a step and files")
     return manifest
 
 
@@ -58,7 +59,8 @@ def _is_entry(item: tuple) -> bool:
 def is_complete(checkpoint: Path) -> bool:
     """Return whether all files of a checkpoint are there, with the sizes in its manifest if it has one."""
     needed = ("state.pt", "model.safetensors", "optimizer.bin")
-    if not all((checkpoint / name).is_file() for name in needed):  # earlier versions removed file by file
+    # Earlier versions removed a checkpoint file by file, so a kill could leave a part of it.
+    if not all((checkpoint / name).is_file() for name in needed):
         return False
     try:
         manifest = read_manifest(checkpoint)
@@ -76,7 +78,7 @@ def wrong_sizes(checkpoint: Path, manifest: dict):
 
 
 def check_files(checkpoint: Path, names: list[str] | None = None):
-    """Compare a checkpoint with its manifest, if it has one.
+    """Raise a UserError if a checkpoint does not match its manifest. Without a manifest, check nothing.
 
     Args:
         names: the files to hash. None: all files.
@@ -97,7 +99,7 @@ def check_files(checkpoint: Path, names: list[str] | None = None):
         if name not in manifest["files"]:
             raise damaged(checkpoint, f"{name} is not in its {MANIFEST}")
         if file_hash(checkpoint / name) != manifest["files"][name]["sha256"]:
-            raise damaged(checkpoint, f"{name} is not the file that was saved, by its hash")
+            raise damaged(checkpoint, f"{name} has another hash than the file that was saved")
 
 
 def damaged(checkpoint: Path, reason: str) -> UserError:
@@ -107,9 +109,9 @@ def damaged(checkpoint: Path, reason: str) -> UserError:
 
 @contextlib.contextmanager
 def reading(checkpoint: Path):
-    """Turn every error of reading the files of a checkpoint into a UserError, except that of a full memory.
+    """Turn every error of a `with` block that reads a checkpoint into a UserError, unless memory is full.
 
-    Damaged and foreign files raise too many kinds of errors for a list.
+    Damaged and foreign files raise too many kinds of errors to list them.
     """
     try:
         yield

@@ -1,10 +1,10 @@
-"""Show text from elsewhere in Markdown, so that it cannot do anything there."""
+"""Escape untrusted text for Markdown, so that it is only shown."""
 
 import re
 
 
 def literal(text) -> str:
-    """Return Markdown that shows text from elsewhere, in a line, and does nothing else. All but words become code."""
+    """Return Markdown that shows untrusted text in one line: as code, unless it is a number or plain words."""
     is_number = isinstance(text, (int, float))
     text = str(text)
     return text if is_number or re.fullmatch(r"[^\W_]+([ _-][^\W_]+)*", text) else code(text)

@@ -1,4 +1,4 @@
-"""Keep a closed, full or ASCII-only output from ending the work: what cannot be printed is dropped."""
+"""Drop text that cannot be printed, so that a closed, full or ASCII-only output does not end the work."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import sys
 
 
 class LossyStream:
-    """A text stream that drops what it cannot write. All else is done by the stream inside."""
+    """A text stream that drops text that it cannot write. It passes everything else to the stream that it wraps."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -15,7 +15,7 @@ class LossyStream:
 
     def write(self, text: str) -> int:
         """Write `text`, or drop it if the stream is closed, full, or cannot encode it; return its length."""
-        # ValueError is what a closed stream and a failed encoding raise.
+        # A closed stream and a failed encoding raise ValueError.
         with contextlib.suppress(OSError, ValueError):
             self.stream.write(text)
         return len(text)

@@ -23,7 +23,7 @@ def save_picture(write, path, **options) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Give the format, because the temporary name has no extension that would tell it.
+    # Give the format, because the temporary name ends in .tmp.
     write_beside(path, partial(write, format=path.suffix[1:], **options))
     return path
 
@@ -46,7 +46,7 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def near_square(count: int) -> int:
-    """Return how many columns to use for `count` images: about as many as rows, and without a gap if possible."""
+    """Return how many columns to use for `count` images: about as many as rows, and full rows if possible."""
     root = math.ceil(count**0.5)
     return next((columns for columns in range(root, 2 * root) if count % columns == 0), root)
 
@@ -69,7 +69,10 @@ def image_sheet(images: torch.Tensor, path, columns: int | None = None) -> Path:
 
 
 def check_sheet(sheet: Path, output: Path):
-    """Raise UserError if a sheet would replace a file that is not the sheet of `output`, which does not exist yet."""
+    """Raise UserError if `sheet`, the sheet of `output`, would replace a file of the user.
+
+    If `output` does not exist yet, an existing file cannot be its sheet.
+    """
     if os.path.lexists(sheet) and not os.path.lexists(output):
         raise UserError(
             f"{sheet} already exists, and the sheet of {output} would replace it: give another output, or "
@@ -110,11 +113,11 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Return images in [-1, 1] as uint8, rounded to the nearest level and clamped; shape and device stay the same.
 
     Raises:
-        UserError: if a pixel is nan or infinite. It would become black or white.
+        UserError: if a pixel is nan or infinite, because it would become black or white.
     """
     if not images.isfinite().all():
         raise UserError(
-            "the images have pixels that are nan or infinite, and such pictures are not written: compute in float32, "
+            "the images have pixels that are nan or infinite, so they are not written: compute in float32, "
             "or check whether the training of this model diverged."
         )
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

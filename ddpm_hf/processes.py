@@ -36,7 +36,7 @@ def check_processes():
         raise UserError(f"sharded models ({kind.value}) are not supported: launch with --multi_gpu instead.")
     if launched > 1 and PartialState().num_processes == 1:
         raise UserError(
-            f"{launched} processes were launched without a GPU each: set ACCELERATE_USE_CPU=true for CPUs."
+            f"{launched} processes were launched without a GPU each: set ACCELERATE_USE_CPU=true to run on CPUs."
         )
 
 

@@ -52,7 +52,7 @@ def hide_paths(folder: Path):
     """Remove the paths of this machine from the JSON files of a folder and of the folders in it."""
     for path in folder.rglob("*.json"):
         content = read_json(path)
-        # diffusers notes in a network's config where it was loaded from.
+        # Leave out _name_or_path, in which diffusers stores where a network was loaded from.
         shown = {key: value for key, value in content.items() if key != "_name_or_path"}
         if path.name == "train_config.json":
             shown = without_paths(shown)
@@ -82,7 +82,7 @@ def git_commit() -> str | None:
         return answer.stdout.strip() if answer.returncode == 0 else ""
 
     try:
-        # Ask whether git tracks this file, because an installed package may be inside another repository.
+        # Check that git tracks this file, because an installed package may be inside another repository.
         return git("rev-parse", "HEAD") or None if git("ls-files", Path(__file__).name) else None
     except OSError:
         return None

@@ -8,7 +8,7 @@ from .community_pipelines import shipped
 from .manifest import is_complete
 
 
-# The names of the temporary files and folders that a killed run can leave, with those of earlier versions.
+# The names of the temporary files and folders that a killed run of this or an earlier version can leave.
 HALF_WRITTEN = re.compile(
     r"checkpoint-\d+\.tmp|\.writable\.tmp|\.metrics\.jsonl\.tmp|\.train_config\.json\.tmp|metrics\.tmp|train_config\.tmp"
     r"|\.saving|\.push-\w{8}"
@@ -16,7 +16,7 @@ HALF_WRITTEN = re.compile(
 
 
 def checkpoint_folders(output_dir) -> list[Path]:
-    """Return the folders named checkpoint-<step>, oldest first, also those that are not complete."""
+    """Return the folders named checkpoint-<step>, complete or not, oldest first."""
     found = Path(output_dir).glob("checkpoint-*")
     return sorted((path for path in found if re.fullmatch(r"checkpoint-[0-9]+", path.name)), key=step_of)
 
@@ -27,16 +27,17 @@ def checkpoints(output_dir) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the optimizer step, which the name of a checkpoint ends with."""
+    """Return the optimizer step in the name of a checkpoint."""
     return int(checkpoint.name.split("-")[1])
 
 
 def files_in(folder: str | Path, patterns: list[str]) -> list[Path]:
-    """Return the files of a folder that patterns name, in the order of the patterns. No link is followed.
+    """Return the files of a folder that match patterns, in the order of the patterns. No link is followed.
 
     Args:
-        folder: may itself be a link, but what is in it may not.
-        patterns: paths in the folder. In the name of a file `#` is any number, and `*` any name without a dot first.
+        folder: a folder, or a link to one. Links inside it are left out.
+        patterns: paths relative to the folder. In the name of a file, `#` stands for a whole number, and `*` for any
+            text that does not begin with a dot.
     """
     root = Path(folder).resolve()
     found = []
@@ -52,7 +53,7 @@ def files_in(folder: str | Path, patterns: list[str]) -> list[Path]:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """Return the lines of a metrics.jsonl, oldest first; [] without this file.
+    """Return the lines of a metrics.jsonl, oldest first, or [] if the file does not exist.
 
     Lines that are not complete are left out. A full disk or a kill can cut a line.
     """
@@ -69,8 +70,8 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 WEIGHTS = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"]
-WEIGHTS += ["diffusion_pytorch_model-#-of-#.safetensors"]  # in shards
-# The index comes first, so that a pipeline that is removed in part has none.
+WEIGHTS += ["diffusion_pytorch_model-#-of-#.safetensors"]  # weights in shards
+# The index comes first, so that it is removed first: a pipeline that a kill leaves half removed is then not loaded.
 PIPELINE = ["model_index.json", "scheduler/scheduler_config.json"]
 PIPELINE += ["unet/" + name for name in ("config.json", *WEIGHTS)]
 CLASSIFIER = ["classifier/" + name for name in ("config.json", "classifier.py", *WEIGHTS)]

@@ -71,10 +71,10 @@ class Page(gr.Blocks):
 
 
 class BoundedRequests:
-    """ASGI middleware that bounds what visitors send.
+    """ASGI middleware that bounds the size and the duration of requests, and the disk space of uploads.
 
-    It refuses requests of more than MAX_BODY bytes, even those without a content-length, and those that do not arrive.
-    After an upload it deletes the oldest uploads if all together are too large.
+    It refuses requests of more than MAX_BODY bytes, even without a content-length, and requests that do not arrive in
+    time. After an upload, it deletes the oldest uploads if all together are too large.
     """
 
     def __init__(self, app):
@@ -87,7 +87,7 @@ class BoundedRequests:
         else:
             try:
                 await self.app(scope, bounded_body(receive, MAX_BODY) if scope["type"] == "http" else receive, send)
-            finally:  # also after an upload that was broken off, whose part is on the disk
+            finally:  # also after an interrupted upload, because its part is on the disk
                 if scope.get("path", "").rstrip("/").endswith("/upload"):
                     await run_in_threadpool(uploads.delete_oldest, UPLOADS)
 
@@ -112,7 +112,9 @@ def build(model: Model) -> Page:
         gr.HTML(head(model), elem_classes="head", apply_default_css=False)
         for tab in TABS:
             tab.add(model)
-    return page.queue(max_size=QUEUE_SIZE, default_concurrency_limit=1, api_open=False)  # else /run/ skips the queue
+    return page.queue(
+        max_size=QUEUE_SIZE, default_concurrency_limit=1, api_open=False
+    )  # if open, /run/ skips the queue
 
 
 def main():
@@ -123,7 +125,9 @@ def main():
         sys.exit(2)
     except Exception as error:  # a model from elsewhere may hold anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        print(f"DDPM_MODEL is {MODEL!r}, which has no page ({reason}): give another model.", file=sys.stderr)
+        print(
+            f"DDPM_MODEL is {MODEL!r}, but the page cannot be built ({reason}): give another model.", file=sys.stderr
+        )
         sys.exit(2)
     theme = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=SYSTEM_FONT, font_mono=["monospace"]).set(
         block_title_background_fill="transparent",

@@ -41,7 +41,7 @@ def request_seconds() -> float:
         seconds = float(given)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds <= 86_400:  # nan is not either
+    if not 0 < seconds <= 86_400:  # false for nan too
         wanted = "a number of seconds above 0 and up to 86,400"
         raise Refused(f"DDPM_REQUEST_SECONDS is {given!r}: give {wanted}, or do not set it.")
     return seconds

@@ -26,7 +26,7 @@ def close_half_sent(server, seconds: float = HEAD_SECONDS):
 
 
 def awaits_head(connection) -> bool:
-    """Return whether a connection has no request that is being answered. Web sockets have no cycle and are left."""
+    """Return whether a connection waits for the head of a request. Web sockets, which have no cycle, do not."""
     cycle = getattr(connection, "cycle", connection)
     return cycle is None or getattr(cycle, "response_complete", False)
 
@@ -34,7 +34,7 @@ def awaits_head(connection) -> bool:
 def bounded_body(receive, most: int, seconds: float = BODY_SECONDS):
     """Return an ASGI `receive` that disconnects if the body is larger than `most` bytes or takes too long.
 
-    After the body it waits without limit, because then it waits for the visitor to go.
+    After the body, `receive` has no time limit, because it then only waits for the visitor to disconnect.
     """
     received, is_complete, end = 0, False, time.monotonic() + seconds
 

@@ -51,7 +51,7 @@ def read_image(file) -> Image.Image:
 
 
 def _as_8_bit(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # 255 stands for 65535 in 16-bit images, for the maximum in others
+    if image.mode[0] in "IF":  # 65535 becomes 255 in 16-bit images, the maximum in others
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         top = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
         return Image.fromarray((255 * values / top).clip(0, 255).astype(np.uint8))
@@ -86,7 +86,7 @@ def to_images(x: torch.Tensor) -> list[Image.Image]:
     """Return 8-bit images of a tensor (B, C, H, W) in [-1, 1], clipped to that range.
 
     Raises:
-        Refused: if a pixel is nan or infinite. It would become black or white.
+        Refused: if a pixel is nan or infinite, because it would become black or white.
     """
     if not x.isfinite().all():
         raise Refused("The model drew pixels that are nan or infinite: take another seed or sampler, or more steps.")

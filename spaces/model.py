@@ -27,7 +27,7 @@ FILES += ["unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
 
 
 class Model:
-    """A model and its two pipelines: one draws images (class_guided.py), the other restores them.
+    """A model and its two pipelines: `pipeline` draws images (class_guided.py), `restoration` restores them.
 
     `restoration` is None if the model cannot restore images.
     """
@@ -70,7 +70,7 @@ class Model:
     def max_evaluations(self) -> int:
         """The number of UNet evaluations, each of one image, that a request may use.
 
-        It is how many this machine can do in DDPM_REQUEST_SECONDS. This is measured, and rounded down to two digits.
+        It is the number that this machine can do in DDPM_REQUEST_SECONDS, measured and rounded down to two digits.
         """
         labels, ends = self.class_numbers(IN_TURN, 4), [time.perf_counter()]
         for x_0 in self.draw(range(4), "DDIM", min(4, self.T), labels):
@@ -83,7 +83,7 @@ class Model:
         return evaluations // digits * digits
 
     def affordable_steps(self, number: int, wanted: int) -> int:
-        """Return the steps for `number` images: `wanted`, or as many as one request may use. At least 1."""
+        """Return the steps for `number` images: `wanted`, or fewer if a request may not use so many. At least 1."""
         return max(1, min(wanted, self.T, self.max_evaluations // number))
 
     def draw(self, seeds, sampler: str, steps: int, labels=None, guidance_scale=1.0) -> Iterator[torch.Tensor]:
@@ -132,7 +132,7 @@ def open_model(name: str) -> Model:
     is_here = Path(name).is_dir()
     if not is_here and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise Refused(f"DDPM_MODEL is {name!r}, which is neither a folder nor a Hub id: give a folder, or USER/NAME.")
-    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the reason goes into the sentence
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the error below gives the reason
     diffusers.utils.logging.disable_progress_bar()
     url = None if is_here else f"https://huggingface.co/{name}"
     try:
@@ -204,7 +204,7 @@ def _check_page(config: dict):
 
 
 def shared_module(name: str):
-    """Import a file that the package has too, a pipeline or `judge`, and return the module.
+    """Import a file that the Space shares with the package, a pipeline or `judge`, and return the module.
 
     In a Space, these files are inside this folder. Else they are in the package and in pipelines/.
     """

@@ -1,4 +1,4 @@
-// A canvas, black, with a white pen as wide as the strokes that the model knows; its value is a PNG as a data URL.
+// A black canvas with a pen, at first white, as wide as the strokes in the model's images. Its value is a PNG as a data URL.
 const canvas = element.querySelector("canvas"), pen = canvas.getContext("2d");
 let isDrawing = false;
 const clear = () => {

@@ -1,4 +1,4 @@
-"""Keep visitors' uploads in a folder of their own, open nothing else on the disk, and bound what is kept."""
+"""Keep visitors' uploads in a folder of their own, open no other file, and bound their number and size."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ def open_upload(upload) -> BinaryIO:
     or was given its path, knows the path.
 
     Raises:
-        Refused: for anything else, such as another file of this machine, a link or a device, which is not opened.
+        Refused: for anything else, such as another file of this machine, a link or a device. It is not opened.
     """
     path = upload.get("path") if isinstance(upload, dict) else None
     if path is None:
@@ -48,7 +48,7 @@ def open_upload(upload) -> BinaryIO:
 
 
 def _is_upload(path) -> bool:
-    """Return whether a path is FOLDER/HASH/NAME, written without detours, and a regular file. Opens nothing."""
+    """Return whether a path is FOLDER/HASH/NAME, without links and `..`, and a regular file. Nothing is opened."""
     if not isinstance(path, str) or os.path.realpath(path) != path:
         return False
     folder = os.environ["GRADIO_TEMP_DIR"]

@@ -13,7 +13,7 @@ GALLERY = """<div class="pictures" style="--columns: ${Math.max(1, Math.min(valu
 ${value.map((one) => `<figure><a href="${one.image}" download="${one.caption}.png" title="Save"><img src="${one.image}"
 alt="${one.caption}"></a><figcaption>${one.caption}</figcaption></figure>`).join("")}</div>"""
 # Options of events. Gradio's preprocessing is off, because its errors are not written for visitors. The functions of
-# the tabs check their inputs themselves. Gradio passes inputs by position, so they have many positional parameters.
+# the tabs check their inputs themselves. They have many positional parameters, because Gradio passes them by position.
 BUSY = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
 QUICK = {"preprocess": False, "concurrency_id": "quick", "concurrency_limit": 2, "show_progress": "hidden"}
 
@@ -79,7 +79,7 @@ def image_inputs(model: Model) -> list[gr.components.Component]:
 
 
 def answer(trigger, function, *, model: Model, inputs: list, outputs: list, **options):
-    """Let an event call `function(model, *inputs)`, and return the event. Its name in the API is the function's.
+    """Let an event call `function(model, *inputs)`, and return the event. In the API, it has the function's name.
 
     The second output is the status line. It says "Stopped." when the event fails; the reason is shown in a message of
     its own.

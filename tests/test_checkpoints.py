@@ -97,7 +97,7 @@ def test_every_damaged_checkpoint_is_one_sentence(ran):
 def test_weights_of_another_checkpoint_are_noticed(ran):
     shutil.copy(ran / "checkpoint-1" / "model.safetensors", ran / "checkpoint-3" / "model.safetensors")
     for read in (lambda: open_at(ran, "latest"), lambda: load_pretrained(ran / "checkpoint-3", weights="raw")):
-        with pytest.raises(UserError, match="model.safetensors is not the file that was saved"):
+        with pytest.raises(UserError, match="model.safetensors has another hash than the file that was saved"):
             read()
 
 

@@ -108,7 +108,7 @@ def test_what_cannot_be_converted_is_refused(sources, tmp_path, capsys, monkeypa
         "other new": "it is a AutoencoderKL, not a UNet2DModel",
         "nowhere/x new": "is not a folder here",
         f"{root}/bare taken": "taken already exists",
-        f"{root}/bare .": "which has no name of a file or folder",
+        f"{root}/bare .": "which does not name a file or folder",
         f"{root}/pickled new --ddpm_num_steps=5": "has a scheduler of its own: leave --ddpm_num_steps out",
         f"{root}/bare new --ddpm_beta_schedule=lnear": "did you mean linear?",
         f"{root}/bare new --prediction_type=epsilo": "did you mean epsilon?",

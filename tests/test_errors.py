@@ -160,7 +160,7 @@ BAD = {
     "half a checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-3"], "is not a complete checkpoint"),
     "checkpoint of another model": (
         [*TINY, "--output_dir={root}/run", "--resume_from_checkpoint=latest", "--base_channels=16"],
-        "is of another model: its network has block_out_channels [8, 16], this run's has [16, 32]",
+        "is of another model (its network has block_out_channels [8, 16], this run's has [16, 32])",
     ),
     "checkpoint without ema": (
         [*TINY, "--output_dir={root}/run", "--resume_from_checkpoint=latest", "--use_ema"],

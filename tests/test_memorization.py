@@ -139,5 +139,5 @@ def test_the_sheet_shows_both_images_of_a_pair(tmp_path, channels, count):
     ],
 )
 def test_what_cannot_be_compared_is_a_sentence(generated, train, held_out):
-    with pytest.raises(UserError, match=r"; give (uint8 ones|images) .*\.$"):
+    with pytest.raises(UserError, match=r": give (at least \d, uint8|images) .*\.$"):
         report(generated, train, held_out)

@@ -1,7 +1,7 @@
 """The commands of `ddpm_hf`, one file each.
 
-A command's file has a docstring, `add_flags(parser)` and `run(arguments)`. `ddpm_hf --help` shows the first
-line of the docstring, and the command's own --help shows all of it. To add a command, write its file and put its name
+A command's file has a docstring, `add_flags(parser)` and `run(arguments)`. `ddpm_hf --help` shows the first line of
+the docstring, and the command's own --help shows all of it. To add a command, write its file and put its name
 in the list below. Import torch and other slow packages only inside `run`, so that every `--help` is quick.
 """
 

@@ -1,7 +1,7 @@
-"""Make a pipeline with safetensors of pickled weights, of a bare UNet, or of a checkpoint of diffusers' script.
+"""Convert pickled weights, a bare UNet, or a checkpoint of diffusers' script to a pipeline with safetensors.
 
-The folders of diffusers' train_unconditional.py named checkpoint-<step> hold UNets, but no noise schedule. Its
-defaults are used, unless flags say otherwise.
+The checkpoint-<step> folders of diffusers' train_unconditional.py contain UNets, but no noise schedule. The defaults
+of that script are used, unless flags give another schedule.
 
 ddpm_hf convert old-model new-model                        # a pipeline whose weights are pickled (.bin)
 ddpm_hf convert ddpm-model-64/checkpoint-500 new-model --ddpm_beta_schedule squaredcos_cap_v2
@@ -12,16 +12,21 @@ from .flags import add_weights_flag
 
 def add_flags(parser):
     parser.add_argument(
-        "model", help="folder or Hub id of a pipeline, of a UNet, or a checkpoint of diffusers' script"
+        "model", help="folder or Hub id of a pipeline or a UNet, or a checkpoint folder of diffusers' script"
     )
     parser.add_argument("output", help="new folder to write")
     add = parser.add_argument
-    add("--ddpm_num_steps", type=int, help="number of timesteps, if the model does not say it; default: 1000")
-    add("--ddpm_beta_schedule", metavar="NAME", help="noise schedule, if the model does not say it; default: linear")
+    add("--ddpm_num_steps", type=int, help="number of timesteps, if the model's files do not give it; default: 1000")
+    add(
+        "--ddpm_beta_schedule",
+        metavar="NAME",
+        help="noise schedule, if the model's files do not give it; default: linear",
+    )
     add(
         "--prediction_type",
         metavar="NAME",
-        help="what the UNet predicts, if the model does not say it: epsilon, sample or v_prediction; default: epsilon",
+        help="what the UNet predicts, if the model's files do not give it: epsilon, sample or v_prediction; default: "
+        "epsilon",
     )
     add_weights_flag(parser)
 

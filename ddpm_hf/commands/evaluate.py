@@ -22,9 +22,8 @@ def add_flags(parser):
     parser.add_argument(
         "subject",
         nargs="?",
-        help="a model (folder, checkpoint or Hub id), or samples: a folder with PNG files, or with subfolders of PNG "
-        "files, or an .npz whose arr_0 is "
-        "uint8 (N, H, W, C)",
+        help="a model (folder, checkpoint or Hub id), or samples: a folder with PNG files (or with subfolders of "
+        "them), or an .npz file whose arr_0 is uint8 (N, H, W, C)",
     )
     parser.add_argument(
         "--from_samples",
@@ -92,7 +91,11 @@ def add_data_flags(parser):
         metavar="BLACK,WHITE",
         help="values of black and white in grey images of more than 8 bits, e.g. --pixel_range=0,4095",
     )
-    add("--on_bad_image", choices=["refuse", "skip"], help="what to do about images that cannot be read")
+    add(
+        "--on_bad_image",
+        choices=["refuse", "skip"],
+        help="refuse the data set if an image cannot be read, or skip such images",
+    )
     add("--resolution", type=int, help="height and width in pixels for --calibrate without a model; default: 32")
     add(
         "--reference",
@@ -102,12 +105,12 @@ def add_data_flags(parser):
     add(
         "--reference_pipeline",
         choices=PIPELINES,
-        help="how the images of --reference were resized, if the file does not say it",
+        help="how the images of --reference were resized, if the file does not say so",
     )
 
 
 def add_network_flags(parser):
-    add = parser.add_argument_group("networks that look at images").add_argument
+    add = parser.add_argument_group("networks that extract features").add_argument
     add(
         "--inception",
         metavar="FILE",
@@ -139,7 +142,7 @@ def add_output_flags(parser):
 
 
 def run(arguments):
-    """Evaluate, print the scores, and write the run's model card again. A run in training will write its card itself.
+    """Evaluate, print the scores, and write the run's model card again, unless the run is still training.
 
     Raises:
         SystemExit: with code 1, if a metric of --require was skipped. The record is written all the same.
@@ -160,12 +163,18 @@ def run(arguments):
         return
     print(f"{evaluated}\n\nThe record is {evaluated.path}.")
     if arguments.output not in (None, str(evaluated.path)):
-        print(f"Warning: another evaluation wrote {arguments.output} meanwhile.", file=sys.stderr)
+        print(
+            f"Warning: another evaluation wrote {arguments.output} meanwhile, so this record has another name.",
+            file=sys.stderr,
+        )
     folder = evaluated.path.parent
     has_card = folder.name == "evaluations" and (folder.parent / "README.md").is_file()
     if has_card and writer_of(folder.parent) is None:
         write_card_or_warn(folder.parent)
     measured = {name for name in evaluated.metrics if name not in evaluated.skipped}
     if missing := [name for name in arguments.require if name not in measured]:
-        print(f"ddpm_hf evaluate: {', '.join(missing)} is required, but was skipped.", file=sys.stderr)
+        print(
+            f"ddpm_hf evaluate: {', '.join(missing)} is required, but was skipped: see the reason above.",
+            file=sys.stderr,
+        )
         sys.exit(1)

@@ -47,8 +47,8 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
         "--seed",
         type=int,
         default=0,
-        help="image k uses the generator seeded with seed + k, so N images of seeds 0 and 1 share all but one, and "
-        "those of seeds 0 and N share none; default: 0",
+        help="image k uses the generator seeded with seed + k. So N images of seed 0 and N of seed 1 have all but "
+        "one in common, and N of seed 0 and N of seed N have none. Default: 0",
     )
     add("--class_labels", type=names, help="classes to draw in turn, e.g. cat,dog or 0,1,2; default: all")
     add(

@@ -1,6 +1,6 @@
 """Publish a run or an export on the Hub.
 
-It uploads the model, a new model card, samples, figures and records. Files that did not change are not sent again.
+The command uploads the model, a new model card, samples, figures and records. Unchanged files are not sent again.
 
 ddpm_hf push runs/mnist --hub_model_id me/ddpm-mnist
 ddpm_hf push my-export --hub_private_repo

@@ -17,4 +17,4 @@ def run(arguments):
     model = arguments.model
     url = push_space(model, arguments.hub_model_id, private=arguments.hub_private_repo, token=arguments.hub_token)
     print(f"The Space is at {url}.")
-    print(f"If {model} is private, add a token that can read it to the Space's settings, as the secret HF_TOKEN.")
+    print(f"If {model} is private, add a secret HF_TOKEN in the Space's settings: a token that can read {model}.")

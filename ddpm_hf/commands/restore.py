@@ -11,7 +11,9 @@ from pathlib import Path
 
 def add_flags(parser):
     parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
-    parser.add_argument("input", help="an image, or a folder of images of any size that the model's UNet can halve")
+    parser.add_argument(
+        "input", help="an image, or a folder of images, of any height and width that the UNet can halve at each level"
+    )
     parser.add_argument("output", help="a .png file, or a folder for .png files with the names of the inputs")
     add = parser.add_argument
     add("--task", required=True, metavar="TASK", help="denoise, inpaint, super_resolution, colorize or deblur")
@@ -27,14 +29,18 @@ def add_flags(parser):
         help="for inpaint: a mask image, white in the areas to paint (if it has transparent parts: opaque in "
         "these areas, in any color), or a folder that has a mask of the same name for each input",
     )
-    add("--scale_factor", type=int, help="for super_resolution: times wider and higher; default: 2")
+    add(
+        "--scale_factor",
+        type=int,
+        help="for super_resolution: how many times wider and higher the result is; default: 2",
+    )
     add("--blur_sigma", type=float, help="for deblur: standard deviation of the Gaussian blur in pixels; default: 1")
     add("--num_inference_steps", type=int, help="number of steps; default: 1 for denoise, else 25 or T, if T is less")
     add(
         "--num_samples",
         type=int,
-        help="number of restorations to average; 1 gives the sharpest result, which still varies less than the images "
-        "that fit; default: 1 for one step, else 4",
+        help="number of restorations to average. 1 gives the sharpest result, but results of different seeds vary "
+        "less than all images that fit the input. Default: 1 for one step, else 4",
     )
     add("--batch_size", type=int, default=16, help="images restored together; default: 16")
     add(
@@ -47,10 +53,10 @@ def add_flags(parser):
 
 
 def run(arguments):
-    """Restore the images and say where they are.
+    """Restore the images and print where they are.
 
     Raises:
-        UserError: as `sampling.restoration.restore`, and if several processes were launched.
+        UserError: as in `sampling.restoration.restore`, and if several processes were launched.
     """
     from accelerate import PartialState
 

@@ -54,7 +54,7 @@ def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
 def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = False) -> str:
     """Return a table of values with their errors. It has a row for each metric and a column for each record.
 
-    Below the table stands a warning for each two records that share images, see `shared_images`.
+    Below the table are warnings about records that share images, see `shared_images`.
 
     Args:
         records: the records, by the heading of their column.
@@ -73,7 +73,7 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     for name in vary:
         if not any(is_below(field, [name]) for field in is_metric):
             raise UserError(
-                f"--vary {name} is not a field of these records: give sampler or data, or one field of these, e.g. "
+                f"--vary {name} is not a field of these records: give sampler, data, or one of their fields, e.g. "
                 "sampler.eta."
             )
     varied = []
@@ -110,7 +110,7 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
 
 
 def shared_images(records: dict[str, dict]) -> list[str]:
-    """Return a warning for each two records of one model whose different seeds draw some images from the same noise.
+    """Return a warning for each pair of records of one model that share some noise, because their seeds are close.
 
     Image k is drawn from seed + k, so N images of seed s and N of seed s + 1 share all images but one.
     """
@@ -135,7 +135,7 @@ def shared_images(records: dict[str, dict]) -> list[str]:
 def protocol(record: dict) -> dict:
     """Return the fields that must be equal in comparable records, by dotted name.
 
-    They are those of the sampler and the data, and the extractor and the number of images of each metric.
+    These are the fields of the sampler and the data, and the extractor and the number of images of each metric.
     """
     fields = {key: value for key, value in flatten(record).items() if not is_below(key, NOT_PROTOCOL)}
     for entry in record["metrics"]:

@@ -1,7 +1,8 @@
 """The extractor of FD-DINOv2 (Stein et al. 2023, https://huggingface.co/papers/2306.04675), through transformers.
 
-Their protocol resizes whole 8-bit images to a square of 224x224 with Pillow's bicubic filter. The features are the CLS
-token after the last LayerNorm of DINOv2 ViT-L/14. The image processor of transformers is not used, because it crops.
+The protocol of Stein et al. resizes whole 8-bit images to a square of 224x224 with Pillow's bicubic filter. The
+features are the CLS token after the last LayerNorm of DINOv2 ViT-L/14. The image processor of transformers is not
+used, because it crops.
 """
 
 import hashlib
@@ -83,7 +84,7 @@ def load_dinov2(source: str = "facebook/dinov2-large") -> DINOv2:
         source: a folder or a Hub id, with config.json and safetensors.
 
     Raises:
-        MissingWeights: if there is no such folder and the Hub does not have it.
+        MissingWeights: if there is no such folder, and the model cannot be downloaded from the Hub.
         UserError: for a folder that does not hold a DINOv2.
     """
     folder = Path(source) if Path(source).exists() else _from_hub(source)

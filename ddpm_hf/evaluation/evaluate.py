@@ -1,7 +1,6 @@
 """evaluate(): draw images from a model, or read samples, and score them against real images.
 
-This file decides what is done in which order. `inputs.py` opens what an evaluation needs, and `metrics.py` computes
-the scores.
+This file puts the steps of an evaluation in order. `inputs.py` opens its inputs, and `metrics.py` computes the scores.
 """
 
 import secrets
@@ -52,11 +51,11 @@ class Evaluation:
         bound_images, bound_timesteps: how many held-out images bits_per_dim takes, and how many timesteps of each.
             None: all.
         reference_file: a file of statistics that FID uses in place of those of `train`.
-        reference_pipeline: the pipeline of `reference_file`, if the file does not say it.
+        reference_pipeline: how the images of `reference_file` were resized, if the file does not say so.
         cache_dir: the folder that keeps features of real images.
         pairs_path: where memorization writes its picture of the closest pairs. None: no picture.
-        on_step: called after every step if images are drawn in memory.
-        extractors: each extractor by its name, or a sentence that says why it is unavailable. `open_extractors` fills
+        on_step: called after every sampling step, but only if images are kept in memory.
+        extractors: by its name, each extractor, or a sentence that says why it is unavailable. `open_extractors` fills
             this dict.
         real: the References of `train` and `held_out`, by the name of the extractor. `score` fills this dict.
     """
@@ -111,8 +110,8 @@ class Evaluated:
     """The result of `evaluate`. `print` shows it as a table.
 
     Attributes:
-        record: all that was measured, and how: the contents of the JSON file.
-        path: the path of that file. `compare` takes it.
+        record: every number, and how it was measured: the content of the JSON file.
+        path: the path of that file, which `compare` takes.
         metrics: the names of the metrics that were requested.
     """
 
@@ -168,7 +167,7 @@ def evaluate(
     Args:
         subject: a model (folder, checkpoint, Hub id, or the result of `load`), or samples: a folder of PNG files or an
             .npz of uint8 images (N, H, W, C).
-        samples: samples of the model `subject`. They are scored, and no new images are drawn.
+        samples: images that the model `subject` drew earlier. They are scored, and no new images are drawn.
         calibrate: score held-out images against the training images, without a model.
         metrics: names of METRICS. None: the metrics that suit the data.
         suite: how much to measure: smoke, fast, standard or paper, see SUITES. `num_images`, `bound_images` and
@@ -251,7 +250,7 @@ def evaluate(
         reference_file=reference,
         reference_pipeline=reference_pipeline,
         cache_dir=cache_dir,
-        pairs_path=path.with_name(f".{path.stem}.{secrets.token_hex(4)}.pairs.png"),  # renamed with the record
+        pairs_path=path.with_name(f".{path.stem}.{secrets.token_hex(4)}.pairs.png"),  # gets the record's name later
     )
     open_extractors(evaluation)
     for line in warnings_about(evaluation):
@@ -378,9 +377,9 @@ def open_extractors(evaluation: Evaluation):
 
 
 def check_count(evaluation: Evaluation):
-    """Raise a UserError if there are fewer than FEWEST real images.
+    """Raise a UserError if there are too few real or generated images for the metrics.
 
-    The same holds for generated images, if a metric with an extractor is to be computed.
+    FEWEST real images are always needed. FEWEST generated images are needed if a metric uses an extractor.
     """
     if len(evaluation.train) < FEWEST:
         raise UserError(
@@ -401,7 +400,7 @@ def warnings_about(evaluation: Evaluation) -> list[str]:
     if not has_floor(evaluation):
         lines.append(
             f"Warning: fewer than {FEWEST} images are held out, so no floors (values of real images) are computed: "
-            "see --validation_split."
+            "hold out more with --validation_split."
         )
     count = evaluation.num_images
     if "fid" in evaluation.metrics and not evaluation.why_skipped("fid") and count < FEW_FOR_FID:

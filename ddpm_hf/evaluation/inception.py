@@ -21,7 +21,7 @@ from ..errors import UserError
 from .features import Extractor, check_images, full_precision
 
 
-# How images are resized and scaled for the network. Each pipeline gives different distances. It is used by:
+# How images are resized and scaled for the network. Each pipeline gives other distances. These programs use them:
 # tf1: TTUR, EDM, StyleGAN, torch-fidelity, torchmetrics with antialias=False. antialias: torchmetrics since 1.8.
 # pytorch: pytorch-fid.
 PIPELINES = ("tf1", "antialias", "pytorch")
@@ -114,7 +114,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(channels, 1008)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features (B, 2048), which the last pooling gives, and the logits (B, 1008).
+        """Return the features (B, 2048) after the last pooling, and the logits (B, 1008).
 
         The bias is not added to the logits, because the code of Salimans et al. 2016 does not add it either when it
         computes the Inception Score.
@@ -234,7 +234,7 @@ def load_inception(weights: str | Path | None = None, pipeline: str = "tf1") -> 
         network = InceptionV3()
     # A damaged or foreign file can fail in the unpickler, in safetensors or in PyTorch, with nearly any exception.
     try:
-        # A plain dict has no version numbers of layers. PyTorch then accepts files without num_batches_tracked.
+        # Load from a plain dict: without version numbers of layers, PyTorch accepts missing num_batches_tracked.
         is_safe = path.suffix == ".safetensors"
         read = safetensors.torch.load_file if is_safe else partial(torch.load, map_location="cpu", weights_only=True)
         network.load_state_dict(dict(read(path)), assign=True)
@@ -287,8 +287,8 @@ def preprocess(images: Tensor, pipeline: str) -> Tensor:
 def _tf1_matrix(size: int, device: torch.device) -> Tensor:
     """Return the (299, size) matrix of TensorFlow 1's bilinear interpolation along one axis, float32.
 
-    Output i is read at position i * size / 299. (Later versions of TensorFlow add half-pixel offsets.) Beyond the last
-    pixel, that pixel is repeated.
+    Output i is read at position i * size / 299. (Later versions of TensorFlow add half-pixel offsets.) The last pixel
+    is repeated beyond the edge.
     """
     position = torch.arange(IMAGE_SIZE, dtype=torch.float32, device=device) * (size / IMAGE_SIZE)
     low = position.long()
@@ -300,4 +300,4 @@ def _tf1_matrix(size: int, device: torch.device) -> Tensor:
 
 def _check_pipeline(pipeline: str) -> None:
     if pipeline not in PIPELINES:
-        raise UserError(f"the Inception pipeline is {pipeline!r}; choose {', '.join(PIPELINES)}.")
+        raise UserError(f"--inception_pipeline is {pipeline!r}: choose from {', '.join(PIPELINES)}.")

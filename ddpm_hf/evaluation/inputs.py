@@ -69,8 +69,8 @@ def choose_sampler(model: Pretrained, sampler: str | Sampler | None, settings: d
     The warnings of the sampler are printed.
 
     Args:
-        settings: fields of the sampler. If they do not decide the number of steps, and the sampler is that of the
-            suite, the suite decides it.
+        settings: fields of the sampler. If they do not determine the number of steps, and the sampler is that of the
+            suite, the suite's number is used.
         suite: a row of SUITES.
 
     Raises:
@@ -152,7 +152,7 @@ def open_data(
     Raises:
         UserError: if no flag names the images, or if the images cannot be read.
     """
-    # Take only the flags that say what the images are. A model from elsewhere must not say where files are written.
+    # Take only the flags that describe the images. A downloaded model must not decide where files are written.
     known = {field.name for field in dataclasses.fields(DataOptions)} - {"cache_dir", "dataloader_num_workers"}
     flags = model.run.get("flags", {}) if model is not None else {}
     flags = {key: value for key, value in flags.items() if key in known}
@@ -163,7 +163,8 @@ def open_data(
     source = flags.get("dataset_name") or flags.get("train_data_dir")
     if not source:
         raise UserError(
-            "it is not known which real images to compare with: give --dataset_name, a Hub id or a folder of images."
+            "neither the flags nor the model say which real images to compare with: give --dataset_name, a Hub id or "
+            "a folder of images."
         )
     channels = None  # as many as the data has
     if model is not None:
@@ -211,7 +212,7 @@ def check_labels(model: Pretrained, train: ImageSet, held_out: ImageSet | None):
 
 
 def match_channels(images: torch.Tensor, train: ImageSet) -> torch.Tensor:
-    """Return samples (N, C, H, W) with one channel if the real images have one and the channels are equal.
+    """Return samples (N, C, H, W), cut to one channel if the real images have one and the samples are grey.
 
     Many programs save grey images with three equal channels.
     """
@@ -230,7 +231,7 @@ def check_shapes(images: torch.Tensor, train: ImageSet):
 
 
 def record_path(output, overwrite: bool, folder: Path, stem: str) -> Path:
-    """Return the path of the record: `output`, or `stem` in `folder`. `write_new_record` adds a number if it is taken.
+    """Return the path of the record: `output`, or a name from `stem` in `folder`. `write_new_record` makes it unique.
 
     Raises:
         UserError: if `output` exists and `overwrite` is False, or if nothing can be written there.

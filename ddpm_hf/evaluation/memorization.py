@@ -1,7 +1,7 @@
 """Measure whether a model copies: compare generated images with the nearest training images, in pixels.
 
 Distances are root-mean-square differences of pixels in grey levels, from 0 (a copy) to 255. Each measure is also
-computed for held-out images. A model that does not copy would reach about this value.
+computed for held-out images. A model that does not copy reaches about the same value.
 """
 
 import math
@@ -33,8 +33,8 @@ def memorization_report(
     """Return measures of memorization, and the `num_pairs` closest pairs.
 
     A pair is (index of a generated image, index of its nearest training image, distance). At most `num_held_out`
-    held-out images are used, evenly spaced. Every second one of them is used to set the scale. The others are measured
-    like generated images. The measures are:
+    held-out images are used, evenly spaced. Every second one sets the threshold and the scale of median_ratio. The
+    others are measured like generated images. The measures are:
     - share_below_threshold: the share of images whose distance to the nearest training image is below a threshold.
       Only 1 % of the held-out images are below it. This measure finds a few close copies.
     - authpct: the percentage of images that are farther from their nearest training image than that training image is
@@ -79,11 +79,11 @@ def memorization_report(
     held_out_distances, held_out_nearest = _nearest(held_out, train, "Nearest to held-out", progress)
     neighbours = torch.cat([nearest, held_out_nearest]).unique()
     spacings = torch.full((len(train),), math.nan, dtype=torch.float64, device=distances.device)
-    spacings[neighbours] = _nearest(train[neighbours], train, "Nearest to those", progress, own=neighbours)[0]
+    spacings[neighbours] = _nearest(train[neighbours], train, "Nearest to training", progress, own=neighbours)[0]
     scale = held_out_distances[::2]
     if scale.median() == 0:
         raise UserError(
-            "most of the held-out images are training images too; give images that were not used in training."
+            "most of the held-out images are training images too: give images that were not used in training."
         )
     threshold = scale.quantile(0.01)
     for suffix, own, near in [
@@ -128,7 +128,7 @@ def pairs_sheet(generated: Tensor, train: Tensor, pairs: list[tuple[int, int, fl
 def _check(name: str, images: Tensor, train: Tensor, least: int):
     if images.dtype != torch.uint8 or images.shape[1:] != train.shape[1:] or len(images) < least:
         given = f"the {name} images are {images.dtype} {tuple(images.shape)}"
-        raise UserError(f"{given}; give uint8 ones (N, {', '.join(map(str, train.shape[1:]))}), N at least {least}.")
+        raise UserError(f"{given}: give at least {least}, uint8 (N, {', '.join(map(str, train.shape[1:]))}).")
 
 
 def _nearest(images: Tensor, train: Tensor, title: str, progress: bool, own: Tensor | None = None):

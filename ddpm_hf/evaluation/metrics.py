@@ -1,8 +1,8 @@
 """The metrics: a function for each metric, and the table METRICS with their names.
 
 A metric takes a `Look` and returns entries for the record. An entry is a dict with "id", "value", "se" (the standard
-error of the value), "floor" (the value for real images), "n_gen", "n_ref", "lower_is_better" and "extra". The id says
-what was measured, and with which network.
+error of the value), "floor" (the value for real images), "n_gen", "n_ref", "lower_is_better" and "extra". The id names
+the measure and the network.
 """
 
 from collections.abc import Callable
@@ -52,7 +52,7 @@ class Look:
     held_out: Reference | None = None
 
     def entry(self, id: str, value: float, *, lower_is_better: bool, floor=None, n_gen=None, n_ref=None) -> dict:
-        """Return an entry for the record. Its standard error is still None. `n_gen` defaults to all images."""
+        """Return an entry for the record, without a standard error. `n_gen` defaults to the number of images."""
         return {
             "id": id,
             "value": value,
@@ -68,7 +68,7 @@ class Look:
 
     @property
     def count(self) -> str:
-        """The number of generated images, as ids write it."""
+        """The number of generated images in the form of ids, e.g. 50k."""
         return format_count(len(self.images))
 
 
@@ -170,7 +170,7 @@ def kid(look: Look) -> list[dict]:
 def precision_recall(look: Look) -> list[dict]:
     """Return precision, recall, density and coverage of the generated images.
 
-    If there are more generated images than real features, only the first of them are used, as many as real ones.
+    If there are more generated images than real features, only the first generated ones are used, as many as real.
     """
     real = look.train.features
     features = look.generated.features[: len(real)]
@@ -329,13 +329,13 @@ def default_features(image_set) -> str:
 def random_rows(rows: Tensor, n: int) -> Tensor:
     """Return n random rows of `rows` (N, d), or all if N < n.
 
-    The first n rows would not do, because real images are often sorted by class.
+    The first n rows would be a biased choice, because real images are often sorted by class.
     """
     return rows[torch.randperm(len(rows), generator=keyed_generator(0, "floor"))[:n]]
 
 
 def format_count(n: int) -> str:
-    """Return a number of images as ids write it: 50k, 2k, 2048."""
+    """Return a number of images in the form of ids: 50k, 2k, 2048."""
     return f"{n // 1000}k" if n % 1000 == 0 and n else str(n)
 
 

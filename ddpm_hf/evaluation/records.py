@@ -19,10 +19,12 @@ PACKAGES = ["ddpm_hf", "torch", "diffusers", "transformers", "numpy", "pillow"]
 
 
 def make_record(evaluation, entries: list[dict], images: Tensor, cost: dict) -> dict:
-    """Return the record of an Evaluation: its scores, and everything that they depend on. It holds nothing private.
+    """Return the record of an Evaluation: its scores, and everything that they depend on.
+
+    The record can be published: it contains no tokens and no local paths.
 
     Args:
-        entries: what the metrics returned.
+        entries: the entries that the metrics returned.
         images: the generated images, uint8 (N, C, H, W); empty if no metric used any.
         cost: the seconds that drawing and scoring took.
     """
@@ -81,7 +83,7 @@ def write_record(record: dict, path: Path):
 def write_new_record(record: dict, path: Path, pairs: Path, overwrite: bool = False) -> Path:
     """Write a record to `path`, or to the first free name after it (x-2.json, x-3.json, ...), and return its path.
 
-    The name is chosen now and not before the evaluation, so that evaluations at the same time get names of their own.
+    The name is chosen only after the evaluation, so that two evaluations at the same time get different names.
 
     Args:
         pairs: the picture of the closest pairs, which gets the name of the record. It may be missing.
@@ -110,7 +112,7 @@ def write_new_record(record: dict, path: Path, pairs: Path, overwrite: bool = Fa
         if pairs.exists():
             pairs.replace(sheet)
         else:
-            sheet.unlink(missing_ok=True)  # of the record that was replaced
+            sheet.unlink(missing_ok=True)  # it belongs to the record that was replaced
     return target
 
 
@@ -138,7 +140,7 @@ def read_record(path) -> dict:
 
 
 def is_record(content: dict) -> bool:
-    """Return whether the content of a JSON file has the schema of a record, and the parts that are read of one."""
+    """Return whether the content of a JSON file is a record, with all fields that are read later."""
     parts = {"model": dict, "sampler": dict, "data": dict, "metrics": list, "cost": dict}
     if content.get("schema") != EVALUATION_SCHEMA or not isinstance(content.get("command", ""), (str, type(None))):
         return False
@@ -155,7 +157,7 @@ def is_record(content: dict) -> bool:
 
 
 def is_entry(entry) -> bool:
-    """Return whether a value is the entry of a metric in a record: of a skipped one, or one with all numbers."""
+    """Return whether a value is a metric's entry in a record. It must be marked as skipped, or have all numbers."""
     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
         return False
     if not isinstance(entry.get("extra", {}), dict) or not isinstance(entry.get("reason"), (str, type(None))):
@@ -204,7 +206,7 @@ def number(value) -> str:
 def table(rows: list[list[str]], markdown: bool = False) -> str:
     """Return rows as aligned text or as a Markdown table. The first row is the head of the table."""
     if markdown:
-        # A bar ends a cell, even in code. A backslash before it would undo the backslash that we put there.
+        # Escape each bar, because it ends a cell, even in code. Drop backslashes before it: they would undo ours.
         lines = ["| " + " | ".join(re.sub(r"\\*\|", r"\\|", cell) for cell in row) + " |" for row in rows]
         return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]

@@ -1,4 +1,4 @@
-"""The statistics and features of real images, for scores to compare with. They are computed once and cached as .npz.
+"""The statistics and features of real images, which scores compare with. They are computed once and cached as .npz.
 
 A file has `mu` and `sigma` (float64), in the format of pytorch-fid, EDM, TTUR and clean-fid. Our files also have
 `num_samples`, `features` (of at most 10,000 images spread over the set) and `meta` (JSON about extractor and data).
@@ -31,7 +31,7 @@ class Reference:
 
     Attributes:
         mean, covariance: float64 (d,) and (d, d), over all images.
-        num_samples: the number of images; None if the file does not say it.
+        num_samples: the number of images; None if the file does not state it.
         features, logits: float32 (N, d) and (N, k) of at most MAX_FEATURES images. None if the file has none.
         meta: facts about the extractor and the data.
     """
@@ -47,8 +47,8 @@ class Reference:
 def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_dir=None) -> Reference:
     """Return the Reference of an ImageSet, from the cache if it is there. Every process must call this function.
 
-    The name of the cached file contains the id of the extractor and a hash of the pixels after resize and crop, so it
-    differs for other data. Images are not mirrored.
+    The name of the cached file contains the id of the extractor and a hash of the pixels after resize and crop, so
+    different data have different files. Images are not mirrored.
 
     Args:
         what: the name of the images in the progress bar.

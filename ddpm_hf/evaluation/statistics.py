@@ -94,7 +94,8 @@ def frechet_at_infinity(
 
     This is FID_infinity of Chong & Forsyth 2020. The bias of the distance is about proportional to 1/n. The distance
     is therefore computed for `num_points` random subsets of n = min(5000, N/10) to N images, and a line in 1/n is
-    fitted. Its value at 1/n = 0 is the result. It has no such bias, but it is noisier than the distance itself.
+    fitted. The result is the value of the line at 1/n = 0. It has no such bias, but is noisier than the
+    distance.
 
     Raises:
         UserError: for fewer than 20 images, or fewer than 2 points.
@@ -155,7 +156,7 @@ def kernel_distance(features_a: Tensor, features_b: Tensor) -> tuple[float, floa
     # h(x, x') = k(x, x') - g(x) - g(x') + within_b, where g(x) is the mean kernel of x and `features_b`.
     rows, squares = _kernel_sums(a, to_b - within_b / 2)
     distance = rows.sum() / (n * (n - 1))
-    # The mean of h(x, x') h(y, y') over all pairs of pairs with both points, one point and no point in common.
+    # The means of h(x, x') h(y, y') over pairs of pairs that have both points, one point or no point in common.
     same, shared = squares / (n * (n - 1)), (rows.square().sum() - squares) / (n * (n - 1) * (n - 2))
     apart = (rows.sum() ** 2 - 4 * rows.square().sum() + 2 * squares) / (n * (n - 1) * (n - 2) * (n - 3))
     variance = 2 / (n * (n - 1)) * (2 * (n - 2) * (shared - apart) + same - apart)
@@ -172,7 +173,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, f
     - coverage: the share of real balls with a generated point inside.
 
     Raises:
-        UserError: for k < 1, or k or fewer images.
+        UserError: for k < 1, or if a set has k images or fewer.
     """
     _check_sizes(real, generated)
     if not 1 <= k < min(len(real), len(generated)):
@@ -225,7 +226,7 @@ def inception_score(logits: Tensor, num_splits: int = 10) -> tuple[float, float]
 
 
 def class_report(logits: Tensor, reference_frequencies: Tensor) -> dict:
-    """Return how generated images spread over the classes, by a classifier's logits (N, classes).
+    """Return the class balance and the confidence of generated images, from a classifier's logits (N, classes).
 
     - frequencies: the share of images of each class, by the highest logit;
     - total_variation: half the sum of the absolute differences to `reference_frequencies` (classes,), which may be

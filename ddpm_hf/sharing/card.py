@@ -32,7 +32,7 @@ from .published import is_ours
 
 
 logger = logging.getLogger(__name__)
-# The mark of our cards, with the name of the repository. Earlier versions wrote the name as it is, we write it quoted.
+# Marks a card that ddpm_hf wrote, and contains the repository's name, URL-quoted. Earlier versions did not quote it.
 MARKER = re.compile(r"^<!-- ddpm_hf: (.+?) -->$", re.MULTILINE | re.DOTALL)
 # For each pipeline file: what it does, and the arguments of an example call.
 PIPELINES = {
@@ -115,7 +115,7 @@ def card_text(folder: Path, name: str | None, *, pushed_to: str | None) -> str:
     try:
         judge.check_index(index)
     except ValueError as error:
-        raise UserError(f"the card of {folder} cannot be written ({error}): repair this file.") from error
+        raise UserError(f"the card of {folder} cannot be written ({error}): repair its model_index.json.") from error
     run = without_paths(read_run(folder))
     flags = run.get("flags", {})
     name = name or pushed_to or flags.get("hub_model_id") or folder.resolve().name
@@ -247,7 +247,7 @@ def usage(name: str, folder: Path) -> list[str]:
 
 pipeline = DDPMPipeline.from_pretrained({in_python(name)})
 image = pipeline(num_inference_steps={steps}).images[0]"""
-        parts.append("Stock diffusers loads it, from the Hub or from the path of this folder:")
+        parts.append("Stock diffusers loads this model, from the Hub or from the path of this folder:")
         parts.append(code_block("python", call))
         parts.append(fewer_steps(name, scheduler))
     needs_class = bool(unet.get("num_class_embeds")) and unet.get("num_class_embeds") <= len(index.get("id2label", {}))
@@ -264,7 +264,8 @@ python -m ddpm_hf evaluate {model}"""
 def fewer_steps(name: str, scheduler: dict) -> str:
     """Return a Markdown paragraph that says how stock diffusers draws in fewer than T steps.
 
-    Stock DDPM adds noise after every step except at t = 0, and spacing "trailing" ends above 0.
+    Stock DDPM adds noise after every step except at t = 0. In fewer steps, the spacing "trailing" ends above t = 0, so
+    noise is added after the last step too.
     """
     steps, is_learned = scheduler["num_train_timesteps"], scheduler["variance_type"] == "learned_range"
     ends_at_0 = scheduler["timestep_spacing"] in ("leading", "linspace")
@@ -377,15 +378,17 @@ def training(folder: Path, run: dict, flags: dict) -> list[str]:
 def limits(flags: dict, data: str | None, records: dict[str, dict]) -> str:
     """Return sentences on what the model cannot do, and on what was not measured."""
     entries = {entry["id"]: entry for record in records.values() for entry in record["metrics"]}
-    sentences = [f"It was trained on {code(data_name(data))} alone and does not suit other images."] if data else []
+    sentences = (
+        [f"The model was trained on {code(data_name(data))} alone and does not suit other images."] if data else []
+    )
     copies = entries.get("memorization_exact_copies", {}).get("value")
     if copies is None:
-        sentences.append("Whether it copies training images was not measured.")
+        sentences.append("Whether the model copies training images was not measured.")
     else:
         count = number(entries["memorization_exact_copies"]["n_gen"])
         sentences.append(f"Of {count} generated images, {number(copies)} are exact copies of training images.")
     if records:
-        sentences.append("Compare its scores only with scores of the same N, reference, sampler and extractor.")
+        sentences.append("Compare the scores only with scores of the same N, reference, sampler and extractor.")
     if flags.get("variance_type") == "learned_range":
         sentences.append(
             "Samplers that expect the UNet to predict only noise cannot use this model: it also predicts a variance."

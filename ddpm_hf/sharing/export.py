@@ -62,7 +62,7 @@ def export(
         raise UserError(f"{output} already exists: give another folder, or remove this one.")
     if not is_utf_8(output.absolute()):
         raise UserError(
-            f"{str(output)!r} is in a path that is not UTF-8, from which safetensors cannot load: give another."
+            f"{str(output)!r} is in a path that is not UTF-8, and safetensors cannot load from it: give another path."
         )
     if classifier is not None:
         check_classifier(classifier, model.unet, model.scheduler)
@@ -86,7 +86,9 @@ def export(
         for name in names:
             shutil.copyfile(pipeline_file(name), new / f"{name}.py")
         copy_published(model.run_folder, new, RECORDS)
-        if model.facts["revision"] is not None and model.run:  # the Hub's cache is made of links
+        if (
+            model.facts["revision"] is not None and model.run
+        ):  # files in the Hub's cache are links, which copy_published leaves out
             write_json(new / "train_config.json", without_paths(model.run))
         write_card(new, output.resolve().name)
     return names
@@ -96,11 +98,11 @@ def export(
 def new_folder(path: Path):
     """Yield an empty folder next to `path`, inside a `with` block that fills it. Rename it to `path` at the end.
 
-    After an error it is removed instead. Its name is new, so that no folder of the user is in the way.
+    After an error, remove it instead. Its name is random, so that it is not the name of a folder of the user.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
-        new = Path(temporary, path.name)  # inside, because only the owner may read a temporary folder
+        new = Path(temporary, path.name)  # a subfolder, because only the owner may read `temporary`
         new.mkdir()
         yield new
         new.rename(path)

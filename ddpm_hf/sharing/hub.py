@@ -37,8 +37,8 @@ def create_repository(name: str, private: bool = False, token: str | None = None
         space: more arguments of `HfApi.create_repo`, if the repository is a Space: `repo_type="space"` and others.
 
     Raises:
-        UserError: if the Hub cannot be reached or refuses, if what answers is not the Hub, or if a private repository
-            is required and a public one exists.
+        UserError: if the Hub cannot be reached or refuses, if the answer is not from the Hub, or if a private
+            repository is required and a public one exists.
     """
     kind = {"repo_type": space.get("repo_type")}
 
@@ -67,12 +67,12 @@ def push_in_background(
     """Start to upload a run as one commit. Return a future of a bool: True if the upload succeeded.
 
     The files are copied first by `copy_published`, so that training can go on writing. Files that the Hub already has
-    are not sent again. A push that fails is tried again. If the last attempt fails too, this is logged as a warning
-    and is not an error, because a network failure must not end hours of training.
+    are not sent again. A push that fails is tried again. If the last attempt fails too, this logs a warning and raises
+    no error, because a network failure must not end hours of training.
 
     Args:
-        replaces: an earlier push of the same run. If it has not begun, it is cancelled and its copy removed, so that
-            there are never more than two copies on the disk: of the push that is uploading, and of the newest.
+        replaces: an earlier push of the same run. If it has not begun, it is cancelled and its copy removed. So there
+            are at most two copies on the disk: one of the push that is uploading, and one of the newest push.
     """
     if replaces is not None:
         replaces.cancel()
@@ -113,7 +113,7 @@ def push_again(output_dir: str | Path, repo_id: str) -> str:
 
 
 def wait_for_push(pushing: "Future[bool]", output_dir: str | Path, repo_id: str) -> bool:
-    """Wait for a push at the end of a run, and return whether it succeeded. After too long, log a warning instead."""
+    """Wait for the last push of a run, and return whether it succeeded. If it takes too long, log a warning."""
     seconds = sum(WAITS) + upload_seconds(output_dir)
     try:
         return pushing.result(seconds)

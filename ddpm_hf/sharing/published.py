@@ -20,13 +20,13 @@ TOKEN = rb"hf_[A-Za-z0-9]{30,}"
 
 
 def copy_published(folder: Path, target: Path, patterns: list[str], token: str | None = None):
-    """Copy the files of `folder` that `patterns` name to `target`, an existing folder; see `files_in`.
+    """Copy the files of `folder` that match `patterns` to `target`, an existing folder; see `files_in`.
 
     A file that holds an access token is left out with a warning, and so is a JSON file that cannot be read. A
     JSON file in `evaluations` is left out if it is not a record. Local paths are cut to their last parts.
 
     Args:
-        token: a token to look for, besides that of `hf auth login` and all that look like one.
+        token: a token to look for, besides the token of `hf auth login` and any text that looks like a token.
     """
     tokens = [each.encode() for each in (token, get_token()) if each]
     for source in files_in(folder, patterns):
@@ -40,7 +40,7 @@ def copy_published(folder: Path, target: Path, patterns: list[str], token: str |
 
 
 def holds_token(path: Path, tokens: list[bytes]) -> bool:
-    """Return whether the bytes of a file contain one of the tokens, or what looks like a token of the Hub."""
+    """Return whether the bytes of a file contain one of the tokens, or text that looks like a Hub token."""
     if path.stat().st_size == 0:
         return False  # an empty file cannot be mapped
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

@@ -11,7 +11,7 @@ from ..models import judge
 from .hub import create_repository, is_hub_id, retry
 
 
-SUFFIXES = [".py", ".md", ".txt", ".css", ".html", ".js"]  # the files that a Space is made of
+SUFFIXES = [".py", ".md", ".txt", ".css", ".html", ".js"]  # the files to upload to a Space
 
 
 def push_space(model: str, name: str | None = None, *, private: bool = False, token: str | None = None) -> str:

@@ -10,16 +10,17 @@ from ..errors import UserError
 
 # A run can only be resumed with the same values of these flags, because they decide what the weights mean.
 FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
-# A change of any other flag is printed, except for these. They say what is written, shown and measured, and how fast.
+# A change of any other flag is printed, except for these flags, which affect only output, scores and speed.
 FREE = {field.name for group in (OutputOptions, EvaluationOptions, HubOptions) for field in fields(group)}
 FREE |= {"preset", "dry_run", "cache_dir", "dataloader_num_workers", "local_rank", "ddpm_num_inference_steps"}
-# The flags of the network are free too, because its config is compared. These are not in its config.
+# The flags of the network are free too, because the config of the network is compared instead. The flags below are
+# not in that config, so they are not free.
 FREE |= {field.name for field in fields(ModelOptions)} - {
     "label_dropout",
     "torch_compile",
     "enable_xformers_memory_efficient_attention",
 }
-# These flags are free if the fact is known that they decide.
+# Facts, and the flags that determine them. The fact is compared, so a change of these flags alone is not printed.
 DECIDE = {
     "data_fingerprint": {"dataset_name", "dataset_config_name", "train_data_dir", "image_column"},
     "total_steps": {"num_epochs", "max_train_steps"},
@@ -27,7 +28,10 @@ DECIDE = {
 
 
 def facts_to_compare(run, step: int) -> dict:
-    """Return what a checkpoint of this optimizer step saves beside the flags: facts that flags alone do not decide."""
+    """Return facts on the data, the length and the learning rate of a run, which the flags alone do not determine.
+
+    A checkpoint of the optimizer step `step` saves them.
+    """
     names = ("data_fingerprint", "num_images", "global_batch_size", "total_steps")
     facts = {name: run.facts[name] for name in names}
     return facts | {"classes": run.facts["class_names"], "learning_rate": run.learning_rate(step - 1)}
@@ -37,7 +41,7 @@ def check_fixed_flags(name: str, flags: dict, run):
     """Raise a UserError if a flag of FIXED differs between a checkpoint and a run.
 
     Args:
-        name: what the message calls the checkpoint.
+        name: the name of the checkpoint in the message.
         flags: the flags in the checkpoint.
     """
     for flag, was, now in changed_flags(flags, run):
@@ -48,7 +52,7 @@ def check_fixed_flags(name: str, flags: dict, run):
 def changed_flags(flags: dict, run) -> list[tuple]:
     """Return (name, value in the checkpoint, value in the run) of each flag that has changed.
 
-    A flag that is newer than the checkpoint counts as its default: defaults keep what was done before.
+    A flag that is newer than the checkpoint counts as its default, because defaults keep the earlier behaviour.
     """
     before = {field.name: field.default for field in fields(TrainingConfig)} | flags
     now = json.loads(json.dumps(run.config.to_dict()))
@@ -56,11 +60,11 @@ def changed_flags(flags: dict, run) -> list[tuple]:
 
 
 def warnings_about(name: str, flags: dict, facts: dict, step: int, run) -> list[str]:
-    """Return warnings to print: which settings have changed, and if the learning rate jumps.
+    """Return warnings to print, about changed settings and about a jump of the learning rate.
 
     Args:
         name, flags: as in `check_fixed_flags`.
-        facts: what `facts_to_compare` returned for the checkpoint; {} in checkpoints of earlier versions.
+        facts: the result of `facts_to_compare` for the checkpoint; {} in checkpoints of earlier versions.
         step: the optimizer step of the checkpoint.
     """
     free = set(FREE)

@@ -2,8 +2,8 @@
 
 A checkpoint is either complete or absent, and saving one never changes the earlier ones. accelerate writes the
 weights, the optimizer and the gradient scaler. We add the EMA as safetensors, and the counters as plain tensors and
-numbers that `weights_only` can read. All files are written to the folder `checkpoint-<step>.tmp`. It is renamed when
-every process is done. If a kill leaves this folder, the next run removes it.
+numbers that `weights_only` can read. All files are written to the folder `checkpoint-<step>.tmp`, which is renamed
+when every process is done. If a kill leaves a .tmp folder, the next run removes it.
 """
 
 import contextlib
@@ -108,8 +108,8 @@ def find_checkpoint(config) -> Path | None:
         )
     if taken and not is_run(output_dir) and (strange := checkpoint_folders(output_dir)):
         raise UserError(
-            f"--output_dir {output_dir} has a {strange[0].name}, but no train_config.json of a run, so it may not be "
-            "overwritten: remove it, or give another folder."
+            f"--output_dir {output_dir} has a {strange[0].name}, but no train_config.json of a run, so it is not "
+            f"overwritten: remove {strange[0].name}, or give another folder."
         )
     return None
 
@@ -120,7 +120,7 @@ def in_use(folder: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder has a train_config.json that a run wrote, and not another program."""
+    """Return whether a folder has a train_config.json that a run of ddpm_hf wrote, not another program."""
     try:
         record = read_json(folder / "train_config.json", missing={})
     except UserError:
@@ -131,10 +131,10 @@ def is_run(folder: Path) -> bool:
 
 
 def can_start_again(folder: Path, logging_dir: str) -> bool:
-    """Return whether `latest` may start a run from its beginning here: the one before was killed early.
+    """Return whether `latest` may start a new run, because the run before was killed before its first checkpoint.
 
-    Before its train_config.json a run writes only the lock and the folder of its tracker. Before its first checkpoint
-    it writes no network.
+    Before train_config.json, a run writes only the lock and the folder of its tracker. Before its first checkpoint, it
+    writes no network.
     """
     first = {LOCK, ".writable.tmp", ".train_config.json.tmp", Path(logging_dir).parts[0]}
     if {path.name for path in folder.iterdir()} <= first:
@@ -163,7 +163,7 @@ def output_dir_locked(config, checkpoint: Path | None):
 def replaced_by(config, checkpoint: Path | None) -> list[Path]:
     """Return the files and checkpoints of an earlier run that this run will replace. Nothing is removed.
 
-    Only names that a run writes are listed, and only in the folder of a run: all other files are the user's.
+    Only files with names that a run writes are listed, and only in the folder of a run. All others are the user's.
     """
     output_dir = Path(config.output_dir)
     resumed_here = checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve()
@@ -171,7 +171,8 @@ def replaced_by(config, checkpoint: Path | None) -> list[Path]:
         return []
     found = [path for path in output_dir.iterdir() if HALF_WRITTEN.fullmatch(path.name)]
     if resumed_here:
-        # Resuming from an earlier checkpoint abandons the later ones. The newest goes first: a kill leaves no gap.
+        # Resuming from an earlier checkpoint abandons the later ones. List the newest first, so that a kill during
+        # their removal leaves no gap.
         complete = checkpoints(output_dir)
         abandoned = [
             path
@@ -194,7 +195,7 @@ def records(output_dir: Path) -> list[Path]:
 
 
 def logs(config) -> list[Path]:
-    """Return what TensorBoard and wandb wrote in --logging_dir. No link is followed."""
+    """Return the files that TensorBoard and wandb wrote in --logging_dir. No link is followed."""
     folder = Path(config.output_dir, config.logging_dir)
     if folder.resolve() != Path(config.output_dir).resolve() / config.logging_dir:
         return []
@@ -208,7 +209,7 @@ def logs(config) -> list[Path]:
 
 
 def remove_replaced(output_dir: Path, replaced: list[Path]):
-    """Remove what `replaced_by` listed, and the folders in the run folder that are empty then.
+    """Remove the files that `replaced_by` listed, then the subfolders that have become empty.
 
     Raises:
         UserError: if a file cannot be removed.
@@ -221,25 +222,25 @@ def remove_replaced(output_dir: Path, replaced: list[Path]):
             else:
                 remove(path)
         parents = {parent for path in replaced for parent in path.parents if output_dir in parent.parents}
-        for folder in sorted(parents, reverse=True):  # those inside others come first
-            with contextlib.suppress(OSError):  # files of the user are in it
+        for folder in sorted(parents, reverse=True):  # inner folders first
+            with contextlib.suppress(OSError):  # it still has files of the user
                 folder.rmdir()
 
 
 def remove_checkpoint(checkpoint: Path):
-    """Remove a checkpoint, renamed before that, so that a kill leaves no part of it under its name."""
-    partial = checkpoint.with_name(checkpoint.name + ".tmp")  # which the next run removes
+    """Rename a checkpoint, then remove it, so that a kill leaves no incomplete checkpoint under its name."""
+    partial = checkpoint.with_name(checkpoint.name + ".tmp")  # if a kill leaves this folder, the next run removes it
     remove(partial)
     checkpoint.rename(partial)
     remove(partial)
 
 
 def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema, rows: list):
-    """Write `checkpoint-<step>`, then remove the oldest beyond --checkpoints_total_limit. Every process calls this.
+    """Write `checkpoint-<step>`, then remove the oldest above --checkpoints_total_limit. Every process calls this.
 
     Args:
-        facts: a dict for train_config.json: "unet", the config of the network, "class_names", the classes of a
-            conditional UNet or None, and "facts" to compare when the checkpoint is resumed.
+        facts: a dict for train_config.json, with "unet" (the config of the network), "class_names" (of a conditional
+            UNet, else None) and "facts" (the result of `facts_to_compare`).
         rows: the rows of `state.pending`, each summed over the processes.
 
     Raises:
@@ -282,7 +283,7 @@ def saved_network(checkpoint: Path) -> dict:
 
 
 def check_same_run(checkpoint: Path, run) -> list[str]:
-    """Refuse a checkpoint that a run cannot continue. Return lines to print: where it goes on, and what has changed.
+    """Refuse a checkpoint that a run cannot continue. Return lines to print: the step, and warnings about changes.
 
     Raises:
         UserError: if the checkpoint is of another model or diffusion process, if it has no EMA although --use_ema is
@@ -331,8 +332,8 @@ def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
         # Skip names with an underscore: diffusers keeps notes there, and their order differs between processes.
         if not name.startswith("_") and saved.get(name) != value:
             raise UserError(
-                f"{checkpoint} is of another model: its network has {name} {saved.get(name)}, this run's has "
-                f"{value}: give the flags it was trained with, or another --output_dir."
+                f"{checkpoint} is of another model (its network has {name} {saved.get(name)}, this run's has "
+                f"{value}): give the flags that it was trained with, or another --output_dir."
             )
 
 

@@ -26,7 +26,7 @@ from ..sampling.samplers import draw, image_generators
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
 BANDS = {"0 to T/4": "#12355b", "T/4 to T/2": "#2a78b8", "T/2 to 3T/4": "#5fb6c9", "3T/4 to T": "#a8d5a2"}
-FRAMES = 40  # in the GIF; more frames would be smoother, but the file larger
+FRAMES = 40  # more frames would make the GIF smoother, but the file larger
 DDIM_STEPS = (5, 10, 20, 50)  # divisors of 1000, so that trailing spacing is even
 
 
@@ -65,7 +65,7 @@ def reverse_gif(frames: list[torch.Tensor], path) -> Path:
 def ddim_sheets(unet, scheduler, folder, seed, *, num_images, on_step=None, class_labels=None) -> list[Path]:
     """Draw the same images by DDIM with each number of DDIM_STEPS, and write a sheet `ddim_<steps>.png` for each.
 
-    Numbers above T are left out. The spacing is trailing: it begins at the noisiest timestep, as the samples begin as
+    Numbers above T are left out. The timesteps are trailing: they begin at the noisiest one, because samples begin as
     pure noise.
     """
     paths = []
@@ -134,7 +134,7 @@ def loss_figure(metrics_path, path) -> Path | None:
         axes[name].locator_params(axis="x", nbins=6)
         axes[name].xaxis.set_major_formatter("{x:,.0f}")
     for name in "AB":
-        # Fit the axis to all but the first fiftieth, where the loss falls from 1. That would flatten the rest.
+        # Fit the axis without the first fiftieth, where the loss falls from 1, because that would flatten the rest.
         late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 50 :] for line in axes[name].lines])
         low, high = late.min() / 1.1, late.max() * 1.1
         if name == "B" or high > 5 * low:
@@ -147,7 +147,7 @@ def loss_figure(metrics_path, path) -> Path | None:
 
 
 def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
-    """Plot beta, abar and log-SNR over t/T. A dashed line shows Ho's linear or Nichol's cosine schedule to compare."""
+    """Plot beta, abar and log-SNR over t/T. A dashed line shows Ho's linear or Nichol's cosine schedule."""
     T, own = len(scheduler), scheduler.config.beta_schedule
     other, name = PaperDDPMScheduler.nichol_cosine(T), "Nichol's cosine"
     if own == "squaredcos_cap_v2":
@@ -249,7 +249,7 @@ def redraw_figures(folder: str | Path):
     folder = Path(folder)
     if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():  # an export has both
         only = folder / "figures" / "loss.png"
-        raise UserError(f"{folder} is the run of a classifier, which has only {only}: give the run of a DDPM.")
+        raise UserError(f"{folder} is the run of a classifier, whose only figure is {only}: give the run of a DDPM.")
     if not (folder / "train_config.json").is_file() or not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a finished run: give the --output_dir of a training.")
     check_unlocked(folder, "wait until it ends; it draws the figures itself")
@@ -257,6 +257,8 @@ def redraw_figures(folder: str | Path):
     try:
         config = TrainingConfig(**model.run["flags"])
     except (TypeError, KeyError) as error:
-        raise UserError(f"{folder}/train_config.json is not of this version ({error}): train it again.") from error
+        raise UserError(
+            f"{folder}/train_config.json is not of this version ({error}): train the model again."
+        ) from error
     train_set, _ = load_images(config, model.unet.config.in_channels)
     figures_of_run(folder, model, train_set, config)

@@ -1,7 +1,7 @@
 """The training loop. Read this file from top to bottom.
 
-run.py does everything before the first step, and periodic.py what is due only after some steps. Progress is counted in
-optimizer steps and images seen, never in micro-batches or processes.
+run.py does everything before the first step. periodic.py does what is due only after some steps, e.g. checkpoints.
+Progress is counted in optimizer steps and images seen, never in micro-batches or processes.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from .run import Run, open_run
 
 @dataclass(frozen=True, kw_only=True)
 class FinishedRun:
-    """A run that has ended: what `train` returns.
+    """The result of `train`: a run that has ended.
 
     Args:
         folder: the run folder.
@@ -48,7 +48,7 @@ class FinishedRun:
     losses: dict
 
     def __fspath__(self) -> str:
-        """Return the folder, so that the run can be given wherever a model is asked for by its path."""
+        """Return the folder, so that a finished run can be passed to functions that take the path of a model."""
         return str(self.folder)
 
     def load(self) -> Pretrained:
@@ -63,8 +63,8 @@ class FinishedRun:
 def train(config: TrainingConfig) -> FinishedRun | None:
     """Train as `config` says, and return the finished run. A dry run writes nothing and returns None.
 
-    After SIGINT or SIGTERM, training finishes the current step, saves a checkpoint and the pipeline, and stops. It can
-    be called several times in one process, and in any thread. It catches signals only in the main thread.
+    After SIGINT or SIGTERM, training finishes the current step, saves a checkpoint and the pipeline, and stops.
+    Signals are caught only in the main thread. `train` can be called several times in one process, and in any thread.
 
     Raises:
         UserError: if the input cannot be trained on (nothing is written then), if a loss is not finite, or if a file
@@ -152,7 +152,7 @@ def step(run: Run, batches):
             batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
             # Dropout draws from torch's global generator, so seed it with the ordinal of the first image.
             torch.manual_seed(config.seed + int(ordinals[0]))
-            # Predict the noise and compare.
+            # Predict the noise (or another target) and compute the losses.
             losses = run.loss(run.model, batch)
             # Follow the gradient.
             weights = batch.get("weights", 1.0)
@@ -202,7 +202,7 @@ def catching_signals(caught: list[int]):
     before = {}
 
     def note(number, frame):
-        # Only take note: it may interrupt any line, also one that prints. The loop prints a sentence after the step.
+        # Do not print here, because a signal may interrupt any line, also one that prints. The loop prints a message.
         caught.append(number)
         signal.signal(number, before[number])
 
@@ -218,7 +218,7 @@ def catching_signals(caught: list[int]):
 def all_agree_to_stop(run: Run, due: set) -> bool:
     """Return whether to stop after this step, because a process caught a signal.
 
-    Several processes ask each other only when a log line is due, because asking after every step would be slow.
+    Several processes exchange this only when a log line is due, because an exchange after every step would be slow.
     """
     accelerator, count = run.accelerator, len(run.state.signals)
     if accelerator.num_processes == 1:
@@ -229,11 +229,11 @@ def all_agree_to_stop(run: Run, due: set) -> bool:
 
 
 def finished_run(run: Run) -> FinishedRun:
-    """Return what `train` returns, from the state of a run that has ended."""
+    """Return the FinishedRun of a run that has ended."""
     state, folder = run.state, Path(run.config.output_dir)
     finished = state.step == run.total_steps and not state.figures_missing
     last = next(reversed(read_metrics(folder / "metrics.jsonl")), {})
-    number = state.signals[0] if state.signals else signal.SIGTERM  # another process may have caught it
+    number = state.signals[0] if state.signals else signal.SIGTERM  # if another process caught it
     return FinishedRun(
         folder=folder,
         step=state.step,

@@ -56,7 +56,7 @@ def what_is_due(run: Run) -> set[str]:
 
 
 def due_when_resumed_at_the_end(run: Run) -> set[str]:
-    """Return what a kill may have left undone after the checkpoint of the last step."""
+    """Return the tasks that a kill may have left undone after the checkpoint of the last step."""
     return {"pipeline", "end"} if run.config.objective == "classify" else {"sheet", "pipeline", "end"}
 
 
@@ -139,7 +139,8 @@ def write_log_line(run: Run, due: set[str], line: dict):
 def add_sheet(run: Run, due: set[str], line: dict):
     """Draw the sample sheet samples/epoch_<n>.png, from the same noise each time. After a signal, draw no sheet."""
     config, accelerator = run.config, run.accelerator
-    # A Sampler's timesteps are trailing: they begin in pure noise, where leading ones keep signal with cosine betas.
+    # By default a Sampler's timesteps are trailing and begin in pure noise. With cosine betas, leading timesteps would
+    # begin where some signal is left.
     sampler = Sampler(num_inference_steps=config.ddpm_num_inference_steps, seed=config.seed).resolve(run.pretrained)
     count = config.eval_batch_size
     try:
@@ -215,7 +216,7 @@ def start_push(run: Run, due: set[str], line: dict):
         )
 
 
-# Pairs of what is due and the function that does it, called as `task(run, due, line)`.
+# Pairs of a name that `what_is_due` returns, and the function that then runs, called as `task(run, due, line)`.
 #
 # A kill can come at any point. A resumed run then repeats the steps after the last checkpoint, and everything that was
 # due in them, with the same results. So everything that belongs to a step is done before the checkpoint of the step.
@@ -224,16 +225,16 @@ TASKS = [
     ("log", add_averages),
     ("validation", add_validation_loss),
     ("scores", add_scores),
-    # Write the line before the checkpoint, which no longer has the losses of this line: in the other order, a kill
-    # between the two would lose the line. In this order a kill leaves one line too many, and the resumed run removes
-    # that line.
+    # Write the line before the checkpoint, because the checkpoint no longer has the losses of this line. In the other
+    # order, a kill between the two would lose the line. In this order, a kill leaves a line too many, which the
+    # resumed run removes.
     ("log", write_log_line),
     # Draw before the checkpoint. Otherwise a run killed between the two would never draw this sheet.
     ("sheet", add_sheet),
-    # Save it before the pipeline, because a folder with a pipeline but no checkpoint cannot be resumed.
+    # Save the checkpoint before the pipeline, because a folder with a pipeline but no checkpoint cannot be resumed.
     ("checkpoint", save_checkpoint),
-    # Save the pipeline before the figures, because they take minutes. A run that is resumed at its last step does the
-    # rest of the list again.
+    # Save the pipeline before the figures, because figures take minutes. A run that is resumed at its last step does
+    # the rest of the list again.
     ("pipeline", save_published),
     ("end", draw_figures),
     # Write the card after the figures, because it shows them. Push last, because the push publishes all of these.

@@ -40,7 +40,7 @@ from .schedule import count_steps, ema_warning, learning_rate_schedule
 from .scoring import open_evaluation
 
 
-PROCESS_TIMEOUT = timedelta(hours=2)  # others wait while one draws figures; the value of diffusers' script
+PROCESS_TIMEOUT = timedelta(hours=2)  # the others wait while one draws figures; diffusers' script has the same value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Run:
     total_steps: int
     facts: dict  # for train_config.json, with a "summary" to print
     state: TrainState
-    repo_id: str | None = None  # on the Hub; None without --push_to_hub, and outside the main process
+    repo_id: str | None = None  # of the Hub repository; None without --push_to_hub, and outside the main process
     # A context manager that keeps other runs out of the folder, until it is closed.
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -124,7 +124,8 @@ def open_run(config: TrainingConfig) -> Run | None:
         if is_main:
             print(json.dumps(config.to_dict() | {"network": dict(run.network.config)}, indent=2))
         return None
-    # Whatever may still be refused comes before the first change: the checkpoint is read, then the tracker started.
+    # First do everything that may still fail: read the checkpoint, create the repository, start the tracker. Only then
+    # change the folder.
     restore_state(run, checkpoint)
     if config.push_to_hub and is_main:
         name = config.hub_model_id or Path(config.output_dir).resolve().name
@@ -233,7 +234,7 @@ def restore_state(run: Run, checkpoint: Path | None):
     if checkpoint is not None:
         checkpoints.load_checkpoint(run.accelerator, checkpoint, state, run.ema)
         for group in run.optimizer.param_groups:
-            group.update(adam_settings(config))  # the checkpoint has brought its own
+            group.update(adam_settings(config))  # replace those of the checkpoint
         if state.stream is not None:
             run.train_set.load_state_dict(state.stream)
     if config.timestep_sampling == "uniform":

@@ -1,4 +1,4 @@
-"""Score a model during training, with few images that are drawn from the same noise each time, to be comparable.
+"""Score a model during training with few images. Scores are comparable, because the noise is the same each time.
 
 Images are drawn by DDIM in 50 steps from the published weights. Their seeds begin at 1,000,000,000. Reports of a
 finished model use other seeds, because a checkpoint that was chosen by its score for some noise gets too good a score
@@ -38,7 +38,7 @@ def open_evaluation(config, model: Pretrained, train_set, validation_set) -> tup
     steps = min(STEPS, len(model.scheduler))
     sampler = Sampler(name="ddim", num_inference_steps=steps, seed=SEED, dtype=DTYPES[config.mixed_precision])
     evaluation = Evaluation(
-        # Put the --best_by metric first, so that its number comes first.
+        # Put the --best_by metric first, because `score_run` reads its value from the first entry.
         metrics=sorted(config.eval_metrics, key=lambda name: name != config.best_by),
         train=train_set,
         held_out=validation_set,

@@ -7,7 +7,7 @@ from ..randomness import keyed_generator
 from .run import Run
 
 
-VALIDATION_IMAGES = 1024  # enough for three digits; costs a few percent of an epoch
+VALIDATION_IMAGES = 1024  # enough for three digits of the loss; costs a few percent of an epoch
 
 
 def validate(run: Run) -> dict:
@@ -30,7 +30,7 @@ def validate(run: Run) -> dict:
 
 @torch.no_grad()
 def validation_loss(run: Run, network, measure) -> torch.Tensor:
-    """Sum `measure(network, batch)` over at most 1,024 held-out images, and return (2, 4) as `by_band` does.
+    """Return sums and counts (2, 4), as `by_band` does, of `measure(network, batch)` on up to 1,024 held-out images.
 
     Each image has its own fixed noise and timestep, and the timesteps are spread evenly. The losses of two runs, or of
     two epochs, thus differ only because of the weights. Every process measures a share of the images. A conditional

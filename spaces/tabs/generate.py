@@ -55,7 +55,7 @@ def generate(model: Model, number, sampler, steps, seed, class_name, guidance):
 
 def add(model: Model):
     has_guidance = model.null_class is not None
-    cost = 8 if has_guidance else 4  # evaluations in a step for the page's first four images, doubled by guidance
+    cost = 8 if has_guidance else 4  # evaluations per step of the default four images; guidance doubles them
     steps, many = model.affordable_steps(cost, 50), model.affordable_steps(cost, model.T)
     with gr.Tab("Generate"), gr.Row():
         with widgets.inputs_column():
