@@ -75,8 +75,9 @@ def steps(count, *flags):
     run = open_run(parse_config([*TINY, "--overwrite_output_dir", *map(str, flags)]))
     batches = training_batches(run.train_set, run.config, run.state.images_seen, 0, 1)
     run.model.train()
-    for _ in range(count):
-        step(run, batches)
+    with run.lock:
+        for _ in range(count):
+            step(run, batches)
     losses = [row[:NUM_BANDS].sum() for row in run.state.pending]
     return run, losses
 

@@ -8,6 +8,7 @@ import struct
 import sys
 import zipfile
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,8 +240,8 @@ def test_a_model_does_not_say_where_evaluate_writes(tmp_path, digit_folder, monk
     run = json.loads(path.read_text())
     where = {"cache_dir": str(tmp_path / "cache"), "output_dir": str(tmp_path / "out"), "logging_dir": "../logs"}
     path.write_text(json.dumps(run | {"flags": run["flags"] | where | {"hub_model_id": "me/x", "push_to_hub": True}}))
-    taken = []
-    monkeypatch.setattr(inputs, "load_images", lambda config, channels: taken.append(config) or (None, None))
+    taken, images = [], SimpleNamespace(warnings=[])
+    monkeypatch.setattr(inputs, "load_images", lambda config, channels: taken.append(config) or (images, None))
     inputs.open_data({}, load_pretrained(model), None, calibrate=False, resolution=28)
     assert taken[0].dataset_name == str(digit_folder) and taken[0].validation_split == "test"
     assert (taken[0].cache_dir, taken[0].hub_model_id, taken[0].push_to_hub) == (None, None, False)

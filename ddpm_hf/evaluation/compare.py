@@ -39,7 +39,9 @@ def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
     Example:
         >>> settings = dict(metrics=["bits_per_dim"], suite="smoke", bound_images=2, overwrite=True)
         >>> a = ddpm_hf.evaluate("runs/digits", output="published.json", **settings)
+        Data: 1,797 images; ...
         >>> b = ddpm_hf.evaluate("runs/digits", output="raw.json", weights="raw", **settings)
+        Data: 1,797 images; ...
         >>> table = ddpm_hf.compare(a, b)
         >>> table.splitlines()[0].split()
         ['published', 'raw']

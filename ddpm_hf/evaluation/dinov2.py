@@ -90,7 +90,7 @@ def load_dinov2(source: str = "facebook/dinov2-large") -> DINOv2:
     folder = Path(source) if Path(source).exists() else _from_hub(source)
     wanted = "give a folder or Hub id with config.json and safetensors of a Dinov2Model"
     try:
-        kind = read_json(folder / "config.json").get("model_type")
+        kind = read_json(folder / "config.json", missing={}).get("model_type")
         if kind != "dinov2":
             raise UserError(f"{source} holds a model of type {kind}, but dinov2 is needed: {wanted}.")
         model, loading = Dinov2Model.from_pretrained(

@@ -359,7 +359,7 @@ class Metric:
         >>> ddpm_hf.METRICS["brightness"] = ddpm_hf.Metric(brightness)
         >>> few = {"num_images": 40, "num_inference_steps": 2}
         >>> result = ddpm_hf.evaluate("runs/digits", metrics=["brightness"], **few)
-        40 images of ddim in 2 steps: ...
+        Data: 1,797 images; ...
         >>> list(result.scores)
         ['brightness']
     """
