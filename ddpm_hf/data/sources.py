@@ -204,8 +204,8 @@ def check_image(row: int, encoded: dict | None, places: list[Path] | None, allow
         if allow_missing:
             return
         raise UserError(
-            f"image {row} (without a name) cannot be read (it is missing in this row): repair or remove it, or skip it "
-            "with --on_bad_image skip."
+            f"image {row} (without a name) cannot be read (it is missing in this row): repair or remove it, or skip "
+            "it with --on_bad_image skip."
         )
     place = encoded["path"].split("::")[-1]  # for a file in an archive, the path of the archive
     if places is None or place.startswith("hf://datasets/"):
