@@ -512,7 +512,8 @@ print(type(pipeline).__name__)
 
 
 def test_a_run_is_fed_from_a_dataset_on_the_hub(hub, tmp_path, image_folder):
-    rows = datasets.load_dataset("imagefolder", data_dir=str(image_folder), split="train")
+    rows = datasets.load_dataset("imagefolder", data_dir=str(image_folder), split="train").with_format("arrow")
+    rows = rows.map(datasets.table.embed_table_storage, batched=True)  # the bytes of the files, as push_to_hub does
     (tmp_path / "mnist" / "mnist").mkdir(parents=True)
     rows.to_parquet(tmp_path / "mnist" / "mnist" / "train-00000-of-00001.parquet")
     hub.add_folder("datasets/user/mnist", tmp_path / "mnist")
