@@ -40,6 +40,7 @@ _PUBLIC = {
     "SAMPLERS": ("sampling.samplers", "SAMPLERS"),
     "METRICS": ("evaluation.metrics", "METRICS"),
     "Metric": ("evaluation.metrics", "Metric"),
+    "Look": ("evaluation.metrics", "Look"),
 }
 __all__ = ["UserError", "__version__", *_PUBLIC]
 

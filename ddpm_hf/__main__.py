@@ -20,7 +20,9 @@ def module_of(command: str):
 
 
 def parse(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
-    """Return the flags of a command line, with `command` and `prog`. Error messages begin with `prog`.
+    """Parse a command line into a namespace of flags.
+
+    The namespace also has `command`, the name of the command, and `prog`, with which error messages begin.
 
     Exits with code 2 on bad input, and with code 0 after --help and --version.
     """

@@ -35,7 +35,7 @@ def no_such(kind: str, word: str, known) -> str:
 
 
 def no_such_flag(word: str, known) -> str:
-    """Return the sentence for a flag that is not in `known`. Omit the flag's value, because it may be a token."""
+    """Return the error message for a flag that is not in `known`, without its value, which may be an access token."""
     return no_such("flag", re.split(r"[=\s]", word)[0], known)
 
 

@@ -1,4 +1,4 @@
-"""Send requests to the Hub, each with a time limit. A server that is silent, slow or not the Hub is an error."""
+"""Send requests to the Hub, each with a time limit. A server that is silent, slow or not the Hub causes an error."""
 
 import contextlib
 import threading

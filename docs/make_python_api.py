@@ -16,7 +16,7 @@ TITLES = {
     "Score and restore": ["evaluate", "Evaluated", "compare", "restore", "Restored"],
     "Share": ["export", "push"],
     "Mathematics": ["PaperDDPMScheduler"],
-    "Tables to add to": ["SAMPLERS", "METRICS", "Metric", "OBJECTIVES"],
+    "Tables to add to": ["SAMPLERS", "METRICS", "Metric", "Look", "OBJECTIVES"],
     "Errors": ["UserError"],
 }
 # The texts for the public dicts, because a dict has no docstring.
@@ -74,7 +74,8 @@ The metrics `bits_per_dim` and `memorization` need no download, nor does `fd_mni
 `kid`, `precision_recall`, `inception_score` and `fd_dinov2`. `result.scores` holds the numbers under the names in the
 table. `result.skipped` says which metrics were skipped, and why. For distances, bits/dim and class balance, lower is
 better. Compare a score with its floor, which is the value of real images, and with records of the same settings, which
-is what `compare` checks. The finished `digits` preset has 5.0 bits/dim. `memorization` does not say how good
+is what `compare` checks. Bits/dim has no floor: compare it with other models of the same data. The finished `digits`
+preset has 5.0 (`suite="smoke"`). `memorization` does not say how good
 the images are, only whether they are copies of training images. [scores.md](scores.md) explains all scores.
 
 For a model with classes, train with `class_conditional=True`. Then ask for a class, and for how closely to follow it:
@@ -88,7 +89,9 @@ a model is wanted, you can give a finished run, its folder, or a name with a sla
 Hub id. Bad input raises `ddpm_hf.UserError`, a `ValueError` whose message is one sentence. Progress bars work in
 notebooks. Ctrl-C during training writes a checkpoint and returns the run so far, with `finished=False`. To continue
 exactly from there, train again with the same config, without `overwrite_output_dir`, and with
-`resume_from_checkpoint="latest"`.
+`resume_from_checkpoint="latest"`. A run also writes a checkpoint at its end. To train a finished run for longer, raise
+`max_train_steps` or `num_epochs` and resume. The learning rate's schedule is then stretched, and a warning says by how
+much the rate jumps.
 """
 
 
@@ -129,6 +132,7 @@ def signature(name: str, value) -> str:
 def fields() -> str:
     """Return a table of the fields of TrainingConfig: the flags of `ddpm_hf train`."""
     lines = ["Every field is also a flag of `ddpm_hf train`. [ours] marks flags that diffusers' example script lacks."]
+    lines += ["A preset overrides these defaults. `config.learning_rate` and so on are the values that the run uses."]
     lines += ["", "| field | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(ddpm_hf.TrainingConfig):
         meaning = field.metadata["help"].replace("|", "\\|")

@@ -340,7 +340,7 @@ def to_output(images: torch.Tensor, output_type: str, **options):
     """
     if output_type == "pil" and not images.isfinite().all():
         raise ValueError(
-            "The images have pixels that are nan or infinite; give a model and settings without overflow."
+            "The pipeline computed pixels that are nan or infinite; give a model and settings that do not overflow."
         )
     return VaeImageProcessor().postprocess(images, output_type, **options)
 

@@ -20,7 +20,7 @@ api = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(api)
 DESCRIBED = [name for names in api.TITLES.values() for name in names]
 DOCUMENTED = [name for name in DESCRIBED if name not in api.TABLES]
-RESULTS = ["FinishedRun", "Evaluated", "Restored"]  # what functions return: their examples show them
+RESULTS = ["FinishedRun", "Evaluated", "Restored", "Look"]  # what functions return or take: examples of these show it
 ELSEWHERE = ["push"]  # its example needs a Hub: tests/test_hub.py runs it
 
 

@@ -51,7 +51,7 @@ def _problem(item, pixel_range) -> str | None:
 
 
 def skipped_warning(skipped: list[str]) -> list[str]:
-    """Return a warning that names up to three skipped images, in a list; an empty list if none was skipped."""
+    """Return a list with one warning, which names up to three skipped images. It is empty if no image was skipped."""
     if not skipped:
         return []
     more = f" and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""

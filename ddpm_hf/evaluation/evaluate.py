@@ -89,7 +89,10 @@ class Evaluation:
 
     @property
     def requested_classes(self) -> list[str] | None:
-        """The names of the requested classes, or None without classes. Image k is of class names[k % len(names)]."""
+        """The name of each requested class, in the order of the request. None if the classes have no names.
+
+        Image k was requested as the class with the index `k % len(requested_classes)`.
+        """
         record = self.sampler_record
         names = record.get("class_names")
         return None if names is None else [names[label] for label in record["class_labels"]]
@@ -126,7 +129,7 @@ class Evaluated:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Why each skipped metric was skipped, by the name of the metric."""
+        """The reason for each skipped metric, by the name of the metric."""
         return {entry["id"]: entry["reason"] for entry in self.record["metrics"] if "reason" in entry}
 
     def __str__(self) -> str:

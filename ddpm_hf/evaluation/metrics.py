@@ -35,8 +35,11 @@ ENOUGH_TO_EXTRAPOLATE = 5000  # images; with fewer images, FID at infinity is mo
 class Look:
     """The input of a metric. The last four attributes are None for a metric without an extractor.
 
+    `look.entry(id, value, lower_is_better=..., floor=...)` makes an entry. The floor is the value of real images.
+
     Attributes:
-        evaluation: the `Evaluation`, with the real images and the model.
+        evaluation: `evaluation.train` and `evaluation.held_out` are the real images (`get(rows)` returns float32
+            images in [-1, 1]), and `evaluation.model` is the model, as `load` returns it.
         images: the generated images, uint8 (N, C, H, W).
         extractor: the network that extracted the features.
         generated: the features of the generated images.
@@ -88,10 +91,10 @@ def fd_dinov2(look: Look) -> list[dict]:
 
 
 def fd_mnist(look: Look) -> list[dict]:
-    """Return Fréchet distances in the digit classifier's features, class balance, confidence and coverage.
+    """Return the scores of the digit classifier: distances in its features, class balance, confidence, coverage.
 
-    The distance is not FID. Its id contains the hash of the classifier, because values of different classifiers cannot
-    be compared.
+    The Fréchet distances are not FID. Their ids contain the hash of the classifier, because values of different
+    classifiers cannot be compared. If digits were requested, their accuracy is a score too.
     """
     entries = frechet(look, f"fd_mnist-{look.extractor.sha256[:8]}_{look.count}")
     coverage = precision_recall(look)[-1]
@@ -354,8 +357,9 @@ class Metric:
 
     Example:
         >>> def brightness(look):  # look.images: uint8 (N, C, H, W)
-        ...     mean = look.images.double().mean().item()
-        ...     return [look.entry("brightness", mean, lower_is_better=False)]
+        ...     real = (look.evaluation.train.get(range(100)) + 1) * 127.5
+        ...     floor, mean = real.mean().item(), look.images.double().mean().item()
+        ...     return [look.entry("brightness", mean, lower_is_better=False, floor=floor)]
         >>> ddpm_hf.METRICS["brightness"] = ddpm_hf.Metric(brightness)
         >>> few = {"num_images": 40, "num_inference_steps": 2}
         >>> result = ddpm_hf.evaluate("runs/digits", metrics=["brightness"], **few)

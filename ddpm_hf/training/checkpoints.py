@@ -46,7 +46,8 @@ class TrainState:
 
     Not saved, because these fields belong to the current process:
         signals: the numbers of the signals caught so far.
-        figures_missing: True if a signal stopped the last sheet or the figures, so that the run is not finished.
+        figures_missing: True if a signal stopped the drawing of the last sample sheet or of the figures. The run is
+            then not finished.
         push: the last push to the Hub, which runs in the background.
     """
 
