@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -68,6 +69,20 @@ def check_output(flag: str, given: str | Path) -> Path:
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{flag} is {given}, but nothing can be written in {parent}: give another path.")
     return path
+
+
+@contextlib.contextmanager
+def new_folder(path: Path):
+    """Yield an empty folder next to `path`, inside a `with` block that fills it. Rename it to `path` at the end.
+
+    After an error, remove it instead. Its name is random, so that it is not the name of a folder of the user.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
+        new = Path(temporary, path.name)  # a subfolder, because only the owner may read `temporary`
+        new.mkdir()
+        yield new
+        new.rename(path)
 
 
 def remove(path: Path):

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import UserError
-from .files import write_beside
+from .files import write_beside, writing
 
 
 GAP = 4  # white pixels between images
@@ -20,11 +20,15 @@ def save_picture(write, path, **options) -> Path:
     """Write a picture to `path` and return the path. A kill leaves no half-written picture there.
 
     `write(path, format=..., **options)` writes the file. It is e.g. the `save` method of a PIL image.
+
+    Raises:
+        UserError: if the picture cannot be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Give the format, because the temporary name ends in .tmp.
-    write_beside(path, partial(write, format=path.suffix[1:], **options))
+    with writing("a picture", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Give the format, because the temporary name ends in .tmp.
+        write_beside(path, partial(write, format=path.suffix[1:], **options))
     return path
 
 

@@ -119,3 +119,14 @@ def test_what_cannot_be_converted_is_refused(sources, tmp_path, capsys, monkeypa
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and said.count("\n") == 1 and sentence in said, said
         assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_only_its_own_folder_is_written(tiny_run, tmp_path):
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "thesis.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    main(["convert", str(tiny_run), str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        main(["convert", str(tiny_run), str(tmp_path / "link")])
+    assert (tmp_path / ".out.tmp" / "thesis.txt").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.tmp", "link", "out"]

@@ -496,6 +496,7 @@ def test_metadata_and_splits(open_folder, tmp_path):
         ("file_name\n/etc/passwd\n", "names /etc/passwd in row 0, but there is no such image"),
         ("name,label\n1.png,a\n", "has no column file_name with text, only name, label: add the path"),
         ("file_name,label\n1.png\n", "metadata.csv cannot be read .*: correct or remove it"),
+        ("file_name,label,label\n1.png,a,b\n", "has several columns named label: give each column its own name"),
     ],
 )
 def test_odd_metadata_are_refused(open_folder, tmp_path, text, sentence):
@@ -891,3 +892,13 @@ def test_a_run_called_digits_does_not_hide_the_bundled_digits(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     train, _ = load_images(TrainingConfig(dataset_name="digits", resolution=8))
     assert train.num_images == 1797
+
+
+def test_two_colons_in_the_name_of_a_folder_mean_nothing(tmp_path):
+    """fsspec would read x::/0.png as a file inside of x, here a link to a private picture."""
+    for folder, grey in [("private", 200), ("data/x::", 0)]:
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("L", (8, 8), grey).save(tmp_path / folder / "0.png")
+    (tmp_path / "data" / "x").symlink_to(tmp_path / "private" / "0.png")
+    train, _ = load_images(TrainingConfig(train_data_dir=str(tmp_path / "data"), resolution=8))
+    assert (train.get([0]) == -1).all()

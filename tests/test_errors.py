@@ -151,7 +151,7 @@ BAD = {
         [*TINY, "--resume_from_checkpoint={root}/backup"],
         "give a folder named checkpoint-",
     ),
-    "damaged checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-4"], "is damaged"),
+    "damaged checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-4"], "is not a complete checkpoint"),
     "checkpoint of another folder into a full one": (
         [*TINY, "--output_dir={root}/mine", "--resume_from_checkpoint={root}/run/checkpoint-2"],
         "is from another run folder",

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
+from ddpm_hf import UserError
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.pictures import to_uint8
 from ddpm_hf.sampling.samplers import draw, image_generators
@@ -71,7 +72,7 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path):
         partial.write_text("half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="a picture could not be written to .*sheet.png"):
         figures.save_picture(fail, path)
     assert path.read_text() == "old"
 

@@ -9,11 +9,12 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
+from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.community_pipelines import pipeline_file
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.models.saving import save_pipeline
-from ddpm_hf.sampling.masks import read_mask, read_masks_in_memory
+from ddpm_hf.sampling.masks import painted_pixels, read_mask, read_masks_in_memory
 from ddpm_hf.sampling.restoration import restore
 
 
@@ -354,3 +355,19 @@ def test_bad_places(tiny_run, images, tmp_path, capsys):
 
 def test_the_pipeline_s_file_is_found():
     assert "class RestorationPipeline" in pipeline_file("restoration").read_text()
+
+
+@pytest.mark.parametrize("of_a_folder", [True, False])
+def test_a_result_never_replaces_its_mask(tiny_run, images, tmp_path, capsys, of_a_folder):
+    masks = shutil.copytree(images, tmp_path / "masks")
+    before = {path.name: path.read_bytes() for path in masks.iterdir()}
+    place, output = (images, masks) if of_a_folder else (images / "a.png", masks / "a.png")
+    arguments = [str(tiny_run), str(place), str(output), "--task=inpaint", "--overwrite"]
+    said = refused(capsys, *arguments, f"--mask={masks if of_a_folder else masks / 'a.png'}")
+    assert "is the same file as the mask: give another OUTPUT." in said
+    assert {path.name: path.read_bytes() for path in masks.iterdir()} == before
+
+
+def test_a_mask_without_a_positive_value_is_refused():
+    with pytest.raises(UserError, match="so there is nothing to paint"):
+        painted_pixels(Image.fromarray(np.linspace(-1, 0, 16, dtype=np.float32).reshape(4, 4)), "the mask")

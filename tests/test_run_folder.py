@@ -186,3 +186,18 @@ def test_part_of_a_checkpoint_is_not_listed_and_not_in_the_way(ran):
     assert [path.name for path in checkpoints(ran)] == ["checkpoint-1", "checkpoint-2"]
     assert train(config(ran, "--use_ema", "--resume_from_checkpoint=latest")).finished
     assert (ran / "checkpoint-3" / "model.safetensors").exists()
+
+
+def test_a_damaged_later_checkpoint_is_kept_under_another_name(tmp_path, capsys):
+    flags = [*TINY, "--checkpointing_steps=2", f"--output_dir={tmp_path / 'run'}"]
+    train(parse_config([*flags, "--max_train_steps=4"]))
+    (tmp_path / "run" / "checkpoint-4" / "optimizer.bin").write_bytes(b"")
+    (tmp_path / "run" / "checkpoint-9").mkdir()
+    (tmp_path / "run" / "checkpoint-9" / "thesis.txt").write_text("mine")
+    capsys.readouterr()
+    train(parse_config([*flags, "--max_train_steps=4", "--resume_from_checkpoint=latest"]))
+    said = capsys.readouterr().out
+    assert "Resuming from" in said and "it is now checkpoint-4.damaged." in said
+    assert (tmp_path / "run" / "checkpoint-4.damaged" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "checkpoint-9.damaged" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "run" / "checkpoint-4" / "state.pt").is_file()

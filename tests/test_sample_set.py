@@ -212,6 +212,7 @@ def test_images_that_are_not_finite_are_refused(tmp_path, tiny_run, monkeypatch)
         ("--timesteps sideways", "choose quad"),
         ("--class_labels 1", "this model has no classes"),
         ("--class_labels=-1", "this model has no classes"),
+        ("--class_labels=,", "--class_labels is empty"),
         ("--weights raw", "has no checkpoint"),
         ("--variance_type learned_range", "predicts no variance"),
     ],

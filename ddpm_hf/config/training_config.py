@@ -83,7 +83,7 @@ class ModelOptions:
     channel_mults: list[str] | None = flag(
         None, "Channels of each level, as multiples of --base_channels; default: up to 1,1,2,2,4,4 [ours]"
     )
-    layers_per_block: int | None = flag(None, "Residual blocks per level; default: 2 [ours]", at_least=1)
+    layers_per_block: int | None = flag(None, "Residual blocks per level; default: 2 [ours]", at_least=1, at_most=32)
     attention_resolutions: list[str] | None = flag(
         None, "Sizes in pixels of the levels with attention, e.g. 16,8; default: the last level but one [ours]"
     )

@@ -180,7 +180,9 @@ def use_file(use, item):
         if encoded["bytes"] is not None:
             return use(io.BytesIO(encoded["bytes"]))
         check_regular(encoded["path"])
-        with fsspec.open(encoded["path"], "rb") as file:  # a stream's path can point to the Hub or into an archive
+        # The path of a stream can point to the Hub or into an archive. In the path of a file, :: has no meaning.
+        opener = open if os.path.isfile(encoded["path"]) else fsspec.open
+        with opener(encoded["path"], "rb") as file:
             return use(io.BytesIO(file.read()))
     except Exception as error:
         name = f"image {row} ({encoded['path'] or 'without a name'})"
@@ -200,6 +202,8 @@ def short_reason(error) -> str:
 
 def check_regular(path):
     """Raise an OSError if a path is not a regular file. It is not opened, because to read a pipe might never end."""
+    if os.path.isfile(path):
+        return
     for part in str(path).split("::"):  # e.g. zip://a.png::/data/images.zip
         local = part.removeprefix("file://")
         if os.path.exists(local) and not os.path.isfile(local):

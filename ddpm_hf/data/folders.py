@@ -227,6 +227,8 @@ def _read_metadata(folder, names, images):
     tables = []
     for name in names:
         table = _read_table(folder / name)
+        if twice := [column for column in table.column_names if table.column_names.count(column) > 1]:
+            raise UserError(f"{folder / name} has several columns named {twice[0]}: give each column its own name.")
         simple = [field.name for field in table.schema if _is_simple(field.type) and field.name != "image"]
         if "file_name" not in simple or not _is_text(table["file_name"].type):
             raise UserError(

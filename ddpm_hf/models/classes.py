@@ -85,7 +85,10 @@ class Classes:
         """
         if labels is None:
             return list(range(len(self))) or None
-        return [self.number(label) for label in ([labels] if isinstance(labels, (int, str)) else labels)]
+        labels = [labels] if isinstance(labels, (int, str)) else list(labels)
+        if not labels:
+            raise UserError("--class_labels is empty: give names or numbers of classes, or leave it out.")
+        return [self.number(label) for label in labels]
 
     def in_turn(self, indices: Sequence[int]) -> list[int] | None:
         """Return the class of each image if the images take all classes in turn. None for an unconditional network."""

@@ -1,7 +1,7 @@
 """Convert models that `load_pretrained` refuses: pickled weights, bare UNets, checkpoints of diffusers' script."""
 
+import os
 import re
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from diffusers import UNet2DModel
 
 from ..diffusion.scheduler import BETA_SCHEDULES, PaperDDPMScheduler, make_scheduler
 from ..errors import UserError, no_such
-from ..files import check_output, read_json, write_json, writing
+from ..files import check_output, new_folder, read_json, write_json, writing
 from . import judge
 from .classes import Classes
 from .pretrained import PIPELINE_FILES, check_is_ddpm, check_shards, find_folder, opening, part_folder, read_network
@@ -43,7 +43,7 @@ def convert(name: str | Path, output: str | Path, *, weights: str = "published",
             written.
     """
     output = check_output("OUTPUT", output)
-    if output.exists():
+    if os.path.lexists(output):
         raise UserError(f"{output} already exists: give another folder, or remove this one.")
     name, folder, _ = find_folder(name, [*PIPELINE_FILES, *PICKLES])
     has_index = (folder / "model_index.json").is_file()
@@ -62,12 +62,8 @@ def convert(name: str | Path, output: str | Path, *, weights: str = "published",
         unet = _read_unet(unet_folder, config)
         judge.check_together(unet.config, scheduler.config)
     names = Classes.of_model(unet.config.num_class_embeds, index.get("id2label")).names
-    new = output.with_name(f".{output.name}.tmp")
-    with writing("the pipeline", output):
-        shutil.rmtree(new, ignore_errors=True)  # an earlier call that was killed may have left it
-        new.mkdir(parents=True)
+    with writing("the pipeline", output), new_folder(output) as new:
         save_pipeline(new, unet, scheduler, names)
-        new.rename(output)
 
 
 def _unet_folder(name: str, folder: Path, weights: str) -> Path:

@@ -48,9 +48,9 @@ def painted_pixels(image: Image.Image, name: str) -> torch.Tensor:
         else:  # float64 keeps the mean of three equal values equal to them
             values = to_array(image, 3, exact=True).astype(np.float64).mean(axis=-1)
     advice = f"give a mask that is {mark} in the areas to paint, and {unmarked} elsewhere"
-    if not values.any():
+    painted = values > max(values.max() / 2, 0)
+    if not painted.any():
         raise UserError(f"{name} is {unmarked} everywhere, so there is nothing to paint: {advice}.")
-    painted = values > values.max() / 2
     if painted.all():
         raise UserError(f"{name} marks the whole image, so nothing of it would be kept: {advice}.")
     return torch.from_numpy(painted)

@@ -218,7 +218,7 @@ def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]
             raise UserError(f"OUTPUT {output} is the same file as INPUT: give another name as OUTPUT.")
         if output.suffix != ".png" or output.is_dir():
             raise UserError(f"OUTPUT is {output}, but results are written as PNG files: give a name ending in .png.")
-        return [Item(0, place, output, find_mask(place, mask))]
+        return [Item(0, place, output, refuse_to_replace(output, find_mask(place, mask)))]
     if not place.is_dir():
         raise UserError(f"INPUT {place} is neither a file nor a folder: give an image or a folder of images.")
     if output.is_file() or output.resolve() == place.resolve():
@@ -235,8 +235,16 @@ def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]
             f"INPUT {place} has several images named {min(twice)}, and all their results would be {min(twice)}.png: "
             "rename these images."
         )
-    masks = [find_mask(path, mask) for path in paths]
-    return [Item(k, path, output / f"{path.stem}.png", mask) for k, (path, mask) in enumerate(zip(paths, masks))]
+    results = [output / f"{path.stem}.png" for path in paths]
+    masks = [refuse_to_replace(result, find_mask(path, mask)) for path, result in zip(paths, results)]
+    return [Item(k, *item) for k, item in enumerate(zip(paths, results, masks))]
+
+
+def refuse_to_replace(output: Path, mask: Path | None) -> Path | None:
+    """Return the mask of an image. Raise a UserError if its result would replace the mask."""
+    if mask is not None and output.resolve() == mask.resolve():
+        raise UserError(f"OUTPUT {output} is the same file as the mask: give another OUTPUT.")
+    return mask
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -1,14 +1,12 @@
 """Export a model and the pipeline files that suit it into one folder. Loading the folder needs only diffusers."""
 
-import contextlib
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from ..community_pipelines import pipeline_file
 from ..errors import UserError
-from ..files import check_output, is_utf_8, read_json, write_json, writing
+from ..files import check_output, is_utf_8, new_folder, read_json, write_json, writing
 from ..models.classifier import NoisyClassifier
 from ..models.pretrained import Pretrained, load_classifier, load_pretrained
 from ..models.saving import save_classifier, save_pipeline
@@ -92,17 +90,3 @@ def export(
             write_json(new / "train_config.json", without_paths(model.run))
         write_card(new, output.resolve().name)
     return names
-
-
-@contextlib.contextmanager
-def new_folder(path: Path):
-    """Yield an empty folder next to `path`, inside a `with` block that fills it. Rename it to `path` at the end.
-
-    After an error, remove it instead. Its name is random, so that it is not the name of a folder of the user.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
-        new = Path(temporary, path.name)  # a subfolder, because only the owner may read `temporary`
-        new.mkdir()
-        yield new
-        new.rename(path)

@@ -8,6 +8,7 @@ when every process is done. If a kill leaves a .tmp folder, the next run removes
 
 import contextlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,8 @@ def find_checkpoint(config) -> Path | None:
         checkpoint = Path(config.resume_from_checkpoint)
         if not checkpoint.exists() and checkpoint.name == config.resume_from_checkpoint:
             checkpoint = output_dir / checkpoint  # a name without a folder, as in diffusers' script
-        if not (checkpoint / "state.pt").is_file() or not re.fullmatch(r"checkpoint-\d+", checkpoint.name):
+        parts = [(checkpoint / name).is_file() for name in ("state.pt", "model.safetensors")]
+        if not all(parts) or not re.fullmatch(r"checkpoint-\d+", checkpoint.name):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: give a folder named "
                 f"checkpoint-<step>, or `latest`."
@@ -174,12 +176,7 @@ def replaced_by(config, checkpoint: Path | None) -> list[Path]:
     if resumed_here:
         # Resuming from an earlier checkpoint abandons the later ones. List the newest first, so that a kill during
         # their removal leaves no gap.
-        complete = checkpoints(output_dir)
-        abandoned = [
-            path
-            for path in checkpoint_folders(output_dir)
-            if step_of(path) > step_of(checkpoint) or path not in complete
-        ]
+        abandoned = [path for path in checkpoints(output_dir) if step_of(path) > step_of(checkpoint)]
         return found + abandoned[::-1]
     files = files_in(output_dir, RUN_FILES)
     return found + checkpoint_folders(output_dir)[::-1] + files + records(output_dir) + logs(config)
@@ -226,6 +223,29 @@ def remove_replaced(output_dir: Path, replaced: list[Path]):
         for folder in sorted(parents, reverse=True):  # inner folders first
             with contextlib.suppress(OSError):  # it still has files of the user
                 folder.rmdir()
+
+
+def set_damaged_aside(output_dir: Path, checkpoint: Path) -> list[str]:
+    """Rename the incomplete checkpoints of a folder, which may hold work, and return a sentence about each.
+
+    Args:
+        checkpoint: the checkpoint that the run goes on from. It keeps its name.
+
+    Raises:
+        UserError: if a folder cannot be renamed.
+    """
+    complete = {path.resolve() for path in [*checkpoints(output_dir), checkpoint]}
+    sentences = []
+    with writing("the run", output_dir):
+        for path in checkpoint_folders(output_dir):
+            if path.resolve() in complete:
+                continue
+            number = 1
+            while os.path.lexists(aside := path.with_name(f"{path.name}.damaged{f'-{number}' * (number > 1)}")):
+                number += 1
+            path.rename(aside)
+            sentences.append(f"Warning: {path} is not a complete checkpoint of this version; it is now {aside.name}.")
+    return sentences
 
 
 def remove_checkpoint(checkpoint: Path):

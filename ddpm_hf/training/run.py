@@ -217,6 +217,8 @@ def prepare_folder(run: Run, checkpoint: Path | None):
         start_tracker(config, accelerator)
         checkpoints.remove_replaced(output_dir, replaced)
         if checkpoint is not None:
+            for sentence in checkpoints.set_damaged_aside(output_dir, checkpoint):
+                print(sentence, flush=True)
             checkpoints.keep_metrics_up_to(output_dir, run.state.step)
         write_train_config(run)
     accelerator.wait_for_everyone()
