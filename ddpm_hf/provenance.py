@@ -37,7 +37,8 @@ def without_paths(value):
     A local path is absolute, or begins with `..` or `~`.
     """
     if isinstance(value, dict):
-        return {key: without_paths(inner) for key, inner in value.items()}
+        # Names of classes may look like paths: those of OpenImages are like /m/0199g.
+        return {key: inner if key == "class_names" else without_paths(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [without_paths(inner) for inner in value]
     if not isinstance(value, str):

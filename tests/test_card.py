@@ -399,3 +399,8 @@ def test_no_path_of_this_machine_and_no_token_is_told(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "train_config.json").read_text()) == {"flags": {"output_dir": "run"}}
     for path in tmp_path.rglob("config.json"):
         assert json.loads(path.read_text()) == {"id2label": {"0": "/a"}}
+
+
+def test_names_of_classes_are_no_paths():
+    names = {"class_names": ["/m/0199g", "/m/01g317"]}
+    assert without_paths(names | {"flags": names}) == names | {"flags": names}
