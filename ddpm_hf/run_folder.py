@@ -15,10 +15,15 @@ HALF_WRITTEN = re.compile(
 )
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Return whether a folder of this name is a checkpoint: checkpoint-<step>."""
+    return re.fullmatch(r"checkpoint-[0-9]+", name) is not None
+
+
 def checkpoint_folders(output_dir) -> list[Path]:
     """Return the folders named checkpoint-<step>, complete or not, oldest first."""
     found = Path(output_dir).glob("checkpoint-*")
-    return sorted((path for path in found if re.fullmatch(r"checkpoint-[0-9]+", path.name)), key=step_of)
+    return sorted((path for path in found if is_checkpoint_name(path.name)), key=step_of)
 
 
 def checkpoints(output_dir) -> list[Path]:

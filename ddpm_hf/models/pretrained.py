@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import read_json
 from ..hub_requests import API, HUB_ERRORS, download, short_reason
 from ..manifest import check_files
-from ..run_folder import checkpoints, step_of
+from ..run_folder import checkpoints, is_checkpoint_name, step_of
 from . import judge
 from .classes import Classes
 from .classifier import NoisyClassifier
@@ -244,7 +244,7 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
         "name": checkpoint.resolve().parent.name,
         "revision": None,
         "weights": "published" if averaged else "raw",
-        "train_step": step_of(checkpoint) if re.fullmatch(r"checkpoint-[0-9]+", checkpoint.name) else None,
+        "train_step": step_of(checkpoint) if is_checkpoint_name(checkpoint.name) else None,
     }
     return _pretrained(
         unet,

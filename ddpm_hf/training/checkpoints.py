@@ -24,7 +24,16 @@ from ..evaluation.records import read_record
 from ..files import read_json, remove, write_beside, writing
 from ..locks import LOCK, locked
 from ..manifest import check_files, damaged, reading, write_manifest
-from ..run_folder import HALF_WRITTEN, RUN_FILES, checkpoint_folders, checkpoints, files_in, read_metrics, step_of
+from ..run_folder import (
+    HALF_WRITTEN,
+    RUN_FILES,
+    checkpoint_folders,
+    checkpoints,
+    files_in,
+    is_checkpoint_name,
+    read_metrics,
+    step_of,
+)
 from .changes import check_fixed_flags, warnings_about
 
 
@@ -87,7 +96,7 @@ def find_checkpoint(config) -> Path | None:
         if not checkpoint.exists() and checkpoint.name == config.resume_from_checkpoint:
             checkpoint = output_dir / checkpoint  # a name without a folder, as in diffusers' script
         parts = [(checkpoint / name).is_file() for name in ("state.pt", "model.safetensors")]
-        if not all(parts) or not re.fullmatch(r"checkpoint-\d+", checkpoint.name):
+        if not all(parts) or not is_checkpoint_name(checkpoint.name):
             raise UserError(
                 f"--resume_from_checkpoint {checkpoint} is not a complete checkpoint: give a folder named "
                 f"checkpoint-<step>, or `latest`."
