@@ -57,6 +57,8 @@ def main():
         parser.error(str(error))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         parser.error(f"--out {out} is not empty: give a new folder.")
+    if not 0 < arguments.minutes < 10_000:
+        parser.error(f"--minutes is {arguments.minutes:g}: give a number of minutes above 0, e.g. 9.")
     out.mkdir(parents=True, exist_ok=True)
     work.mkdir(parents=True, exist_ok=True)
     # `timeout` and job queues send SIGTERM. Leave through `finally`, which ends the stage.

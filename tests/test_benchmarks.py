@@ -184,6 +184,8 @@ def test_stages_share_the_time_and_leave_the_rest_to_later_ones(gpu):
         (["--stages", "step=soon"], "--stages has 'step=soon': give a number of seconds after the =."),
         (["--data", "cifra10=here"], "--data is 'cifra10=here': give PRESET=FOLDER"),
         (["--out", "."], "is not empty: give a new folder."),
+        (["--minutes", "-3"], "--minutes is -3: give a number of minutes above 0"),
+        (["--minutes", "nan"], "--minutes is nan: give a number of minutes above 0"),
     ],
 )
 def test_the_gpu_benchmark_refuses_before_it_starts(flags, said, gpu, tmp_path, monkeypatch, capsys):
