@@ -1,10 +1,12 @@
 """Measure how start-up, data loading and memory grow with the number and the size of the images.
 
     python benchmarks/growth.py --json growth.json --plot growth.png
+    python benchmarks/growth.py --from_page docs/results.md --plot docs/images/growth.png
 
 The images are smooth noise, stored as PNG in Parquet, as on the Hub: a thousand different ones, repeated. Each size is
 measured in its own process: seconds until a run is open, images per second in batches of 128, and peak memory. The
-training itself costs the same for any number of images.
+training itself costs the same for any number of images. The second command only draws the plot, from the
+table of a page.
 """
 
 import argparse
@@ -36,12 +38,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="file to write the numbers to; default: only print them")
     parser.add_argument("--plot", help="PNG file to plot the numbers in; default: no plot")
+    parser.add_argument("--from_page", help="Markdown page whose table has the numbers; default: measure them")
     parser.add_argument("--one", help="only measure this folder of Parquet files; the program calls itself so")
     parser.add_argument("--resolution", type=int, default=32, help="height and width in pixels for --one; default: 32")
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.resolution)))
         return
+    rows = read_table(Path(arguments.from_page).read_text()) if arguments.from_page else measure_all()
+    if not arguments.from_page:
+        report({"growth": rows}, arguments.json)
+    if arguments.plot:
+        draw(rows, arguments.plot)
+
+
+def measure_all() -> dict:
     rows = {}
     for count, side in SIZES:
         with tempfile.TemporaryDirectory() as folder:
@@ -51,9 +62,19 @@ def main():
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
             rows[f"{count:,} of {side}x{side}"] = json.loads(done.stdout.splitlines()[-1])
             print(rows, flush=True)
-    report({"growth": rows}, arguments.json)
-    if arguments.plot:
-        draw(rows, arguments.plot)
+    return rows
+
+
+def read_table(page: str) -> dict:
+    """Return the numbers of each size in the table of a Markdown page, as `measure` returns them."""
+    rows = {}
+    for size, seconds, speed, in_memory, peak in re.findall(
+        r"^\| ([\d,]+ of \d+x\d+) \| ([\d.,]+) \| ([\d.,]+) \| (yes|no)[^|]*\| ([\d.,]+)", page, re.MULTILINE
+    ):
+        seconds, speed, peak = (float(text.strip(",").replace(",", "")) for text in (seconds, speed, peak))
+        held = int(in_memory == "yes")
+        rows[size] = {"seconds to open": seconds, "images/s": speed, "in memory": held, "peak MiB": peak}
+    return rows
 
 
 def write_images(folder: Path, count: int, side: int):
@@ -91,19 +112,39 @@ def measure(folder: str, side: int) -> dict:
 
 
 def draw(rows: dict, path: str):
-    import matplotlib
+    """Plot each number against the number of images, in the upper row, and against their size, in the lower row."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    for axis, what in zip(axes, ("seconds to open", "images/s", "peak MiB")):
-        for along, label in ((0, "images of 32x32"), (1, "pixels a side, 1,000 images")):
-            chosen = [size for size in SIZES if size[1 - along] == (32, 1_000)[along]]
-            values = [rows[f"{count:,} of {side}x{side}"][what] for count, side in chosen]
-            axis.plot([size[along] for size in chosen], values, "o-", label=label)
-        axis.set(xscale="log", yscale="log", title=what)
-    axes[0].legend(fontsize=8)
+    figure = Figure(figsize=(11, 6.2), layout="constrained")
+    panels = figure.subplots(2, 3, sharey="col")
+    whats = {
+        "seconds to open": "seconds to open a run",
+        "images/s": "images per second",
+        "peak MiB": "peak memory in MiB",
+    }
+    for along, along_name in ((0, "number of images, 32x32 px"), (1, "side of 1,000 images in px")):
+        chosen = [size for size in SIZES if size[1 - along] == (32, 1_000)[along]]
+        places = [size[along] for size in chosen]
+        for axis, (what, title) in zip(panels[along], whats.items()):
+            measured = [rows[f"{count:,} of {side}x{side}"] for count, side in chosen]
+            axis.plot(places, [row[what] for row in measured], "-", color="#1f6fb4")
+            for place, row in zip(places, measured):
+                fill = "#1f6fb4" if row["in memory"] else "white"
+                axis.plot(place, row[what], "o", color="#1f6fb4", markerfacecolor=fill, markersize=7)
+                text = f"{row[what]:,.2g}" if row[what] < 10 else f"{row[what]:,.0f}"
+                look = dict(ha="center", fontsize=9, bbox=dict(facecolor="white", edgecolor="none", pad=1, alpha=0.8))
+                axis.annotate(text, (place, row[what]), (0, 10), textcoords="offset points", **look)
+            is_memory = what == "peak MiB"
+            axis.set(xscale="log", yscale="linear" if is_memory else "log", xlabel=along_name, ylabel=title)
+            axis.yaxis.set_major_formatter("{x:,.12g}")
+            axis.set_xticks(places, [f"{place:,}" for place in places], minor=False)
+            axis.minorticks_off()
+            axis.margins(x=0.15, y=0.25)
+            if is_memory:
+                axis.set_ylim(bottom=0)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25)
+    figure.suptitle("filled: the pixels are kept in memory; empty: decoded when needed", fontsize=10)
     figure.savefig(path, dpi=110)
 
 

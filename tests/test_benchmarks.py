@@ -41,6 +41,17 @@ def test_a_benchmark_shows_its_help(name, benchmark, capsys):
     assert stopped.value.code == 0 and f"python benchmarks/{name}.py" in capsys.readouterr().out
 
 
+def test_the_growth_plot_shows_the_table_of_the_results(benchmark, tmp_path):
+    page = ROOT / "docs" / "results.md"
+    benchmark("growth", f"--from_page={page}", f"--plot={tmp_path / 'growth.png'}")
+    assert Image.open(tmp_path / "growth.png").size == Image.open(ROOT / "docs/images/growth.png").size
+    growth = importlib.import_module("growth")
+    rows = growth.read_table(page.read_text())
+    assert [*rows] == [f"{count:,} of {side}x{side}" for count, side in growth.SIZES]
+    millions = {"seconds to open": 7.1, "images/s": 3600, "in memory": 0, "peak MiB": 2501}
+    assert rows["1,000,000 of 32x32"] == millions
+
+
 def test_the_speed_of_everything_in_one_process_is_measured(benchmark, tmp_path):
     small = ["--rounds=1", "--steps=1", "--images=2", "--num_inference_steps=2", f"--json={tmp_path / 'speed.json'}"]
     benchmark("speed", *TINY, *small, "--parts=data,training,sampling")

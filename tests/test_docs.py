@@ -22,6 +22,7 @@ from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
 from conftest import ROOT
 from matplotlib.mathtext import MathTextParser
+from PIL import Image
 from test_presets import build, parameters
 from torch.distributed.run import get_args_parser as torchrun_parser
 
@@ -315,3 +316,10 @@ def test_the_memory_table_is_right():
 
 def test_the_readme_stays_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/images/*")), ids=lambda path: path.name)
+def test_a_picture_of_the_docs_is_opaque(path):
+    """Dark text on a transparent background could not be read in a dark page."""
+    with Image.open(path) as picture:
+        assert picture.convert("RGBA").getextrema()[3] == (255, 255)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ddpm_hf import UserError
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
-from ddpm_hf.pictures import to_uint8
+from ddpm_hf.pictures import image_sheet, to_uint8
 from ddpm_hf.sampling.samplers import draw, image_generators
 from ddpm_hf.training import figures
 
@@ -48,7 +48,7 @@ def metrics(path, lines, **more):
 @pytest.mark.parametrize("channels, side, cell", [(1, 8, 128), (1, 28, 112), (3, 32, 128), (3, 256, 256)])
 def test_sheet_keeps_every_pixel_as_a_square(tmp_path, channels, side, cell):
     images = torch.randint(0, 256, (4, channels, side, side), dtype=torch.uint8)
-    picture = Image.open(figures.image_sheet(images, tmp_path / "sheet.png"))
+    picture = Image.open(image_sheet(images, tmp_path / "sheet.png"))
     assert picture.mode == ("L" if channels == 1 else "RGB")
     assert picture.size == (2 * cell + 4, 2 * cell + 4)
     pixels = np.asarray(picture).reshape(2 * cell + 4, 2 * cell + 4, channels)
@@ -126,12 +126,45 @@ def test_gif_of_28_px_images_loops_rests_and_is_small(tmp_path):
     assert (last == np.asarray(figures.tile(figures.resize(to_uint8(digits[:16]), 84), 4))).all()
 
 
-def test_ddim_sheets_are_ddim_samples_and_skip_what_T_cannot_give(tmp_path, unet, scheduler):
-    paths = figures.ddim_sheets(unet, scheduler, tmp_path, seed=5, num_images=2)
-    assert [path.name for path in paths] == ["ddim_5.png", "ddim_10.png"]
-    options = dict(sampler="ddim", num_inference_steps=5, spacing="trailing")
-    images = to_uint8(draw(unet, scheduler, image_generators(5, range(2)), **options))
-    assert paths[0].read_bytes() == figures.image_sheet(images, tmp_path / "expected.png").read_bytes()
+def test_the_ddim_sheet_has_a_labelled_row_for_each_number_of_steps(tmp_path, unet, scheduler):
+    path = figures.ddim_sheet(unet, scheduler, tmp_path / "ddim.png", seed=5, num_images=2)
+    picture = np.asarray(Image.open(path))
+    assert figures.ddim_steps(10) == [5, 10] and figures.ddim_steps(30) == [5, 10, 20, 30]
+    left = picture.shape[1] - (2 * 128 + 4)
+    assert picture.shape[0] == 32 + 2 * 128 + 4 and left > 100
+    for row, count in enumerate((5, 10)):
+        options = dict(sampler="ddim", num_inference_steps=count, spacing="trailing")
+        images = to_uint8(draw(unet, scheduler, image_generators(5, range(2)), **options))
+        top = 32 + row * 132
+        assert (picture[top : top + 128, left:] == np.asarray(figures.tile(figures.resize(images, 128), 2))).all()
+        assert picture[top : top + 128, :left].min() < 50  # the label
+    many = Image.open(figures.ddim_sheet(unet, scheduler, tmp_path / "many.png", seed=5, num_images=16))
+    assert many.width == left + 8 * 132 - 4
+
+
+def drawn_by(monkeypatch, function, *arguments):
+    """Return the matplotlib figure that a function of `figures` saved."""
+    kept = []
+    monkeypatch.setattr(figures, "save_picture", lambda write, path: kept.append(write.__self__))
+    function(*arguments)
+    return kept[0]
+
+
+def contrast(color, other="#ffffff"):
+    """Return the contrast ratio of two colors, as WCAG 2.2 defines it."""
+    channels = [[int(each[k : k + 2], 16) / 255 for k in (1, 3, 5)] for each in (color, other)]
+    linear = [[c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in each] for each in channels]
+    low, high = sorted(0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in linear)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_axis_says_what_it_shows_on_an_opaque_background(tmp_path, scheduler, monkeypatch):
+    lines = metrics(tmp_path / "metrics.jsonl", 3, validation_loss=0.4)
+    for arguments in [(figures.loss_figure, lines, "loss.png"), (figures.schedule_figure, scheduler, "schedule.png")]:
+        figure = drawn_by(monkeypatch, *arguments)
+        assert all(ax.get_xlabel() and ax.get_ylabel() and ax.get_title(loc="left") for ax in figure.axes)
+        assert figure.get_facecolor()[3] == 1  # dark text on white is readable in a dark page too
+    assert all(contrast(color) >= 3 for color in figures.BANDS.values())
 
 
 def test_run_figures_draws_them_all(tmp_path, unet, scheduler):
@@ -139,7 +172,7 @@ def test_run_figures_draws_them_all(tmp_path, unet, scheduler):
     figures.run_figures(tmp_path, unet, scheduler, torch.zeros(2, 1, 8, 8), seed=0, num_images=3)
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     plots, strips = {"loss.png", "schedule.png"}, {"forward.png", "reverse.png", "reverse.gif"}
-    assert names == plots | strips | {"ddim_5.png", "ddim_10.png"}
+    assert names == plots | strips | {"ddim.png"}
     strip = Image.open(tmp_path / "figures" / "reverse.png")
     assert strip.height == 32 + 6 * 132 - 4  # three images, each with its prediction
     # pyplot would keep every figure, and ask for a display.

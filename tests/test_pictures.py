@@ -12,7 +12,7 @@ from ddpm_hf import UserError
 from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.pictures import to_pil, to_uint8
 from ddpm_hf.sampling.samplers import draw, image_generators
-from ddpm_hf.training.figures import ddim_sheets
+from ddpm_hf.training.figures import ddim_sheet
 from ddpm_hf.training.periodic import add_sheet
 
 
@@ -54,7 +54,7 @@ def test_previews_and_figures_of_a_training(model, tmp_path):
     with pytest.raises(UserError, match="image 0 has pixels that are not finite"):
         add_sheet(run, {"sheet"}, {})
     with pytest.raises(UserError, match="pixels that are nan or infinite"):
-        ddim_sheets(run.network, run.scheduler, tmp_path / "run", 0, num_images=1)
+        ddim_sheet(run.network, run.scheduler, tmp_path / "run" / "ddim.png", 0, num_images=1)
     assert not list((tmp_path / "run").rglob("*.png"))
 
 

@@ -18,14 +18,15 @@ from ..diffusion.scheduler import PaperDDPMScheduler
 from ..errors import UserError
 from ..locks import check_unlocked
 from ..models.pretrained import Pretrained, load_pretrained
-from ..pictures import evenly, image_sheet, near_square, resize, save_picture, strip, tile, to_uint8
+from ..pictures import evenly, near_square, resize, save_picture, strip, tile, to_uint8
 from ..randomness import keyed_generator
 from ..run_folder import read_metrics
 from ..sampling.samplers import draw, image_generators
 
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
-BANDS = {"0 to T/4": "#12355b", "T/4 to T/2": "#2a78b8", "T/2 to 3T/4": "#5fb6c9", "3T/4 to T": "#a8d5a2"}
+# A contrast of at least 3 with white, and lighter the noisier.
+BANDS = {"0 to T/4": "#12355b", "T/4 to T/2": "#2a78b8", "T/2 to 3T/4": "#2a9188", "3T/4 to T": "#c27a1c"}
 FRAMES = 40  # more frames would make the GIF smoother, but the file larger
 DDIM_STEPS = (5, 10, 20, 50)  # divisors of 1000, so that trailing spacing is even
 
@@ -62,19 +63,25 @@ def reverse_gif(frames: list[torch.Tensor], path) -> Path:
     return save_picture(pictures[0].save, path, save_all=True, append_images=pictures[1:], **options)
 
 
-def ddim_sheets(unet, scheduler, folder, seed, *, num_images, on_step=None, class_labels=None) -> list[Path]:
-    """Draw the same images by DDIM with each number of DDIM_STEPS, and write a sheet `ddim_<steps>.png` for each.
+def ddim_steps(T: int) -> list[int]:
+    """Return the numbers of steps that `ddim_sheet` shows for a model of T timesteps: DDIM_STEPS, but T at most."""
+    return sorted({min(count, T) for count in DDIM_STEPS})
 
-    Numbers above T are left out. The timesteps are trailing: they begin at the noisiest one, because samples begin as
-    pure noise.
+
+def ddim_sheet(unet, scheduler, path, seed, *, num_images, on_step=None, class_labels=None) -> Path:
+    """Draw the same images by DDIM in 5, 10, 20 and 50 steps: one labelled row for each number of steps.
+
+    Numbers above T become T. The timesteps are trailing: they begin at the noisiest one, because samples begin as pure
+    noise. At most the first 8 of `num_images` are drawn.
     """
-    paths = []
-    options = dict(sampler="ddim", spacing="trailing", on_step=on_step, class_labels=class_labels)
-    for count in [count for count in DDIM_STEPS if count <= len(scheduler)]:
-        generators = image_generators(seed, range(num_images))
-        images = draw(unet, scheduler, generators, num_inference_steps=count, **options)
-        paths.append(image_sheet(to_uint8(images), Path(folder, f"ddim_{count}.png")))
-    return paths
+    numbers, rows = range(min(num_images, 8)), []
+    labels = None if class_labels is None else class_labels[: len(numbers)]
+    options = dict(sampler="ddim", spacing="trailing", on_step=on_step, class_labels=labels)
+    for count in ddim_steps(len(scheduler)):
+        images = draw(unet, scheduler, image_generators(seed, numbers), num_inference_steps=count, **options)
+        rows.append(to_uint8(images))
+    row_labels = [f"DDIM, {count} steps" for count in ddim_steps(len(scheduler))]
+    return strip(rows, [f"image {k}" for k in numbers], row_labels, path)
 
 
 def plot(mosaic, titles: list[str], height: float, **ratios):
@@ -108,7 +115,7 @@ def loss_figure(metrics_path, path) -> Path | None:
     if not lines:
         return None
     all_steps = np.array([line["step"] for line in lines])
-    titles = ["loss", "loss by timestep t", "learning rate"]
+    titles = ["training and validation loss", "training loss by timestep t", "learning rate"]
     figure, axes = plot("AB;AC", titles, 5, width_ratios=[5, 4], height_ratios=[3, 1])
 
     def curve(ax, values, label, color, training=True):
@@ -130,7 +137,8 @@ def loss_figure(metrics_path, path) -> Path | None:
     axes["C"].plot(all_steps, [line["lr"] for line in lines], ".-", color=GREY, markersize=3)
 
     for name in "ABC":
-        axes[name].set(xlabel="optimizer step" if name != "B" else None, xlim=(0, 1.02 * all_steps[-1]))
+        what = "learning rate" if name == "C" else "loss, mean over images"
+        axes[name].set(xlabel="optimizer step", ylabel=what, xlim=(0, 1.02 * all_steps[-1]))
         axes[name].locator_params(axis="x", nbins=6)
         axes[name].xaxis.set_major_formatter("{x:,.0f}")
     for name in "AB":
@@ -152,15 +160,15 @@ def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
     other, name = PaperDDPMScheduler.nichol_cosine(T), "Nichol's cosine"
     if own == "squaredcos_cap_v2":
         other, name = PaperDDPMScheduler.ho_linear(max(T, 21)), "Ho's linear"
-    titles = [r"noise added per step, $\beta_t$", r"signal left, $\bar\alpha_t$", r"$\log\,\mathrm{SNR}(t)$"]
-    figure, axes = plot("ABC", titles, 3.6)
+    figure, axes = plot("ABC", ["noise added per step", "signal left", "signal-to-noise ratio"], 3.6)
     faint, bold = dict(color=GREY, ls="--", label=name), dict(color=BLUE, lw=2, label=f"this model ({own})")
     for each, look in [(other, faint), (scheduler, bold)]:
         t, signal = np.arange(len(each)) / len(each), each.alphas_cumprod64.numpy()
         axes["A"].semilogy(t, each.betas64.numpy(), **look)
         axes["B"].plot(t, signal, **look)
         axes["C"].plot(t, np.log(signal) - np.log1p(-signal), **look)
-    figure.supxlabel("t / T", fontsize="medium")
+    for ax, what in zip(axes.values(), (r"$\beta_t$", r"$\bar\alpha_t$", r"$\log\,\mathrm{SNR}(t)$, natural log")):
+        ax.set(xlabel="timestep, t / T", ylabel=what)
     axes["A"].legend(frameon=False, loc="lower right")
     return save_picture(figure.savefig, path)
 
@@ -181,7 +189,8 @@ def run_figures(
 
     Args:
         images: real images (N, C, H, W) in [-1, 1]. Up to 4 of them show how noise is added.
-        num_images: number of samples. DDPM and DDIM draw them from the same noise. The GIF shows up to 16 of them.
+        num_images: number of samples. DDPM and DDIM draw them from the same noise. The GIF shows up to 16 of them,
+            and ddim.png up to 8.
         num_inference_steps: DDPM steps of the reverse process; None: all T.
         on_step: called after every step of sampling, as in `draw`.
         class_labels: labels of the `num_images` samples, for a conditional UNet.
@@ -191,7 +200,7 @@ def run_figures(
     schedule_figure(scheduler, folder / "schedule.png")
     forward_strip(scheduler, images[:4], folder / "forward.png", seed)
     steps = scheduler.subsequence(num_inference_steps, "trailing")
-    total = len(steps) + sum(n for n in DDIM_STEPS if n <= len(scheduler))
+    total = len(steps) + sum(ddim_steps(len(scheduler)))
     with tqdm(total=total, desc="Figures", unit="step") as bar:
 
         def count(*step):
@@ -201,7 +210,7 @@ def run_figures(
 
         options = dict(num_images=num_images, on_step=count, class_labels=class_labels)
         reverse_figures(unet, scheduler, folder, seed, steps=steps, **options)
-        ddim_sheets(unet, scheduler, folder, seed, **options)
+        ddim_sheet(unet, scheduler, folder / "ddim.png", seed, **options)
 
 
 def reverse_figures(unet, scheduler, folder, seed, *, steps, num_images, on_step, class_labels):
