@@ -9,6 +9,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY
 from huggingface_hub import ModelCard
+from PIL import Image
 from test_saving import tiny_unet
 
 from ddpm_hf.__main__ import main
@@ -24,13 +25,23 @@ from ddpm_hf.training.figures import loss_figure
 from ddpm_hf.training.loop import train
 
 
+def enough(record):
+    """Return a record as if it were of 1,000 images, because a card leaves out quick checks."""
+    entries = [entry | {"n_gen": entry["n_gen"] and 1000, "n_ref": 1000} for entry in record["metrics"]]
+    return record | {"metrics": entries}
+
+
+RECORD = enough(json.loads((ROOT / "tests/fixtures/run_5c3000a/run/evaluations/finished.json").read_text()))
+ENTRY = RECORD["metrics"][0]
+
+
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     """A run of a moment, scored."""
     folder = tmp_path_factory.mktemp("scored") / "digits-run"
     flags = ["--max_train_steps=6", "--validation_split=0.1", "--use_ema"]
     train(parse_config([*TINY, *flags, f"--output_dir={folder}"]))
-    what = ["--metrics=memorization,bits_per_dim", "--num_images=32", "--bound_images=16", "--bound_timesteps=5"]
+    what = ["--metrics=memorization,bits_per_dim", "--num_images=260", "--bound_images=80", "--bound_timesteps=5"]
     argv = ["evaluate", str(folder), *what, "--num_inference_steps=3", "--features=inception"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [str(ROOT / "ddpm_hf" / "__main__.py"), *argv])
@@ -63,22 +74,20 @@ def test_every_number_of_the_card_is_in_a_record(scored):
     for path in scored.glob("evaluations/*.json"):
         for entry in json.loads(path.read_text())["metrics"]:
             if entry.get("status") != "skipped":
-                assert f"| `{entry['id']}` | {entry['value']:.4g} |".replace(" 0.0 ", " 0 ") in card.text
+                (row,) = [line for line in card.text.splitlines() if f"(`{entry['id']}`)" in line]
+                direction = "lower" if entry["lower_is_better"] else "higher"
+                assert f" {direction} is better | {entry['value']:.4g} ".replace(" 0.0 ", " 0 ") in row
 
 
 def test_the_card_of_a_scored_run_is_valid_metadata(scored):
     data = ModelCard.load(scored / "README.md").data
     records = [json.loads(path.read_text()) for path in sorted(scored.glob("evaluations/*.json"))]
     entries = [(entry, record) for record in records for entry in record["metrics"] if "value" in entry]
-    assert data.model_name == "digits-run" and len(data.eval_results) == len(entries) > 3
-    told = {(result.metric_name, result.metric_value) for result in data.eval_results}
-    for entry, record in entries:
-        sampler = record["sampler"]
-        name = f"{entry['id']}, {sampler['method']} in {sampler['num_inference_steps']} steps"
-        assert (name, entry["value"]) in told
-    for result in data.eval_results:
-        assert result.dataset_type == "digits" and result.dataset_split in ("train", "test")
-        assert result.metric_args["sampler"]["num_inference_steps"] == 3
+    (bound,) = [entry["value"] for entry, _ in entries if entry["id"] == "bits_per_dim"]
+    (result,) = data.eval_results  # the details of memorization are in the text only
+    assert data.model_name == "digits-run" and len(entries) > 3
+    assert (result.metric_name, result.metric_value) == ("bits_per_dim", bound)
+    assert (result.dataset_type, result.dataset_split, result.metric_args) == ("digits", "test", {"num_images": 80})
     # The rules of the Hub's own check of `model-index`: plain YAML, and these keys in each result.
     front = yaml.safe_load((scored / "README.md").read_text().split("---")[1])
     (model,) = front["model-index"]
@@ -97,8 +106,10 @@ def test_the_card_shows_pictures_commands_and_limits(scored):
         "figures/reverse.gif",
         "figures/loss.png",
         'DDPMPipeline.from_pretrained("digits-run")',
+        "| bits per dimension (`bits_per_dim`) | ↓ lower is better |",
+        "@inproceedings{ho2020denoising,",
         "python -m ddpm_hf evaluate digits-run --metrics=memorization,bits_per_dim",
-        "Of 32 generated images, 0 are exact copies of training images",
+        "Of 260 generated images, 0 are exact copies of training images",
         "CC BY 4.0",
     ):
         assert part in text, part
@@ -173,6 +184,45 @@ def test_the_card_of_a_local_folder_names_no_dataset_and_of_afhq_its_licence(tmp
     assert "LeCun" not in card.text and "not known here" in card.text
 
 
+def test_each_metric_is_shown_once_by_its_best_record_and_quick_checks_never(tmp_path):
+    (tmp_path / "evaluations").mkdir()
+
+    def fid(name, n, value, **more):
+        entry = ENTRY | {"id": f"fid{n}_full", "value": value, "n_gen": n, "n_ref": 1617} | more
+        (tmp_path / "evaluations" / name).write_text(json.dumps(RECORD | {"metrics": [entry]}))
+
+    fid("smoke.json", 256, 1.5)
+    card = card_of(tmp_path)
+    assert "Not scored yet" in card.text and "quick check" in card.text and not card.data.eval_results
+    fid("few.json", 2000, 7.5)
+    fid("many.json", 50000, 6.25)
+    fid("many-worse.json", 50000, 8.5)
+    fid("guessed.json", 5000, 0.5, lower_is_better=False)
+    card = card_of(tmp_path)
+    rows = [line for line in card.text.splitlines() if line.startswith("| FID")]
+    assert len(rows) == 1 and "(`fid50000_full`) | ↓ lower is better | 6.25 ±" in rows[0]
+    assert [result.metric_value for result in card.data.eval_results] == [6.25]
+
+
+def test_the_model_is_loaded_by_its_path_before_a_push_and_by_its_id_after_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "digits"
+    assert '.from_pretrained("runs/digits")' in card_of(folder).text
+    assert '.from_pretrained("me/digits")' in card_of(folder, name="me/digits").text
+    monkeypatch.chdir(folder)
+    (folder / "README.md").unlink()
+    assert '.from_pretrained("digits")' in card_of(folder).text
+
+
+def test_a_conditional_model_shows_its_guided_sheet_first(guidance_models):
+    text = (guidance_models / "conditional" / "README.md").read_text()
+    assert text.index("Samples with guidance, one row for each class") < text.index("figures/reverse.gif")
+    assert "samples/epoch" not in text
+    assert "figures/guided.png" in PUBLISHED and not (guidance_models / "plain" / "figures").exists()
+    with Image.open(guidance_models / "conditional" / "figures" / "guided.png") as picture:
+        assert picture.height == 32 + 10 * 132 - 4
+
+
 def test_the_card_of_a_learned_variance_does_not_promise_ddim(tmp_path):
     card = card_of(tmp_path, "--variance_type=learned_range", variance_type="learned_range")
     assert "`DDIMPipeline` cannot use this model" in card.text and "DDIMPipeline.from_pretrained" not in card.text
@@ -240,7 +290,7 @@ def test_the_card_of_a_folder_of_any_name_is_ours(name, tmp_path):
 )
 def test_names_from_elsewhere_cannot_change_the_card(name, tmp_path):
     markdown_it = pytest.importorskip("markdown_it")
-    record = json.loads((ROOT / "tests/fixtures/run_5c3000a/run/evaluations/finished.json").read_text())
+    record = RECORD
 
     def kinds_of(folder, text):
         """Return the kinds of all that a card with `text` in every place is made of, but plain text and code."""
@@ -264,8 +314,6 @@ def test_names_from_elsewhere_cannot_change_the_card(name, tmp_path):
     assert kinds_of(tmp_path / "1", name) == kinds_of(tmp_path / "2", "cat")
 
 
-RECORD = json.loads((ROOT / "tests/fixtures/run_5c3000a/run/evaluations/finished.json").read_text())
-ENTRY = RECORD["metrics"][0]
 FOREIGN_RECORDS = {
     "half": json.dumps(RECORD)[:500],
     "empty": "",
@@ -289,7 +337,7 @@ def test_a_half_or_foreign_record_is_left_out_of_the_card(name, tmp_path):
     (tmp_path / "evaluations/a.json").write_text(FOREIGN_RECORDS[name])
     (tmp_path / "evaluations/b.json").write_text(json.dumps(RECORD))
     text = card_of(tmp_path).text
-    assert text.count("[record](") == 1 and "(evaluations/b.json)" in text and "bits_per_dim" in text
+    assert "(evaluations/a.json)" not in text and "(evaluations/b.json)" in text and "bits_per_dim" in text
     with pytest.raises(UserError, match=r"^[^\n]*a\.json [^\n]*: give [^\n]*\.$"):
         read_record(tmp_path / "evaluations/a.json")
 

@@ -22,12 +22,12 @@ from ddpm_hf.evaluation.digit_classifier import load_digit_classifier
 from ddpm_hf.evaluation.extractor import EXTRACTORS
 from ddpm_hf.evaluation.features import extract, images_at
 from ddpm_hf.evaluation.inputs import match_channels
-from ddpm_hf.evaluation.metrics import digit_counts
+from ddpm_hf.evaluation.metrics import digit_counts, in_words
 from ddpm_hf.evaluation.records import read_record
 from ddpm_hf.evaluation.reference import read_reference, reference_of
 from ddpm_hf.evaluation.statistics import frechet_distance, mean_and_covariance
 from ddpm_hf.sampling.sample_set import read_samples
-from ddpm_hf.sharing.card import eval_results
+from ddpm_hf.sharing.card import eval_result
 
 
 SMALL = ["--suite=smoke", "--num_images=40", "--num_inference_steps=3", "--bound_images=12", "--bound_timesteps=5"]
@@ -435,8 +435,24 @@ def test_n_is_protocol(record):
         comparison({"a": one, "b": other})
 
 
+@pytest.mark.parametrize(
+    "id, words",
+    [
+        ("fid50k_full", "FID"),
+        ("fid2048_test", "FID, to held-out images"),
+        ("kid10k_full_digits", "KID"),
+        ("is2k", "Inception score"),
+        ("isotropy", None),
+        ("fd_mnist-0a1b2c3d_2k_full", "Fréchet distance of a digit classifier's features"),
+    ],
+)
+def test_a_score_has_words(id, words):
+    assert in_words(id) == words
+
+
 def test_numbers_survive_the_hub_s_card(record):
-    results = eval_results(read_record(record))
+    one = read_record(record)
+    results = [eval_result(one, entry) for entry in one["metrics"] if "value" in entry]
     data = ModelCardData(model_name="tiny", eval_results=results)
     back = ModelCard(f"---\n{data.to_yaml()}\n---\n").data.eval_results
     found = {(result.metric_type, result.metric_name): result for result in back}

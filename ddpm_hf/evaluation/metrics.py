@@ -5,6 +5,7 @@ error of the value), "floor" (the value for real images), "n_gen", "n_ref", "low
 the measure and the network.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -354,6 +355,7 @@ class Metric:
         suits: takes (training images, model or None) and returns True if the metric is computed by default.
         hub_names: the names of the metric on the Hub. The key is the beginning of an id, up to the first number:
             {"is": "inception_score"}.
+        words: what the metric's scores are, in words for readers. The key is the beginning of an id.
 
     Example:
         >>> def brightness(look):  # look.images: uint8 (N, C, H, W)
@@ -372,19 +374,53 @@ class Metric:
     extractor: str | None = None
     suits: Callable[[Any, Any], bool] = lambda train, model: False
     hub_names: dict[str, str] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)
 
 
 def _photos(train, model) -> bool:
     return not is_digits(train)
 
 
-METRICS = {
-    "fid": Metric(fid, "inception", _photos, {"fid": "fid"}),
-    "kid": Metric(kid, "chosen", _photos, {"kid": "kid"}),
-    "precision_recall": Metric(precision_recall, "chosen", _photos, {"precision": "precision", "recall": "recall"}),
-    "inception_score": Metric(inception_score, "inception", _photos, {"is": "inception_score"}),
-    "fd_dinov2": Metric(fd_dinov2, "dinov2"),
-    "fd_mnist": Metric(fd_mnist, "digits", lambda train, model: is_digits(train)),
-    "bits_per_dim": Metric(bits_per_dim, None, lambda train, model: model is not None),
-    "memorization": Metric(memorization, None, lambda train, model: True),
+CLOSENESS = {
+    "precision": "precision: share of images among the real ones",
+    "recall": "recall: share of real images among the generated ones",
+    "density": "density: real neighbours of an image",
+    "coverage": "coverage: share of real images with a neighbour",
 }
+DIGITS = {
+    "fd_mnist": "Fréchet distance of a digit classifier's features",
+    "class_total_variation": "distance of the class shares from the real ones",
+    "class_confidence": "confidence of the digit classifier",
+    "class_entropy": "entropy of the digit classifier, in nats",
+    "class_accuracy": "share of images of the requested class",
+}
+COPIES = {
+    "memorization_share": "share of images close to a training image",
+    "memorization_authpct": "images that are authentic, in %",
+    "memorization_median": "distance to training images, divided by that of held-out images",
+    "memorization_exact": "exact copies of training images",
+    "memorization_duplicates": "duplicates among the images",
+}
+METRICS = {
+    "fid": Metric(fid, "inception", _photos, {"fid": "fid"}, {"fid": "FID"}),
+    "kid": Metric(kid, "chosen", _photos, {"kid": "kid"}, {"kid": "KID"}),
+    "precision_recall": Metric(
+        precision_recall, "chosen", _photos, {"precision": "precision", "recall": "recall"}, CLOSENESS
+    ),
+    "inception_score": Metric(
+        inception_score, "inception", _photos, {"is": "inception_score"}, {"is": "Inception score"}
+    ),
+    "fd_dinov2": Metric(fd_dinov2, "dinov2", words={"fd_dinov2": "Fréchet distance of DINOv2's features"}),
+    "fd_mnist": Metric(fd_mnist, "digits", lambda train, model: is_digits(train), words=DIGITS),
+    "bits_per_dim": Metric(
+        bits_per_dim, None, lambda train, model: model is not None, words={"bits_per_dim": "bits per dimension"}
+    ),
+    "memorization": Metric(memorization, None, lambda train, model: True, words=COPIES),
+}
+
+
+def in_words(id: str) -> str | None:
+    """Return what the score with this id is, in words, or None for a metric without words."""
+    words = {start: words for metric in METRICS.values() for start, words in metric.words.items()}
+    start = next((start for start in words if re.match(rf"{re.escape(start)}(?![a-z])", id)), None)
+    return None if start is None else words[start] + (", to held-out images" if "_test" in id else "")

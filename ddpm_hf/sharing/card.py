@@ -19,8 +19,9 @@ from ..config.presets import PRESETS
 from ..config.run_record import read_run
 from ..config.training_config import GROUPS, EvaluationOptions, HubOptions, OutputOptions
 from ..errors import UserError
-from ..evaluation.metrics import METRICS
-from ..evaluation.records import data_name, number, read_record, score_rows, table
+from ..evaluation.inputs import SUITES
+from ..evaluation.metrics import METRICS, in_words
+from ..evaluation.records import data_name, number, read_record, table
 from ..files import read_json, write_beside, writing
 from ..markdown import code, code_block, literal
 from ..models import judge
@@ -34,6 +35,16 @@ from .published import is_ours
 logger = logging.getLogger(__name__)
 # Marks a card that ddpm_hf wrote, and contains the repository's name, URL-quoted. Earlier versions did not quote it.
 MARKER = re.compile(r"^<!-- ddpm_hf: (.+?) -->$", re.MULTILINE | re.DOTALL)
+CITATION = "## Citation\n\n" + code_block(
+    "bibtex",
+    """@inproceedings{ho2020denoising,
+  title = {Denoising Diffusion Probabilistic Models},
+  author = {Ho, Jonathan and Jain, Ajay and Abbeel, Pieter},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2020},
+  url = {https://arxiv.org/abs/2006.11239}
+}""",
+)
 # For each pipeline file: what it does, and the arguments of an example call.
 PIPELINES = {
     "class_guided": ("Generate images of a class, with guidance", "class_labels=[0], guidance_scale=2.0"),
@@ -126,52 +137,98 @@ def card_text(folder: Path, name: str | None, *, pushed_to: str | None) -> str:
     licence, about_data = next(known, UNKNOWN_LICENCE)
     is_classifier = flags.get("objective") == "classify"
     task = "image-classification" if is_classifier else "unconditional-image-generation"
+    chosen = best_scores(records)
+    results = [eval_result(records[file], entry) for file, entry in chosen if is_headline(entry["id"])]
     metadata = ModelCardData(
         license=licence,
         library_name="diffusers",
         pipeline_tag=task,
         tags=["diffusers", "ddpm", task, "pytorch", "ddpm_hf"],
         datasets=[data] if on_hub else None,
-        model_name=name.rpartition("/")[2] if records else None,
-        eval_results=[result for record in records.values() for result in eval_results(record)] or None,
+        model_name=name.rpartition("/")[2] if results else None,
+        eval_results=results or None,
     )
+    where = name if "/" in name else path_here(folder)
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"<!-- ddpm_hf: {quote(name, errors='replace')} -->\n# {literal(name.rpartition('/')[2])}",
         introduction(folder, flags, data, on_hub),
         *pictures(folder),
-        "## Use\n\n" + "\n\n".join(classifier_usage(name) if is_classifier else usage(name, folder)),
-        "## Scores\n\n" + scores(records),
+        "## Use\n\n" + "\n\n".join(classifier_usage(where) if is_classifier else usage(where, folder)),
+        "## Scores\n\n" + scores(records, chosen),
         *training(folder, run, flags),
-        "## Limits\n\n" + limits(flags, data, records),
-        f"## Data\n\nThe images: {about_data}" if data else "",
+        "## Limits\n\n" + limits(flags, data, [entry for _, entry in chosen]),
+        data_and_licence(about_data, licence) if data else "",
+        CITATION,
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def eval_results(record: dict) -> list[EvalResult]:
-    """Return a record's scores in the format of the Hub's cards. `metric_args` says how each score was measured."""
-    data = record["data"]
-    sampler = record["sampler"]
-    results = []
-    for entry in record["metrics"]:
-        if entry.get("status") == "skipped":
-            continue
-        kind = hub_name(entry["id"])
-        protocol = {"num_samples": entry["n_gen"], "se": entry["se"], "extractor": entry.get("extractor")}
-        results.append(
-            EvalResult(
-                task_type="unconditional-image-generation",
-                dataset_type=data["name"],
-                dataset_name=data["name"],
-                dataset_split="test" if entry["id"].endswith("_test") or kind == "bits_per_dim" else "train",
-                metric_type=kind,
-                metric_name=f"{entry['id']}, {sampler.get('method')} in {sampler.get('num_inference_steps')} steps",
-                metric_value=entry["value"],
-                metric_args=without_none(protocol | {"sampler": without_none(sampler)}),
-            )
-        )
-    return results
+def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
+    """Return (name of the record, entry) for each metric once, from the record that used the most images.
+
+    Of two records with as many images, the better value is taken.
+    Entries of quick checks are left out: they have no more images than the suite "smoke".
+    """
+    best = {}
+    for file, record in records.items():
+        for entry in record["metrics"]:
+            if entry.get("value") is None or is_quick_check(entry, record):
+                continue
+            # The id without the number of images: fid2k_full and fid50k_full are the same metric.
+            metric = re.sub(r"(?<=[a-z_])\d+k?(?=_|$)", "", entry["id"])
+            if metric not in best or quality(best[metric][1]) < quality(entry):
+                best[metric] = file, entry
+    return list(best.values())
+
+
+def quality(entry: dict) -> tuple[float, float]:
+    """Return a key by which the score to show is the largest: first the number of images, then the value."""
+    return images_used(entry), -entry["value"] if entry.get("lower_is_better") else entry["value"]
+
+
+def images_used(entry: dict) -> float:
+    """Return how many images a score was measured on: generated ones, or real ones if none were generated."""
+    return (entry["n_ref"] if entry["n_gen"] is None else entry["n_gen"]) or 0
+
+
+def is_quick_check(entry: dict, record: dict) -> bool:
+    """Return whether a score was measured on no more images than the suite "smoke" takes, and not on all there are."""
+    smoke, held_out = SUITES["smoke"], (record["data"].get("held_out") or {}).get("n")
+    if entry["n_gen"] is not None:
+        return entry["n_gen"] <= smoke["num_images"]
+    return images_used(entry) <= smoke["bound_images"] and entry["n_ref"] != held_out
+
+
+def is_headline(id: str) -> bool:
+    """Return whether a score belongs into the card's metadata: a distance or a likelihood, not a detail."""
+    return not id.startswith(("memorization_", "class_", "density", "coverage"))
+
+
+def eval_result(record: dict, entry: dict) -> EvalResult:
+    """Return a score in the format of the Hub's cards. `metric_args` says how it was measured."""
+    data, sampler, kind = record["data"], record["sampler"], hub_name(entry["id"])
+    keys = {"sampler": "method", "num_inference_steps": "num_inference_steps", "guidance_scale": "guidance_scale"}
+    protocol = {"num_samples": entry["n_gen"]} | {ours: sampler.get(key) for ours, key in keys.items()}
+    return EvalResult(
+        task_type="unconditional-image-generation",
+        dataset_type=data["name"],
+        dataset_name=data["name"],
+        dataset_split="test" if "_test" in entry["id"] or kind == "bits_per_dim" else "train",
+        metric_type=kind,
+        metric_name=entry["id"],
+        metric_value=entry["value"],
+        metric_args=without_none(protocol if entry["n_gen"] is not None else {"num_images": entry["n_ref"]}) or None,
+    )
+
+
+def path_here(folder: Path) -> str:
+    """Return the path of a folder from the current one, or its name if it lies elsewhere: no path is published."""
+    folder = folder.resolve()
+    try:
+        return folder.relative_to(Path.cwd()).as_posix() if folder != Path.cwd() else folder.name
+    except (ValueError, OSError):
+        return folder.name
 
 
 def hub_name(id: str) -> str:
@@ -200,19 +257,23 @@ def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> s
         data = f"[{data}](https://huggingface.co/datasets/{data})"
     elif data is not None:
         data = "scikit-learn's handwritten digits" if data == "digits" else code(data_name(data))
-    of_classes = (
-        f" Its classes: {', '.join(literal(classes[k]) for k in sorted(classes, key=int))}." if classes else ""
-    )
+    named = [literal(classes[k]) for k in sorted(classes, key=int)]
+    of_classes = f" Its classes: {', '.join(named[:20])}{' and more' * (len(named) > 20)}." if named else ""
     size = literal(unet.get("sample_size"))
     return f"{kind} of {size}x{size} images, {f'trained on {data} ' if data else ''}with `ddpm_hf`.{of_classes}"
 
 
 def pictures(folder: Path) -> list[str]:
-    """Return Markdown for the last sheet of samples and for the animation from noise to images, if they exist."""
+    """Return Markdown for the best sheet of samples, and for the animation from noise to images, if they exist.
+
+    The best sheet is the one with guidance. A model without it has the last sheet of its training.
+    """
     sheets = sorted(files_in(folder, ["samples/epoch_#.png"]), key=lambda sheet: (len(sheet.name), sheet.name))
-    shown = {f"Samples, `{sheet.stem}`": sheet for sheet in sheets[-1:]}
+    epochs = {f"Samples after epoch {int(sheet.stem.partition('_')[2])}, not selected": sheet for sheet in sheets[-1:]}
+    guided = "Samples with guidance, one row for each class, not selected"
+    shown = {guided: folder / "figures" / "guided.png"} if files_in(folder, ["figures/guided.png"]) else epochs
     if files_in(folder, ["figures/reverse.gif"]):
-        shown["From noise to images"] = folder / "figures" / "reverse.gif"
+        shown["Samples on the way from noise to images"] = folder / "figures" / "reverse.gif"
     return [f"![{what}]({path.relative_to(folder).as_posix()})\n\n*{what}*" for what, path in shown.items()]
 
 
@@ -247,7 +308,7 @@ def usage(name: str, folder: Path) -> list[str]:
 
 pipeline = DDPMPipeline.from_pretrained({in_python(name)})
 image = pipeline(num_inference_steps={steps}).images[0]"""
-        parts.append("Stock diffusers loads this model, from the Hub or from the path of this folder:")
+        parts.append("Stock diffusers loads this model, and nothing else has to be installed:")
         parts.append(code_block("python", call))
         parts.append(fewer_steps(name, scheduler))
     needs_class = bool(unet.get("num_class_embeds")) and unet.get("num_class_embeds") <= len(index.get("id2label", {}))
@@ -318,26 +379,48 @@ pipeline({arguments}).images[0].save("result.png")"""
     return f"{what}:\n\n{code_block('python', call)}"
 
 
-def scores(records: dict[str, dict]) -> str:
-    """Return Markdown that says how each record was measured, and shows its numbers in a table."""
-    parts = []
-    for file, record in records.items():
-        sampler = record["sampler"]
-        data = record["data"]
-        cost = record["cost"]
-        steps = literal(sampler.get("num_inference_steps"))
-        how = [f"{literal(sampler['method'].upper())} in {steps} steps"] if "method" in sampler else []
-        how += [f"{key} {literal(sampler[key])}" for key in ("eta", "seed", "guidance_scale") if key in sampler]
-        how += [f"weights: {literal(record['model']['weights'])}"] if "weights" in record["model"] else []
-        rows = [["metric", "value", "+-", "floor (real images)", "N", "N real"]]
-        rows += [[code(id), *numbers] for id, *numbers in score_rows(record)]
-        against = f"against {code(data['name'])} ({number(data['train'].get('n'))} training images"
-        against += f", {number(data['held_out'].get('n'))} held out)" if data.get("held_out") else ")"
-        spent = f"drawn in {number(cost.get('drawing_s'))} s, scored in {number(cost.get('scoring_s'))} s"
-        sentence = f"{', '.join(how)}; {against}; {spent}; [record](evaluations/{quote(file)})."
-        command = "\n\n" + code_block("bash", record["command"]) if record.get("command") else ""
-        parts.append(f"{sentence[0].upper()}{sentence[1:]}{command}\n\n{table(rows, markdown=True)}")
-    return "\n\n".join(parts) or "Not scored yet: `python -m ddpm_hf evaluate` adds the scores here."
+def scores(records: dict[str, dict], chosen: list[tuple[str, dict]]) -> str:
+    """Return Markdown with a table of the chosen scores, and how each of their records was measured."""
+    if not chosen:
+        quick = " A quick check was made, whose scores are too uncertain to be shown." if records else ""
+        return f"Not scored yet: `python -m ddpm_hf evaluate` adds the scores here.{quick}"
+    files = list(dict.fromkeys(file for file, _ in chosen))
+    rows = [["score", "", "value", "real images", "images", "measured"]]
+    for file, entry in chosen:
+        words, error = in_words(entry["id"]), number(entry["se"])
+        direction = {True: "↓ lower is better", False: "↑ higher is better"}.get(entry.get("lower_is_better"), "")
+        rows.append(
+            [
+                f"{words} ({code(entry['id'])})" if words else code(entry["id"]),
+                direction,
+                number(entry["value"]) + (f" ± {error}" if error else ""),
+                number(entry["floor"]),
+                number(images_used(entry)),
+                f"[{files.index(file) + 1}](evaluations/{quote(file)})",
+            ]
+        )
+    what = (
+        "The column “real images” has the score of as many real, held-out images, which a good model comes close to. "
+        "“images” is how many were scored. “measured” links to the record, which has every detail:"
+    )
+    ways = [f"{k}. {measured(records[file])}" for k, file in enumerate(files, 1)]
+    commands = "\n".join(records[file]["command"] for file in files if records[file].get("command"))
+    details = f"<details><summary>Commands</summary>\n\n{code_block('bash', commands)}\n\n</details>"
+    return "\n\n".join([table(rows, markdown=True), what, "\n".join(ways), *([details] if commands else [])])
+
+
+def measured(record: dict) -> str:
+    """Return a sentence in Markdown that says how the scores of a record were measured."""
+    sampler, data, cost = record["sampler"], record["data"], record["cost"]
+    steps = literal(sampler.get("num_inference_steps"))
+    how = [f"{literal(sampler['method'].upper())} in {steps} steps"] if "method" in sampler else []
+    how += [f"{key} {literal(sampler[key])}" for key in ("eta", "seed", "guidance_scale") if key in sampler]
+    how += [f"weights: {literal(record['model']['weights'])}"] if "weights" in record["model"] else []
+    against = f"against {code(data['name'])} ({number(data['train'].get('n'))} training images"
+    against += f", {number(data['held_out'].get('n'))} held out)" if data.get("held_out") else ")"
+    spent = f"drawn in {number(cost.get('drawing_s'))} s, scored in {number(cost.get('scoring_s'))} s"
+    sentence = f"{', '.join(how)}; {against}; {spent}."
+    return f"{sentence[0].upper()}{sentence[1:]}"
 
 
 def training(folder: Path, run: dict, flags: dict) -> list[str]:
@@ -375,22 +458,29 @@ def training(folder: Path, run: dict, flags: dict) -> list[str]:
     ]
 
 
-def limits(flags: dict, data: str | None, records: dict[str, dict]) -> str:
+def limits(flags: dict, data: str | None, entries: list[dict]) -> str:
     """Return sentences on what the model cannot do, and on what was not measured."""
-    entries = {entry["id"]: entry for record in records.values() for entry in record["metrics"]}
     sentences = (
         [f"The model was trained on {code(data_name(data))} alone and does not suit other images."] if data else []
     )
-    copies = entries.get("memorization_exact_copies", {}).get("value")
-    if copies is None:
+    copies = next((entry for entry in entries if entry["id"] == "memorization_exact_copies"), None)
+    if copies is None or copies["value"] is None:
         sentences.append("Whether the model copies training images was not measured.")
     else:
-        count = number(entries["memorization_exact_copies"]["n_gen"])
-        sentences.append(f"Of {count} generated images, {number(copies)} are exact copies of training images.")
-    if records:
+        count = number(copies["n_gen"])
+        sentences.append(
+            f"Of {count} generated images, {number(copies['value'])} are exact copies of training images."
+        )
+    if entries:
         sentences.append("Compare the scores only with scores of the same N, reference, sampler and extractor.")
     if flags.get("variance_type") == "learned_range":
         sentences.append(
             "Samplers that expect the UNet to predict only noise cannot use this model: it also predicts a variance."
         )
     return " ".join(sentences)
+
+
+def data_and_licence(about_data: str, licence: str | None) -> str:
+    """Return the paragraph about the data's origin, and the licence of the model."""
+    model = f" The licence of the model: `{licence}`." if licence else ""
+    return f"## Data and licence\n\nThe images: {about_data}{model}"
