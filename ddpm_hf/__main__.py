@@ -61,10 +61,13 @@ def main(argv: list[str] | None = None, prog: str | None = None):
     """Run a command line. Exits with code 2 after a UserError, and with code 130 after Ctrl-C."""
     drop_failing_output()
     arguments = parse(argv, prog)
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) <= 0
+    if is_first and arguments.command != "presets" and "torch" not in sys.modules:
+        print("Loading PyTorch and diffusers ...", file=sys.stderr, flush=True)  # seconds, or a minute on a slow disk
     try:
         module_of(arguments.command).run(arguments)
     except UserError as error:
-        if error.on_one_process or int(os.environ.get("LOCAL_RANK", 0)) <= 0:  # else process 0 prints it
+        if error.on_one_process or is_first:  # else process 0 prints it
             # Replace line breaks and control characters in text from elsewhere, because a terminal obeys them.
             shown = "".join(each if each.isprintable() else " " for each in str(error))
             print(f"{arguments.prog}: error: {shown}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -18,7 +19,9 @@ from ddpm_hf import UserError
 from ddpm_hf.__main__ import parse
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.training_config import TrainingConfig
+from ddpm_hf.data.batches import training_batches
 from ddpm_hf.data.dataset import load_images
+from ddpm_hf.pictures import to_uint8
 from ddpm_hf.run_folder import checkpoints
 from ddpm_hf.training.loop import train
 from ddpm_hf.training.run import make_accelerator
@@ -271,12 +274,37 @@ def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
 
 
-def test_dry_run_says_what_it_would_do_and_writes_nothing(tmp_path, capsys):
-    train(parse_config(["--preset=digits", "--dry_run", f"--output_dir={tmp_path / 'run'}"]))
+@pytest.mark.parametrize("streams", [False, True])
+def test_dry_run_says_what_it_would_take_and_shows_the_images_but_makes_no_run(
+    tmp_path, capsys, image_folder, streams
+):
+    flags = ["--random_flip", "--validation_split=0.1"]
+    if streams:
+        flags = [f"--dataset_name={image_folder}", "--streaming", "--max_train_steps=9", "--verbose"]
+    config = parse_config([*TINY, "--dry_run", f"--output_dir={tmp_path / 'run'}", *flags])
+    assert train(config) is None
     said = capsys.readouterr().out
-    assert "1,617 images of 8x8x1 (180 held out)" in said and "M parameters" in said and "steps of 64 images" in said
-    assert '"learning_rate": 0.002' in said
-    assert not (tmp_path / "run").exists()
+    what = (
+        "12 images of 8x8x3 (0 held out), 2 classes, "
+        if streams
+        else "1,617 images of 8x8x1 (180 held out), 10 classes, "
+    )
+    for line in (
+        re.escape(what) + r"0.0 M parameters, [\d,]+ steps of 8 images",
+        r"Disk: .*: up to \d+ checkpoints of \d+ kB each, one every 500 steps, and \d+ kB for the model",
+        r"Time: \S+ s a step, .* for \S+ steps.*: until about \d\d:\d\d on \w+day, \d\d \w+\.",
+        r"Memory: \S+ [MG]B\.",
+    ):
+        assert re.search(f"^{line}", said, re.MULTILINE), said
+    assert ('"learning_rate": 0.001' in said) == streams
+    assert [path.name for path in tmp_path.iterdir()] == ["run.dry_run.png"]
+    picture = np.asarray(Image.open(tmp_path / "run.dry_run.png"))
+    picture = picture[32:, -(16 * 132 - 4) :]  # without its labels: five rows of 16 images, and 4 pixels between them
+    assert picture.shape[0] == 5 * 132 - 4
+    images = to_uint8(next(training_batches(load_images(config, None)[0], config, 0, 0, 1))["images"])
+    for k in (0, 7):  # each pixel is a square of 16x16
+        shown = picture[:128:16, 132 * k : 132 * k + 128 : 16].reshape(8, 8, -1)
+        assert np.array_equal(shown, images[k].permute(1, 2, 0).numpy())
 
 
 def test_torch_compile_asks_accelerate_for_inductor(tmp_path):

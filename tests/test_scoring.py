@@ -110,7 +110,7 @@ def test_an_unknown_metric_is_refused_before_anything_is_written(tmp_path):
 
 def test_missing_weights_are_told_before_training(flags, tmp_path, capsys):
     def dry_run(*more):
-        open_run(parse_config([*flags, *more, "--dry_run", "--output_dir", str(tmp_path / "r")]))
+        train(parse_config([*flags, *more, "--dry_run", "--output_dir", str(tmp_path / "r")]))
 
     dry_run("--eval_metrics=fid,fd_mnist")
     assert "Warning: fid will be skipped" in capsys.readouterr().out

@@ -29,7 +29,12 @@ class RecipeOptions:
         at_least=0,
         at_most=2**32 - 1,
     )
-    dry_run: bool = flag(False, "Print the config and the numbers of parameters, images and steps, then stop [ours]")
+    dry_run: bool = flag(
+        False,
+        "Take a few steps to measure what the run would take, print it, draw what the network would see in "
+        "OUTPUT_DIR.dry_run.png, then stop [ours]",
+    )
+    verbose: bool = flag(False, "With --dry_run: also print all flags and the config of the network [ours]")
 
 
 @dataclass(kw_only=True)

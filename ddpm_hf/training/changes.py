@@ -12,7 +12,15 @@ from ..errors import UserError
 FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
 # A change of any other flag is printed, except for these flags, which affect only output, scores and speed.
 FREE = {field.name for group in (OutputOptions, EvaluationOptions, HubOptions) for field in fields(group)}
-FREE |= {"preset", "dry_run", "cache_dir", "dataloader_num_workers", "local_rank", "ddpm_num_inference_steps"}
+FREE |= {
+    "preset",
+    "dry_run",
+    "verbose",
+    "cache_dir",
+    "dataloader_num_workers",
+    "local_rank",
+    "ddpm_num_inference_steps",
+}
 # The flags of the network are free too, because the config of the network is compared instead. The flags below are
 # not in that config, so they are not free.
 FREE |= {field.name for field in fields(ModelOptions)} - {

@@ -5,6 +5,7 @@ Progress is counted in optimizer steps and images seen, never in micro-batches o
 """
 
 import contextlib
+import json
 import math
 import signal
 import threading
@@ -24,8 +25,9 @@ from ..models.pretrained import Pretrained, load_pretrained
 from ..output import drop_failing_output
 from ..run_folder import read_metrics
 from ..sharing.hub import wait_for_push
+from . import plan
 from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
-from .run import Run, open_run
+from .run import Run, check_run, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ class FinishedRun:
 
 
 def train(config: TrainingConfig) -> FinishedRun | None:
-    """Train as `config` says, and return the finished run. A dry run writes nothing and returns None.
+    """Train as `config` says, and return the finished run. A dry run makes no run folder and returns None.
 
     After SIGINT or SIGTERM, training finishes the current step, saves a checkpoint and the pipeline, and stops.
     Signals are caught only in the main thread. `train` can be called several times in one process, and in any thread.
@@ -80,9 +82,9 @@ def train(config: TrainingConfig) -> FinishedRun | None:
         (2, True)
     """
     drop_failing_output()
+    if config.dry_run:
+        return rehearse(config)
     run = open_run(config)
-    if run is None:
-        return None
     with run.lock:
         take_steps(run)
         run.accelerator.wait_for_everyone()
@@ -95,6 +97,49 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     return finished
 
 
+def rehearse(config: TrainingConfig):
+    """Print what a run would take, and draw what its network would see. No run folder is made or changed.
+
+    The first steps are taken in memory, to measure them, and then forgotten.
+
+    Raises:
+        UserError: if the input cannot be trained on, or if the picture cannot be written.
+    """
+    run, _ = check_run(config)
+    is_main = run.accelerator.is_main_process
+    if is_main and config.verbose:
+        print(json.dumps(config.to_dict() | {"network": dict(run.network.config)}, indent=2))
+    if is_main:
+        print(plan.disk(run), "Measuring a few steps ...", sep="\n", flush=True)
+    step = run.state.step
+    seconds = seconds_per_step(run)
+    run.state.step = step  # forget the measured steps
+    if is_main:
+        preview = plan.draw_preview(run)
+        print(plan.time_and_memory(run, seconds), f"What the network sees is in {preview}.", sep="\n", flush=True)
+
+
+def seconds_per_step(run: Run) -> float:
+    """Take up to 30 steps in about 10 seconds, and return the mean seconds of a step. The first one is not counted."""
+    device, processes = run.accelerator.device, run.accelerator.num_processes
+    batches = training_batches(
+        run.train_set, run.config, run.state.images_seen, run.accelerator.process_index, processes
+    )
+    run.model.train()
+
+    def measure(count):
+        started = time.perf_counter()
+        for _ in range(count):
+            step(run, batches)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        # Every process uses the mean of all, so that all take the same number of steps.
+        seconds = torch.tensor((time.perf_counter() - started) / count, device=device)
+        return float(run.accelerator.reduce(seconds, "mean"))
+
+    return measure(max(1, min(30, int(10 / measure(1)))))
+
+
 def take_steps(run: Run):
     """Take the steps that are left, and do what is due between them, until the last step or a signal."""
     config, accelerator, state = run.config, run.accelerator, run.state
@@ -103,7 +148,7 @@ def take_steps(run: Run):
     )
     run.model.train()
     due, timed_steps, started = set(), 0, time.perf_counter()
-    signal_printed = False
+    signal_printed, log_lines = False, 0
     with catching_signals(state.signals), progress_bar(run) as bar:
         if state.step == run.total_steps:
             run_due_tasks(run, due_when_resumed_at_the_end(run), 0.0)
@@ -128,6 +173,9 @@ def take_steps(run: Run):
                 line = run_due_tasks(run, due, speed)
                 if "log" in due:
                     bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_second=f"{speed:.0f}")
+                    log_lines += 1
+                if log_lines == 2 and "log" in due and accelerator.is_main_process:  # the first steps are slower
+                    tqdm.write(plan.time_and_memory(run, run.global_batch / speed))
                 timed_steps, started = 0, time.perf_counter()
 
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .. import run_folder
@@ -29,24 +30,25 @@ from .scoring import score_run
 from .validation import per_band, validate
 
 
+def epochs_between(run: Run) -> dict[str, int]:
+    """Return the tasks of this run that are due every few epochs and at its end, with the number of these epochs."""
+    config = run.config
+    every = {"pipeline": config.save_model_epochs}
+    if run.validation_set is not None:
+        every["validation"] = config.validation_epochs
+    if run.evaluation is not None:
+        every["scores"] = config.eval_epochs
+    if config.objective != "classify":
+        every["sheet"] = config.save_images_epochs
+    return every
+
+
 def what_is_due(run: Run) -> set[str]:
     """Return what is due after this step. An epoch ends whenever another `num_images` images have been seen."""
-    config, step = run.config, run.state.step
-    every = {
-        "validation": config.validation_epochs,
-        "sheet": config.save_images_epochs,
-        "pipeline": config.save_model_epochs,
-        "scores": config.eval_epochs,
-    }
+    config, step, every = run.config, run.state.step, epochs_between(run)
     due = {name for name, n in every.items() if run.epochs(step) // n > run.epochs(step - 1) // n}
     if step == run.total_steps:
         due |= every.keys() | {"end"}
-    if run.validation_set is None:
-        due.discard("validation")
-    if run.evaluation is None:
-        due.discard("scores")
-    if config.objective == "classify":
-        due.discard("sheet")
     if due & {"validation", "scores", "end"} or step % config.logging_steps == 0:
         due.add("log")
     # A pipeline is never saved without a checkpoint to continue from.
@@ -157,8 +159,20 @@ def add_sheet(run: Run, due: set[str], line: dict):
             columns = len(run.class_names) if run.class_names and len(run.class_names) <= 16 else None
             image_sheet(images, path, columns)
         for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"samples": images.numpy()}, step=run.state.step, dataformats="NCHW")
+            log_sheet(tracker, images, path, run.state.step)
+
+
+def log_sheet(tracker, images: torch.Tensor, sheet: Path, step: int):
+    """Give a sample sheet to a tracker of accelerate. TensorBoard gets the `images`, the others the file `sheet`."""
+    if tracker.name == "tensorboard":
+        tracker.log_images({"samples": images.numpy()}, step=step, dataformats="NCHW")
+    elif tracker.name == "wandb":
+        with Image.open(sheet) as picture:
+            tracker.log_images({"samples": [picture]}, step=step)
+    elif tracker.name == "trackio":
+        import trackio  # accelerate's tracker has no method for pictures
+
+        tracker.log({"samples": trackio.Image(str(sheet))}, step=step)
 
 
 def save_checkpoint(run: Run, due: set[str], line: dict):

@@ -1,7 +1,6 @@
 """Do everything before the first step: build the parts of a run, refuse bad input, then prepare the run folder."""
 
 import contextlib
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from ..data.dataset import load_images
 from ..diffusion.losses import OBJECTIVES
 from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ..diffusion.timestep_sampling import new_history
-from ..errors import UserError
+from ..errors import UserError, suggestion
 from ..files import write_json, writing
 from ..locks import check_unlocked
 from ..models.build import build_classifier, build_unet, unet_channels
@@ -102,8 +101,8 @@ class Run:
         return step * self.global_batch // self.num_images
 
 
-def open_run(config: TrainingConfig) -> Run | None:
-    """Return a run that is ready for its next step. A dry run writes nothing and returns None.
+def open_run(config: TrainingConfig) -> Run:
+    """Return a run that is ready for its next step.
 
     The run keeps other runs out of its folder until `run.lock` is closed.
 
@@ -111,22 +110,11 @@ def open_run(config: TrainingConfig) -> Run | None:
         UserError: if the input cannot be trained on, or if another run is writing to the folder. Nothing is written
             then.
     """
-    if not config.dry_run:
-        check_unlocked(Path(config.output_dir), SECOND_RUN)
-    checkpoint = checkpoints.find_checkpoint(config)
-    run, warnings = build_run(config, checkpoint)
-    if checkpoint is not None:
-        warnings += checkpoints.check_same_run(checkpoint, run)
-    is_main = run.accelerator.is_main_process
-    if is_main:
-        print(run.facts["summary"], *warnings, sep="\n", flush=True)
-    if config.dry_run:
-        if is_main:
-            print(json.dumps(config.to_dict() | {"network": dict(run.network.config)}, indent=2))
-        return None
+    check_unlocked(Path(config.output_dir), SECOND_RUN)
     # First do everything that may still fail: read the checkpoint, create the repository, start the tracker. Only then
     # change the folder.
-    restore_state(run, checkpoint)
+    run, checkpoint = check_run(config)
+    is_main = run.accelerator.is_main_process
     if config.push_to_hub and is_main:
         name = config.hub_model_id or Path(config.output_dir).resolve().name
         run = replace(run, repo_id=create_repository(name, config.hub_private_repo, config.hub_token))
@@ -137,6 +125,24 @@ def open_run(config: TrainingConfig) -> Run | None:
         return replace(run, lock=lock.pop_all())
 
 
+def check_run(config: TrainingConfig) -> tuple[Run, Path | None]:
+    """Return a run in the state of its first or next step, and the checkpoint that it resumes. Print its summary.
+
+    Nothing is written, so the run cannot be trained yet: `open_run` prepares its folder.
+
+    Raises:
+        UserError: if the input cannot be trained on, or if the checkpoint is damaged.
+    """
+    checkpoint = checkpoints.find_checkpoint(config)
+    run, warnings = build_run(config, checkpoint)
+    if checkpoint is not None:
+        warnings += checkpoints.check_same_run(checkpoint, run)
+    if run.accelerator.is_main_process:
+        print(run.facts["summary"], *warnings, sep="\n", flush=True)
+    restore_state(run, checkpoint)
+    return run, checkpoint
+
+
 def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, list[str]]:
     """Return the parts of a run, and warnings to print. Nothing is written.
 
@@ -144,7 +150,7 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
         UserError: for input that cannot be trained on, or if the config of the checkpoint cannot be read.
     """
     if config.objective not in OBJECTIVES:
-        raise UserError(f"--objective {config.objective} is not known: choose from {', '.join(OBJECTIVES)}.")
+        raise UserError(f"--objective {config.objective} is not known: {suggestion(config.objective, OBJECTIVES)}")
     accelerator = make_accelerator(config)
     with accelerator.local_main_process_first():
         train_set, validation_set = load_images(config, unet_channels(config))
@@ -352,9 +358,10 @@ def describe(run: Run) -> dict:
     held_out = 0 if run.validation_set is None else run.validation_set.num_images
     skipped = f", {len(data.skipped):,} skipped" if data.skipped else ""
     images = "a stream of" if data.num_images is None else f"{data.num_images:,}"
+    classes = f"{len(data.class_names)} classes, " if data.class_names else ""
     summary = (
         f"{images} images of {data.resolution}x{data.resolution}x{data.channels} ({held_out:,} held out{skipped}), "
-        f"{parameters / 1e6:.1f} M parameters, {run.total_steps:,} steps of {run.global_batch} images = "
+        f"{classes}{parameters / 1e6:.1f} M parameters, {run.total_steps:,} steps of {run.global_batch} images = "
         f"{run.total_steps * run.global_batch / run.num_images:.1f} epochs, on {accelerator.num_processes} x "
         f"{accelerator.device.type}, mixed precision {config.mixed_precision}"
     )
