@@ -10,6 +10,7 @@ Every name is imported when it is first used (PEP 562), so that `import ddpm_hf`
 docs/python_api.md describes all of these names.
 """
 
+import sys
 from importlib import import_module
 
 from .errors import UserError as UserError
@@ -47,7 +48,8 @@ __all__ = ["UserError", "__version__", *_PUBLIC]
 
 def __getattr__(name: str):
     if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # With `name` and `obj`, Python's traceback suggests the closest public name.
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
     module, name_there = _PUBLIC[name]
     return getattr(import_module(f".{module}", __name__), name_there)
 

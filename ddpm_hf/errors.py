@@ -17,16 +17,16 @@ class UserError(ValueError):
     on_one_process = False  # True if the other processes may not have hit the error, so that this one must print it
 
 
-def suggestion(word: str, known) -> str:
+def suggestion(word: str, known, otherwise: str = "see --help.") -> str:
     """Return advice for a mistyped `word`: the closest name in `known`.
 
-    Without a close name, the advice lists all names, or says `see --help` if there are more than 12.
+    Without a close name, the advice lists all names, or is `otherwise` if there are more than 12.
     """
     import difflib  # imported here to keep `import ddpm_hf` fast
 
     if close := difflib.get_close_matches(word, known, n=1):
         return f"did you mean {close[0]}?"
-    return f"choose from {', '.join(known)}." if len(known) <= 12 else "see --help."
+    return f"choose from {', '.join(known)}." if len(known) <= 12 else otherwise
 
 
 def no_such(kind: str, word: str, known) -> str:

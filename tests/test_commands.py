@@ -95,6 +95,9 @@ def test_what_is_meant_is_suggested():
         ("train --los_type l1", " train: error: there is no flag '--los_type': did you mean --loss_type?"),
         ("train --loss_type huge_", " train: error: there is no --loss_type 'huge_': did you mean huber?"),
         ("train --loss_type mse", " train: error: there is no --loss_type 'mse': choose from l2, l1, huber."),
+        ("train --preset digits --objective hybird", " train: error: --objective hybird is not known: did you mean "
+         "hybrid?"),
+        ("evaluate x --features digit", " evaluate: error: there is no --features 'digit': did you mean digits?"),
         ("train --preset mnist --seed=-1", " train: error: --seed is -1, but must be at least 0"),
         ("figures nowhere", " figures: error: nowhere is not a finished run"),
         ("compare nowhere.json", " compare: error: nowhere.json cannot be read as JSON"),

@@ -798,6 +798,7 @@ def test_a_stream_is_dealt_to_processes(make, numbered):
         ),
         ({"image_column": "id"}, "--image_column id is not an image column: choose from id, image, label"),
         ({"image_column": "nope"}, "--image_column nope is not an image column"),
+        ({"image_column": "imgae"}, "--image_column imgae is not an image column: did you mean image?"),
         ({"label_column": "image"}, "--label_column image is not a class column: choose from id, image, label"),
         ({"label_column": "nope"}, "--label_column nope is not a class column"),
         ({"label_column": "id", "streaming": True}, "--label_column id is not a class column"),

@@ -78,6 +78,7 @@ BAD = {
     "too few steps for ho": ([*TINY, "--ddpm_beta_schedule=ho_linear"], "take at least 21 timesteps"),
     "more steps than T": ([*TINY, "--ddpm_num_inference_steps=11"], "--ddpm_num_inference_steps is 11"),
     "unknown lr schedule": ([*TINY, "--lr_scheduler=wave"], "--lr_scheduler wave is not known: choose from linear"),
+    "mistyped lr schedule": ([*TINY, "--lr_scheduler=cosin"], "cosin is not known: did you mean cosine?"),
     "hybrid of a fixed variance": ([*TINY, "--objective=hybrid"], "--objective hybrid trains a learned variance"),
     "simple with a learned one": (
         [*TINY, "--objective=simple", "--variance_type=learned_range"],

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from ddpm_hf.evaluation.extractor import EXTRACTORS
 from ddpm_hf.evaluation.features import extract, images_at
 from ddpm_hf.evaluation.inputs import match_channels
 from ddpm_hf.evaluation.metrics import digit_counts, in_words
-from ddpm_hf.evaluation.records import read_record
+from ddpm_hf.evaluation.records import read_record, record_table
 from ddpm_hf.evaluation.reference import read_reference, reference_of
 from ddpm_hf.evaluation.statistics import frechet_distance, mean_and_covariance
 from ddpm_hf.sampling.sample_set import read_samples
@@ -381,8 +382,38 @@ def test_names_cannot_change_a_markdown_table(record, name):
 
 def test_vary_must_name_a_field(record):
     one = read_record(record)
-    with pytest.raises(UserError, match="--vary smapler is not a field"):
-        comparison({"a": one, "b": one}, vary=["smapler"])
+    for word, wanted in {
+        "smapler": "did you mean sampler?",
+        "sampler.steps": "did you mean",
+        "zzz": "give sampler,",
+    }.items():
+        with pytest.raises(UserError, match=f"--vary {word} is not a field of these records: {re.escape(wanted)}"):
+            comparison({"a": one, "b": one}, vary=[word])
+
+
+def test_vary_takes_what_the_error_recommends_and_shows_the_values_that_differ(record):
+    one = read_record(record)
+    other = json.loads(json.dumps(one))
+    other["sampler"]["num_inference_steps"] = 50
+    other["metrics"][0]["n_ref"] = 77
+    other["model"] |= {"weights": "raw", "train_step": 12}
+    with pytest.raises(UserError, match="add --vary") as refused:
+        comparison({"a": one, "b": other})
+    recommended = re.search(r"--vary (\S+)\.$", str(refused.value))[1].split(",")
+    field = f"{one['metrics'][0]['id']}.n_ref"
+    assert recommended == ["sampler.num_inference_steps", field]
+    shown = comparison({"a": one, "b": other}, vary=[*recommended, "model.weights"])
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.strip()}
+    assert rows[field] == ["120", "77"] and rows["sampler.num_inference_steps"] == ["3", "50"]
+    assert rows["model.weights"] == ["published", "raw"] and rows["model.train_step"] == ["-", "12"]
+
+
+def test_the_table_says_in_words_what_is_better(record):
+    shown = record_table(read_record(record)).splitlines()
+    assert shown[0].split()[:4] == ["metric", "value", "+-", "better"]
+    better = {line.split()[0]: {"lower", "higher"} & set(line.split()) for line in shown[1:] if " 40 " in line}
+    assert better["fd_mnist-9ea1c6a6_40_full"] == {"lower"} and better["class_confidence"] == {"higher"}
+    assert sum(line.startswith("+-: standard error. better: ") for line in shown) == 1
 
 
 def test_all_that_differs_is_named_at_once(record):

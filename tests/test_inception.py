@@ -131,7 +131,7 @@ def test_safetensors_without_the_counters_of_batches_load_too(tf1, tmp_path):
 
 
 def test_refusals(tmp_path, tf1):
-    with pytest.raises(UserError, match="pipeline is 'tf2': choose from tf1, antialias, pytorch"):
+    with pytest.raises(UserError, match="pipeline is 'tf2': did you mean tf1"):
         load_inception(tmp_path / "none.pth", "tf2")
     with pytest.raises(UserError, match=r"float32 images of shape \(1, 3, 8, 8\): round the pixels"):
         tf1(torch.rand(1, 3, 8, 8))

@@ -218,12 +218,20 @@ def test_the_bound_of_a_known_distribution_is_above_its_entropy_and_falls_with_t
     assert entropy < values[2] < values[1] < values[0] < 7.4 and values[2] == pytest.approx(7.08, abs=0.03), values
 
 
+@pytest.mark.parametrize(
+    ("timesteps", "evaluations", "images"),
+    [(1000, 64 * 10, 2), (1000, 1000 * 20, 16), (1000, 512 * 20, 16), (4000, 10**6, 4), (10, 30, 12), (20_000, 10, 2)],
+)
+def test_the_pilot_is_not_dearer_than_four_times_the_bound_unless_two_images_are(timesteps, evaluations, images):
+    assert num_pilot_images(timesteps, evaluations) == images
+
+
 def test_few_timesteps_are_unbiased_and_importance_sampling_is_worth_it():
     T, images = 50, some_images(300, size=2)
     scheduler = make_scheduler("ho_linear", T)
     model = Formula(lambda x, t: scheduler.alphas_cumprod64[t.long()].sqrt() * x + 0.3)
     full = bits_per_dim(model, scheduler, images, range(300), progress=False)
-    n = num_pilot_images(T)
+    n = num_pilot_images(T, 300 * 5)
     pilot = pilot_probabilities(model, scheduler, images[:n], range(n), progress=False)
     assert pilot[0] == 0 and pilot.sum() == pytest.approx(1) and pilot[1:].min() > 0
     uniform = (torch.arange(T) > 0).double() / (T - 1)

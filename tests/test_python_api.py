@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import re
 import shutil
+import traceback
 
 import pytest
 from conftest import ROOT, TINY
@@ -82,8 +83,9 @@ def test_the_first_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_name_that_is_not_there():
-    with pytest.raises(AttributeError, match="has no attribute 'tarin'"):
+    with pytest.raises(AttributeError, match="has no attribute 'tarin'") as refused:
         _ = ddpm_hf.tarin
+    assert "Did you mean: 'train'?" in "".join(traceback.format_exception(refused.value))
     assert {"train", "Sampler"} <= set(dir(ddpm_hf))
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 import datasets
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, suggestion
 from .decode import read_image, undecoded, use_file
 from .folders import SPLIT_OF, printable
 from .image_set import ImageSet
@@ -139,21 +139,28 @@ def _find_columns(rows, config):
     is_listed = isinstance(rows, datasets.Dataset)  # the values of a stream's columns are unknown
     if label is None and is_listed and getattr(features.get("label"), "dtype", "") in TEXTS:
         label = "label"
+
+    def advice(column):
+        every = f"choose from {columns}."
+        return every if column in features else suggestion(column or "", features, every)
+
     kind = features.get(label)
     dtype = getattr(kind, "dtype", "")
     classes = {}
     if not isinstance(features.get(image), datasets.Image) and image not in files:
-        raise UserError(f"--image_column {image or '(not given)'} is not an image column: choose from {columns}.")
+        raise UserError(f"--image_column {image or '(not given)'} is not an image column: {advice(image)}")
     if isinstance(kind, datasets.ClassLabel):
         classes = dict(enumerate(kind.names))
     elif is_listed and ("int" in dtype or dtype in {"bool", *TEXTS}):
         classes = {value: str(value) for value in sorted(set(rows[label][:]) - {None, ""})}
     elif label:
         why = f" (its {dtype} values are neither words nor whole numbers)" if "float" in dtype else ""
-        raise UserError(f"--label_column {label} is not a class column{why}: choose from {columns}.")
+        raise UserError(f"--label_column {label} is not a class column{why}: {advice(label)}")
     if unknown := set(config.class_names or []) - set(classes.values()):
-        known = f"choose from {', '.join(classes.values())}" if classes else f"give --label_column, one of {columns}"
-        raise UserError(f"--class_names has {min(unknown)}, which is not a class of this dataset: {known}.")
+        known = f"give --label_column, one of {columns}."
+        if classes:
+            known = suggestion(min(unknown), classes.values(), f"choose from {', '.join(classes.values())}.")
+        raise UserError(f"--class_names has {min(unknown)}, which is not a class of this dataset: {known}")
     if config.class_names:
         classes = {value: name for value, name in classes.items() if name in config.class_names}
     return {image: "image"} | ({label: "label"} if label else {}), classes

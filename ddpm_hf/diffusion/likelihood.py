@@ -22,6 +22,7 @@ from .scheduler import PaperDDPMScheduler
 
 FLOOR = 1e-12  # the lowest probability of a pixel, as in Ho's and Nichol's code
 PILOT_EVALUATIONS = 16_000  # 16 images for T = 1000. Few images suffice: the bound is unbiased for any p_t.
+PILOT_SHARE = 4  # the pilot takes at most this many times the evaluations that the bound itself takes
 
 
 def variational_term(
@@ -142,7 +143,9 @@ def bound_terms(
     evaluations, was_training, done = iter(evaluations), unet.training, 0
     unet.eval()
     try:
-        with tqdm(desc="Bits/dim", total=num_evaluations, unit="evaluation", disable=not progress) as bar:
+        # The bar vanishes at the end, and work of less than two seconds has none.
+        options_of_bar = dict(unit="evaluation", disable=not progress, leave=False, delay=2)
+        with tqdm(desc="Bits/dim", total=num_evaluations, **options_of_bar) as bar:
             while batch := list(islice(evaluations, batch_size)):
                 rows, timesteps = (torch.tensor([pair[k] for pair in batch]) for k in (0, 1))
                 weights = torch.tensor([weight for _, _, weight in batch], dtype=torch.float64)
@@ -232,7 +235,7 @@ def bits_per_dim(
             raise UserError(f"num_timesteps is {num_timesteps}; it must be from 2 to the model's {T} timesteps.")
         if pilot is None:
             labels = options.get("class_labels")
-            n = num_pilot_images(T)
+            n = num_pilot_images(T, num_images * num_timesteps)
             few = options | {"class_labels": None if labels is None else labels[:n], "on_step": None}
             pilot = pilot_probabilities(unet, scheduler, images[:n], indices[:n], seed=seed, **few)
         evaluations = _drawn_evaluations(pilot, num_timesteps, seed, indices)
@@ -261,9 +264,14 @@ def summarise(bounds: dict[str, Tensor]) -> dict[str, float]:
     return means | {"standard_error": standard_error, "num_images": len(total)}
 
 
-def num_pilot_images(num_train_timesteps: int) -> int:
-    """Return how many images to give to `pilot_probabilities`: from 1 to 64, fewer for a larger T."""
-    return max(1, min(64, PILOT_EVALUATIONS // num_train_timesteps))
+def num_pilot_images(num_train_timesteps: int, num_evaluations: int) -> int:
+    """Return how many images to give to `pilot_probabilities`: from 2 to 64, fewer for a larger T.
+
+    Args:
+        num_evaluations: how many terms the bound evaluates after the pilot. For a small number, the pilot is small.
+    """
+    most = min(PILOT_EVALUATIONS, PILOT_SHARE * num_evaluations)
+    return max(2, min(64, most // num_train_timesteps))
 
 
 def pilot_probabilities(unet, scheduler, images, indices, **options) -> Tensor:

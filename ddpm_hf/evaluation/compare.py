@@ -3,7 +3,7 @@
 from itertools import combinations
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, suggestion
 from ..markdown import literal
 from .records import number, read_record, table
 
@@ -61,7 +61,7 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     Args:
         records: the records, by the heading of their column.
         vary: dotted names of fields that may differ, e.g. `sampler.eta`. `sampler` stands for all fields below it.
-            These fields become rows at the top.
+            Those that differ become rows at the top.
         markdown: return Markdown instead of aligned text.
 
     Raises:
@@ -72,12 +72,7 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     ids = [entry["id"] for record in records.values() for entry in record["metrics"]]
     is_metric = {field: is_below(field, ids) for fields in protocols.values() for field in fields}
     first = next(iter(records))
-    for name in vary:
-        if not any(is_below(field, [name]) for field in is_metric):
-            raise UserError(
-                f"--vary {name} is not a field of these records: give sampler, data, or one of their fields, e.g. "
-                "sampler.eta."
-            )
+    check_vary(vary, [*is_metric, *(field for fields in flat.values() for field in fields)])
     varied = []
     unlike = []
     for field in is_metric:
@@ -95,13 +90,17 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
             f"the records were measured in different ways ({'; '.join(unlike)}): evaluate all of them in the same "
             f"way, or add --vary {fields}."
         )
-    # Also show how the models differ. These fields are not part of the protocol, so they may differ.
-    for field in ("model.name", "model.weights", "model.train_step"):
-        if len({str(fields.get(field)) for fields in flat.values()}) > 1:
+    # Also show how the models differ, and what else was asked for. These fields are not part of the protocol, so they
+    # may differ.
+    shown = {name: flat[name] | protocols[name] for name in records}
+    more = [field for fields in flat.values() for field in fields if is_below(field, vary)]
+    for field in dict.fromkeys(["model.name", "model.weights", "model.train_step", *more]):
+        if field not in varied and len({str(fields.get(field)) for fields in shown.values()}) > 1:
             varied.append(field)
     show = literal if markdown else str  # names come from files and other programs
     rows = [["", *map(show, records)]]
-    rows += [[show(field), *(show(fields.get(field)) for fields in flat.values())] for field in varied]
+    values = {field: [fields.get(field) for fields in shown.values()] for field in varied}
+    rows += [[show(field), *("-" if value is None else show(value) for value in values[field])] for field in varied]
     entries = {name: {entry["id"]: entry for entry in record["metrics"]} for name, record in records.items()}
     for id in dict.fromkeys(ids):
         rows.append([show(id), *(cell(by_id.get(id)) for by_id in entries.values())])
@@ -109,6 +108,16 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
         if len(floors) == 1:
             rows[-1][0] += f" (floor {floors.pop()})"
     return "\n\n".join([table(rows, markdown), *shared_images(records)])
+
+
+def check_vary(vary: list[str], fields: list[str]):
+    """Raise a UserError if a name of `vary` is neither one of the dotted `fields` nor above one of them."""
+    parts = [field.split(".") for field in fields]
+    known = dict.fromkeys(".".join(part[:n]) for part in parts for n in range(1, len(part) + 1))
+    for name in vary:
+        if name not in known:
+            close = suggestion(name, known, "give sampler, data, or one of their fields, e.g. sampler.eta.")
+            raise UserError(f"--vary {name} is not a field of these records: {close}")
 
 
 def shared_images(records: dict[str, dict]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from accelerate import PartialState
 
-from ..errors import UserError
+from ..errors import UserError, no_such
 from .digit_classifier import load_digit_classifier
 from .dinov2 import load_dinov2
 from .features import Extractor
@@ -20,7 +20,7 @@ def load_extractor(name: str, **options) -> Extractor:
         UserError: for a name that is not in `EXTRACTORS`, or a file that does not hold its weights.
     """
     if name not in EXTRACTORS:
-        raise UserError(f"there are no features named {name!r}: choose from {', '.join(EXTRACTORS)}.")
+        raise UserError(no_such("extractor of features", name, EXTRACTORS))
     return EXTRACTORS[name](**options).to(PartialState().device)
 
 

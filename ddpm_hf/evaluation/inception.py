@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from huggingface_hub import constants
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, suggestion
 from .features import Extractor, check_images, full_precision
 
 
@@ -300,4 +300,4 @@ def _tf1_matrix(size: int, device: torch.device) -> Tensor:
 
 def _check_pipeline(pipeline: str) -> None:
     if pipeline not in PIPELINES:
-        raise UserError(f"--inception_pipeline is {pipeline!r}: choose from {', '.join(PIPELINES)}.")
+        raise UserError(f"--inception_pipeline is {pipeline!r}: {suggestion(pipeline, PIPELINES)}")

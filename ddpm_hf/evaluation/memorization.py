@@ -145,7 +145,8 @@ def _nearest(images: Tensor, train: Tensor, title: str, progress: bool, own: Ten
     index = torch.zeros(len(images), dtype=torch.long, device=train.device)
     rows = max(1, CHUNK // max(train.shape[1], 1024))
     at_once = max(1, min(rows, CHUNK // rows))
-    with tqdm(total=len(images) * len(train), desc=title, unit="pair", unit_scale=True, disable=not progress) as bar:
+    options = dict(unit="pair", unit_scale=True, disable=not progress, leave=False, delay=2)
+    with tqdm(total=len(images) * len(train), desc=title, **options) as bar:
         for start in range(0, len(train), rows):
             part = _centred(train[start : start + rows])
             norms = _squared_norms(part)

@@ -255,7 +255,8 @@ def bits_per_dim(look: Look) -> list[dict]:
 
     pilot = None
     if mode != "full":
-        few = rows[:: -(-len(rows) // likelihood.num_pilot_images(len(model.scheduler)))]
+        most = likelihood.num_pilot_images(len(model.scheduler), count * timesteps)
+        few = rows[:: -(-len(rows) // most)]
         pilot = [bound(likelihood.pilot_probabilities, few) if state.is_main_process else None]
         pilot = broadcast_object_list(pilot)[0]
     share = rows[state.process_index :: state.num_processes]

@@ -172,10 +172,18 @@ def is_value(value) -> bool:
 
 
 def record_table(record: dict) -> str:
-    """Return a record as text: a table of values with their errors, floors and N, then the skipped metrics."""
-    rows = [["metric", "value", "+-", "floor (real)", "N", "N real"], *score_rows(record)]
+    """Return a record as text: a table of the scores, what its columns mean, then the skipped metrics."""
+    better = {entry["id"]: "lower" if entry.get("lower_is_better") else "higher" for entry in record["metrics"]}
+    rows = [["metric", "value", "+-", "better", "real images", "N", "N real"]]
+    rows += [[id, value, error, better[id], *rest] for id, value, error, *rest in score_rows(record)]
+    lines = [table(rows)]
+    if len(rows) > 1:
+        lines += [
+            "+-: standard error. better: whether lower or higher values are better. real images: the value of "
+            "held-out real images, which a perfect model would reach. N: the number of images."
+        ]
     reasons = by_reason({entry["id"]: entry.get("reason") for entry in record["metrics"]})
-    return "\n".join([table(rows), *(f"skipped: {ids} ({reason})" for ids, reason in reasons)])
+    return "\n".join([*lines, *(f"skipped: {ids} ({reason})" for ids, reason in reasons)])
 
 
 def score_rows(record: dict) -> list[list[str]]:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from ..community_pipelines import pipeline_file
-from ..errors import UserError
+from ..errors import UserError, suggestion
 from ..files import check_output, is_utf_8, new_folder, read_json, write_json, writing
 from ..models.classifier import NoisyClassifier
 from ..models.pretrained import Pretrained, load_classifier, load_pretrained
@@ -71,7 +71,7 @@ def export(
     }
     names = [name for name in PIPELINES if suits[name]]
     if pipeline is not None and pipeline not in names:
-        raise UserError(f"--pipeline {pipeline} does not suit this model: choose from {', '.join(names)}.")
+        raise UserError(f"--pipeline {pipeline} does not suit this model: {suggestion(pipeline, names)}")
     if pipeline is None and (conditional or classifier is not None):
         pipeline = names[0]
     with writing("the export", output), new_folder(output) as new:

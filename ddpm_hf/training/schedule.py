@@ -5,7 +5,7 @@ import math
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 
-from ..errors import UserError
+from ..errors import UserError, suggestion
 from ..models.ema import ema_decay
 
 
@@ -38,7 +38,7 @@ def learning_rate_schedule(config, optimizer, total_steps: int):
     """
     names = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
     if config.lr_scheduler not in names:
-        raise UserError(f"--lr_scheduler {config.lr_scheduler} is not known: choose from {', '.join(names)}.")
+        raise UserError(f"--lr_scheduler {config.lr_scheduler} is not known: {suggestion(config.lr_scheduler, names)}")
     # The schedule sets the learning rate of its optimizer, so give it an optimizer that nothing else uses.
     throwaway = torch.optim.SGD(optimizer.param_groups[0]["params"][:1], lr=config.learning_rate)
     try:
