@@ -10,10 +10,10 @@ Every name is imported when it is first used (PEP 562), so that `import ddpm_hf`
 docs/python_api.md describes all of these names.
 """
 
-import sys
 from importlib import import_module
 
 from .errors import UserError as UserError
+from .errors import suggestion
 
 
 __version__ = "0.1.0"
@@ -48,8 +48,8 @@ __all__ = ["UserError", "__version__", *_PUBLIC]
 
 def __getattr__(name: str):
     if name not in _PUBLIC:
-        # With `name` and `obj`, Python's traceback suggests the closest public name.
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        advice = suggestion(name, _PUBLIC, "see dir(ddpm_hf).")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}: {advice}")
     module, name_there = _PUBLIC[name]
     return getattr(import_module(f".{module}", __name__), name_there)
 

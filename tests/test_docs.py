@@ -30,7 +30,7 @@ from ddpm_hf import __main__ as package
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.presets import PRESETS
 from ddpm_hf.config.training_config import TrainingConfig
-from ddpm_hf.training.run import open_run
+from ddpm_hf.training.loop import train
 
 
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
@@ -200,7 +200,7 @@ DIGITS = [(path, line) for path, line in COMMANDS if re.search(r"train_unconditi
 @pytest.mark.parametrize(("path", "line"), DIGITS, ids=[f"{name_of(path)}: {line}" for path, line in DIGITS])
 def test_the_digits_that_pages_train_can_be_trained(path, line, tmp_path, capsys):
     flags = shlex.split(line.partition("train_unconditional.py")[2])
-    assert open_run(parse_config([*flags, "--dry_run", "--output_dir", str(tmp_path / "run")])) is None
+    assert train(parse_config([*flags, "--dry_run", "--output_dir", str(tmp_path / "run")])) is None
     assert "1,617 images of 8x8x1" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 

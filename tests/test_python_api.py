@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 import re
 import shutil
-import traceback
 
 import pytest
 from conftest import ROOT, TINY
@@ -83,9 +82,8 @@ def test_the_first_example_of_the_page_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_name_that_is_not_there():
-    with pytest.raises(AttributeError, match="has no attribute 'tarin'") as refused:
+    with pytest.raises(AttributeError, match=r"has no attribute 'tarin': did you mean train\?"):
         _ = ddpm_hf.tarin
-    assert "Did you mean: 'train'?" in "".join(traceback.format_exception(refused.value))
     assert {"train", "Sampler"} <= set(dir(ddpm_hf))
 
 
