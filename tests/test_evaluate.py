@@ -395,12 +395,13 @@ def test_vary_takes_what_the_error_recommends_and_shows_the_values_that_differ(r
     one = read_record(record)
     other = json.loads(json.dumps(one))
     other["sampler"]["num_inference_steps"] = 50
-    other["metrics"][0]["n_ref"] = 77
+    entry = next(entry for entry in other["metrics"] if entry["id"].startswith("fd_mnist"))
+    entry["n_ref"] = 77
     other["model"] |= {"weights": "raw", "train_step": 12}
     with pytest.raises(UserError, match="add --vary") as refused:
         comparison({"a": one, "b": other})
     recommended = re.search(r"--vary (\S+)\.$", str(refused.value))[1].split(",")
-    field = f"{one['metrics'][0]['id']}.n_ref"
+    field = f"{entry['id']}.n_ref"
     assert recommended == ["sampler.num_inference_steps", field]
     shown = comparison({"a": one, "b": other}, vary=[*recommended, "model.weights"])
     rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.strip()}

@@ -285,7 +285,7 @@ def test_dry_run_says_what_it_would_take_and_shows_the_images_but_makes_no_run(
     assert train(config) is None
     said = capsys.readouterr().out
     what = (
-        "12 images of 8x8x3 (0 held out), 2 classes, "
+        "a stream of images of 8x8x3 (0 held out), 2 classes, "
         if streams
         else "1,617 images of 8x8x1 (180 held out), 10 classes, "
     )

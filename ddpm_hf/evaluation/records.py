@@ -179,8 +179,8 @@ def record_table(record: dict) -> str:
     lines = [table(rows)]
     if len(rows) > 1:
         lines += [
-            "+-: standard error. better: whether lower or higher values are better. real images: the value of "
-            "held-out real images, which a perfect model would reach. N: the number of images."
+            "+-: standard error. better: whether lower or higher values are better. N: the number of images.",
+            "real images: the value of held-out real images, the floor, which a perfect model would reach.",
         ]
     reasons = by_reason({entry["id"]: entry.get("reason") for entry in record["metrics"]})
     return "\n".join([*lines, *(f"skipped: {ids} ({reason})" for ids, reason in reasons)])
