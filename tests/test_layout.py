@@ -11,7 +11,6 @@ import pytest
 from conftest import ROOT
 
 from ddpm_hf.__main__ import parse
-from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.training_config import TrainingConfig
 
 
@@ -146,14 +145,6 @@ def test_pages_are_whole(page):
     assert not re.search(r"@[A-Z_]+@|TODO|TBD", text)
     for link in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", text):
         assert (folder / (link[0] or link[1])).exists(), link
-
-
-def test_commands_in_the_readme_are_parsed():
-    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    commands = [line.split("#")[0] for line in text.splitlines() if "launch train_unconditional.py" in line]
-    assert len(commands) > 4
-    for command in commands:
-        parse_config(command.split("train_unconditional.py")[1].split())
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/scores.md", "docs/results.md"])
