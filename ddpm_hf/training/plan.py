@@ -10,7 +10,7 @@ import torch
 from ..data.batches import training_batches
 from ..diffusion.losses import draw_noise
 from ..pictures import strip, to_uint8
-from .figures import DDIM_STEPS
+from .figures import ddim_steps
 from .periodic import epochs_between
 from .run import Run
 from .scoring import STEPS
@@ -50,7 +50,7 @@ def forward_passes(run: Run) -> dict[str, float]:
     passes["sheet"] = config.eval_batch_size * config.ddpm_num_inference_steps
     passes["scores"] = config.eval_num_images * min(STEPS, config.ddpm_num_steps)
     passes = {name: number * count.get(name, 0) / processes for name, number in passes.items()}
-    steps = config.ddpm_num_inference_steps + sum(n for n in DDIM_STEPS if n <= config.ddpm_num_steps)
+    steps = config.ddpm_num_inference_steps + sum(ddim_steps(config.ddpm_num_steps))
     passes["figures"] = min(16, config.eval_batch_size) * steps * (config.objective != "classify")
     return passes
 
