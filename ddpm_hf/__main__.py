@@ -60,11 +60,13 @@ def refuse(words: list[str]):
 def main(argv: list[str] | None = None, prog: str | None = None):
     """Run a command line. Exits with code 2 after a UserError, and with code 130 after Ctrl-C."""
     drop_failing_output()
-    arguments = parse(argv, prog)
+    arguments = argparse.Namespace(command=None, prog=prog or program())
     is_first = int(os.environ.get("LOCAL_RANK", 0)) <= 0
-    if is_first and arguments.command != "presets" and "torch" not in sys.modules:
-        print("Loading PyTorch and diffusers ...", file=sys.stderr, flush=True)  # seconds, or a minute on a slow disk
     try:
+        arguments = parse(argv, prog)
+        if is_first and arguments.command != "presets" and "torch" not in sys.modules:
+            # This takes seconds, or a minute on a slow disk.
+            print("Loading PyTorch and diffusers ...", file=sys.stderr, flush=True)
         module_of(arguments.command).run(arguments)
     except UserError as error:
         if error.on_one_process or is_first:  # else process 0 prints it

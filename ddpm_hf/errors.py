@@ -1,5 +1,6 @@
 """Define the exception that users see as one sentence, and the phrases that several parsers share."""
 
+import pickle
 import re
 
 
@@ -15,6 +16,16 @@ class UserError(ValueError):
     """
 
     on_one_process = False  # True if the other processes may not have hit the error, so that this one must print it
+
+
+def reason_of(error: Exception, lines: int = 1) -> str:
+    """Return the first `lines` lines of an error's message as one line, or its type if it has no message.
+
+    If torch refuses to unpickle a file, its message is replaced, because it advises to read the file unsafely.
+    """
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it is damaged, or holds other things than tensors and numbers"
+    return " ".join(" ".join(str(error).splitlines()[:lines]).split()) or type(error).__name__
 
 
 def suggestion(word: str, known, otherwise: str = "see --help.") -> str:

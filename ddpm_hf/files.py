@@ -1,6 +1,7 @@
 """Write files completely or not at all. Read JSON files and check their type."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -11,13 +12,19 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .errors import UserError
+from .errors import UserError, reason_of
 
 
 MAX_NAME = 230  # bytes; file systems allow 255, and we add suffixes such as .sheet.png and .tmp
 MAX_UNPACKED = 100  # largest ratio of unpacked to packed size; images and features stay below 20, zeros reach 1,000
 MAX_JSON_BYTES = 16_000_000
+MAX_DIGITS = 40  # of a whole number in JSON; seeds have up to 20
 MAX_JSON_DEPTH = 64  # no file of ours, and no config of diffusers, is nested more than a few levels deep
+# What to do if writing fails for a reason other than a full disk or a missing permission.
+ADVICE = dict.fromkeys(
+    [errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG], "give another path"
+)
+ADVICE |= dict.fromkeys([errno.EEXIST, errno.ENOTEMPTY], "remove what is there, or give another path")
 TOO_DEEP = f"it is nested more than {MAX_JSON_DEPTH} levels deep"
 
 
@@ -32,10 +39,8 @@ def writing(what: str, path, *, also: tuple = ()):
     try:
         yield
     except (OSError, SafetensorError, *also) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(
-            f"{what} could not be written to {path} ({reason}): free some space or allow writing."
-        ) from error
+        advice = ADVICE.get(getattr(error, "errno", None), "free some space or allow writing")
+        raise UserError(f"{what} could not be written to {path} ({reason_of(error)}): {advice}.") from error
 
 
 def is_utf_8(path: Path) -> bool:
@@ -48,10 +53,20 @@ def is_utf_8(path: Path) -> bool:
 
 
 def write_beside(path: Path, write):
-    """Call `write(temporary path)`, then rename that file to `path`. A kill thus leaves no incomplete `path`."""
+    """Call `write(temporary path)`, then rename that file to `path`. A kill thus leaves no incomplete `path`.
+
+    If writing fails, e.g. because the disk is full, the temporary file is removed.
+    """
     partial = path.with_name(f".{path.name}.tmp")
-    write(partial)
-    partial.replace(path)
+    try:
+        if partial.is_symlink():  # writing to it would overwrite another file
+            partial.unlink()
+        write(partial)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def check_output(flag: str, given: str | Path) -> Path:
@@ -61,6 +76,10 @@ def check_output(flag: str, given: str | Path) -> Path:
         UserError: for a path without a name, such as `.` or `/`, for a long name, or if its folder is not writable.
     """
     path = Path(given)
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{flag} is {given}, a link to a file that does not exist: remove the link, or give another path."
+        )
     if path.name in ("", "..") or "\0" in str(path):
         raise UserError(f"{flag} is {str(given)!r}, which does not name a file or folder: give a name.")
     if len(os.fsencode(path.name)) > MAX_NAME or any(len(os.fsencode(part)) > 255 for part in path.parts):
@@ -119,11 +138,12 @@ def parse_json(text: str):
     """Return the content of a JSON text from an untrusted source.
 
     Raises:
-        ValueError: for text that is not JSON, or is nested more than MAX_JSON_DEPTH levels deep. Also for a string
-            with half of a surrogate pair, because it cannot be written to a file.
+        ValueError: for text that is not JSON, is nested more than MAX_JSON_DEPTH levels deep, or has a whole number
+            of more than MAX_DIGITS digits. Also for a string with half of a surrogate pair, because it cannot be
+            written to a file.
     """
     try:
-        content = json.loads(text)
+        content = json.loads(text, parse_int=_whole_number)
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
     level = [content]
@@ -140,6 +160,13 @@ def parse_json(text: str):
             return content
         level = inner
     raise ValueError(TOO_DEEP)
+
+
+def _whole_number(text: str) -> int:
+    """Return a whole number of a JSON text. Refuse a number that no float can hold, because sums would fail later."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"it has a whole number of more than {MAX_DIGITS} digits")
+    return int(text)
 
 
 def write_json(path: Path, content):

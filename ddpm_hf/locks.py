@@ -20,6 +20,8 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".ddpm_hf.lock"
+# A folder from elsewhere can hold a link to a file that we would overwrite, or a pipe, which would make us wait.
+NO_TRAPS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 HELD = set()  # the file descriptors of the locks that this process holds
 
 
@@ -40,10 +42,15 @@ def lock_path(place: Path) -> Path:
 
 def writer_of(place: Path) -> str | None:
     """Return a description of the process that holds the lock of `place`, or None. Nothing is written."""
-    with contextlib.suppress(OSError), open(lock_path(place), "rb") as file:
+    try:
+        descriptor = os.open(lock_path(place), os.O_RDONLY | NO_TRAPS)
+    except OSError:
+        return None
+    try:
         # Take a shared lock, because all processes of a launch look here and must not refuse each other.
-        return None if _lock(file.fileno(), shared=True) else _name_in(file.fileno())
-    return None
+        return None if _lock(descriptor, shared=True) else _name_in(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_unlocked(place: Path, remedy: str):
@@ -62,7 +69,7 @@ def locked(place: Path, remedy: str):
     """
     path = lock_path(place)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_TRAPS, 0o666)
         if not _lock(descriptor):
             writer = _name_in(descriptor)
             os.close(descriptor)

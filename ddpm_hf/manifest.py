@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import UserError
+from .errors import UserError, reason_of
 from .files import read_json, write_json
 
 
@@ -118,5 +118,4 @@ def reading(checkpoint: Path):
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise damaged(checkpoint, reason or type(error).__name__) from error
+        raise damaged(checkpoint, reason_of(error)) from error

@@ -1,10 +1,10 @@
 """List the names of the files in a run folder, and say which of them are published."""
 
-import json
 import re
 from pathlib import Path
 
 from .community_pipelines import shipped
+from .files import parse_json
 from .manifest import is_complete
 
 
@@ -66,7 +66,7 @@ def read_metrics(path: str | Path) -> list[dict]:
     found = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            content = json.loads(line)
+            content = parse_json(line)
         except ValueError:
             continue
         if isinstance(content, dict) and isinstance(content.get("step"), int):

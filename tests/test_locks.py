@@ -22,6 +22,7 @@ from ddpm_hf.run_folder import checkpoints, step_of
 from ddpm_hf.sampling import sample_set
 from ddpm_hf.sampling.sample_set import draw_samples, read_samples
 from ddpm_hf.sampling.settings import Sampler
+from ddpm_hf.training.checkpoints import find_checkpoint
 from ddpm_hf.training.loop import train
 from ddpm_hf.training.run import open_run
 
@@ -203,3 +204,34 @@ def test_the_card_and_the_figures_of_a_live_run_are_left_to_it(tiny_run, tmp_pat
             assert "is in use" in capsys.readouterr().err
         main(["evaluate", str(run), "--suite=smoke", "--num_images=40", "--metrics=bits_per_dim"])
     assert (run / "README.md").stat().st_mtime_ns == before and list((run / "evaluations").iterdir())
+
+
+def test_a_lock_that_is_a_link_or_a_pipe_traps_nobody(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    for name in ("link", "pipe"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link" / locks.LOCK).symlink_to(tmp_path / "precious")
+    os.mkfifo(tmp_path / "pipe" / locks.LOCK)
+    for name in ("link", "pipe"):
+        assert writer_of(tmp_path / name) is None
+        with pytest.raises(OSError), locked(tmp_path / name, "wait"):
+            pass
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["samples", "figures", "unet", "evaluations", "best", "logs", "metrics.jsonl"])
+def test_what_is_in_the_way_of_a_later_file_is_refused_at_the_start(tmp_path, name):
+    if "." in name:
+        (tmp_path / name).mkdir()
+        said = f"has a folder named {name}, where the run writes a file: move it away"
+    else:
+        (tmp_path / name).write_text("mine")
+        said = f"has a file named {name}, where the run writes a folder: move it away"
+    with pytest.raises(UserError, match=said):
+        find_checkpoint(config(tmp_path, "--overwrite_output_dir", "--logger=tensorboard"))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "unet/logs", "checkpoint-3", "README.md"])
+def test_a_log_has_a_place_of_its_own(tmp_path, name):
+    with pytest.raises(UserError, match=f"--logging_dir {name} is where the run writes other files"):
+        find_checkpoint(config(tmp_path / "run", f"--logging_dir={name}"))

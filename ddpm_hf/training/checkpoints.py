@@ -26,6 +26,7 @@ from ..locks import LOCK, locked
 from ..manifest import check_files, damaged, reading, write_manifest
 from ..run_folder import (
     HALF_WRITTEN,
+    RECORDS,
     RUN_FILES,
     checkpoint_folders,
     checkpoints,
@@ -87,6 +88,7 @@ def find_checkpoint(config) -> Path | None:
         is_file = output_dir.exists() and not output_dir.is_dir()
     if is_file:
         raise UserError(f"--output_dir {output_dir} is a file: give the name of a folder.")
+    check_places(output_dir, config.logging_dir)
     if config.resume_from_checkpoint is not None and config.overwrite_output_dir:
         raise UserError(
             "--resume_from_checkpoint goes on with a run and --overwrite_output_dir removes it: give only one of them."
@@ -124,6 +126,22 @@ def find_checkpoint(config) -> Path | None:
             f"overwritten: remove {strange[0].name}, or give another folder."
         )
     return None
+
+
+def check_places(output_dir: Path, logging_dir: str):
+    """Raise a UserError if the run could not write one of its files later, because something else has its name."""
+    folders = sorted({name.split("/")[0] for name in [*RUN_FILES, *RECORDS] if "/" in name})
+    files = ["train_config.json", "metrics.jsonl", "model_index.json"]
+    if (first := Path(logging_dir).parts[0]) in [*folders, *files, "README.md"] or is_checkpoint_name(first):
+        raise UserError(f"--logging_dir {logging_dir} is where the run writes other files: give a name such as logs.")
+    for name in [*folders, *files, first]:
+        is_folder = (output_dir / name).is_dir()
+        if os.path.lexists(output_dir / name) and is_folder == (name in files):
+            found, needed = ("folder", "file") if is_folder else ("file", "folder")
+            raise UserError(
+                f"--output_dir {output_dir} has a {found} named {name}, where the run writes a {needed}: move it "
+                "away, or give another folder."
+            )
 
 
 def in_use(folder: Path) -> bool:
