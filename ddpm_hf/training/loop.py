@@ -28,6 +28,7 @@ from ..sharing.hub import wait_for_push
 from . import plan
 from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
 from .run import Run, check_run, open_run
+from .trackers import end_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     with run.lock:
         take_steps(run)
         run.accelerator.wait_for_everyone()
+        end_trackers(run.accelerator)
         run.accelerator.end_training()
         if run.state.push is not None:
             wait_for_push(run.state.push, config.output_dir, run.repo_id)  # if it fails, this prints a warning

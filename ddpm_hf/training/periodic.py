@@ -22,7 +22,7 @@ from ..sampling.generate import sample_together
 from ..sampling.settings import Sampler
 from ..sharing.card import write_card_or_warn
 from ..sharing.hub import push_in_background
-from . import checkpoints
+from . import checkpoints, trackers
 from .changes import facts_to_compare
 from .figures import figures_of_run, loss_figure
 from .run import Run
@@ -135,7 +135,7 @@ def write_log_line(run: Run, due: set[str], line: dict):
         with writing("metrics.jsonl", folder), open(folder / "metrics.jsonl", "a") as metrics:
             metrics.write(json.dumps(line) + "\n")
         numbers = {k: v for k, v in (line | line.get("scores", {})).items() if isinstance(v, (int, float))}
-        run.accelerator.log(numbers, step=run.state.step)
+        trackers.log(run.accelerator, lambda tracker: tracker.log(numbers, step=run.state.step))
 
 
 def add_sheet(run: Run, due: set[str], line: dict):
@@ -158,8 +158,7 @@ def add_sheet(run: Run, due: set[str], line: dict):
             # Use one column per class, if there are at most 16 classes.
             columns = len(run.class_names) if run.class_names and len(run.class_names) <= 16 else None
             image_sheet(images, path, columns)
-        for tracker in accelerator.trackers:
-            log_sheet(tracker, images, path, run.state.step)
+        trackers.log(accelerator, lambda tracker: log_sheet(tracker, images, path, run.state.step))
 
 
 def log_sheet(tracker, images: torch.Tensor, sheet: Path, step: int):

@@ -37,6 +37,7 @@ from . import checkpoints
 from .checkpoints import SECOND_RUN, TrainState
 from .schedule import count_steps, ema_warning, learning_rate_schedule
 from .scoring import open_evaluation
+from .trackers import start_tracker
 
 
 PROCESS_TIMEOUT = timedelta(hours=2)  # the others wait while one draws figures; diffusers' script has the same value
@@ -191,7 +192,14 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
     )
     run = replace(run, facts=describe(run))
     evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
-    return replace(run, evaluation=evaluation), [*train_set.warnings, *ema_warning(config, total_steps), *skipped]
+    ignored = []
+    if config.dataset_name and config.train_data_dir:
+        ignored = [
+            f"Warning: --train_data_dir {config.train_data_dir} is not used, because --dataset_name is "
+            f"{config.dataset_name}: to train on the folder, give it as --dataset_name."
+        ]
+    warnings = [*ignored, *train_set.warnings, *ema_warning(config, total_steps), *skipped]
+    return replace(run, evaluation=evaluation), warnings
 
 
 def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:
@@ -331,24 +339,6 @@ def reset_accelerate():
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-def start_tracker(config, accelerator):
-    """Start the tracker of --logger, if any, and give it the flags of the run.
-
-    Raises:
-        UserError: if the tracker cannot start, e.g. because the user is not logged in.
-    """
-    if config.logger == "none":
-        return
-    folder = Path(config.output_dir) / config.logging_dir
-    # Trackers accept only numbers and text.
-    flags = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.to_dict().items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # wandb uses another folder if this one is missing
-        accelerator.init_trackers("ddpm_hf", config=flags, init_kwargs={"wandb": {"dir": str(folder)}})
-    except Exception as error:  # each tracker raises its own errors
-        raise UserError(f"--logger {config.logger} cannot start ({error}): set it up, or give none.") from error
 
 
 def describe(run: Run) -> dict:
