@@ -67,6 +67,7 @@ def make(tmp_path):
             "channels": None,
             "pixel_range": None,
             "on_bad_image": "refuse",
+            "pages": "first",
             "dataloader_num_workers": 0,
             "image_column": None,
             "label_column": None,
@@ -272,6 +273,23 @@ def test_a_column_of_integers_can_be_the_classes(make, tmp_path):
     assert images.class_names == ["7", "30"] and images.labels.tolist() == [1, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([2**60, 5], "no classes (to use the column label, give --label_column label)"),
+        ([0.5, 1.5], "no classes (the column label has float64 values, which cannot be used)"),
+        ([{"id": 1}, {"id": 2}], "no classes (the column label has lists or dictionaries, which cannot be used)"),
+        ([[1, 2], [2]], "no classes (the column label has lists or dictionaries, which cannot be used)"),
+    ],
+)
+def test_a_column_of_labels_that_is_not_used_is_mentioned(make, tmp_path, capsys, values, said):
+    files = [{"bytes": plain(k), "path": None} for k in (1, 2)]
+    (tmp_path / "odd").mkdir()
+    datasets.Dataset.from_dict({"image": files, "label": values}).to_parquet(tmp_path / "odd" / "train.parquet")
+    assert load_images(make(tmp_path / "odd"))[0].labels is None
+    assert f"; {said}." in capsys.readouterr().out
+
+
 def test_unlabelled_images_have_label_minus_one(make, tmp_path):
     write_hub(tmp_path / "test", [plain(1), plain(2)], [-1, None])
     assert load_images(make(tmp_path / "test"))[0].labels.tolist() == [-1, -1]
@@ -384,6 +402,13 @@ def test_a_run_says_which_files_it_takes(open_folder, tmp_path, capsys):
         "4 images of 8 files: 4 are not images (a.npy, b.txt, cat/c.json, ...); classes: cat 2, dog 1; 1 without"
     )
     assert capsys.readouterr().out == f"Data: {expected} a class.\n"
+
+
+def test_the_run_inside_the_data_folder_is_not_data(open_folder, tmp_path, capsys):
+    folder = write_images(tmp_path / "x", ["1.png", "2.png", "runs/a/samples/epoch_0001.png"])
+    (folder / "runs" / "a" / "train_config.json").write_text("{}")
+    assert len(open_folder(folder)[0]) == 2
+    assert capsys.readouterr().out == "Data: 2 images of 3 files: 1 is not an image (runs/a/).\n"
 
 
 def test_many_classes_are_said_in_short(open_folder, tmp_path, capsys):

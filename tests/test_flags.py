@@ -329,6 +329,7 @@ ELSEWHERE = {
     "push_to_hub": "test_hub", "hub_token": "test_hub", "hub_model_id": "test_hub", "hub_private_repo": "test_hub",
     "eval_metrics": "test_scoring", "eval_epochs": "test_scoring", "eval_num_images": "test_scoring",
     "eval_inception": "test_scoring", "best_by": "test_scoring", "on_bad_image": "test_pixels",
+    "pages": "test_pixels",
 }  # fmt: skip
 
 

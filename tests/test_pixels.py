@@ -1,6 +1,7 @@
 """Reading pixels: unusual files are read with bounded memory and time, or refused in one sentence."""
 # ruff: noqa: F401, F811 (`make` is a fixture)
 
+import io
 import itertools
 import json
 import os
@@ -114,10 +115,36 @@ def test_deep_images_are_noticed_among_bright_ones_of_8_bits(make, tmp_path):
     assert "brighter than 5.9% of white" in load_images(make(dark))[0].warnings[0]
 
 
-@pytest.mark.parametrize("largest", [20000, 65535, 0])
+@pytest.mark.parametrize("largest", [20000, 65535])
 def test_values_that_fill_the_scale_are_not_talked_about(make, tmp_path, largest):
     folder = write_hub(tmp_path / "full", [deep(largest)])
     assert load_images(make(folder))[0].warnings == []
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ((0, 0, 0), "Warning: all images looked at are black everywhere"),
+        ((9, 9, 9), "Warning: the 3 images looked at are all the same"),
+        ((200, 200, 7), None),
+        ((200,), None),
+    ],
+)
+def test_images_that_are_all_black_or_all_the_same_are_noticed(make, tmp_path, values, said):
+    folder = write_hub(tmp_path / "same", [plain(value) for value in values])
+    warnings = [warning for warning in load_images(make(folder))[0].warnings if "brighter than" not in warning]
+    assert [warning[: len(said or "")] for warning in warnings] == ([said] if said else [])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_get_no_advice_that_cannot_help(make, tmp_path, value):
+    units = np.full((4, 4), 0.5, np.float32)
+    units[1, 2] = value
+    folder = write_hub(tmp_path / "nan", [encode(units, format="TIFF")])
+    with pytest.raises(UserError) as error:
+        load_images(make(folder))
+    assert "it has values that are nan or infinite: replace them" in str(error.value)
+    assert "pixel_range" not in str(error.value)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -139,7 +166,7 @@ def in_color(*colors):
 
 def test_grey_images_stored_in_color_are_noticed(make, tmp_path):
     grey = in_color((9, 9, 9), (200, 200, 200))
-    folder = write_hub(tmp_path / "grey", [grey] * 3)
+    folder = write_hub(tmp_path / "grey", [grey, grey, in_color((9, 9, 9), (99, 99, 99))])
     images, _ = load_images(make(folder))
     assert images.channels == 3 and "--channels 1 trains a smaller model" in images.warnings[0]
     for given, of_model in [(1, None), (3, None), (None, 1)]:
@@ -157,15 +184,75 @@ def test_several_pages_are_mentioned(make, tmp_path, format, several):
     folder = write_hub(tmp_path / "pages", [encode(pages[0], format=format, save_all=True, append_images=pages[1:])])
     images, _ = load_images(make(folder))
     assert len(images) == 1 and images.get([0]).min() > 0.9
-    said = "1 of the 1 images looked at have several pages or frames, e.g. image 0. Only the first one is used"
+    said = "image 0. Only the first one is used: to use each as an image, give --pages all."
     assert [said in warning for warning in images.warnings if "Hint" not in warning] == [True] * several
+
+
+@pytest.mark.parametrize(("format", "mode"), [("TIFF", "I;16"), ("GIF", "L"), ("PNG", "RGBA"), ("WEBP", "RGB")])
+def test_all_pages_are_images_of_the_class_of_their_file(make, tmp_path, capsys, format, mode):
+    shades = (250, 160, 70, 10)
+    colors = {"RGB": lambda v: (v, v, v), "RGBA": lambda v: (v, v, v, 255), "I;16": lambda v: v * 257}
+    pages = [Image.new(mode, (4, 4), colors.get(mode, int)(shade)) for shade in shades]
+    options = {"lossless": True} if format == "WEBP" else {}
+    several = encode(pages[0], format=format, save_all=True, append_images=pages[1:], **options)
+    folder = write_hub(tmp_path / "pages", [plain(200), several, plain(30)], [0, 1, 0], names="ab")
+    images, _ = load_images(make(folder, pages="all", center_crop=True))
+    assert images.labels.tolist() == [0, 1, 1, 1, 1, 0]
+    assert ((images.get(range(6))[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [200, *shades, 30]
+    said = capsys.readouterr().out
+    assert "1 files with several pages, so 6 images; classes: a 2, b 4." in said
+    assert not any("pages" in warning for warning in images.warnings)
+
+
+def test_small_copies_and_masks_are_not_pages_and_turned_pages_are_turned(make, tmp_path):
+    page, copy, mask = (Image.new("L", size, 99) for size in ((6, 4), (3, 2), (6, 4)))
+    page.encoderinfo = {"tiffinfo": {274: 6}}
+    copy.encoderinfo, mask.encoderinfo = {"tiffinfo": {254: 1}}, {"tiffinfo": {254: 4}}
+    file = encode(page, format="TIFF", save_all=True, append_images=[copy, page, mask], tiffinfo={274: 6})
+    images, _ = load_images(make(write_hub(tmp_path / "pages", [file]), pages="all", resolution=4))
+    assert len(images) == 2
+    assert [Image.open(io.BytesIO(each["bytes"])).size for each in images.rows["image"][:]] == [(4, 6)] * 2
+
+
+def test_pages_of_one_file_are_held_out_together(make, tmp_path):
+    files = []
+    for k in range(10):
+        pages = [Image.new("L", (4, 4), 20 * k + page) for page in range(5)]
+        files.append(encode(pages[0], format="TIFF", save_all=True, append_images=pages[1:]))
+    folder = write_hub(tmp_path / "pages", files)
+    train, held_out = load_images(make(folder, pages="all", validation_split="0.3"))
+    values = [(half.get(range(len(half)))[:, 0, 0, 0] + 1) * 127.5 for half in (train, held_out)]
+    of_file = [set((half.round() // 20).tolist()) for half in values]
+    assert len(held_out) == 15 and len(of_file[1]) == 3 and not of_file[0] & of_file[1]
+
+
+def test_a_broken_page_and_a_huge_page_are_refused_or_skipped(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    pages = [Image.new("L", (4, 4), value) for value in (255, 100, 50)]
+    huge = Image.new("L", (40, 40), 7)
+    files = [encode(pages[0], format="TIFF", save_all=True, append_images=[huge, pages[1]])]
+    whole = encode(pages[0], format="PNG", save_all=True, append_images=pages[1:])
+    files += [whole[:-30], b"junk"]
+    folder = write_hub(tmp_path / "pages", files)
+    with pytest.raises(UserError, match=r"image 0 \(image 0 \(page 2\)\) cannot be read"):
+        load_images(make(folder, pages="all"))
+    images, _ = load_images(make(folder, pages="all", on_bad_image="skip"))
+    assert len(images) == 4 and len(images.skipped) == 3
 
 
 def test_training_and_evaluation_print_what_was_noticed(tmp_path, capsys):
     folder = write_hub(tmp_path / "ct", [deep(4095, size=(8, 8))] * 40)
-    flags = [*TINY, f"--dataset_name={folder}", "--dry_run", f"--output_dir={tmp_path / 'run'}"]
+    flags = [
+        *TINY,
+        f"--dataset_name={folder}",
+        "--dry_run",
+        f"--output_dir={tmp_path / 'run'}",
+        "--train_data_dir=pets",
+    ]
     train(parse_config(flags))
-    assert "e.g. --pixel_range=0,4095." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "e.g. --pixel_range=0,4095." in printed
+    assert f"Warning: --train_data_dir pets is not used, because --dataset_name is {folder}: to train on" in printed
     np.savez(tmp_path / "samples.npz", arr_0=np.zeros((40, 8, 8, 1), np.uint8))
     measure = ["evaluate", f"{tmp_path / 'samples.npz'}", f"--dataset_name={folder}", "--metrics=memorization"]
     main([*measure, f"--output={tmp_path / 'one.json'}"])

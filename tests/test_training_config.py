@@ -121,7 +121,7 @@ def test_no_attention_is_an_empty_list(words):
         (["--preset=mnist", "--pixel_range=9,9"], "--pixel_range is 9,9, but must be two numbers"),
         (["--preset=mnist", "--pixel_range=0,nan"], "--pixel_range is 0,nan, but must be two numbers"),
         (["--preset=mnist", "--pixel_range=0,x"], "is not a list of numbers: write --pixel_range=0,4095"),
-        (["--preset=mnist", "--on_bad_image=skip", "--streaming"], "--on_bad_image skip checks all images before"),
+        (["--preset=mnist", "--on_bad_image=skip", "--streaming"], "--on_bad_image skip reads all images before"),
         (["--preset=mnist", "--on_bad_image=ignore"], "there is no --on_bad_image 'ignore': choose from refuse, skip"),
         (["--preset=mnist", "--channels=2"], "there is no --channels '2': choose from 1, 3"),
         (["--preset=mnist", "--channel_mults=1,x"], "is not a list of whole numbers: write --channel_mults 1,2,2,2"),

@@ -96,6 +96,11 @@ def add_data_flags(parser):
         choices=["refuse", "skip"],
         help="refuse the data set if an image cannot be read, or skip such images",
     )
+    add(
+        "--pages",
+        choices=["first", "all"],
+        help="use the first page of each file, or each page as an image",
+    )
     add("--resolution", type=int, help="height and width in pixels for --calibrate without a model; default: 32")
     add(
         "--reference",

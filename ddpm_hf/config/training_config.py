@@ -68,6 +68,11 @@ class DataOptions:
         "refuse",
         "What to do with unreadable images. refuse: stop; skip: check all images first, leave these out [ours]",
     )
+    pages: Literal["first", "all"] = flag(
+        "first",
+        "Which pages of a TIFF, or frames of a GIF, WebP or PNG, are images. all: read all files first, and use each "
+        "page as an image of the file's class [ours]",
+    )
     streaming: bool = flag(False, "Read the dataset as a stream, without storing it on disk [ours]")
     validation_split: str | None = flag(
         None, "Held-out images: a split's name, or a count (500) or share (0.05) of the training images [ours]"
@@ -370,11 +375,11 @@ class TrainingConfig(*reversed(GROUPS)):
                     f"--pixel_range is {numbers}, but must be two numbers: the value of black, then the larger value "
                     "of white, e.g. --pixel_range=0,4095."
                 )
-        if self.on_bad_image == "skip" and self.streaming:
-            raise UserError(
-                "--on_bad_image skip checks all images before training, and --streaming does not keep them: leave one "
-                "out."
-            )
+        for given, name in [(self.on_bad_image == "skip", "on_bad_image skip"), (self.pages == "all", "pages all")]:
+            if given and self.streaming:
+                raise UserError(
+                    f"--{name} reads all images before training, and --streaming does not keep them: leave one out."
+                )
         if self.validation_split == "train":
             raise UserError("--validation_split train names the training images: give another split or a share.")
         if self.dataset_name is None and self.train_data_dir is None:

@@ -18,12 +18,14 @@ from ..errors import UserError, suggestion
 from .decode import read_image, undecoded, use_file
 from .folders import SPLIT_OF, printable
 from .image_set import ImageSet
+from .pages import split_pages
 from .sources import check_image, check_images, loading, open_source
 from .stream import StreamedSet
 from .survey import skip_unreadable, skipped_warning, survey
 
 
 TEXTS = {"string", "large_string"}  # types of columns
+LABEL_NAMES = {"label", "labels", "class", "category", "target"}
 CLASSES_SHOWN = 10  # with more classes, only the range of their sizes is printed
 
 
@@ -69,9 +71,13 @@ def load_images(config, channels=None):
     check = functools.partial(check_image, places=source.places, allow_missing=config.on_bad_image == "skip")
     select = functools.partial(_select_rows, columns=columns, classes=classes, config=config, check=check)
     rows, validation = select(splits["train"]), select(splits[held_out]) if held_out in splits else None
+    several = 0
+    if config.pages == "all":
+        rows, several = split_pages(rows, config.cache_dir)
+        validation = None if validation is None else split_pages(validation, config.cache_dir)[0]
     rows, validation, skipped = _usable(rows, validation, config)
     if int(os.environ.get("RANK", 0)) == 0:  # print it once, not once per process
-        print(_describe(source, held_out, rows, classes), flush=True)
+        print(_describe(source, held_out, rows, classes, several), flush=True)
     if validation is None and held_out is not None:
         rows, validation = _split_by_hash(rows, held_out, splits, config)
     if config.streaming:
@@ -100,10 +106,17 @@ def load_images(config, channels=None):
     return train, validation
 
 
-def _describe(source, held_out, rows, classes):
-    """Return the line that says which files, classes and splits are used. `rows` are the training rows."""
+def _describe(source, held_out, rows, classes, several):
+    """Return the line that says which files, classes and splits are used.
+
+    Args:
+        rows: the training rows.
+        several: how many of the files have several pages that are used.
+    """
     is_stream = isinstance(rows, datasets.IterableDataset)
     parts = [source.note or ("a stream of images" if is_stream else f"{len(rows):,} images")]
+    if several:
+        parts.append(f"{several:,} files with several pages, so {len(rows):,} images")
     names = [printable(name) for name in classes.values()]
     if classes and is_stream:
         parts.append(f"{len(classes):,} classes" + f": {', '.join(names)}" * (len(classes) <= CLASSES_SHOWN))
@@ -116,6 +129,8 @@ def _describe(source, held_out, rows, classes):
             parts.append(f"{len(classes):,} classes with {min(counts):,} to {max(counts):,} images each")
         if without := len(rows) - sum(counts):
             parts.append(f"{without:,} without a class")
+    else:
+        parts += _unused_classes(source.splits["train"].features, not is_stream)
     if len(source.splits) > 1:
         use = {"train": "used", held_out: "held out"}
         sizes = {
@@ -123,6 +138,17 @@ def _describe(source, held_out, rows, classes):
         }
         parts.append("splits: " + ", ".join(f"{k}{size} ({use.get(k, 'not used')})" for k, size in sizes.items()))
     return f"Data: {'; '.join(parts)}."
+
+
+def _unused_classes(features, is_listed):
+    """Return a list with one phrase about a column that has the name of classes but is not used; else []."""
+    for name in sorted(LABEL_NAMES & set(features or {})):
+        dtype = getattr(features[name], "dtype", "")
+        if is_listed and ("int" in dtype or dtype in {"bool", *TEXTS}):
+            return [f"no classes (to use the column {name}, give --label_column {name})"]
+        what = f"{dtype} values" if dtype and dtype not in ("dict", "list") else "lists or dictionaries"
+        return [f"no classes (the column {name} has {what}, which cannot be used)"]
+    return []
 
 
 def _find_columns(rows, config):
@@ -223,7 +249,7 @@ def _usable(rows, validation, config):
 def _split_by_hash(rows, held_out, splits, config):
     """Return (training rows, validation rows). The images with the lowest hashes are held out.
 
-    Identical files have the same hash, so copies never end up on both sides.
+    Identical files have the same hash, so copies never end up on both sides. Neither do the pages of one file.
     """
     try:
         share = 0 if config.streaming else float(held_out) / (len(rows) if held_out.isdigit() else 1)
@@ -233,7 +259,8 @@ def _split_by_hash(rows, held_out, splits, config):
         wanted = "" if config.streaming else f", a count below {len(rows)} or a share between 0 and 1"
         raise UserError(f"--validation_split {held_out} is impossible: give a split ({', '.join(splits)}){wanted}.")
     digest = functools.partial(use_file, lambda file: hashlib.sha256(file.read()).digest())
-    digests = [digest(item) for item in undecoded(rows, range(len(rows)))]
+    first = {}  # the digest of the first page of each file, because all pages of a file belong to the same side
+    digests = [first.setdefault(item[0], digest(item)) for item in undecoded(rows, range(len(rows)))]
     highest = sorted(digests)[max(1, round(share * len(rows))) - 1]
     held = np.array([digest <= highest for digest in digests])
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))

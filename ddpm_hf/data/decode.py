@@ -62,7 +62,7 @@ def to_array(image, channels, exact=False, pixel_range=None):
             and 1 for floats.
 
     Raises:
-        UserError: if a grey value is outside this range.
+        UserError: if a grey value is outside this range, or is not finite.
     """
     image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip their values at 255
@@ -71,7 +71,9 @@ def to_array(image, channels, exact=False, pixel_range=None):
         if image.has_transparency_data:
             array = np.where(opacity(image), array, white)
         low, high = array.min(), array.max()
-        if not black <= low <= high <= white:  # also refuses nan
+        if not np.isfinite([low, high]).all():
+            raise UserError("it has values that are nan or infinite: replace them by numbers, or remove the image.")
+        if not black <= low <= high <= white:
             raise UserError(
                 f"its values are {low:.10g} to {high:.10g}, not within {black:.10g} (black) to {white:.10g} (white): "
                 "rescale all images, or train with values of black and white that fit all of them, e.g. "

@@ -89,9 +89,9 @@ def open_image_folder(folder: Path, files: dict):
 def list_files(folder: Path) -> dict[str, tuple[int, int] | None]:
     """Return the files below a folder, sorted by path: `{path relative to folder: (bytes, time of last change)}`.
 
-    The value is None for a broken link, and for anything that is not a regular file, e.g. a pipe. Hidden files and
-    folders are left out. A link to a folder is not followed, because it leads to files of `folder` that are listed
-    already.
+    The value is None for a broken link, for anything that is not a regular file, e.g. a pipe, and for the folder of a
+    run of ddpm_hf, which is not entered. Hidden files and folders are left out. A link to a folder is not followed,
+    because it leads to files of `folder` that are listed already.
 
     Raises:
         UserError: if a folder cannot be read, or a link to an image or a folder leads out of `folder`.
@@ -100,7 +100,11 @@ def list_files(folder: Path) -> dict[str, tuple[int, int] | None]:
     while ahead:
         parent = ahead.pop()
         try:
-            for entry in os.scandir(root / parent):
+            entries = list(os.scandir(root / parent))
+            if parent and any(entry.name == "train_config.json" for entry in entries):
+                found[parent] = None  # the folder of a run, whose pictures are not data
+                continue
+            for entry in entries:
                 name = parent + entry.name
                 name.encode()
                 if entry.name.startswith("."):

@@ -10,11 +10,10 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .decode import CHUNK, short_reason, to_array, undecoded, use_file, white_level
+from .pages import page_numbers
 
 
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
-# Cameras store previews behind a photo as MPO, and Pillow counts the layers of a PSD as frames.
-ONE_PICTURE = {"MPO", "PSD"}
 DARK = 0.25  # images whose largest value is below this share of the scale are almost black
 
 
@@ -80,12 +79,20 @@ def survey(items, channels, pixel_range) -> tuple[int, list[str]]:
             "tint its images."
         )
     warnings += [_dark_warning(depth, top, pixel_range) for depth, top in brightest.items() if 0 < top < DARK]
+    if max(brightest.values()) == 0:
+        warnings.append(
+            "Warning: all images looked at are black everywhere, so the model would learn only black images."
+        )
+    elif len(items) > 1 and _are_equal(items, pixel_range):
+        warnings.append(
+            f"Warning: the {len(items)} images looked at are all the same, so the model would learn only this image."
+        )
     if several := [item for item, (_, has_pages) in zip(items, kinds) if has_pages]:
         row, encoded = several[0]
         name = Path(encoded["path"]).name if encoded["path"] else f"image {row}"
         warnings.append(
             f"Warning: {len(several)} of the {len(items)} images looked at have several pages or frames, e.g. {name}. "
-            "Only the first one is used: to use all, save each as a separate file."
+            "Only the first one is used: to use each as an image, give --pages all."
         )
     return channels or (1 if is_grey else 3), warnings
 
@@ -93,7 +100,7 @@ def survey(items, channels, pixel_range) -> tuple[int, list[str]]:
 def _kind(file) -> tuple[str, bool]:
     """Return the mode of an image, and whether it has several pages or frames."""
     image = Image.open(file)
-    return image.mode, getattr(image, "is_animated", False) and image.format not in ONE_PICTURE
+    return image.mode, len(page_numbers(image)) > 1
 
 
 def _look_at_pixels(items, depths, pixel_range, *, colored: bool) -> tuple[bool, dict]:
@@ -113,6 +120,13 @@ def _look_at_pixels(items, depths, pixel_range, *, colored: bool) -> tuple[bool,
         brightest[depth] = max(brightest[depth], float(array.max()))
         colored = colored or bool((array != array[..., :1]).any())
     return colored, brightest
+
+
+def _are_equal(items, pixel_range) -> bool:
+    """Return whether all images have the same pixels. Most often the first two differ, so the others are not read."""
+    arrays = (use_file(lambda file: to_array(Image.open(file), 3, pixel_range=pixel_range), item) for item in items)
+    first = next(arrays)
+    return all(np.array_equal(first, array) for array in arrays)
 
 
 def _dark_warning(depth: str, top: float, pixel_range) -> str:

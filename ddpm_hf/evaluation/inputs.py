@@ -30,8 +30,9 @@ SUITES = {
     "paper": dict(num_images=50_000, sampler="ddpm", steps=None, bound_images=0, bound_timesteps=0),
 }
 DATA_FLAGS = ["dataset_name", "dataset_config_name", "image_column", "label_column", "validation_split", "class_names"]
-DATA_FLAGS += ["channels", "pixel_range", "on_bad_image"]
-SAME_IN_A_COPY = ["validation_split", "class_names", "center_crop", "channels", "pixel_range", "on_bad_image"]
+PIXEL_FLAGS = ["channels", "pixel_range", "on_bad_image", "pages"]
+DATA_FLAGS += PIXEL_FLAGS
+SAME_IN_A_COPY = ["validation_split", "class_names", "center_crop", *PIXEL_FLAGS]
 
 
 def check_metrics(names: list[str]):

@@ -1,0 +1,101 @@
+"""Find the pages of an image file, and make each page of a file an image of its own."""
+
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import datasets
+from PIL import Image
+from tqdm import tqdm
+
+from ..errors import UserError
+from .decode import CHUNK, undecoded, upright, use_file
+
+
+# Cameras store previews behind a photo as MPO, and Pillow counts the layers of a PSD as frames.
+ONE_PICTURE = {"MPO", "PSD"}
+IN_PNG = {"1", "L", "LA", "I;16", "I;16B", "P", "RGB", "RGBA"}  # the modes that Pillow writes to PNG without a loss
+SUBFILE_TYPE = 254  # a tag of TIFF: bit 0 is set for a small copy of another page, bit 2 for a mask
+NOT_A_PICTURE = 0b101
+
+
+def page_numbers(image) -> list[int]:
+    """Return the numbers of the pages or frames of a Pillow image. Small copies and masks in a TIFF are left out."""
+    if image.format in ONE_PICTURE:
+        return [0]
+    numbers = range(getattr(image, "n_frames", 1))
+    if image.format != "TIFF":
+        return list(numbers)
+    found = []
+    for number in numbers:
+        image.seek(number)
+        if not image.tag_v2.get(SUBFILE_TYPE, 0) & NOT_A_PICTURE:
+            found.append(number)
+    return found or [0]
+
+
+def split_pages(rows, cache_dir) -> tuple[datasets.Dataset, int]:
+    """Return rows with one row for each page, and the number of files that have several pages.
+
+    All pages of a file keep its row number and its label. They are stored without a loss in the cache of `datasets`,
+    one at a time, because to reach the last frame of a GIF, all frames before it must be decoded. If no file has
+    several pages, `rows` itself is returned.
+
+    Args:
+        rows: a `datasets.Dataset` with undecoded images.
+        cache_dir: the cache of `datasets`; None: its default.
+    """
+    numbers = []
+    with ThreadPoolExecutor() as pool, tqdm(desc="pages", total=len(rows), unit=" files", disable=None) as bar:
+        for start in range(0, len(rows), CHUNK):
+            numbers += pool.map(_pages_of, undecoded(rows, range(start, min(start + CHUNK, len(rows)))))
+            bar.update(len(numbers) - start)
+    if all(pages == [0] for pages in numbers):
+        return rows, 0
+    split = datasets.Dataset.from_generator(
+        _each_page,
+        features=rows.features,
+        cache_dir=cache_dir,
+        gen_kwargs={"rows": rows, "numbers": tuple(numbers)},  # `datasets` would take a list for a list of shards
+        fingerprint=f"pages-{rows._fingerprint}",
+    )
+    return split, sum(len(pages) > 1 for pages in numbers)
+
+
+def _pages_of(item) -> list[int]:
+    """Return the page numbers of an item, or [0] for a file that cannot be read. It is refused or skipped later."""
+    try:
+        return use_file(lambda file: page_numbers(Image.open(file)), item)
+    except UserError:
+        return [0]
+
+
+def _each_page(rows, numbers):
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        for k, pages in enumerate(numbers[start : start + len(chunk["row"])]):
+            row = {name: values[k] for name, values in chunk.items()}
+            images = [row["image"]] if pages == [0] else _encoded_pages(row["row"], row["image"], pages)
+            for image in images:
+                yield row | {"image": image}
+
+
+def _encoded_pages(row, encoded, pages):
+    """Yield each page as an encoded image. A page that cannot be decoded has no bytes, so that it is noticed later."""
+    name = encoded["path"] or f"image {row}"
+    opened = Image.open(io.BytesIO(use_file(lambda file: file.read(), (row, encoded))))
+    for number in pages:
+        try:
+            yield {"bytes": _encode(opened, number), "path": f"{name} (page {number + 1})"}
+        except Exception:  # Pillow's decoders raise anything for a broken file
+            yield {"bytes": b"", "path": f"{name} (page {number + 1})"}
+
+
+def _encode(image, number) -> bytes:
+    """Return a page of a Pillow image as PNG or TIFF, upright and without a loss."""
+    image.seek(number)
+    if image.width * image.height > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow itself checks only the first page
+        raise ValueError("the page is too large")
+    file = io.BytesIO()
+    page = upright(image)
+    page.save(file, "PNG" if page.mode in IN_PNG else "TIFF")
+    return file.getvalue()
