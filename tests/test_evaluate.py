@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -87,6 +88,20 @@ def test_a_record_says_what_was_measured(record, digit_folder, tiny_run):
     assert {"class_total_variation", "coverage40_k3_digits", "bits_per_dim", "memorization_authpct"} <= entries.keys()
     assert entries["bits_per_dim"]["extra"]["split"] == "held_out"
     assert record.with_suffix(".pairs.png").is_file()
+
+
+def test_a_picture_that_cannot_be_written_loses_no_scores(record, tiny_run, tmp_path, capsys):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (record.with_suffix(".pairs.png").stat().st_size - 1, limit[1]))
+    try:
+        samples = ["--from_samples", record.parent / "samples"]
+        evaluate(tiny_run, *samples, "--metrics", "memorization", "--output", tmp_path / "r.json")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "Warning: a picture could not be written to" in capsys.readouterr().out
+    (first, *_) = read_record(tmp_path / "r.json")["metrics"]
+    assert first["value"] is not None and len(first["extra"]["pairs"]) > 0 and "sheet" not in first["extra"]
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
 def test_missing_weights_skip_a_metric_and_say_so(record, tiny_run, tmp_path, capsys):

@@ -7,6 +7,9 @@ torch-fidelity, so files of weights can be shared with both.
 
 import hashlib
 import http.client
+import tempfile
+import time
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import constants
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from ..errors import UserError, suggestion
+from ..errors import UserError, reason_of, suggestion
+from ..hub_requests import SILENT_SECONDS, in_thread, transfer_seconds
 from .features import Extractor, check_images, full_precision
 
 
@@ -27,6 +32,7 @@ from .features import Extractor, check_images, full_precision
 PIPELINES = ("tf1", "antialias", "pytorch")
 IMAGE_SIZE = 299
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+SIZE = 95_600_000  # bytes of the file at URL, about
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the file at URL
 # A convolution is (channels, kernel height, kernel width). A stride other than 1 is a fourth number. A branch is a
 # list of convolutions that run one after another. Convolutions in an inner list all have the same input, and their
@@ -241,9 +247,9 @@ def load_inception(weights: str | Path | None = None, pipeline: str = "tf1") -> 
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f"{path} does not hold the weights of FID's Inception ({reason}): give --inception the file from {URL}."
+            f"{path} does not hold the weights of FID's Inception ({type(error).__name__}: {reason_of(error)}): give "
+            f"--inception the file from {URL}."
         ) from error
     return InceptionExtractor(network.float(), pipeline, sha256)
 
@@ -257,14 +263,50 @@ def _download() -> Path:
     if not constants.HF_HUB_OFFLINE:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
+            seconds = transfer_seconds(SIZE)
+            late = TimeoutError(f"the download was not complete after {seconds:.0f} s")
+            # Wait for a thread, because a server can send the first lines of its answer as slowly as it likes.
+            in_thread(lambda: _fetch(path, time.monotonic() + seconds, late)).result(seconds)
             return path
-        except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: the hash is wrong
-            reason = str(error)
+        except TimeoutError:
+            reason = str(late)
+        except (OSError, http.client.HTTPException) as error:
+            reason = reason_of(error)
     raise MissingWeights(
         f"the Inception weights {path.name} are not in torch's hub cache and cannot be downloaded from {URL} "
         f"({reason}): download this file on a machine with a network, and give --inception FILE."
     )
+
+
+def _fetch(path: Path, end: float, late: TimeoutError):
+    """Download the weights to `path`, completely or not at all.
+
+    We do not use `torch.hub.download_url_to_file`, because it waits for ever for a server that is silent.
+
+    Args:
+        end: the time, as time.monotonic() gives it, after which `late` is raised.
+
+    Raises:
+        OSError: if the server does not answer, is too slow, or sends another file. Also if `path` cannot be written.
+        HTTPException: if the answer is broken.
+    """
+    digest = hashlib.sha256()
+    with (
+        urllib.request.urlopen(URL, timeout=SILENT_SECONDS) as answer,
+        tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary,
+        tqdm(desc="Inception", total=SIZE, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        partial = Path(temporary, path.name)
+        with partial.open("wb") as file:
+            while part := answer.read1(2**16):
+                file.write(part)
+                digest.update(part)
+                bar.update(len(part))
+                if time.monotonic() > end:
+                    raise late
+        if digest.hexdigest() != SHA256:
+            raise OSError(f"the file there has the SHA-256 {digest.hexdigest()[:8]}... instead of {SHA256[:8]}...")
+        partial.replace(path)
 
 
 def preprocess(images: Tensor, pipeline: str) -> Tensor:

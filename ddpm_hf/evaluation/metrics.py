@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from ..diffusion import likelihood
+from ..errors import UserError
 from ..processes import gather_in_order
 from ..randomness import keyed_generator
 from . import statistics
@@ -310,8 +311,12 @@ def memorization(look: Look) -> list[dict]:
         if report[name] is not None
     ]
     if evaluation.pairs_path is not None:
-        pairs_sheet(images, train, pairs, evaluation.pairs_path)
-        entries[0]["extra"] = {"pairs": [list(pair) for pair in pairs], "sheet": evaluation.pairs_path.name}
+        entries[0]["extra"] = {"pairs": [list(pair) for pair in pairs]}
+        try:
+            pairs_sheet(images, train, pairs, evaluation.pairs_path)
+            entries[0]["extra"]["sheet"] = evaluation.pairs_path.name
+        except UserError as error:  # a missing picture must not lose the scores
+            PartialState().print(f"Warning: {error}", flush=True)
     return entries
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import PartialState
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from ..files import read_json, write_json, writing
 from ..provenance import command, version
 
@@ -108,11 +108,13 @@ def write_new_record(record: dict, path: Path, pairs: Path, overwrite: bool = Fa
         if not overwrite:
             target.unlink(missing_ok=True)
         raise
-    with writing("the closest pairs", sheet):
+    try:
         if pairs.exists():
             pairs.replace(sheet)
         else:
             sheet.unlink(missing_ok=True)  # it belongs to the record that was replaced
+    except OSError as error:  # the scores are written, so this is not an error of the evaluation
+        print(f"Warning: the closest pairs could not be written to {sheet} ({reason_of(error)}).", flush=True)
     return target
 
 
