@@ -7,6 +7,7 @@ import json
 import math
 import zipfile
 
+import gradio as gr
 import numpy as np
 import torch
 from checks import Refused, one_of
@@ -16,6 +17,7 @@ from uploads import open_upload
 
 SOURCES = ("The model's own", "Upload", "Draw")
 MAX_PIXELS = 16_000_000
+DARK = 0.25  # a 16-bit image whose largest value is below this share of white is almost black
 MAX_DRAWING = 2_000_000  # characters; the canvas of the page sends about 10,000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # Pillow refuses any file with more than twice as many
@@ -54,6 +56,11 @@ def _as_8_bit(image: Image.Image) -> Image.Image:
     if image.mode[0] in "IF":  # 65535 becomes 255 in 16-bit images, the maximum in others
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         top = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
+        if values.max() < top * DARK:
+            gr.Warning(
+                f"The largest value in this image is {values.max():.0f}, but white is {top}, so it is almost black. "
+                "Scale its values first."
+            )
         return Image.fromarray((255 * values / top).clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         return image.convert("RGBA")

@@ -13,7 +13,6 @@ import diffusers
 import torch
 from checks import Refused, request_seconds
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from huggingface_hub import snapshot_download
 
 
 SAMPLERS = ("DDIM", "DDPM")
@@ -136,7 +135,7 @@ def open_model(name: str) -> Model:
     diffusers.utils.logging.disable_progress_bar()
     url = None if is_here else f"https://huggingface.co/{name}"
     try:
-        folder = Path(name if is_here else snapshot_download(name, allow_patterns=FILES, ignore_patterns="*.fp16.*"))
+        folder = Path(name) if is_here else shared_module("hub_requests").download(name, FILES, ignore="*.fp16.*")
         model = Model(folder.resolve().name if is_here else name, url, _load(folder))
         _ = model.max_evaluations  # draws for the first time
     except Refused:
@@ -204,12 +203,12 @@ def _check_page(config: dict):
 
 
 def shared_module(name: str):
-    """Import a file that the Space shares with the package, a pipeline or `judge`, and return the module.
+    """Import a file that the Space shares with the package: a pipeline, `judge` or `hub_requests`.
 
     In a Space, these files are inside this folder. Else they are in the package and in pipelines/.
     """
     package = HERE.parent / "ddpm_hf" if (HERE.parent / "ddpm_hf").is_dir() else HERE.parent
-    folders = (HERE, HERE / "pipelines", HERE.parent / "pipelines", package / "models")
+    folders = (HERE, HERE / "pipelines", HERE.parent / "pipelines", package, package / "models")
     path = next(path for folder in folders if (path := folder / f"{name}.py").is_file())
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

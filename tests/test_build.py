@@ -1,6 +1,7 @@
 """The initial weights of the UNet, and their moving average."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from diffusers.training_utils import EMAModel
 
 from ddpm_hf import UserError
 from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.models.build import build_unet, unet_channels
 from ddpm_hf.models.ema import ema_decay, make_ema
 
@@ -82,6 +84,7 @@ def test_a_unet_config_may_come_from_a_file_or_a_folder(tmp_path):
         (dict(in_channels=4), "has in_channels 4, but images have 1"),
         (dict(out_channels=2), "has out_channels 2, but this run needs 1"),
         (dict(_class_name="AutoencoderKL"), "holds AutoencoderKL: give the config of a UNet2DModel"),
+        (dict(block_out_channels=[10**8, 8]), "block_out_channels"),
         (dict(down_block_types=["NoSuchBlock", "DownBlock2D"]), "this UNet cannot be built"),
     ],
 )
@@ -93,6 +96,24 @@ def test_unet_configs_that_do_not_fit_are_refused(tmp_path, change, sentence):
     config = parse_config([*TINY[:2], f"--model_config_name_or_path={path}"])
     with pytest.raises(UserError, match=sentence):
         build_unet(config, unet_channels(config))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"base_channels": 100_000_000}, "make a level of 200,000,000 channels, but at most 16,384"),
+        ({"channel_mults": [1, 10**9]}, "at most 16,384 are possible: give smaller numbers"),
+        (
+            {"base_channels": 16_384, "layers_per_block": 32, "channel_mults": [1, 1, 1]},
+            "give a smaller --base_channels",
+        ),
+    ],
+)
+def test_a_giant_unet_is_refused_at_once(flags, sentence):
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=sentence):
+        build_unet(TrainingConfig.from_preset("digits", **flags), 1)
+    assert time.perf_counter() - started < 10
 
 
 def test_a_missing_unet_config_is_refused():

@@ -1,10 +1,8 @@
 """The Hub: a real client in its own process talks HTTP to tests/hub_server.py; cards and pipelines on disk."""
 
-import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -18,8 +16,11 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, command
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, Repo
+from odd_server import OddServer
 from test_saving import tiny_unet
 
+import ddpm_hf
+from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
@@ -227,31 +228,6 @@ def test_a_full_disk_is_a_warning(run, monkeypatch, caplog):
     assert (
         "Nothing was pushed to me/run, because the files could not be copied ([Errno 28] No space left" in caplog.text
     )
-
-
-class OddServer:
-    """A server that answers every request in the same way, and is not the Hub."""
-
-    def __init__(self, answer: bytes, pause: float | None = None):
-        self.answer, self.pause = answer, pause
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        threading.Thread(target=self.serve, daemon=True).start()
-
-    def serve(self):
-        with contextlib.suppress(OSError):  # it was closed
-            while True:
-                threading.Thread(target=self.reply, args=[self.socket.accept()[0]], daemon=True).start()
-
-    def reply(self, connection):
-        with connection, contextlib.suppress(OSError):
-            connection.recv(65536)
-            if self.pause is None:
-                connection.sendall(self.answer)
-                return
-            for byte in self.answer * 1000 if self.answer else [0] * 1000:
-                time.sleep(self.pause)
-                connection.sendall(bytes([byte]) if self.answer else b"")
 
 
 def http(status: str, body: str, *headers: str) -> bytes:
@@ -546,7 +522,7 @@ except SystemExit as stopped:
     space = hub.repos["spaces/me/ddpm-mnist-demo"]
     ours = {path.name for path in (ROOT / "spaces").iterdir() if path.is_file()}
     ours |= {f"tabs/{path.name}" for path in (ROOT / "spaces/tabs").glob("*.py")}
-    ours |= {f"pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")} | {"judge.py"}
+    ours |= {f"pipelines/{path.name}" for path in (ROOT / "pipelines").glob("*.py")} | {"judge.py", "hub_requests.py"}
     assert space.private and set(space.files) == ours and {"app.py", "README.md", "requirements.txt"} <= ours
     assert {"tabs/generate.py", "pipelines/class_guided.py"} <= ours
     assert space.variables == {"DDPM_MODEL": "me/ddpm-mnist"}
@@ -563,3 +539,21 @@ def test_what_cannot_be_published_is_refused(argv, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
     assert ("cannot see this disk: push the model first" if argv[0] == "push-space" else "has no model") in error
+
+
+@pytest.mark.parametrize("kind", ["unet is a link", "the file is a link", "no weights"])
+def test_a_model_whose_weights_would_not_go_up_is_refused(run, kind, caplog):
+    card = (run / "README.md").read_text()
+    shutil.rmtree(run / "best")
+    weights = run / "unet" / "diffusion_pytorch_model.safetensors"
+    if kind == "no weights":
+        weights.unlink()
+    else:
+        place = run / "unet" if kind == "unet is a link" else weights
+        place.rename(run / "elsewhere")
+        place.symlink_to(run / "elsewhere")
+    with pytest.raises(UserError, match=r"has no weights to push .* links are not followed\): put the files"):
+        ddpm_hf.push(run, "me/x")
+    assert (run / "README.md").read_text() == card
+    assert ddpm_hub.push_in_background(run, "me/x", None, "a message").result() is False  # as training does
+    assert "Nothing was pushed to me/x: " in caplog.text and not list(run.glob(".push-*"))

@@ -3,11 +3,13 @@
 import hashlib
 import itertools
 import json
+import time
 
 import pytest
 import safetensors.torch
 import torch
 from inception_golden import GOLDEN, SIZES, seeded_image, seeded_weights, thinned
+from odd_server import OddServer
 
 from ddpm_hf import UserError
 from ddpm_hf.evaluation.inception import PIPELINES, InceptionV3, MissingWeights, load_inception, preprocess
@@ -151,6 +153,18 @@ def test_a_file_that_is_something_else_is_refused(tmp_path):
         assert not isinstance(caught.value, MissingWeights) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n123"])
+def test_a_silent_or_dripping_server_is_a_sentence_in_bounded_time(answer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("ddpm_hf.evaluation.inception.URL", OddServer(answer, 0.05).url + "/pt_inception.pth")
+    monkeypatch.setattr("ddpm_hf.evaluation.inception.transfer_seconds", lambda size: 0.7)
+    started = time.perf_counter()
+    with pytest.raises(MissingWeights, match="the download was not complete after 1 s"):
+        load_inception()
+    assert time.perf_counter() - started < 5
+
+
 def test_without_a_network_the_weights_are_missing_unless_cached(weights, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(MissingWeights, match=r"pt_inception-2015-12-05-6726825d.pth .* --inception FILE"):
@@ -161,7 +175,7 @@ def test_without_a_network_the_weights_are_missing_unless_cached(weights, tmp_pa
         load_inception()
     # What answers under the address but has other content, such as the page of a proxy, is not kept.
     monkeypatch.setattr("ddpm_hf.evaluation.inception.URL", weights.as_uri())
-    with pytest.raises(MissingWeights, match="hash"):
+    with pytest.raises(MissingWeights, match="has the SHA-256"):
         load_inception()
     monkeypatch.setattr("ddpm_hf.evaluation.inception.SHA256", hashlib.sha256(weights.read_bytes()).hexdigest())
     assert load_inception().sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()

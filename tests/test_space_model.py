@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+import time
+import warnings
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT
 from diffusers import DDIMPipeline, DDPMPipeline
+from odd_server import OddServer
 from PIL import Image
 from space_server import pixels, save_model
 
@@ -20,6 +23,7 @@ from ddpm_hf.models.pretrained import load_pretrained
 
 sys.path.insert(0, str(ROOT / "spaces"))
 
+import model as of_space
 from checks import Refused
 from images import read_image, to_images, to_tensor
 from model import Model, open_model, shared_module
@@ -155,6 +159,30 @@ def test_what_shows_through_and_the_middle(tmp_path):
     assert torch.equal(grey[0, 0], torch.from_numpy(trained.astype(np.float32) / 127.5 - 1))
     assert colour.shape == (1, 3, 20, 20) and (colour[0, :, 0, 0] == 1).all()
     assert colour[0, :, 10, 10].tolist() == [1, -1, -1]
+
+
+def test_a_deep_image_that_would_be_black_is_mentioned(tmp_path):
+    for name, white in (("twelve", 4095), ("sixteen", 65535)):
+        Image.fromarray(np.array([[0, white]], np.uint16)).save(tmp_path / f"{name}.png")
+        with warnings.catch_warnings(record=True) as said:  # gradio warns in this way outside of its server
+            warnings.simplefilter("always")
+            assert np.asarray(read_image(tmp_path / f"{name}.png")).max() == white // 257
+        assert any(
+            "The largest value in this image is 4095, but white is 65535" in str(one.message) for one in said
+        ) == (name == "twelve")
+
+
+def test_a_silent_hub_is_one_sentence_in_bounded_time(monkeypatch):
+    server = OddServer(b"", 0.1)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub_requests = shared_module("hub_requests")
+    hub_requests.ANSWER_SECONDS = 0.5
+    hub_requests.API.endpoint = server.url
+    monkeypatch.setattr(of_space, "shared_module", lambda name: hub_requests)
+    started = time.perf_counter()
+    with pytest.raises(Refused, match="no complete answer in 0 s"):
+        open_model("me/silent")
+    assert time.perf_counter() - started < 20
 
 
 def test_no_model_is_one_sentence(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+import psutil
 import torch
 from diffusers import UNet2DModel
 from torch import nn
@@ -10,7 +11,11 @@ from torch import nn
 from ..diffusion.scheduler import make_scheduler
 from ..errors import UserError
 from ..hub_requests import HUB_ERRORS, ask_hub, transfer_seconds
+from . import judge
 from .classifier import NoisyClassifier
+
+
+WIDE = 1024  # UNets with wider levels may not fit into the memory
 
 
 def build_unet(config, channels: int, class_names: list[str] | None = None, saved: dict | None = None) -> UNet2DModel:
@@ -43,6 +48,8 @@ def build_unet(config, channels: int, class_names: list[str] | None = None, save
                 )
     else:
         kwargs = unet_kwargs(config, channels, saved) | {"num_class_embeds": embeddings}
+    if max(kwargs.get("block_out_channels") or [0]) > WIDE:
+        check_memory(kwargs)
     with building("UNet", config.seed):
         unet = UNet2DModel(**kwargs)
         initialize(unet)
@@ -55,6 +62,18 @@ def build_unet(config, channels: int, class_names: list[str] | None = None, save
                 "leave it out (torch's own attention is as fast), or install xformers on a machine with a GPU."
             ) from error
     return unet
+
+
+def check_memory(kwargs: dict):
+    """Raise a UserError if the weights of a UNet2DModel with these arguments do not fit into the memory."""
+    with building("UNet", 0), torch.device("meta"):
+        size = 4 * sum(parameter.numel() for parameter in UNet2DModel(**kwargs).parameters())
+    memory = psutil.virtual_memory().total
+    if size > memory:
+        raise UserError(
+            f"the weights of this UNet need {size / 1e9:,.0f} GB, but this machine has {memory / 1e9:,.0f} GB of "
+            "memory: give a smaller --base_channels or smaller --channel_mults."
+        )
 
 
 def output_channels(config, channels: int) -> int:
@@ -92,6 +111,12 @@ def unet_kwargs(config, channels: int, saved: dict | None = None) -> dict:
         )
     base = 128 if config.base_channels is None else config.base_channels
     block_out_channels = [base * mult for mult in mults]
+    if max(block_out_channels) > judge.MAX_CHANNELS:
+        raise UserError(
+            f"--base_channels {base} and --channel_mults {','.join(map(str, mults))} make a level of "
+            f"{max(block_out_channels):,} channels, but at most {judge.MAX_CHANNELS:,} are possible: give smaller "
+            "numbers."
+        )
     attended = [size in attention for size in sizes]
     add_attention = config.attention_resolutions != []  # in the middle block
     widths = [width for width, a in zip(block_out_channels, attended) if a] + block_out_channels[-1:] * add_attention
@@ -234,6 +259,8 @@ def read_unet_config(config) -> dict:
 
     try:
         kwargs = load() if Path(name).exists() else ask_hub(load, transfer_seconds(0))
+        if isinstance(kwargs, dict):
+            judge.check_sizes(kwargs)
     except (ValueError, *HUB_ERRORS) as error:
         raise UserError(
             f"--model_config_name_or_path {name!r} has no UNet2DModel config ({str(error).strip().splitlines()[0]}): "

@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+import warnings
 from pathlib import Path
 
 import safetensors.torch
@@ -47,11 +48,11 @@ def convert(name: str | Path, output: str | Path, *, weights: str = "published",
         raise UserError(f"{output} already exists: give another folder, or remove this one.")
     name, folder, _ = find_folder(name, [*PIPELINE_FILES, *PICKLES])
     has_index = (folder / "model_index.json").is_file()
+    index = read_json(folder / "model_index.json") if has_index else {}
     if has_index:
-        check_is_ddpm(name, folder)
+        check_is_ddpm(name, index)
     unet_folder = _unet_folder(name, folder, weights)
     with opening(name, "give a whole pipeline or UNet of diffusers"):
-        index = read_json(folder / "model_index.json", missing={})
         config = read_json(unet_folder / "config.json")
         if config.get("_class_name") != "UNet2DModel":
             raise ValueError(f"it is a {str(config.get('_class_name'))[:60]}, not a UNet2DModel")
@@ -108,7 +109,9 @@ def _read_unet(folder: Path, config: dict) -> UNet2DModel:
         raise ValueError("it has neither safetensors nor diffusion_pytorch_model.bin")
     tensors = {}
     for path in pickles:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the format of the file, which does not matter
+            content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
             raise ValueError(f"{path.name} holds other things than weights")
         tensors |= content

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ..config.run_record import read_run
 from ..diffusion.scheduler import BETA_SCHEDULES, PaperDDPMScheduler, make_scheduler
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from ..files import read_json
 from ..hub_requests import API, HUB_ERRORS, download, short_reason
 from ..manifest import check_files
@@ -102,7 +102,8 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
         raise UserError(
             f"{name} has no model_index.json: give the folder or the Hub id of a pipeline, or a checkpoint folder."
         )
-    check_is_ddpm(name, folder)
+    index = read_json(folder / "model_index.json")
+    check_is_ddpm(name, index)
     if weights == "raw":
         found = checkpoints(folder)
         if not found:
@@ -111,7 +112,6 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
             )
         return _from_checkpoint(found[-1], weights)
     with opening(name, "give a folder or Hub id of a whole pipeline, or repair this one"):
-        index = read_json(folder / "model_index.json")
         unet, scheduler = _read_parts(name, folder, index)
     run_folder = folder.parent if folder.name == "best" else folder  # a run's best/ holds only a pipeline
     classes = Classes.of_model(unet.config.num_class_embeds, index.get("id2label"))
@@ -127,8 +127,8 @@ def opening(what, advice: str):
     except UserError:
         raise
     except Exception as error:  # a broken file may raise anything
-        reason = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:400]
-        raise UserError(f"{what} cannot be loaded ({reason or type(error).__name__}): {advice}.") from error
+        reason = f"there is no {error}" if isinstance(error, KeyError) else reason_of(error, lines=20)[:400]
+        raise UserError(f"{what} cannot be loaded ({reason}): {advice}.") from error
 
 
 def _read_parts(name: str, folder: Path, index: dict) -> tuple[UNet2DModel, PaperDDPMScheduler]:
@@ -166,6 +166,8 @@ def read_network(kind: type, folder: Path):
         network, info = kind.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
+    if len(info["missing_keys"]) == len(network.state_dict()):
+        raise ValueError("its file of weights has no weights of this network")
     if info["missing_keys"]:
         raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     judge.check_weights(network)
@@ -204,9 +206,8 @@ def find_folder(name: str | Path, patterns: list[str] = PIPELINE_FILES) -> tuple
     return name, folder, folder.name
 
 
-def check_is_ddpm(name: str, folder: Path):
-    """Raise a UserError if a folder with a model_index.json is not the pipeline of a DDPM."""
-    index = read_json(folder / "model_index.json")
+def check_is_ddpm(name: str, index: dict):
+    """Raise a UserError if a model_index.json with the content `index` is not that of a DDPM."""
     parts = {key: value for key, value in index.items() if not key.startswith("_")}
     found = {key: value[1] for key, value in parts.items() if isinstance(value, list) and len(value) == 2}
     if found.get("unet") != "UNet2DModel" or found.get("scheduler") not in SCHEDULERS or set(found) - set(PARTS):
@@ -279,15 +280,9 @@ def load_classifier(name: str | Path) -> NoisyClassifier:
     """
     name, folder, _ = find_folder(name)
     folder = part_folder(folder, "classifier")
-    try:
+    with opening(f"the classifier in {name}", "give a run of --objective classify, or its folder `classifier`"):
         check_shards(folder)
         classifier = read_network(NoisyClassifier, folder)
-    except UserError:
-        raise
-    except Exception as error:  # a broken file may raise anything
-        raise UserError(
-            f"{name} has no classifier ({' '.join(str(error).split())[:200]}): train one with --objective classify."
-        ) from error
     return classifier.eval().requires_grad_(False)
 
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from ..errors import UserError
 from ..hub_requests import API, HUB_ERRORS, ask_hub, in_thread, is_denied, is_final, short_reason, transfer_seconds
 from ..run_folder import PUBLISHED, files_in
-from .published import copy_published
+from .published import check_weights, copy_published
 
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,11 @@ def push_in_background(
     """
     if replaces is not None:
         replaces.cancel()
+    try:
+        check_weights(Path(output_dir))
+    except UserError as error:
+        logger.warning("Nothing was pushed to %s: %s", repo_id, error)
+        return in_thread(lambda: False)
     try:
         snapshot = tempfile.TemporaryDirectory(prefix=".push-", dir=output_dir, ignore_cleanup_errors=True)
         copy_published(Path(output_dir), Path(snapshot.name), PUBLISHED, token)

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..evaluation.records import is_record
 from ..files import read_json
 from ..provenance import hide_paths
-from ..run_folder import files_in
+from ..run_folder import CLASSIFIER, PIPELINE, files_in
 
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,15 @@ def copy_published(folder: Path, target: Path, patterns: list[str], token: str |
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
     hide_paths(target)
+
+
+def check_weights(folder: Path):
+    """Raise a UserError if a folder has no weights that can be published, e.g. because its `unet` is a link."""
+    if not any(path.suffix == ".safetensors" for path in files_in(folder, [*PIPELINE, *CLASSIFIER])):
+        raise UserError(
+            f"{folder} has no weights to push (unet or classifier has no .safetensors file, or is a link, and links "
+            "are not followed): put the files themselves there, e.g. with `cp -rL`."
+        )
 
 
 def holds_token(path: Path, tokens: list[bytes]) -> bool:

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from .. import hub_requests
 from ..community_pipelines import shipped
 from ..errors import UserError
 from ..hub_requests import API, HUB_ERRORS, ask_hub, short_reason, transfer_seconds
@@ -66,6 +67,7 @@ def write_space(folder: Path, model: str):
             target = folder / path.relative_to(shipped("spaces"))
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-    shutil.copyfile(judge.__file__, folder / "judge.py")
+    for module in (judge, hub_requests):
+        shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
     card = folder / "README.md"
     card.write_text(card.read_text().replace("\n---\n", f"\nmodels:\n- {model}\n---\n", 1))
