@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 import time
 
 import numpy as np
@@ -246,6 +247,32 @@ def test_a_sheet_of_the_user_stays_and_our_own_is_replaced(tiny_run, tmp_path, c
     first = sheet.read_bytes()
     main([*arguments, "--num_images=2"])
     assert sheet.read_bytes() != first
+
+
+def test_a_record_of_millions_of_images_is_refused_at_once(unbroken, tmp_path):
+    shutil.copytree(unbroken, tmp_path / "x")
+    record = json.loads((tmp_path / "x" / "samples.json").read_text())
+    count = record["num_images"]
+    (tmp_path / "x" / "samples.json").write_text(json.dumps(record | {"num_images": 10_000_000}))
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=f"has only {count} of 10000000 images"):
+        read_samples(tmp_path / "x")
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_link_as_output_is_refused_or_written_through(model, tmp_path, exists):
+    sampler = Sampler(num_inference_steps=2).resolve(model)
+    if exists:
+        draw_samples(model, sampler, 1, tmp_path / "real.npz")
+    (tmp_path / "link.npz").symlink_to("real.npz")
+    if not exists:
+        with pytest.raises(UserError, match="--output is .*link.npz, a link to a file that does not exist"):
+            draw_samples(model, sampler, 2, tmp_path / "link.npz")
+        assert [path.name for path in tmp_path.iterdir()] == ["link.npz"]
+        return
+    draw_samples(model, sampler, 2, tmp_path / "link.npz")
+    assert (tmp_path / "link.npz").is_symlink() and len(read_samples(tmp_path / "real.npz").images) == 2
 
 
 def test_what_is_no_ddpm_is_refused(tmp_path, tiny_run):

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from ..community_pipelines import pipeline_file, pipeline_module
 from ..data.decode import to_array, use_path
+from ..data.survey import DARK
 from ..errors import UserError, no_such
 from ..files import check_output, read_json, write_json, writing
 from ..models.pretrained import Pretrained, load_pretrained
@@ -320,6 +321,7 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
 
     digest = hashlib.sha256()
     first = {}  # by size
+    deep = []  # the largest values of images of more than 8 bits
     for item in tqdm(items, desc="Reading", unit="image", disable=len(items) < 200):
         image, mask = read_for(pipeline, item, options["task"])
         item.size = tuple(image.shape[1:])
@@ -333,6 +335,15 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
         digest.update(f"{item.path.stem} {tuple(image.shape)} ".encode() + image.numpy().tobytes())
         digest.update(b"" if mask is None else mask.numpy().tobytes())
         first.setdefault(item.size, item)
+        if use_path(lambda image: image.mode[0] in "IF", item.path):
+            deep.append(image.max().item())
+    if deep and max(deep) < DARK:
+        print(
+            f"Warning: no pixel of the images of more than 8 bits is brighter than {max(deep):.1%} of white, so the "
+            "model takes them for almost black images: rescale them, or give a model that was trained with their "
+            "--pixel_range.",
+            flush=True,
+        )
     for item in first.values():
         image, mask = read_for(pipeline, item, options["task"])
         with contextlib.suppress(Accepted), refused_as_user_error(item.path.name):

@@ -123,7 +123,10 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
         raise UserError(f"{folder} is not a folder: give a folder of PNG files, or an .npz.")
     files = find_pngs(folder) if record is None else []
     if record is not None:  # do not read more files: an earlier run with a larger num_images may have left some
-        files = [path for k in range(record["num_images"]) if (path := folder / file_name(k)).is_file()]
+        # Look at the files that are there, because a damaged record can ask for millions.
+        numbers = {int(path.stem): path for path in folder.glob("*.png") if re.fullmatch(r"\d{6,8}", path.stem)}
+        numbers = sorted(k for k in numbers if k < record["num_images"] and numbers[k].name == file_name(k))
+        files = [path for k in numbers if (path := folder / file_name(k)).is_file()]
         if len(files) < record["num_images"]:
             raise UserError(
                 f"{folder} has only {len(files)} of {record['num_images']} images: run the same `sample` command "
@@ -351,7 +354,7 @@ def _pack(folder: Path, output: Path, record: dict):
     """Write the images of a folder to one .npz file, then remove the folder."""
     images = read_samples(folder).images[: record["num_images"]].permute(0, 2, 3, 1).numpy()
     with writing("samples", output):
-        write_npz(output, arr_0=images, meta=json.dumps(record))
+        write_npz(output.resolve(), arr_0=images, meta=json.dumps(record))
         shutil.rmtree(folder)
 
 
