@@ -629,3 +629,22 @@ def test_bad_flags_are_one_sentence(tiny_run, digit_folder, record, tmp_path, ca
         evaluate(*flags.format(**places).split(), "--output", tmp_path / "r.json", "--samples_dir", tmp_path / "s")
     assert exit.value.code == 2 and wanted in capsys.readouterr().err
     assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record["sampler"].update(seed="x"),
+        lambda record: record["sampler"].update(seed=[1]),
+        lambda record: record.update(samples=[1]),
+        lambda record: record["samples"].update(n="many"),
+    ],
+)
+def test_a_record_whose_seed_or_number_is_none_is_refused(tmp_path, change, capsys):
+    good = ROOT / "tests" / "fixtures" / "run_5c3000a" / "run" / "evaluations" / "finished.json"
+    record = json.loads(good.read_text())
+    change(record)
+    (tmp_path / "odd.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as exit:
+        main(["compare", str(good), str(tmp_path / "odd.json")])
+    assert exit.value.code == 2 and "odd.json is not a record of the schema" in capsys.readouterr().err

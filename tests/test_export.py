@@ -122,7 +122,7 @@ def test_an_export_touches_nothing_beside_it_and_leaves_nothing_when_it_fails(gu
         (["plain", "conditional"], "conditional already exists"),
         (["plain", "new", "--pipeline=class_guided"], "does not suit this model: choose from restoration,"),
         (["conditional", "new", "--classifier=classifier"], "this model is conditional"),
-        (["plain", "new", "--classifier=plain"], "has no classifier"),
+        (["plain", "new", "--classifier=plain"], "the classifier in plain cannot be loaded"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(guidance_models, arguments, sentence, monkeypatch, capsys):

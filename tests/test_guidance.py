@@ -244,7 +244,7 @@ def test_class_accuracy_is_of_the_names_that_were_asked_for(of_train):
         (["plain", "--class_labels=1"], "this model has no classes: leave --class_labels out"),
         (["conditional", "--class_labels=10"], "has '10', but the classes of this model are 0, 1, 2"),
         (["conditional", "--classifier=classifier"], "this model is conditional"),
-        (["plain", "--classifier=plain"], "plain has no classifier"),
+        (["plain", "--classifier=plain"], "the classifier in plain cannot be loaded"),
         (["plain", "--classifier=classifier", "--guidance_scale=inf"], "must be a finite number"),
         (["classifier"], "classifier is the run of a classifier, not of a model: give a model"),
         (["classifier/checkpoint-6"], "is a checkpoint of a classifier"),

@@ -306,6 +306,7 @@ def test_colour(colour_model, tmp_path, capsys):
         ("--task denoise --num_inference_steps 21", "num_inference_steps"),
         ("--task super_resolution --scale_factor 0", "scale_factor"),
         ("--task deblur --blur_sigma -1", "blur_sigma"),
+        ("--task deblur --blur_sigma 1e30", "--blur_sigma is 1e+30; it must be at most 1,000 pixels"),
         ("--task colorize", "cannot be restored with"),
         ("--task sharpen", "there is no task 'sharpen': choose from denoise, inpaint"),
     ],

@@ -154,8 +154,10 @@ def is_record(content: dict) -> bool:
         isinstance(one, dict) and is_value(one.get("n")) for one in sets
     )
     has_cost = all(is_value(cost.get(name)) for name in ("drawing_s", "scoring_s"))
-    is_named = isinstance(sampler.get("method", ""), str)
-    return has_data and has_cost and is_named and all(map(is_entry, content["metrics"]))
+    is_named = isinstance(sampler.get("method", ""), str) and isinstance(sampler.get("seed"), (int, type(None)))
+    samples = content.get("samples", {})
+    is_counted = isinstance(samples, dict) and isinstance(samples.get("n", 0), int)
+    return has_data and has_cost and is_named and is_counted and all(map(is_entry, content["metrics"]))
 
 
 def is_entry(entry) -> bool:

@@ -36,6 +36,7 @@ from .samplers import check_channels, check_seed, image_generators
 RESTORATION_SCHEMA = "ddpm_hf.restoration/1"
 RECORD = "restoration.json"
 MAX_SAMPLES = 1000  # restorations of one image, which are in memory together
+MAX_BLUR = 1000  # pixels, of --blur_sigma; the blur of each row is a matrix with 8 times as many columns
 MAX_PIXELS = 2048**2  # of a result; a UNet keeps hundreds of numbers for each pixel
 SHEET_IMAGES = 16
 SHEET_COLUMNS = 8
@@ -208,6 +209,8 @@ def check_task_settings(settings: dict, mask, batch_size: int):
         raise UserError(f"--noise_level is {settings['noise_level']}; it must be at least 0, and finite.")
     if settings.get("num_samples", 1) > MAX_SAMPLES:
         raise UserError(f"--num_samples is {settings['num_samples']}; it must be at most {MAX_SAMPLES:,}.")
+    if settings.get("blur_sigma", 1) > MAX_BLUR:
+        raise UserError(f"--blur_sigma is {settings['blur_sigma']:g}; it must be at most {MAX_BLUR:,} pixels.")
     if batch_size < 1:
         raise UserError(f"--batch_size is {batch_size}; it must be at least 1.")
 
