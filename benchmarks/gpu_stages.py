@@ -39,6 +39,7 @@ from ddpm_hf.models.pretrained import Pretrained
 from ddpm_hf.provenance import git_commit
 from ddpm_hf.sampling.generate import sample_images
 from ddpm_hf.sampling.settings import Sampler
+from ddpm_hf.sizes import read_size
 from ddpm_hf.training.run import open_run
 
 
@@ -235,7 +236,7 @@ def set_backends(matmul: str = "highest", tf32: bool = True, benchmark: bool = F
 def fixed_batch(config, count: int, layout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return noisy images, their noise and their timesteps, equal for all variants."""
     torch.manual_seed(0)
-    shape = (count, 3, config.resolution, config.resolution)
+    shape = (count, 3, *read_size(config.resolution))
     noisy, noise = (torch.randn(shape).to(DEVICE).contiguous(memory_format=layout) for _ in range(2))
     return noisy, noise, torch.randint(config.ddpm_num_steps, (count,)).to(DEVICE)
 

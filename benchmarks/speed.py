@@ -28,6 +28,7 @@ from ddpm_hf.models.build import build_unet
 from ddpm_hf.models.pretrained import Pretrained
 from ddpm_hf.sampling.generate import sample_images
 from ddpm_hf.sampling.settings import Sampler
+from ddpm_hf.sizes import read_size
 from ddpm_hf.training.loop import progress_bar, step
 from ddpm_hf.training.periodic import run_due_tasks, what_is_due
 from ddpm_hf.training.run import open_run
@@ -127,7 +128,7 @@ def training_steps(run, only: str | None = None) -> dict:
     def bare():
         unet = build_unet(config, channels).to(device)
         optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-4)
-        images = torch.randn(config.train_batch_size, channels, config.resolution, config.resolution, device=device)
+        images = torch.randn(config.train_batch_size, channels, *read_size(config.resolution), device=device)
         timesteps = torch.randint(config.ddpm_num_steps, (len(images),), device=device)
 
         def bare_step():

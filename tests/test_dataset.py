@@ -195,7 +195,7 @@ def test_range_dtype_channels_and_labels(make, tmp_path):
     write_hub(tmp_path / "grey", [plain(0), plain(255), encode(Image.new("I;16", (4, 4), 65535))], [2, 0, 1])
     images, validation = load_images(make(tmp_path / "grey"))
     assert validation is None and images.pixels.dtype == torch.uint8
-    assert (images.channels, images.resolution, images.num_images, len(images)) == (1, 4, 3, 3)
+    assert (images.channels, images.size, images.num_images, len(images)) == (1, (4, 4), 3, 3)
     assert images.labels.tolist() == [2, 0, 1] and images.labels.dtype == torch.int64
     assert images.class_names == ["a", "b", "c"] and len(int(images.fingerprint, 16).to_bytes(8)) == 8
     batch = images.get([0, 1, 2])
@@ -726,7 +726,7 @@ def test_a_stream_is_like_a_set(make, numbered, monkeypatch):
     config = make(numbered, streaming=True, validation_split="test", train_batch_size=4)
     stream, validation = load_images(config)
     assert isinstance(stream, StreamedSet) and validation.pixels is not None
-    assert (stream.channels, stream.resolution, stream.class_names) == (1, 4, ["a", "b", "c"])
+    assert (stream.channels, stream.size, stream.class_names) == (1, (4, 4), ["a", "b", "c"])
     assert stream.num_images is None and len(stream.fingerprint) == 16
     with pytest.raises(TypeError, match="number of images in this stream is unknown"):
         len(stream)

@@ -101,7 +101,7 @@ def add_data_flags(parser):
         choices=["first", "all"],
         help="use the first page of each file, or each page as an image",
     )
-    add("--resolution", type=int, help="height and width in pixels for --calibrate without a model; default: 32")
+    add("--resolution", help="size in pixels for --calibrate without a model, e.g. 64 or 48x64; default: 32")
     add(
         "--reference",
         metavar="NPZ",

@@ -4,6 +4,7 @@ If the command is interrupted, run it again: it draws only the missing images.
 
 ddpm_hf sample runs/mnist --num_images 10000 --sampler ddim --num_inference_steps 50 --output samples/mnist
 ddpm_hf sample google/ddpm-cifar10-32 --output cifar10.npz
+ddpm_hf sample runs/photos --size 48x96
 ddpm_hf sample runs/mnist-conditional --class_labels 3 --guidance_scale 2 --sampler ddim
 accelerate launch --multi_gpu -m ddpm_hf sample runs/cifar10 --num_images 50000
 """
@@ -20,6 +21,11 @@ def add_flags(parser):
     parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
     parser.add_argument("--output", help="folder, or file ending in .npz; default: a folder samples/MODEL-SAMPLER...")
     parser.add_argument("--num_images", type=int, default=64, help="number of images; default: 64")
+    parser.add_argument(
+        "--size",
+        metavar="HxW",
+        help="draw at another size than the model was trained on, e.g. 48x64 (height x width); default: its own size",
+    )
     add_sampler_flags(parser)
 
 
@@ -34,12 +40,14 @@ def run(arguments):
     from ..sampling.settings import sampler_named
 
     start_processes()
-    sampler = sampler_named(arguments.sampler or "ddpm", sampler_settings(arguments))
+    sampler = sampler_named(arguments.sampler or "ddpm", sampler_settings(arguments) | {"size": arguments.size})
     model = load_pretrained(arguments.model, arguments.weights)
     sampler = sampler.resolve(model)
     name = f"{model.facts['name'].replace('/', '--')}-{sampler.name}{sampler.num_inference_steps}"
     if sampler.classifier is not None or sampler.guidance_scale != 1:
         name += f"-guided{sampler.guidance_scale:g}"
+    if sampler.size is not None:
+        name += f"-{sampler.size[0]}x{sampler.size[1]}"
     output = arguments.output
     if output is None:
         output = Path("samples", f"{name}-seed{sampler.seed}")

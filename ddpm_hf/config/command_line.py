@@ -53,6 +53,8 @@ class FlagParser(OneSentenceErrors, HfArgumentParser):
         # Keep only the help text. HfArgumentParser passes all metadata to argparse, which does not know our bounds.
         plain = copy.copy(field)
         plain.metadata = {"help": field.metadata["help"]}
+        if plain.type == int | str:  # e.g. 64 or 48x64; TrainingConfig reads it
+            plain.type = str
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 from ..errors import UserError, no_such_flag
 from ..files import is_utf_8
+from ..sizes import read_size, write_size
 from .fields import check_bounds, check_types, flag, split_list
 from .presets import find_preset
 
@@ -52,8 +53,10 @@ class DataOptions:
     image_column: str | None = flag(None, "Column with the images; default: the first image column [ours]")
     label_column: str | None = flag(None, "Column with the classes; default: the first class column [ours]")
     class_names: list[str] | None = flag(None, "Keep only these classes, e.g. `cat` or `cat,dog`; default: all [ours]")
-    resolution: int = flag(64, "Height and width in pixels that images are resized to", at_least=2, at_most=8192)
-    center_crop: bool = flag(False, "Crop images to their central square, instead of a random square")
+    resolution: int | str = flag(
+        64, "Height and width in pixels that images are resized to, e.g. 64, or 48x64 (height x width) for rectangles"
+    )
+    center_crop: bool = flag(False, "Crop images in their middle, instead of at a random place")
     random_flip: bool = flag(False, "Mirror each image left to right with probability 1/2")
     preserve_input_precision: bool = flag(False, "Keep 16 and 32 bit images exact, instead of rounding them to 8 bit")
     channels: Literal[1, 3] | None = flag(
@@ -95,7 +98,9 @@ class ModelOptions:
     )
     layers_per_block: int | None = flag(None, "Residual blocks per level; default: 2 [ours]", at_least=1, at_most=32)
     attention_resolutions: list[str] | None = flag(
-        None, "Sizes in pixels of the levels with attention, e.g. 16,8; default: the last level but one [ours]"
+        None,
+        "Sizes in pixels of the levels with attention, e.g. 16,8 (for rectangles, their shorter sides); default: the "
+        "last level but one [ours]",
     )
     dropout: float | None = flag(None, "Dropout in the residual blocks; default: 0 [ours]", fraction=True)
     attention_head_dim: int = flag(
@@ -270,6 +275,7 @@ class TrainingConfig(*reversed(GROUPS)):
     """
 
     def __post_init__(self):
+        self.resolution = write_size(read_size(self.resolution, "--resolution", least=2))
         check_types(self)
         self._read_values()
         check_bounds(self)

@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 
 from ..errors import UserError, suggestion
+from ..sizes import read_size
 from .decode import read_image, undecoded, use_file
 from .folders import SPLIT_OF, printable
 from .image_set import ImageSet
@@ -34,7 +35,7 @@ def load_images(config, channels=None):
 
     Both sets have these attributes:
         num_images: the number of images; None for a stream of unknown length.
-        channels, resolution: the shape of the images is (channels, resolution, resolution).
+        channels, size: the shape of the images is (channels, height, width), with size = (height, width).
         labels: (N,) int64, -1 for "no class"; None if there are no classes, or for a stream.
         class_names: the list of the class names, in the order of the labels; None if there are no classes. If
             `config.class_names` is given, it contains only these classes.
@@ -88,7 +89,7 @@ def load_images(config, channels=None):
         sample = list(undecoded(rows, range(0, len(rows), -(-len(rows) // 256) or 1)))
     if not sample or validation is not None and not len(validation):
         raise UserError("no images are left for training or for validation: give a larger dataset or more classes.")
-    channels, warnings = survey(sample, channels or config.channels, config.pixel_range)
+    channels, warnings = survey(sample, channels or config.channels, config.pixel_range, read_size(config.resolution))
     # Pass pixel_range only if the flag is given. Otherwise the fingerprints would differ from those of older runs.
     options = {"pixel_range": tuple(config.pixel_range)} if config.pixel_range else {}
     read = functools.partial(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from ..randomness import draws_for, keyed_generator
+from ..sizes import read_size
 
 
 FLIP_BLOCK = 4096  # flips are drawn in blocks of this many consecutive images
@@ -95,16 +96,23 @@ def to_array(image, channels, exact=False, pixel_range=None):
 
 
 def read_image(item, channels, resolution, exact, pixel_range=None):
-    """Decode an item with `to_array`, and resize it with antialiasing: its shorter side becomes `resolution`.
+    """Decode an item with `to_array`, and resize it with antialiasing to the smallest size that covers `resolution`.
 
-    The ends of a very long or very wide image are cut off first, because to resize all of it could need gigabytes. At
-    `resolution` 256, for example, an image of 60,000 x 1 pixels would become 4 billion pixels.
+    One of its sides becomes the height or the width of `resolution`, and the other one is at least as long as it has
+    to be. The ends of a very long or very wide image are cut off first, because to resize all of it could need
+    gigabytes. At `resolution` 256, for example, an image of 60,000 x 1 pixels would become 4 billion pixels.
     """
     array = use_file(lambda file: to_array(Image.open(file), channels, exact, pixel_range), item)
-    longest = MAX_ASPECT * min(array.shape[:2])
-    top, left = (max(0, side - longest) // 2 for side in array.shape[:2])
-    array = array[top : top + longest, left : left + longest]
-    height, width = (round(side * resolution / min(array.shape[:2])) for side in array.shape[:2])
+    high, wide = read_size(resolution)
+    tallest = -(-MAX_ASPECT * array.shape[1] * high // wide)
+    widest = -(-MAX_ASPECT * array.shape[0] * wide // high)
+    top, left = (max(0, side - longest) // 2 for side, longest in zip(array.shape[:2], (tallest, widest)))
+    array = array[top : top + tallest, left : left + widest]
+    # Divide by the side that fits exactly, so that rounding cannot change it.
+    wanted, given = (
+        (high, array.shape[0]) if high * array.shape[1] >= wide * array.shape[0] else (wide, array.shape[1])
+    )
+    height, width = (round(side * wanted / given) for side in array.shape[:2])
     if (height, width) == array.shape[:2]:
         return array
     planes = [Image.fromarray(plane) for plane in np.moveaxis(array, -1, 0)]
@@ -112,17 +120,16 @@ def read_image(item, channels, resolution, exact, pixel_range=None):
     return np.stack(planes, axis=-1).clip(0, 1 if exact else 255)  # Lanczos overshoots the range at edges
 
 
-def _square(array, crop_generator=None, mirror=False):
-    """Return the image (C,S,S): mirrored if `mirror`, then cropped to a square at a random place or in the middle."""
+def _crop(array, size, crop_generator=None, mirror=False):
+    """Return the image (C,H,W): mirrored if `mirror`, then cropped to `size` at a random place or in the middle."""
     if mirror:
         array = array[:, ::-1]
-    side = min(array.shape[:2])
-    spare = [length - side for length in array.shape[:2]]
+    spare = [length - side for length, side in zip(array.shape[:2], size)]
     if crop_generator is None:
         top, left = (n // 2 for n in spare)
     else:
         top, left = (int(torch.randint(n + 1, (), generator=crop_generator)) for n in spare)
-    return np.moveaxis(array[top : top + side, left : left + side], -1, 0)
+    return np.moveaxis(array[top : top + size[0], left : left + size[1]], -1, 0)
 
 
 def scale(images):
@@ -137,8 +144,8 @@ def draw_augmentations(ordinals, config, random_crop):
     return {"crop_generators": generators, "mirrored": mirrored}
 
 
-def read_batch(items, read, crop_generators=None, mirrored=None):
-    """Decode items with `read` to square images, (B,C,H,W) float32 in [-1, 1].
+def read_batch(items, read, size, crop_generators=None, mirrored=None):
+    """Decode items with `read`, and crop them to `size` (H,W). Return (B,C,H,W) float32 in [-1, 1].
 
     Args:
         crop_generators: one generator per image, to draw the place of its crop. With None, the middle is kept.
@@ -146,8 +153,8 @@ def read_batch(items, read, crop_generators=None, mirrored=None):
     """
     with ThreadPoolExecutor(1 if get_worker_info() else None) as pool:  # Pillow decodes outside the GIL
         mirrored = repeat(False) if mirrored is None else mirrored
-        squares = map(_square, pool.map(read, items), crop_generators or repeat(None), mirrored)
-        return scale(torch.from_numpy(np.stack(list(squares))))
+        images = map(_crop, pool.map(read, items), repeat(size), crop_generators or repeat(None), mirrored)
+        return scale(torch.from_numpy(np.stack(list(images))))
 
 
 def decode_all(rows, read, center_crop, pixels):
@@ -159,9 +166,9 @@ def decode_all(rows, read, center_crop, pixels):
         for start in range(0, len(rows), CHUNK):
             items = undecoded(rows, range(start, min(start + CHUNK, len(rows))))
             arrays = list(map(read, items) if is_fast else pool.map(read, items))
-            if not center_crop and any(array.shape[0] != array.shape[1] for array in arrays):
+            if not center_crop and any(array.shape[:2] != pixels.shape[2:] for array in arrays):
                 return None
-            pixels[start : start + CHUNK] = [_square(array) for array in arrays]
+            pixels[start : start + CHUNK] = [_crop(array, pixels.shape[2:]) for array in arrays]
             bar.update(len(arrays))
     return torch.from_numpy(pixels)
 

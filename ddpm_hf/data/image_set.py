@@ -5,6 +5,7 @@ import hashlib
 import numpy as np
 import torch
 
+from ..sizes import read_size
 from .decode import decode_all, read_batch, scale, undecoded
 
 
@@ -20,10 +21,10 @@ class ImageSet:
         self.num_images = len(rows)
         self.class_names = list(classes.values()) or None
         self.channels = read.keywords["channels"]
-        self.resolution = config.resolution
+        self.size = read_size(config.resolution)
         label_of = {value: label for label, value in enumerate(classes)}
         self.labels = torch.tensor([label_of.get(value, -1) for value in rows["label"][:]]) if classes else None
-        shape = (len(rows), self.channels, self.resolution, self.resolution)
+        shape = (len(rows), self.channels, *self.size)
         dtype = np.dtype(np.float32 if config.preserve_input_precision else np.uint8)
         fits = np.prod(shape) * dtype.itemsize <= MEMORY_LIMIT
         self.pixels = decode_all(rows, read, config.center_crop, np.empty(shape, dtype)) if fits else None
@@ -40,7 +41,7 @@ class ImageSet:
     def get(self, indices, crop_generators=None, mirrored=None):
         """Return the images at `indices`, (B,C,H,W) float32 in [-1, 1]. For the other arguments see `read_batch`."""
         if self.pixels is None:
-            return read_batch(undecoded(self.rows, indices), self.read, crop_generators, mirrored)
+            return read_batch(undecoded(self.rows, indices), self.read, self.size, crop_generators, mirrored)
         images = self.pixels.index_select(0, torch.as_tensor(indices))  # much faster than pixels[indices]
         if mirrored is not None:
             which = mirrored.nonzero()[:, 0]

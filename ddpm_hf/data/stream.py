@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ..randomness import keyed_generator
+from ..sizes import read_size
 from .decode import draw_augmentations, read_batch
 from .sources import loading
 
@@ -31,7 +32,7 @@ class StreamedSet(Dataset):
         self.label_of = {value: label for label, value in enumerate(classes)}
         self.class_names = list(classes.values()) or None
         self.channels = read.keywords["channels"]
-        self.resolution = config.resolution
+        self.size = read_size(config.resolution)
         split = (rows.info.splits or {}).get(str(rows.split))
         self.num_images = split.num_examples if split and not config.class_names else None
         identity = (config.dataset_name, config.train_data_dir, config.dataset_config_name, classes, read.keywords)
@@ -45,7 +46,7 @@ class StreamedSet(Dataset):
 
     def get(self, indices):
         """Return those images at `indices` that are among the first 64, (B,C,H,W) float32 in [-1, 1]."""
-        return read_batch([self.sample[k] for k in indices if k < len(self.sample)], self.read)
+        return read_batch([self.sample[k] for k in indices if k < len(self.sample)], self.read, self.size)
 
     def state_dict(self):
         """Return the position after the last batch, a dict of JSON values. It is valid for all processes."""
@@ -84,6 +85,9 @@ class StreamedSet(Dataset):
             self.check(ordinal, row["image"])
         items = zip(ordinals, [row["image"] for row in rows])
         augmentations = draw_augmentations(ordinals, self.config, random_crop=not self.config.center_crop)
-        batch = {"ordinals": torch.tensor(ordinals), "images": read_batch(items, self.read, **augmentations)}
+        batch = {
+            "ordinals": torch.tensor(ordinals),
+            "images": read_batch(items, self.read, self.size, **augmentations),
+        }
         labels = [self.label_of.get(row.get("label"), -1) for row in rows]
         return batch | {"labels": torch.tensor(labels)} if self.label_of else batch

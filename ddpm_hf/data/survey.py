@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from ..errors import UserError
@@ -14,6 +14,7 @@ from .pages import page_numbers
 
 
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
+CROPPED = 0.2  # a crop that cuts off a larger share of the images is worth a hint
 DARK = 0.25  # images whose largest value is below this share of the scale are almost black
 
 
@@ -57,20 +58,21 @@ def skipped_warning(skipped: list[str]) -> list[str]:
     return [f"Warning: {len(skipped):,} images cannot be read and are skipped: {'; '.join(skipped[:3])}{more}."]
 
 
-def survey(items, channels, pixel_range) -> tuple[int, list[str]]:
+def survey(items, channels, pixel_range, size) -> tuple[int, list[str]]:
     """Return the number of channels to train with, and warnings to print.
 
     Args:
         items: a sample of the images, see decode.py.
         channels: 1 or 3. None: 1 if all of these images have a grey mode, else 3.
         pixel_range: see `decode.to_array`.
+        size: (H, W) that images are cropped to.
 
     Raises:
         UserError: for an image that cannot be read.
     """
     kinds = [use_file(_kind, item) for item in items]
-    is_grey = {mode for mode, _ in kinds} <= GREY_MODES
-    depths = [mode[0] if mode[0] in "IF" else "8 bits" for mode, _ in kinds]  # I: 16 or 32 bits, F: floats
+    is_grey = {mode for mode, _, _ in kinds} <= GREY_MODES
+    depths = [mode[0] if mode[0] in "IF" else "8 bits" for mode, _, _ in kinds]  # I: 16 or 32 bits, F: floats
     colored, brightest = _look_at_pixels(items, depths, pixel_range, colored=is_grey or channels is not None)
     warnings = []
     if not colored:
@@ -87,7 +89,8 @@ def survey(items, channels, pixel_range) -> tuple[int, list[str]]:
         warnings.append(
             f"Warning: the {len(items)} images looked at are all the same, so the model would learn only this image."
         )
-    if several := [item for item, (_, has_pages) in zip(items, kinds) if has_pages]:
+    warnings += _crop_hint(np.array([shape for _, _, shape in kinds]), size)
+    if several := [item for item, (_, has_pages, _) in zip(items, kinds) if has_pages]:
         row, encoded = several[0]
         name = Path(encoded["path"]).name if encoded["path"] else f"image {row}"
         warnings.append(
@@ -97,10 +100,35 @@ def survey(items, channels, pixel_range) -> tuple[int, list[str]]:
     return channels or (1 if is_grey else 3), warnings
 
 
-def _kind(file) -> tuple[str, bool]:
-    """Return the mode of an image, and whether it has several pages or frames."""
+def _kind(file) -> tuple[str, bool, tuple[int, int]]:
+    """Return the mode of an image, whether it has several pages or frames, and its height and width when upright."""
     image = Image.open(file)
-    return image.mode, len(page_numbers(image)) > 1
+    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by a quarter
+    return image.mode, len(page_numbers(image)) > 1, image.size if is_turned else image.size[::-1]
+
+
+def _crop_hint(shapes: np.ndarray, size: tuple[int, int]) -> list[str]:
+    """Return [] or a hint that cropping cuts off much of the images, and that rectangles would keep more of them.
+
+    Args:
+        shapes: (N, 2), height and width of each image.
+        size: (H, W) that they are cropped to.
+    """
+
+    def lost(height, width):  # the mean share of pixels that a crop of this shape cuts off
+        stretch = (shapes[:, 0] * width) / (shapes[:, 1] * height)
+        return 1 - np.minimum(stretch, 1 / stretch).mean()
+
+    shorter, aspect = min(size), float(np.median(shapes[:, 0] / shapes[:, 1]))
+    multiple = 2 ** max(0, (shorter // 8).bit_length() - 1)  # so that the sides can be halved about as often
+    longer = multiple * round(shorter * max(aspect, 1 / aspect) / multiple)
+    better = (longer, shorter) if aspect > 1 else (shorter, longer)
+    if lost(*size) < CROPPED or lost(*better) > lost(*size) / 2 or longer > 4 * shorter:
+        return []
+    return [
+        f"Hint: the crop to {size[0]}x{size[1]} cuts off {lost(*size):.0%} of the images looked at: --resolution "
+        f"{better[0]}x{better[1]} (height x width) would keep more of them."
+    ]
 
 
 def _look_at_pixels(items, depths, pixel_range, *, colored: bool) -> tuple[bool, dict]:

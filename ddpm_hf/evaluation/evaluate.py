@@ -153,7 +153,7 @@ def evaluate(
     weights: str = "published",
     batch_size: int = 64,
     sampler: str | Sampler | None = None,
-    resolution: int = 32,
+    resolution: int | str = 32,
     inception: str | None = None,
     inception_pipeline: str = "tf1",
     dinov2: str = "facebook/dinov2-large",
@@ -184,7 +184,7 @@ def evaluate(
         weights: published or raw, see `load`.
         batch_size: how many images are processed at a time. It changes scores only by rounding.
         sampler: how to draw images, a name or a `Sampler`. None: the sampler of the suite.
-        resolution: the resolution, in pixels, of the images that `calibrate` compares.
+        resolution: the size of the images that `calibrate` compares, in pixels: 64, or "48x64" (height x width).
         inception: a file with the weights of Inception. None: the weights that pytorch-fid released.
         inception_pipeline: how images are resized for Inception: tf1, antialias or pytorch.
         dinov2: a folder or a Hub id with the weights of DINOv2.

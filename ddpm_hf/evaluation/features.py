@@ -72,7 +72,7 @@ def images_at(source, indices) -> torch.Tensor:
     if source.pixels is not None and source.pixels.dtype == torch.uint8:
         return source.pixels[indices]
     rows = list(indices)
-    images = torch.empty(len(rows), source.channels, source.resolution, source.resolution, dtype=torch.uint8)
+    images = torch.empty(len(rows), source.channels, *source.size, dtype=torch.uint8)
     for start in range(0, len(rows), CHUNK):  # all images as floats might not fit into memory
         images[start : start + CHUNK] = to_uint8(source.get(rows[start : start + CHUNK]))
     return images

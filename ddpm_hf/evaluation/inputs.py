@@ -83,6 +83,11 @@ def choose_sampler(model: Pretrained, sampler: str | Sampler | None, settings: d
     if is_open and suite["steps"] and sampler in (None, suite["sampler"]):
         settings = settings | {"num_inference_steps": min(suite["steps"], len(model.scheduler))}
     resolved = sampler_named(sampler or suite["sampler"], settings).resolve(model)
+    if resolved.size is not None:
+        raise UserError(
+            f"size is {resolved.size[0]}x{resolved.size[1]}, but a model is scored at the size it was trained on: "
+            "leave size out."
+        )
     for warning in resolved.warnings(model):
         PartialState().print(warning, flush=True)
     return resolved
@@ -142,13 +147,13 @@ def _holds_samples(path: Path) -> bool:
 
 
 def open_data(
-    data: dict, model: Pretrained | None, samples: SampleSet | None, *, calibrate: bool, resolution: int
+    data: dict, model: Pretrained | None, samples: SampleSet | None, *, calibrate: bool, resolution: int | str
 ) -> tuple[ImageSet, ImageSet | None, str]:
     """Return the training images, the held-out images (or None), and the name that a record gives to the data.
 
     Args:
         data: values of DATA_FLAGS. They override the flags that the model was trained with.
-        resolution: in pixels. It is used if there is neither a model nor samples.
+        resolution: see `read_size`. It is used if there is neither a model nor samples.
 
     Raises:
         UserError: if no flag names the images, or if the images cannot be read.
@@ -169,15 +174,10 @@ def open_data(
         )
     channels = None  # as many as the data has
     if model is not None:
-        channels, height, width = image_shape(model.unet)
-        if height != width:
-            name = model.facts["name"]
-            raise UserError(
-                f"{name} draws images of {height}x{width}, but only square ones can be scored: give another model."
-            )
-        flags["resolution"] = height
+        channels, *size = image_shape(model.unet)
+        flags["resolution"] = size
     elif samples is not None:
-        flags["resolution"] = samples.images.shape[-1]
+        flags["resolution"] = samples.images.shape[2:]
     else:
         flags.setdefault("resolution", resolution)
     flags |= {"streaming": False, "random_flip": False, "resume_from_checkpoint": None}
@@ -223,7 +223,7 @@ def match_channels(images: torch.Tensor, train: ImageSet) -> torch.Tensor:
 
 def check_shapes(images: torch.Tensor, train: ImageSet):
     """Raise a UserError if the samples (N, C, H, W) do not have the size and the channels of the real images."""
-    wanted = (train.channels, train.resolution, train.resolution)
+    wanted = (train.channels, *train.size)
     if tuple(images.shape[1:]) != wanted:
         given, real = ("x".join(map(str, shape)) for shape in (images.shape[1:], wanted))
         raise UserError(

@@ -327,8 +327,8 @@ def has_floor(evaluation) -> bool:
 
 def is_digits(image_set) -> bool:
     """Return True if an ImageSet looks like MNIST: classes 0 to 9, grey, 28x28 or (with a border) 32x32 pixels."""
-    names, size = image_set.class_names, image_set.resolution
-    return names == list("0123456789") and image_set.channels == 1 and size in (28, 32)
+    names, size = image_set.class_names, image_set.size
+    return names == list("0123456789") and image_set.channels == 1 and size in ((28, 28), (32, 32))
 
 
 def default_features(image_set) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import UserError, reason_of
 from ..files import read_json, write_json, writing
 from ..provenance import command, version
+from ..sizes import write_size
 
 
 EVALUATION_SCHEMA = "ddpm_hf.eval/1"
@@ -34,7 +35,7 @@ def make_record(evaluation, entries: list[dict], images: Tensor, cost: dict) -> 
     data = {
         "name": evaluation.data_name,
         "class_names": train.class_names,
-        "resolution": train.resolution,
+        "resolution": write_size(train.size),
         "channels": train.channels,
         "train": {"n": len(train), "fingerprint": train.fingerprint},
         "held_out": None if held_out is None else {"n": len(held_out), "fingerprint": held_out.fingerprint},

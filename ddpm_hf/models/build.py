@@ -11,6 +11,7 @@ from torch import nn
 from ..diffusion.scheduler import make_scheduler
 from ..errors import UserError
 from ..hub_requests import HUB_ERRORS, ask_hub, transfer_seconds
+from ..sizes import read_size
 from . import judge
 from .classifier import NoisyClassifier
 
@@ -34,7 +35,7 @@ def build_unet(config, channels: int, class_names: list[str] | None = None, save
     if config.model_config_name_or_path:
         kwargs = read_unet_config(config)
         needed = {
-            "sample_size": config.resolution,
+            "sample_size": sample_size(config),
             "in_channels": channels,
             "out_channels": output_channels(config, channels),
             "num_class_embeds": embeddings,
@@ -76,6 +77,12 @@ def check_memory(kwargs: dict):
         )
 
 
+def sample_size(config) -> int | list[int]:
+    """Return UNet2DModel's `sample_size` for --resolution: the side of a square, or [height, width]."""
+    height, width = read_size(config.resolution)
+    return height if height == width else [height, width]
+
+
 def output_channels(config, channels: int) -> int:
     """Return how many output channels the UNet needs: `channels`, or twice as many if it also predicts a variance."""
     return channels * (2 if config.variance_type == "learned_range" else 1)
@@ -92,22 +99,23 @@ def unet_kwargs(config, channels: int, saved: dict | None = None) -> dict:
             resolution, if an attention head is wider than its level, or if --freq_shift is too large for the number
             of channels. The message names the flag to change.
     """
-    resolution = config.resolution
-    mults = default_channel_mults(resolution) if config.channel_mults is None else config.channel_mults
+    sides = read_size(config.resolution)
+    mults = default_channel_mults(sides) if config.channel_mults is None else config.channel_mults
     if not mults or min(mults) < 1:
         raise UserError(f"--channel_mults is {mults}, but needs one positive number per level, e.g. 1,2,2,2.")
-    if resolution % 2 ** (len(mults) - 1):
+    multiple = 2 ** (len(mults) - 1)
+    if any(side % multiple for side in sides):
+        of = "a resolution that is a multiple" if sides[0] == sides[1] else "sides that are multiples"
         raise UserError(
-            f"--resolution {resolution} cannot be halved {len(mults) - 1} times, but the {len(mults)} levels of "
-            f"--channel_mults {','.join(map(str, mults))} need that: give fewer levels, or a resolution that is a "
-            f"multiple of {2 ** (len(mults) - 1)}."
+            f"--resolution {config.resolution} cannot be halved {len(mults) - 1} times, but the {len(mults)} levels "
+            f"of --channel_mults {','.join(map(str, mults))} need that: give fewer levels, or {of} of {multiple}."
         )
-    sizes = [resolution >> level for level in range(len(mults))]
+    sizes = [min(sides) >> level for level in range(len(mults))]
     attention = sizes[-2:-1] if config.attention_resolutions is None else config.attention_resolutions
     if unknown := sorted(set(attention) - set(sizes)):
         raise UserError(
-            f"--attention_resolutions has {unknown[0]}, but the levels of this UNet are {sizes} pixels wide: "
-            "choose from these widths."
+            f"--attention_resolutions has {unknown[0]}, but the levels of this UNet are {sizes} pixels wide"
+            f"{'' if sides[0] == sides[1] else ' (their shorter sides)'}: choose from these widths."
         )
     base = 128 if config.base_channels is None else config.base_channels
     block_out_channels = [base * mult for mult in mults]
@@ -132,7 +140,7 @@ def unet_kwargs(config, channels: int, saved: dict | None = None) -> dict:
         )
     norm_num_groups = common_groups(config.norm_num_groups, block_out_channels)
     return dict(
-        sample_size=resolution,
+        sample_size=sample_size(config),
         in_channels=channels,
         out_channels=output_channels(config, channels),
         layers_per_block=2 if config.layers_per_block is None else config.layers_per_block,
@@ -166,14 +174,14 @@ def middle_norm_groups(config, norm_num_groups: int, saved: dict | None) -> int 
     return None if had_none else norm_num_groups
 
 
-def default_channel_mults(resolution: int) -> list[int]:
+def default_channel_mults(sides: tuple[int, int]) -> list[int]:
     """Return one channel multiplier per level: 1, 1, 2, 2, 4, 4, as in diffusers' example script.
 
-    A resolution that cannot be halved five times gets fewer levels. At 64 px and --base_channels 128, the six levels
-    have 128, 128, 256, 256, 512 and 512 channels.
+    If the sides of the images cannot be halved five times, there are fewer levels. At 64 px and --base_channels 128,
+    the six levels have 128, 128, 256, 256, 512 and 512 channels.
     """
     halvings = 0
-    while halvings < 5 and resolution % 2 ** (halvings + 1) == 0 and resolution >> (halvings + 1) >= 2:
+    while halvings < 5 and all(side % 2 ** (halvings + 1) == 0 and side >> (halvings + 1) >= 2 for side in sides):
         halvings += 1
     return [1, 1, 2, 2, 4, 4][: halvings + 1]
 

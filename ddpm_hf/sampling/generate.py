@@ -38,10 +38,10 @@ def sample(
         output: a folder to write the images to, or a file whose name ends in .npz. If a call is interrupted, the same
             call draws only the missing images.
         batch_size: images per batch, at least 1. It changes the images only by round-off.
-        settings: the other fields of `Sampler`: num_inference_steps, seed, eta, class_labels, guidance_scale, ...
+        settings: the other fields of `Sampler`: num_inference_steps, seed, eta, class_labels, size, ...
 
     Returns:
-        Images of mode L or RGB in the model's own size, or the path of `output`.
+        Images of mode L or RGB, or the path of `output`.
 
     Raises:
         UserError: if the model cannot be read or does not support the settings, or if `output` holds other files.
@@ -83,7 +83,7 @@ def sample_images(
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1.")
-    images = torch.empty(len(indices), *image_shape(model.unet), dtype=torch.uint8)
+    images = torch.empty(len(indices), *image_shape(model.unet, sampler.size), dtype=torch.uint8)
     starts = range(0, len(indices), batch_size)
     with tqdm(desc=f"Sampling {len(indices)} images", unit="step", disable=not progress) as bar:
 

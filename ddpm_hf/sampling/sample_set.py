@@ -281,7 +281,7 @@ def draw_samples(
     model.unet.to(state.device)
     size = min(batch_size, num_images)
     # Time one call on every process. It also shows, before anything is written, that the model can draw.
-    one_image = step_seconds(sampler.network(model), size, DTYPES[sampler.dtype]) / size
+    one_image = step_seconds(sampler.network(model), size, DTYPES[sampler.dtype], sampler.size) / size
     state.wait_for_everyone()  # the main process must not write to the folder before all processes have read it
     with contextlib.ExitStack() as lock:
         if state.is_main_process:
@@ -358,13 +358,16 @@ def _pack(folder: Path, output: Path, record: dict):
         shutil.rmtree(folder)
 
 
-def step_seconds(unet: nn.Module, batch_size: int, dtype: torch.dtype) -> float:
+def step_seconds(unet: nn.Module, batch_size: int, dtype: torch.dtype, size: tuple[int, int] | None = None) -> float:
     """Return how many seconds one call of the UNet on a batch takes. A first call, to warm up, is not counted.
+
+    Args:
+        size: (H, W) of the images. None: the size that the UNet was trained on.
 
     Raises:
         UserError: if the UNet's output is not finite.
     """
-    x = torch.zeros(batch_size, *image_shape(unet), device=unet.device, dtype=unet.dtype)
+    x = torch.zeros(batch_size, *image_shape(unet, size), device=unet.device, dtype=unet.dtype)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=unet.device)
     labels = class_arguments(unet, None if unet.config.num_class_embeds is None else [0] * batch_size, batch_size)
     with torch.no_grad(), autocast(unet, dtype):

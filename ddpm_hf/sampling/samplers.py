@@ -129,6 +129,7 @@ def draw(
     eta: float = 0.0,  # how much fresh noise DDIM adds: 0 none, 1 as much as DDPM
     variance_type: str | None = None,  # None: see default_variance
     class_labels: Sequence[int] | Tensor | None = None,  # one per generator, for a conditional UNet
+    size: tuple[int, int] | None = None,  # (H, W) of the images; None: the size that the UNet was trained on
     clip: bool = True,  # clip or threshold the predicted x_0 as the scheduler's config says
     dtype: torch.dtype = torch.float32,  # the UNet computes in this dtype, by autocast; the rest stays float32
     on_step: Callable[[int, int, Tensor, Tensor], None] | None = None,
@@ -153,7 +154,7 @@ def draw(
     settings = {"eta": eta, "variance_type": variance_type or default_variance(scheduler, len(timesteps))}
     settings = {name: value for name, value in settings.items() if name in settings_of(sampler)}
 
-    shape = image_shape(unet)
+    shape = image_shape(unet, size)
     x = _noise(generators, shape, unet.device)
     step = None
     was_training = unet.training
@@ -236,9 +237,9 @@ def autocast(unet: nn.Module, dtype: torch.dtype):
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(unet.device.type, dtype)
 
 
-def image_shape(unet: nn.Module) -> tuple[int, int, int]:
-    """Return (C, H, W) of the images that a UNet draws."""
-    size = unet.config.sample_size
+def image_shape(unet: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images that a UNet draws: of size (H, W), or of the size that it was trained on."""
+    size = unet.config.sample_size if size is None else size
     return unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
 
 

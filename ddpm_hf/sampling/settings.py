@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from ..errors import UserError, no_such
 from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
+from ..models.judge import MAX_SIDE
 from ..models.pretrained import Pretrained, weights_hash
+from ..sizes import read_size
 from .guidance import guide
 from .samplers import (
     SAMPLERS,
@@ -22,6 +24,7 @@ from .samplers import (
     distinct_steps,
     draw,
     image_generators,
+    image_shape,
     settings_of,
 )
 
@@ -52,6 +55,8 @@ class Sampler:
             `class_labels[k % len(class_labels)]`. None: all classes in turn.
         guidance_scale: how closely images follow the class. 1 is the conditional model itself. See `guidance.guide`.
         classifier: guides an unconditional model towards a class.
+        size: height and width of the images in pixels, e.g. "48x64" or (48, 64). Both must be multiples of
+            2^(levels of the UNet - 1). None: the size that the model was trained on.
 
     Example:
         >>> model = ddpm_hf.load("runs/digits")
@@ -69,6 +74,7 @@ class Sampler:
     class_labels: int | str | Sequence[int | str] | None = None
     guidance_scale: float = 1.0
     classifier: NoisyClassifier | None = None
+    size: int | str | Sequence[int] | None = None
 
     def resolve(self, model: Pretrained) -> "Sampler":
         """Return these settings with every default filled in for `model`.
@@ -96,6 +102,7 @@ class Sampler:
             timesteps=timesteps if isinstance(timesteps, str) else tuple(timesteps),
             variance_type=variance_type if "variance_type" in settings_of(self.name) else None,
             class_labels=self.classes(model).numbers(self.class_labels),
+            size=None if self.size is None else size_to_draw(self.size, model.unet),
         )
 
     def classes(self, model: Pretrained) -> Classes:
@@ -134,6 +141,7 @@ class Sampler:
             eta=self.eta,
             variance_type=self.variance_type,
             class_labels=self.labels(indices),
+            size=self.size,
             dtype=DTYPES[self.dtype],
             on_step=on_step,
         )
@@ -168,19 +176,45 @@ class Sampler:
         if self.classifier is not None or self.guidance_scale != 1:
             classifier = None if self.classifier is None else weights_hash(self.classifier)
             record |= {"guidance_scale": self.guidance_scale, "classifier": classifier}
+        if self.size is not None:
+            record["size"] = list(self.size)
         return record
 
     def warnings(self, model: Pretrained) -> list[str]:
         """Return a sentence for each setting that is allowed but gives poor images."""
+        lines = []
+        if self.size is not None:
+            height, width = image_shape(model.unet)[1:]
+            lines.append(
+                f"Warning: this model was trained on {height}x{width} pixels, and --size {self.size[0]}x"
+                f"{self.size[1]} draws at another size: expect repeated or stretched parts, and look at the images."
+            )
         first = distinct_steps(model.scheduler, self.num_inference_steps, self.timesteps)[0][0]
         last = len(model.scheduler) - 1
         signal = float(model.scheduler.alphas_cumprod_at(first))
         if signal <= FAR_FROM_NOISE or first == last:
-            return []
+            return lines
         return [
+            *lines,
             f"Warning: sampling starts from pure noise at t = {first}, but at this t the model expects a part of an "
-            f"image (abar is {signal:.2g}): give --timesteps trailing, which starts at t = {last}."
+            f"image (abar is {signal:.2g}): give --timesteps trailing, which starts at t = {last}.",
         ]
+
+
+def size_to_draw(size, unet: nn.Module) -> tuple[int, int] | None:
+    """Return --size as (H, W), or None if it is the size that the UNet was trained on.
+
+    Raises:
+        UserError: for a size that the levels of the UNet cannot halve.
+    """
+    height, width = read_size(size, "--size", most=MAX_SIDE)
+    multiple = 2 ** (len(unet.config.down_block_types) - 1)
+    if height % multiple or width % multiple:
+        raise UserError(
+            f"--size is {height}x{width}, but this model halves both sides {len(unet.config.down_block_types) - 1} "
+            f"times: give multiples of {multiple}."
+        )
+    return None if (height, width) == image_shape(unet)[1:] else (height, width)
 
 
 def sampler_named(sampler: "str | Sampler", settings: dict) -> Sampler:

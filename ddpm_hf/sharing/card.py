@@ -259,8 +259,9 @@ def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> s
         data = "scikit-learn's handwritten digits" if data == "digits" else code(data_name(data))
     named = [literal(classes[k]) for k in sorted(classes, key=int)]
     of_classes = f" Its classes: {', '.join(named[:20])}{' and more' * (len(named) > 20)}." if named else ""
-    size = literal(unet.get("sample_size"))
-    return f"{kind} of {size}x{size} images, {f'trained on {data} ' if data else ''}with `ddpm_hf`.{of_classes}"
+    size = unet.get("sample_size")
+    height, width = map(literal, size if isinstance(size, list) and len(size) == 2 else [size, size])
+    return f"{kind} of {height}x{width} images, {f'trained on {data} ' if data else ''}with `ddpm_hf`.{of_classes}"
 
 
 def pictures(folder: Path) -> list[str]:

@@ -347,10 +347,11 @@ def describe(run: Run) -> dict:
     parameters = sum(parameter.numel() for parameter in run.network.parameters())
     held_out = 0 if run.validation_set is None else run.validation_set.num_images
     skipped = f", {len(data.skipped):,} skipped" if data.skipped else ""
+    height, width = data.size
     images = "a stream of" if data.num_images is None else f"{data.num_images:,}"
     classes = f"{len(data.class_names)} classes, " if data.class_names else ""
     summary = (
-        f"{images} images of {data.resolution}x{data.resolution}x{data.channels} ({held_out:,} held out{skipped}), "
+        f"{images} images of {height}x{width}x{data.channels} ({held_out:,} held out{skipped}), "
         f"{classes}{parameters / 1e6:.1f} M parameters, {run.total_steps:,} steps of {run.global_batch} images = "
         f"{run.total_steps * run.global_batch / run.num_images:.1f} epochs, on {accelerator.num_processes} x "
         f"{accelerator.device.type}, mixed precision {config.mixed_precision}"
