@@ -76,14 +76,14 @@ def check_output(flag: str, given: str | Path) -> Path:
         UserError: for a path without a name, such as `.` or `/`, for a long name, or if its folder is not writable.
     """
     path = Path(given)
-    if path.is_symlink() and not path.exists():
-        raise UserError(
-            f"{flag} is {given}, a link to a file that does not exist: remove the link, or give another path."
-        )
     if path.name in ("", "..") or "\0" in str(path):
         raise UserError(f"{flag} is {str(given)!r}, which does not name a file or folder: give a name.")
     if len(os.fsencode(path.name)) > MAX_NAME or any(len(os.fsencode(part)) > 255 for part in path.parts):
         raise UserError(f"{flag} has a name of more than {MAX_NAME} bytes: give a shorter name.")
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{flag} is {given}, a link to a file that does not exist: remove the link, or give another path."
+        )
     parent = next(parent for parent in Path(os.path.abspath(path)).parents if os.path.lexists(parent))
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{flag} is {given}, but nothing can be written in {parent}: give another path.")
