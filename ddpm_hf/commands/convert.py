@@ -1,18 +1,29 @@
-"""Convert pickled weights, a bare UNet, or a checkpoint of diffusers' script to a pipeline with safetensors.
+"""Convert pickled weights, a bare UNet, or a checkpoint of another program to a pipeline with safetensors.
 
 The checkpoint-<step> folders of diffusers' train_unconditional.py contain UNets, but no noise schedule. The defaults
 of that script are used, unless flags give another schedule.
 
+A checkpoint (.pt) of OpenAI's improved-diffusion or guided-diffusion needs the flags that it was trained with, unless
+its file has the name of a published checkpoint. docs/convert.md says which of them can be converted.
+
 ddpm_hf convert old-model new-model                        # a pipeline whose weights are pickled (.bin)
 ddpm_hf convert ddpm-model-64/checkpoint-500 new-model --ddpm_beta_schedule squaredcos_cap_v2
+ddpm_hf convert cifar10_uncond_50M_500K.pt ddpm-cifar10    # a published checkpoint of improved-diffusion
+ddpm_hf convert ema_0.9999_200000.pt new-model --original improved-diffusion \\
+    --original_flags "--image_size 32 --num_channels 128 --num_res_blocks 3 --diffusion_steps 4000"
 """
 
+import os
+
+from ..errors import UserError
 from .flags import add_weights_flag
 
 
 def add_flags(parser):
     parser.add_argument(
-        "model", help="folder or Hub id of a pipeline or a UNet, or a checkpoint folder of diffusers' script"
+        "model",
+        help="folder or Hub id of a pipeline or a UNet, checkpoint folder of diffusers' script, or checkpoint file of "
+        "OpenAI's programs",
     )
     parser.add_argument("output", help="new folder to write")
     add = parser.add_argument
@@ -28,13 +39,42 @@ def add_flags(parser):
         help="what the UNet predicts, if the model's files do not give it: epsilon, sample or v_prediction; default: "
         "epsilon",
     )
+    add(
+        "--original",
+        metavar="PROGRAM",
+        help="program that wrote a checkpoint file: improved-diffusion or guided-diffusion; default: known for "
+        "published files",
+    )
+    add(
+        "--original_flags",
+        metavar='"FLAGS"',
+        help="flags of its training command, in quotes; others have the program's defaults; default: known for "
+        "published files",
+    )
     add_weights_flag(parser)
 
 
 def run(arguments):
-    from ..models.convert import convert
+    from ..models.convert import convert, convert_checkpoint
 
-    names = ["ddpm_num_steps", "ddpm_beta_schedule", "prediction_type"]
-    schedule = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    convert(arguments.model, arguments.output, weights=arguments.weights, **schedule)
-    print(f"{arguments.output} is a pipeline: try `ddpm_hf sample {arguments.output}`.")
+    given = {name: getattr(arguments, name) for name in FOLDER_FLAGS + FILE_FLAGS}
+    given = {name: value for name, value in given.items() if value is not None}
+    is_file = os.path.isfile(arguments.model)
+    for name in FOLDER_FLAGS if is_file else FILE_FLAGS:
+        if name in given:
+            what = "a checkpoint file, whose schedule --original_flags gives" if is_file else "not a checkpoint file"
+            raise UserError(f"{arguments.model} is {what}: leave --{name} out.")
+    if is_file and arguments.weights == "raw":
+        raise UserError(f"{arguments.model} holds one set of weights: leave --weights out.")
+    if is_file:
+        convert_checkpoint(arguments.model, arguments.output, **given)
+    else:
+        convert(arguments.model, arguments.output, weights=arguments.weights, **given)
+    if os.path.isdir(os.path.join(arguments.output, "classifier")):
+        print(f"{arguments.output} is a classifier: try `ddpm_hf sample MODEL --classifier {arguments.output}`.")
+    else:
+        print(f"{arguments.output} is a pipeline: try `ddpm_hf sample {arguments.output}`.")
+
+
+FOLDER_FLAGS = ["ddpm_num_steps", "ddpm_beta_schedule", "prediction_type"]
+FILE_FLAGS = ["original", "original_flags"]

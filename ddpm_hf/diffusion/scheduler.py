@@ -82,9 +82,11 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     @cached_property
     def betas64(self) -> Tensor:
-        """The betas in float64, shape (T,), by the schedule's formula. Without a formula, diffusers' float32 betas."""
+        """The betas in float64, shape (T,): the `trained_betas`, the schedule's formula, or diffusers' betas."""
         config, T = self.config, self.config.num_train_timesteps
-        formula = None if config.trained_betas is not None or config.rescale_betas_zero_snr else config.beta_schedule
+        formula = None if config.rescale_betas_zero_snr else config.beta_schedule
+        if formula is not None and config.trained_betas is not None:
+            return torch.tensor(config.trained_betas, dtype=torch.float64)
         if formula == "linear":
             return torch.linspace(config.beta_start, config.beta_end, T, dtype=torch.float64)
         if formula == "scaled_linear":

@@ -17,16 +17,42 @@ from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
 
 
+class AttentionPool(nn.Module):
+    """Pool features (B, C, H, W) to logits: attention whose only query is the mean of the pixels.
+
+    The mean and the pixels are the H W + 1 tokens, each with a learned position (Radford et al. 2021, section 2.3,
+    and Dhariwal & Nichol 2021, section 4).
+    """
+
+    def __init__(self, channels: int, height: int, width: int, head_dim: int, num_classes: int):
+        super().__init__()
+        self.num_heads = channels // head_dim
+        self.positions = nn.Parameter(torch.randn(height * width + 1, channels) / channels**0.5)
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = nn.Linear(channels, num_classes)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        pixels = hidden.flatten(2).transpose(1, 2)
+        tokens = torch.cat([pixels.mean(dim=1, keepdim=True), pixels], dim=1) + self.positions
+        # Split the channels of q, k and v into heads: (B, heads, tokens, head_dim).
+        q, k, v = (
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.to_qkv(tokens).chunk(3, dim=2)
+        )
+        pooled = nn.functional.scaled_dot_product_attention(q[:, :, :1], k, v)  # only the mean asks
+        return self.to_out(pooled.flatten(1))
+
+
 class NoisyClassifier(ModelMixin, ConfigMixin):
     """A classifier of images at any noise level of a schedule with `num_train_timesteps` steps.
 
     Arguments with the names of UNet2DModel's arguments have the same meaning. `sample_size` and `beta_schedule` record
-    what the classifier was trained on. `id2label` is None or names every class: {0: "cat", ...}, with ints or strings
-    as keys.
+    what the classifier was trained on. `pool` is "mean" or "attention" (see `AttentionPool`); a classifier with
+    attention takes images of `sample_size` only. `id2label` is None or names every class: {0: "cat", ...}, with ints
+    or strings as keys.
 
     Raises:
         ValueError: if `down_block_types` and `block_out_channels` differ in length, if `id2label` does not name each
-            class once, or if an attention head is wider than its block.
+            class once, if an attention head is wider than its block, or for attention pooling without a `sample_size`.
     """
 
     _auto_class = "AutoModel"  # diffusers then writes an auto_map to config.json, by which AutoModel finds this class
@@ -43,12 +69,14 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (64, 128, 256),
         layers_per_block: int = 2,
         down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        downsample_type: str = "conv",
         norm_num_groups: int = 32,
         attn_norm_num_groups: int | None = None,
         attention_head_dim: int | None = 8,  # None: one head
         add_attention: bool = True,  # in the middle block
         resnet_time_scale_shift: str = "default",
         dropout: float = 0.0,
+        pool: str = "mean",
         num_train_timesteps: int = 1000,
         beta_schedule: str | None = None,  # diffusers' name of the schedule
     ):
@@ -62,6 +90,10 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"id2label names the classes {', '.join(map(str, id2label))}; give a name for each class from 0 to "
                 f"{num_classes - 1}."
+            )
+        if pool not in ("mean", "attention") or (pool == "attention" and not sample_size):
+            raise ValueError(
+                f"pool is {pool!r} and sample_size is {sample_size}; give pool mean, or attention and a sample_size."
             )
         heads_of = [attention_head_dim or channels for channels in block_out_channels]
         if any(head_dim > channels for head_dim, channels in zip(heads_of, block_out_channels)):
@@ -89,6 +121,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
                 out_channels=block_out_channels[i],
                 add_downsample=i < len(block_out_channels) - 1,
                 downsample_padding=1,
+                downsample_type=downsample_type,
                 attention_head_dim=heads_of[i],
                 **shared,
             )
@@ -102,10 +135,15 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             **shared,
         )
         self.norm_out = nn.GroupNorm(norm_num_groups, block_out_channels[-1], eps=1e-5)
-        self.head = nn.Linear(block_out_channels[-1], num_classes)
+        if pool == "mean":
+            self.head = nn.Linear(block_out_channels[-1], num_classes)
+        else:
+            sizes = sample_size if isinstance(sample_size, (tuple, list)) else (sample_size, sample_size)
+            height, width = (size >> (len(block_out_channels) - 1) for size in sizes)
+            self.head = AttentionPool(block_out_channels[-1], height, width, heads_of[-1], num_classes)
 
     def forward(self, sample: Tensor, timestep: Tensor | int) -> Tensor:
-        """Return logits (B, num_classes) for noisy images (B, C, H, W) of any size.
+        """Return logits (B, num_classes) for noisy images (B, C, H, W), of any size unless `pool` is "attention".
 
         A noisy image is x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, with x_0 in [-1, 1] and t = `timestep`.
 
@@ -118,7 +156,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         for block in self.down_blocks:
             hidden, _ = block(hidden, embedding)
         hidden = self.mid_block(hidden, embedding)
-        return self.head(nn.functional.silu(self.norm_out(hidden)).mean(dim=(2, 3)))
+        hidden = nn.functional.silu(self.norm_out(hidden))
+        return self.head(hidden.mean(dim=(2, 3)) if self.config.pool == "mean" else hidden)
 
     def save_config(self, save_directory, push_to_hub: bool = False, **kwargs):
         """Write config.json and a copy of this file to `save_directory`. `save_pretrained` calls this method."""

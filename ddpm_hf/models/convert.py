@@ -1,4 +1,4 @@
-"""Convert models that `load_pretrained` refuses: pickled weights, bare UNets, checkpoints of diffusers' script."""
+"""Convert models that `load_pretrained` refuses: pickled weights, bare UNets, checkpoints of other programs."""
 
 import os
 import re
@@ -15,8 +15,9 @@ from ..errors import UserError, no_such
 from ..files import check_output, new_folder, read_json, write_json, writing
 from . import judge
 from .classes import Classes
+from .openai import read_checkpoint
 from .pretrained import PIPELINE_FILES, check_is_ddpm, check_shards, find_folder, opening, part_folder, read_network
-from .saving import save_pipeline
+from .saving import save_classifier, save_pipeline
 
 
 PICKLES = ["diffusion_pytorch_model*.bin", "unet/diffusion_pytorch_model*.bin"]
@@ -28,7 +29,8 @@ SCHEDULE = {"ddpm_num_steps": 1000, "ddpm_beta_schedule": "linear", "prediction_
 def convert(name: str | Path, output: str | Path, *, weights: str = "published", **schedule):
     """Convert a model with pickled weights or without a scheduler to a stock pipeline with safetensors.
 
-    Pickles are read with torch's `weights_only`, which runs no code.
+    Pickles are read with torch's `weights_only`, which runs no code. For checkpoints of OpenAI's programs see
+    `convert_checkpoint`.
 
     Args:
         name: a folder or Hub id of a DDPM's pipeline, of a UNet2DModel, or a folder `checkpoint-<step>` of diffusers'
@@ -43,9 +45,7 @@ def convert(name: str | Path, output: str | Path, *, weights: str = "published",
         UserError: if `name` is none of these, if the model cannot draw images, or if `output` exists or cannot be
             written.
     """
-    output = check_output("OUTPUT", output)
-    if os.path.lexists(output):
-        raise UserError(f"{output} already exists: give another folder, or remove this one.")
+    output = _new_output(output)
     name, folder, _ = find_folder(name, [*PIPELINE_FILES, *PICKLES])
     has_index = (folder / "model_index.json").is_file()
     index = read_json(folder / "model_index.json") if has_index else {}
@@ -65,6 +65,49 @@ def convert(name: str | Path, output: str | Path, *, weights: str = "published",
     names = Classes.of_model(unet.config.num_class_embeds, index.get("id2label")).names
     with writing("the pipeline", output), new_folder(output) as new:
         save_pipeline(new, unet, scheduler, names)
+
+
+def convert_checkpoint(
+    path: str | Path, output: str | Path, *, original: str | None = None, original_flags: str | None = None
+):
+    """Convert a checkpoint (.pt) of OpenAI's improved-diffusion or guided-diffusion to a stock pipeline.
+
+    The new model computes the same function. A model of 4,000 timesteps with --rescale_timesteps becomes its chain of
+    every fourth timestep. A classifier becomes a folder that `load_classifier` reads.
+
+    Args:
+        output: a folder that does not exist yet.
+        original: improved-diffusion or guided-diffusion. None: the program of a file with a published name, such as
+            cifar10_uncond_50M_500K.pt.
+        original_flags: the flags of the training command, e.g. "--image_size 32 --learn_sigma True". None: the flags
+            of a file with a published name.
+
+    Raises:
+        UserError: if stock diffusers cannot express the model exactly (the message names the layer), if the flags are
+            missing or do not fit, or if `output` exists or cannot be written.
+
+    Example:
+        >>> convert_checkpoint("cifar10_uncond_50M_500K.pt", "ddpm-cifar10")
+    """
+    output, path = _new_output(output), Path(path)
+    with opening(path, "give a complete checkpoint of improved-diffusion or guided-diffusion"):
+        network, scheduler = read_checkpoint(path, original, original_flags)
+        if isinstance(network, UNet2DModel):
+            judge.check_unet(network.config)
+        judge.check_schedule(scheduler)
+    with writing("the model", output), new_folder(output) as new:
+        if isinstance(network, UNet2DModel):
+            save_pipeline(new, network, scheduler)
+        else:
+            save_classifier(new, network)
+
+
+def _new_output(output: str | Path) -> Path:
+    """Return the folder to write. Raise a UserError if it exists or cannot be written."""
+    output = check_output("OUTPUT", output)
+    if os.path.lexists(output):
+        raise UserError(f"{output} already exists: give another folder, or remove this one.")
+    return output
 
 
 def _unet_folder(name: str, folder: Path, weights: str) -> Path:
