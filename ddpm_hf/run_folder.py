@@ -88,6 +88,7 @@ FIGURES += ["figures/guided.png", "figures/ddim_#.png"]  # earlier versions wrot
 # tracker's files, train_config.json, the card and the pipeline's code.
 RUN_FILES = [*PIPELINE, *CLASSIFIER, *("best/" + name for name in (*PIPELINE, *CLASSIFIER, "class_guided.py"))]
 RUN_FILES += ["metrics.jsonl", "samples/epoch_#.png", "figures/forward.png", *FIGURES]
+RUN_FILES += ["ema_snapshots/step_#.safetensors"]
 # These files say how the model was trained and how good it is. An export copies them, but not best/. Pictures of
 # training images, figures/forward.png and evaluations/*.png, are not here: the user may not have the right to publish
 # them.

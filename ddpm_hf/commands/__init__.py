@@ -14,6 +14,7 @@ COMMANDS = [
     "compare",
     "restore",
     "figures",
+    "ema",
     "export",
     "convert",
     "card",

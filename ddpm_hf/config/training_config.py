@@ -214,6 +214,13 @@ class OutputOptions:
     save_model_epochs: int = flag(10, "Epochs between saves of the pipeline", at_least=1)
     eval_batch_size: int = flag(16, "Images on each sheet of previews", at_least=1)
     validation_epochs: int = flag(1, "Epochs between measurements of the validation loss [ours]", at_least=1)
+    ema_snapshots: int = flag(
+        0,
+        "How often to save, spread evenly over the run, two averages of the weights, from which `ddpm_hf ema` makes "
+        "averages of other lengths after training; e.g. 32; each takes twice the memory of the weights [ours]",
+        at_least=0,
+        at_most=1000,
+    )
     save_best: bool = flag(False, "Also save the best pipeline so far in best/, chosen by --best_by [ours]")
     logger: Literal["tensorboard", "wandb", "trackio", "none"] = flag(
         "tensorboard", "Experiment tracker to log to, in addition to metrics.jsonl"
@@ -335,7 +342,9 @@ class TrainingConfig(*reversed(GROUPS)):
             raise UserError("--objective vlb cannot be combined with --snr_gamma or --loss_type: leave them out.")
         if self.objective == "classify":
             unused = ["class_conditional", "eval_metrics", "model_config_name_or_path", "snr_gamma"]
-            unused += ["enable_xformers_memory_efficient_attention"] + ["loss_type"] * (self.loss_type != "l2")
+            unused += ["ema_snapshots", "enable_xformers_memory_efficient_attention"] + ["loss_type"] * (
+                self.loss_type != "l2"
+            )
             if given := [name for name in unused if getattr(self, name)]:
                 raise UserError(f"--objective classify cannot use --{given[0]}: leave it out.")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps and self.objective != "classify":

@@ -24,6 +24,7 @@ from ..evaluation.records import read_record
 from ..files import read_json, remove, write_beside, writing
 from ..locks import LOCK, locked
 from ..manifest import check_files, damaged, reading, write_manifest
+from ..models.post_hoc_ema import find_snapshots, load_state, state_of
 from ..run_folder import (
     HALF_WRITTEN,
     RECORDS,
@@ -204,7 +205,8 @@ def replaced_by(config, checkpoint: Path | None) -> list[Path]:
         # Resuming from an earlier checkpoint abandons the later ones. List the newest first, so that a kill during
         # their removal leaves no gap.
         abandoned = [path for path in checkpoints(output_dir) if step_of(path) > step_of(checkpoint)]
-        return found + abandoned[::-1]
+        snapshots = [path for step, path in find_snapshots(output_dir).items() if step > step_of(checkpoint)]
+        return found + abandoned[::-1] + snapshots
     files = files_in(output_dir, RUN_FILES)
     return found + checkpoint_folders(output_dir)[::-1] + files + records(output_dir) + logs(config)
 
@@ -283,7 +285,7 @@ def remove_checkpoint(checkpoint: Path):
     remove(partial)
 
 
-def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema, rows: list):
+def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema, rows: list, power_averages=None):
     """Write `checkpoint-<step>`, then remove the oldest above --checkpoints_total_limit. Every process calls this.
 
     Args:
@@ -302,6 +304,8 @@ def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema,
             if accelerator.is_main_process:
                 if ema is not None:
                     safetensors.torch.save_file(ema.module.state_dict(), partial / "ema.safetensors")
+                if power_averages:
+                    safetensors.torch.save_file(state_of(power_averages), partial / "power_averages.safetensors")
                 record = {"flags": config.to_dict()} | facts
                 (partial / "train_config.json").write_text(json.dumps(record))
                 saved = {name: getattr(state, name) for name in SAVED} | {"pending": rows}
@@ -346,6 +350,8 @@ def check_same_run(checkpoint: Path, run) -> list[str]:
     check_fixed_flags(str(checkpoint), flags, run)
     if run.config.use_ema and not (checkpoint / "ema.safetensors").is_file():
         raise UserError(f"{checkpoint} was trained without --use_ema: leave --use_ema out, or start a new run.")
+    if run.power_averages and not (checkpoint / "power_averages.safetensors").is_file():
+        raise UserError(f"{checkpoint} was trained without --ema_snapshots: leave it out, or start a new run.")
     if step > run.total_steps:
         raise UserError(
             f"{checkpoint} is past the {run.total_steps} steps of this run: give a larger --max_train_steps."
@@ -385,8 +391,8 @@ def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
             )
 
 
-def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema):
-    """Restore the weights, the optimizer, the EMA and `state`, in place. Every process calls this.
+def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema, power_averages=None):
+    """Restore the weights, the optimizer, all averages and `state`, in place. Every process calls this.
 
     Raises:
         UserError: if a file is damaged.
@@ -403,6 +409,10 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema):
         with reading(checkpoint):
             ema.module.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
         ema.n_averaged.fill_(state.step)
+    if power_averages:
+        with reading(checkpoint):
+            tensors = safetensors.torch.load_file(checkpoint / "power_averages.safetensors")
+            load_state(power_averages, tensors, state.step)
 
 
 def keep_metrics_up_to(output_dir, step: int):

@@ -216,9 +216,11 @@ def step(run: Run, batches):
     if state.loss_history is not None:
         # Every process adds the losses of all processes, so that their histories stay equal.
         update_history(state.loss_history, *accelerator.gather([torch.cat(column) for column in zip(*seen)]))
-    # Update the moving average.
+    # Update the moving averages.
     if run.ema is not None:
         run.ema.update_parameters(run.network)
+    for average in run.power_averages.values():
+        average.update_parameters(run.network)
     # Keep the losses on their device, because reading them now would make the GPU wait. The rows will be summed over
     # the processes. The gradient's norm is equal in all of them, so only the main process reports it.
     norm = grad_norm.detach().float().reshape(1) * accelerator.is_main_process

@@ -16,6 +16,7 @@ from ..diffusion.losses import NUM_BANDS
 from ..errors import UserError
 from ..files import writing
 from ..models.ema import ema_decay
+from ..models.post_hoc_ema import save_snapshot
 from ..models.saving import save_classifier, save_pipeline
 from ..pictures import image_sheet
 from ..sampling.generate import sample_together
@@ -49,6 +50,8 @@ def what_is_due(run: Run) -> set[str]:
     due = {name for name, n in every.items() if run.epochs(step) // n > run.epochs(step - 1) // n}
     if step == run.total_steps:
         due |= every.keys() | {"end"}
+    if step * config.ema_snapshots // run.total_steps > (step - 1) * config.ema_snapshots // run.total_steps:
+        due.add("snapshot")
     if due & {"validation", "scores", "end"} or step % config.logging_steps == 0:
         due.add("log")
     # A pipeline is never saved without a checkpoint to continue from.
@@ -174,6 +177,13 @@ def log_sheet(tracker, images: torch.Tensor, sheet: Path, step: int):
         tracker.log({"samples": trackio.Image(str(sheet))}, step=step)
 
 
+def add_snapshot(run: Run, due: set[str], line: dict):
+    """Save the averages of --ema_snapshots."""
+    if run.accelerator.is_main_process:
+        with writing("an average of the weights", Path(run.config.output_dir)):
+            save_snapshot(run.config.output_dir, run.power_averages, run.state.step)
+
+
 def save_checkpoint(run: Run, due: set[str], line: dict):
     """Write checkpoint-<step>, with everything that is needed to resume exactly."""
     run.state.stream = run.train_set.state_dict() if run.config.streaming else None
@@ -187,6 +197,7 @@ def save_checkpoint(run: Run, due: set[str], line: dict):
             "facts": facts_to_compare(run, run.state.step),
         },
         ema=run.ema,
+        power_averages=run.power_averages,
         rows=pending_rows(run),
     )
 
@@ -244,6 +255,7 @@ TASKS = [
     ("log", write_log_line),
     # Draw before the checkpoint. Otherwise a run killed between the two would never draw this sheet.
     ("sheet", add_sheet),
+    ("snapshot", add_snapshot),
     # Save the checkpoint before the pipeline, because a folder with a pipeline but no checkpoint cannot be resumed.
     ("checkpoint", save_checkpoint),
     # Save the pipeline before the figures, because figures take minutes. A run that is resumed at its last step does

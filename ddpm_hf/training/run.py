@@ -29,6 +29,7 @@ from ..models.build import build_classifier, build_unet, unet_channels
 from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.ema import make_ema
+from ..models.post_hoc_ema import make_power_averages
 from ..models.pretrained import Pretrained
 from ..processes import check_processes, has_bfloat16
 from ..provenance import PACKAGES, command, git_commit, version
@@ -55,6 +56,7 @@ class Run:
     network: UNet2DModel | NoisyClassifier  # the raw weights; a classifier with --objective classify
     model: Any  # `network` as prepared by accelerate; a training step calls it
     ema: AveragedModel | None
+    power_averages: dict[float, AveragedModel]  # by length; {} without --ema_snapshots
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]  # optimizer step (from 0) -> learning rate
     loss: Callable[[Any, dict], torch.Tensor]  # (model, batch) -> (B,), see OBJECTIVES
@@ -180,6 +182,7 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
         network=network,
         model=model,
         ema=make_ema(config, network),
+        power_averages=make_power_averages(network, config.ema_snapshots > 0),
         optimizer=optimizer,
         learning_rate=learning_rate,
         loss=OBJECTIVES[config.objective](scheduler, loss_type=config.loss_type, snr_gamma=config.snr_gamma),
@@ -248,7 +251,7 @@ def restore_state(run: Run, checkpoint: Path | None):
     """
     config, state = run.config, run.state
     if checkpoint is not None:
-        checkpoints.load_checkpoint(run.accelerator, checkpoint, state, run.ema)
+        checkpoints.load_checkpoint(run.accelerator, checkpoint, state, run.ema, run.power_averages)
         for group in run.optimizer.param_groups:
             group.update(adam_settings(config))  # replace those of the checkpoint
         if state.stream is not None:

@@ -1,0 +1,164 @@
+"""Averages of the weights whose length is chosen after training (post-hoc EMA).
+
+Karras et al. 2024, https://huggingface.co/papers/2312.02696, section 3 and appendix C. During training, two averages
+with power functions as weights are kept, and snapshots of both are saved now and then. A weighted sum of snapshots is
+then almost exactly the average of any other length, at any step.
+
+The average after t steps gives the weights of step s the share proportional to s^gamma. Its `length` (sigma_rel in the
+paper) is the standard deviation of s under these shares, divided by t: 0.05 is an average over about the last tenth.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+from ..errors import UserError
+from ..files import write_beside
+from ..run_folder import files_in
+
+
+LENGTHS = (0.05, 0.10)  # of the two averages that are kept during training, as in the paper
+SHORTEST, LONGEST = 0.005, 0.28  # with gamma = 0, the plain mean of all steps, the length is 12^-0.5 = 0.289
+FOLDER = "ema_snapshots"
+
+
+def gamma_of(length: float) -> float:
+    """Return the exponent gamma of an average of this length.
+
+    length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), the variance of a power function. So gamma is the largest
+    root of a cubic polynomial.
+
+    Raises:
+        UserError: for a length outside SHORTEST to LONGEST.
+    """
+    if not SHORTEST <= length <= LONGEST:
+        raise UserError(f"--length has {length:g}, but must be from {SHORTEST} to {LONGEST}: give another length.")
+    roots = np.roots([1, 7, 16 - length**-2, 12 - length**-2])
+    return float(roots.real.max())
+
+
+def make_power_averages(network, is_wanted: bool) -> dict[float, AveragedModel]:
+    """Return the averages that are kept during training, by their length, or {} if they are not wanted.
+
+    Update t sets the average to beta avg + (1 - beta) weights, with beta = (1 - 1/t)^(gamma + 1). The first update
+    copies the weights.
+    """
+
+    def average(length):
+        exponent = gamma_of(length) + 1
+
+        def update(averages, parameters, updates):
+            torch._foreach_lerp_(averages, parameters, 1 - (1 - 1 / (int(updates) + 1)) ** exponent)
+
+        averaged = AveragedModel(network, multi_avg_fn=update)
+        averaged.module.eval().requires_grad_(False)
+        return averaged
+
+    return {length: average(length) for length in LENGTHS} if is_wanted else {}
+
+
+def state_of(averages: dict[float, AveragedModel]) -> dict[str, torch.Tensor]:
+    """Return the tensors of all averages by "<length>/<name>"."""
+    return {
+        f"{length}/{name}": each for length, ema in averages.items() for name, each in ema.module.state_dict().items()
+    }
+
+
+def load_state(averages: dict[float, AveragedModel], tensors: dict[str, torch.Tensor], step: int):
+    """Put the averages into the state that `state_of` returned after `step` updates."""
+    for length, ema in averages.items():
+        prefix = f"{length}/"
+        ema.module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        ema.n_averaged.fill_(step)
+
+
+def snapshot_path(output_dir, step: int) -> Path:
+    """Return the file with the snapshot of a step."""
+    return Path(output_dir, FOLDER, f"step_{step}.safetensors")
+
+
+def save_snapshot(output_dir, averages: dict[float, AveragedModel], step: int):
+    """Write the snapshot of a step, completely or not at all."""
+    path = snapshot_path(output_dir, step)
+    path.parent.mkdir(exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in state_of(averages).items()}
+    write_beside(path, lambda partial: safetensors.torch.save_file(tensors, partial))
+
+
+def find_snapshots(output_dir) -> dict[int, Path]:
+    """Return the snapshots of a run by their step, in rising order."""
+    found = files_in(output_dir, [f"{FOLDER}/step_#.safetensors"])
+    return dict(sorted((int(re.findall(r"\d+", path.name)[0]), path) for path in found))
+
+
+def end_of_average(output_dir, step: int | None) -> int:
+    """Return the step at which an average ends: `step`, or that of the last snapshot.
+
+    Raises:
+        UserError: if the run has no snapshots, or none of `step`.
+    """
+    found = list(find_snapshots(output_dir))
+    if not found:
+        raise UserError(f"{output_dir} has no {FOLDER}: train with --ema_snapshots, e.g. 32.")
+    if step not in (None, *found):
+        near = min(found, key=lambda each: abs(each - step))
+        raise UserError(f"{output_dir} has no snapshot of step {step}: the nearest is --step {near}.")
+    return found[-1] if step is None else step
+
+
+def inner_products(steps: np.ndarray, gammas: np.ndarray, others: np.ndarray, their_gammas: np.ndarray) -> np.ndarray:
+    """Return the integral of p q over time for each pair of averages, shape (n, m), in float64.
+
+    p(s) = (gamma + 1) s^gamma / t^(gamma + 1) for s < t, and 0 after t, is the share of step s in the average at t.
+    """
+    t, u, g, h = steps[:, None], others[None], gammas[:, None], their_gammas[None]
+    common = np.minimum(t, u)
+    return (g + 1) * (h + 1) / (g + h + 1) * (common / t) ** g * (common / u) ** h * common / (t * u)
+
+
+def mixture(steps: list[int], gammas: list[float], step: int, gamma: float) -> tuple[np.ndarray, float]:
+    """Return the factors of the snapshots whose sum is the average (step, gamma), and the relative error of the sum.
+
+    The factors are the least squares solution for the shares p(s) of the steps (section 3.2 of the paper), under the
+    condition that they sum to 1, which keeps weights that do not change exact. The error is the root of the integral
+    of the squared difference of the shares, divided by that of the wanted shares.
+    """
+    t, g = np.array(steps, dtype=np.float64), np.array(gammas, dtype=np.float64)
+    wanted = np.array([step], dtype=np.float64), np.array([gamma], dtype=np.float64)
+    matrix, target = inner_products(t, g, t, g), inner_products(t, g, *wanted)[:, 0]
+    own = inner_products(*wanted, *wanted)[0, 0]
+    # The last row and column are the condition, with its Lagrange multiplier. They are scaled like the matrix.
+    ones = np.full((1, len(t)), own)
+    system = np.block([[matrix, ones.T], [ones, np.zeros((1, 1))]])
+    factors = np.linalg.lstsq(system, np.append(target, own), rcond=1e-14)[0][:-1]
+    squared = factors @ matrix @ factors - 2 * factors @ target + own
+    return factors, float(max(squared, 0) / own) ** 0.5
+
+
+def reconstruct(output_dir, length: float, step: int | None = None) -> tuple[dict[str, torch.Tensor], float]:
+    """Return the weights averaged over a length, and the relative error of their shares (see `mixture`).
+
+    Args:
+        output_dir: a run with --ema_snapshots.
+        step: the step at which the average ends, one of the snapshots. None: the last snapshot.
+
+    Raises:
+        UserError: if the run has no snapshot of `step`, or for a length that is not allowed.
+    """
+    gamma, found = gamma_of(length), find_snapshots(output_dir)
+    step = end_of_average(output_dir, step)
+    pairs = [(each, kept) for each in found if each <= step for kept in LENGTHS]
+    factors, error = mixture([each for each, _ in pairs], [gamma_of(kept) for _, kept in pairs], step, gamma)
+    total: dict[str, torch.Tensor] = {}
+    for (each, kept), factor in zip(pairs, factors.tolist()):
+        with safetensors.safe_open(found[each], "pt") as file:
+            for name in file.keys():  # noqa: SIM118, because it is no dict
+                if name.startswith(f"{kept}/"):
+                    tensor, name = file.get_tensor(name).double(), name.removeprefix(f"{kept}/")
+                    total[name] = total[name].add_(tensor, alpha=factor) if name in total else tensor * factor
+    return {name: tensor.float() for name, tensor in total.items()}, error

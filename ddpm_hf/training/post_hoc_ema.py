@@ -1,0 +1,147 @@
+"""Average the weights of a finished run over another length, and find the best length (post-hoc EMA)."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from ..config.training_config import TrainingConfig
+from ..errors import UserError, no_such
+from ..evaluation.evaluate import evaluate
+from ..evaluation.metrics import METRICS
+from ..files import check_output, new_folder, write_json, writing
+from ..locks import check_unlocked
+from ..models.post_hoc_ema import end_of_average, gamma_of, reconstruct
+from ..models.pretrained import Pretrained, load_pretrained, weights_hash
+from ..models.saving import save_pipeline
+from ..pictures import save_picture
+from .figures import BLUE, GREY, ORANGE, plot
+from .run import build_run
+from .validation import validation_loss
+
+
+SWEEP = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25)
+INEXACT = 0.1  # a larger relative error of the shares is printed as a warning
+
+
+def average_after_training(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    lengths: list[float] | None = None,
+    by: str = "validation_loss",
+    num_images: int | None = None,
+    step: int | None = None,
+) -> dict:
+    """Write a pipeline whose weights are averaged over another length than during training, and return its facts.
+
+    With several lengths, each is measured, and the best one is written, with a plot ema_sweep.png beside it. The facts
+    are also written, as ema.json: the chosen "length" and "step", "by", and a list "lengths" with the "length", the
+    "value" and the "error" of each: how far the shares of the steps are from those of an exact average.
+
+    Args:
+        folder: a run with --ema_snapshots.
+        output: a folder that does not exist yet.
+        lengths: the lengths, as shares of the training up to `step`. None: SWEEP.
+        by: how to choose: validation_loss, or a metric of `evaluate`.
+        num_images: how many images to draw for that metric. None: as many as `evaluate` draws.
+        step: the step at which the average ends, one of the snapshots. None: the last snapshot.
+
+    Raises:
+        UserError: if the run is not finished or has no snapshots, for a length that is not allowed, or if `by` cannot
+            be measured. Nothing is written then.
+    """
+    output, folder, lengths = check_output("OUTPUT", output), Path(folder), sorted(set(lengths or SWEEP))
+    if output.exists():
+        raise UserError(f"{output} already exists: give another folder, or remove this one.")
+    for length in lengths:
+        gamma_of(length)
+    if by not in ("validation_loss", *METRICS):
+        raise UserError(no_such("--by", by, ["validation_loss", *METRICS]))
+    check_unlocked(folder, "wait until it ends")
+    model = load_pretrained(folder)
+    step = end_of_average(folder, step)
+    measure = None
+    if len(lengths) > 1:
+        measure = _loss_measure(model) if by == "validation_loss" else _metric_measure(by, num_images)
+    rows, best = [], None
+    with writing("the pipeline", output), new_folder(output) as new:
+        for length in lengths:
+            weights, error = reconstruct(folder, length, step)
+            model.unet.load_state_dict(weights)
+            row = {"length": length, "error": error}
+            if measure is not None:
+                row["value"] = measure(model, new / "evaluations" / f"length_{length:g}.json")
+                print(f"length {length:<6g}  {by} {row['value']:.5g}{_note(error)}", flush=True)
+            elif error > INEXACT:
+                print(f"length {length:g}{_note(error)}", flush=True)
+            rows.append(row)
+            if best is None or row["value"] < best["value"]:
+                best = row
+                save_pipeline(new, model.unet, model.scheduler, model.classes.names)
+        facts = {"run": folder.resolve().name, "length": best["length"], "step": step, "by": by, "lengths": rows}
+        if measure is not None:
+            sweep_figure(rows, by, new / "ema_sweep.png")
+        write_json(new / "ema.json", facts)
+    return facts
+
+
+def _note(error: float) -> str:
+    """Return a warning about an average that the snapshots do not determine well, or an empty text."""
+    if error <= INEXACT:
+        return ""
+    return f"  (the snapshots give this average only to {error:.0%} of its shares: train with more --ema_snapshots)"
+
+
+def _loss_measure(model: Pretrained):
+    """Return a function that measures a model's loss on the held-out images, as during training."""
+    flags = model.run["flags"] | {"eval_metrics": None, "save_best": False, "best_by": "validation_loss"}
+    try:
+        config = TrainingConfig(**flags | {"logger": "none"})
+    except TypeError as error:
+        raise UserError(f"its train_config.json is not of this version ({error}): train the model again.") from error
+    run, _ = build_run(config, None)
+    if run.validation_set is None:
+        raise UserError("this run held out no images: give --by with a metric, or train with --validation_split.")
+
+    def measure(model: Pretrained, path: Path) -> float:
+        run.network.load_state_dict(model.unet.state_dict())
+        sums, counts = validation_loss(run, run.network, run.loss)
+        return float(sums.sum() / counts.sum())
+
+    return measure
+
+
+def _metric_measure(metric: str, num_images: int | None):
+    """Return a function that scores a model. Lower values are better, so other scores change their sign."""
+
+    def measure(model: Pretrained, path: Path) -> float:
+        facts = model.facts | {"unet_sha256": weights_hash(model.unet)}
+        with tempfile.TemporaryDirectory() as samples:
+            result = evaluate(
+                replace(model, facts=facts), metrics=[metric], num_images=num_images, output=path, samples_dir=samples
+            )
+        if result.skipped:
+            raise UserError(f"--by {metric} is not available: {next(iter(result.skipped.values()))}")
+        first = result.record["metrics"][0]
+        return first["value"] if first["lower_is_better"] else -first["value"]
+
+    return measure
+
+
+def sweep_figure(rows: list[dict], by: str, path: Path) -> Path:
+    """Plot the measured value of each length, and mark the best."""
+    figure, axes = plot("A", [f"{by} of averages of the weights"], 4)
+    lengths, values = [row["length"] for row in rows], [row["value"] for row in rows]
+    best = min(rows, key=lambda row: row["value"])
+    axes["A"].plot(lengths, values, "o-", color=BLUE, markersize=5)
+    axes["A"].plot(
+        best["length"], best["value"], "o", color=ORANGE, markersize=9, label=f"best: length {best['length']:g}"
+    )
+    for row in rows:
+        if row["error"] > INEXACT:
+            axes["A"].plot(row["length"], row["value"], "o", color=GREY, markersize=5)
+    axes["A"].set(xscale="log", xlabel="length of the average, as a share of the training (sigma_rel)", ylabel=by)
+    axes["A"].set_xticks(lengths, [f"{length:g}" for length in lengths])
+    axes["A"].minorticks_off()
+    axes["A"].legend(frameon=False)
+    return save_picture(figure.savefig, path)
