@@ -27,15 +27,18 @@ def count_tasks(run: Run) -> dict[str, int]:
 def disk(run: Run) -> str:
     """Return a line about the disk space of a run."""
     config, parameters = run.config, run.facts["parameters"]
-    # float32: the weights, the two moments of Adam, and the moving average
-    checkpoint = parameters * 4 * (3 + (run.ema is not None))
+    # float32: the weights, the two moments of Adam, and the moving averages
+    checkpoint = parameters * 4 * (3 + (run.ema is not None) + len(run.power_averages))
     every = config.checkpointing_steps
     count = run.total_steps // every + count_tasks(run)["pipeline"]  # at most, because some are written for both
     count = min(count, config.checkpoints_total_limit or count)
     published = parameters * 4 * (1 + config.save_best)
+    snapshots = parameters * 4 * len(run.power_averages) * config.ema_snapshots
+    also = f", {format_bytes(snapshots)} for {config.ema_snapshots} --ema_snapshots" if snapshots else ""
     return (
-        f"Disk: {format_bytes(count * checkpoint + published)}: up to {count:,} checkpoints of "
-        f"{format_bytes(checkpoint)} each, one every {every:,} steps, and {format_bytes(published)} for the model."
+        f"Disk: {format_bytes(count * checkpoint + published + snapshots)}: up to {count:,} checkpoints of "
+        f"{format_bytes(checkpoint)} each, one every {every:,} steps{also}, and {format_bytes(published)} for the "
+        "model."
     )
 
 
