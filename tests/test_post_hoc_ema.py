@@ -109,6 +109,8 @@ def test_the_command_writes_a_pipeline_and_a_sweep_the_best(trained, tmp_path, c
 
 
 def test_what_cannot_be_averaged_is_refused(trained, tiny_run, tmp_path, capsys):
+    cut = shutil.copytree(trained, tmp_path / "cut", ignore=shutil.ignore_patterns("checkpoint-*"))
+    find_snapshots(cut)[4].write_bytes(b"cut off")
     for words, sentence in {
         f"{trained} {tmp_path}/new --length=0.5": "--length has 0.5, but must be from 0.005 to 0.28",
         f"{trained} {tmp_path}/new --length=short": "must be numbers such as 0.05,0.1",
@@ -116,6 +118,7 @@ def test_what_cannot_be_averaged_is_refused(trained, tiny_run, tmp_path, capsys)
         f"{trained} {tmp_path}/new --step=1": "has no snapshot of step 1: the nearest is --step 2",
         f"{trained} {tmp_path}/new --by=validation_los": "did you mean validation_loss?",
         f"{trained} {trained}": "already exists",
+        f"{cut} {tmp_path}/new --length=0.1": "ema_snapshots cannot be loaded",
         f"{tiny_run} {tmp_path}/new --length=0.1": "has no ema_snapshots: train with --ema_snapshots",
     }.items():
         with pytest.raises(SystemExit) as stopped:

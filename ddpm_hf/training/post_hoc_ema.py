@@ -1,5 +1,6 @@
 """Average the weights of a finished run over another length, and find the best length (post-hoc EMA)."""
 
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,8 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import METRICS
 from ..files import check_output, new_folder, write_json, writing
 from ..locks import check_unlocked
-from ..models.post_hoc_ema import end_of_average, gamma_of, reconstruct
-from ..models.pretrained import Pretrained, load_pretrained, weights_hash
+from ..models.post_hoc_ema import FOLDER, end_of_average, gamma_of, reconstruct
+from ..models.pretrained import Pretrained, load_pretrained, opening, weights_hash
 from ..models.saving import save_pipeline
 from ..pictures import save_picture
 from .figures import BLUE, GREY, ORANGE, plot
@@ -35,7 +36,7 @@ def average_after_training(
     """Write a pipeline whose weights are averaged over another length than during training, and return its facts.
 
     With several lengths, each is measured, and the best one is written, with a plot ema_sweep.png beside it. The facts
-    are also written, as ema.json: the chosen "length" and "step", "by", and a list "lengths" with the "length", the
+    are also written, as ema.json: the chosen "length", the "step", "by" (None for one length), and a list "lengths" with the "length", the
     "value" and the "error" of each: how far the shares of the steps are from those of an exact average.
 
     Args:
@@ -51,7 +52,7 @@ def average_after_training(
             be measured. Nothing is written then.
     """
     output, folder, lengths = check_output("OUTPUT", output), Path(folder), sorted(set(lengths or SWEEP))
-    if output.exists():
+    if os.path.lexists(output):
         raise UserError(f"{output} already exists: give another folder, or remove this one.")
     for length in lengths:
         gamma_of(length)
@@ -66,8 +67,9 @@ def average_after_training(
     rows, best = [], None
     with writing("the pipeline", output), new_folder(output) as new:
         for length in lengths:
-            weights, error = reconstruct(folder, length, step)
-            model.unet.load_state_dict(weights)
+            with opening(folder / FOLDER, "a snapshot is damaged, so train the model again"):
+                weights, error = reconstruct(folder, length, step)
+                model.unet.load_state_dict(weights)
             row = {"length": length, "error": error}
             if measure is not None:
                 row["value"] = measure(model, new / "evaluations" / f"length_{length:g}.json")
@@ -78,8 +80,9 @@ def average_after_training(
             if best is None or row["value"] < best["value"]:
                 best = row
                 save_pipeline(new, model.unet, model.scheduler, model.classes.names)
-        facts = {"run": folder.resolve().name, "length": best["length"], "step": step, "by": by, "lengths": rows}
+        facts = {"run": folder.resolve().name, "length": best["length"], "step": step, "by": None, "lengths": rows}
         if measure is not None:
+            facts["by"] = by
             sweep_figure(rows, by, new / "ema_sweep.png")
         write_json(new / "ema.json", facts)
     return facts
