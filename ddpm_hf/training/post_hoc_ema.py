@@ -36,8 +36,9 @@ def average_after_training(
     """Write a pipeline whose weights are averaged over another length than during training, and return its facts.
 
     With several lengths, each is measured, and the best one is written, with a plot ema_sweep.png beside it. The facts
-    are also written, as ema.json: the chosen "length", the "step", "by" (None for one length), and a list "lengths" with the "length", the
-    "value" and the "error" of each: how far the shares of the steps are from those of an exact average.
+    are also written, as ema.json: the chosen "length", the "step", "by" (None for one length), and a list "lengths"
+    with the "length", the "value" and the "error" of each. The error says how far the shares of the steps are from
+    those of an exact average.
 
     Args:
         folder: a run with --ema_snapshots.
