@@ -61,7 +61,7 @@ def test_4000_timesteps_become_every_fourth(checkpoint, tmp_path):
     """Its abar is that of the cosine (Nichol & Dhariwal, eq. 17) at the timesteps 0, 4, ..., 3996."""
     program, flags, _ = CASES["cifar10"]
     path = checkpoint("cifar10")
-    main(["convert", str(path), str(tmp_path / "new"), f"--original={program}", f"--original_flags={flags}"])
+    main(["convert", str(path), str(tmp_path / "new"), "--original", program, "--original_flags", flags])
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "new")
     f = [math.cos((k / 4000 + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(4001)]
     table = torch.tensor([f[4 * t + 1] / f[0] for t in range(1000)], dtype=torch.float64)

@@ -25,7 +25,9 @@ class OneSentenceErrors:
         words = [with_home(word) for word in words]
         known = self._option_string_actions
         for word in words[: words.index("--") if "--" in words else None]:
-            if word.startswith("--") and word.partition("=")[0] not in known:
+            # A text with spaces is a value, e.g. of --original_flags. argparse reads it as one, too.
+            name = word.partition("=")[0]
+            if name.startswith("--") and " " not in name and name not in known:
                 self.error(no_such_flag(word, known))
         arguments, unknown = self.parse_known_args(words, namespace)
         if unknown:

@@ -15,9 +15,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from torch import Tensor, nn
+from torch.nn import Module
 
 
-class AttentionPool(nn.Module):
+class AttentionPool(Module):
     """Pool features (B, C, H, W) to logits: attention whose only query is the mean of the pixels.
 
     The mean and the pixels are the H W + 1 tokens, each with a learned position (Radford et al. 2021, section 2.3,
