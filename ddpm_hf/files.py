@@ -203,16 +203,25 @@ def read_npz(path: Path, choose, advice: str) -> dict:
 
 def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo):
     """Raise a ValueError if an array in an .npz has another size than its header says, or is a decompression bomb."""
-    import numpy as np
-
     if member.file_size > max(MAX_UNPACKED * member.compress_size, 100_000_000):
         raise ValueError(f"{member.filename} unpacks to more than {MAX_UNPACKED} times its size")
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        if file.tell() + math.prod(shape) * dtype.itemsize != member.file_size and not dtype.hasobject:
-            raise ValueError(f"{member.filename} does not have the size that its header says")
+        check_npy(file, member.file_size, member.filename)
+
+
+def check_npy(file, size: int, name: str = "it"):
+    """Raise a ValueError if a .npy file of `size` bytes has another size than its header says.
+
+    Otherwise a small file could claim an array that does not fit into memory.
+    """
+    import numpy as np
+
+    file.seek(0)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    if file.tell() + math.prod(shape) * dtype.itemsize != size and not dtype.hasobject:
+        raise ValueError(f"{name} does not have the size that its header says")
 
 
 def write_npz(path: Path, **arrays):

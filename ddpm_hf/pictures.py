@@ -49,6 +49,19 @@ def resize(images: torch.Tensor, size: int) -> torch.Tensor:
     return images.repeat_interleave(size // side, dim=-2).repeat_interleave(size // side, dim=-1)
 
 
+def side_by_side(images: torch.Tensor) -> torch.Tensor:
+    """Return images (N, C, H, W) of any number of channels as grey or RGB images, to look at them.
+
+    Images of 1 or 3 channels are returned as they are. With 4 channels, the first three are a color image, and the
+    fourth is a grey image to its right. Otherwise all channels are grey images, from left to right.
+    """
+    if images.shape[1] in (1, 3):
+        return images
+    if images.shape[1] == 4:
+        return torch.cat([images[:, :3], images[:, 3:].expand(-1, 3, -1, -1)], dim=-1)
+    return torch.cat(images.split(1, dim=1), dim=-1)
+
+
 def near_square(count: int) -> int:
     """Return how many columns to use for `count` images: about as many as rows, and full rows if possible."""
     root = math.ceil(count**0.5)
@@ -67,7 +80,11 @@ def tile(images: torch.Tensor, columns: int) -> Image.Image:
 
 
 def image_sheet(images: torch.Tensor, path, columns: int | None = None) -> Path:
-    """Write uint8 images (N, C, H, W), C = 1 or 3, as one sheet, by default nearly square. Return the sheet's path."""
+    """Write uint8 images (N, C, H, W) as one sheet, by default nearly square. Return the sheet's path.
+
+    See `side_by_side` for images that are neither grey nor RGB.
+    """
+    images = side_by_side(images)
     big = resize(images, max(128, *images.shape[-2:]))
     return save_picture(tile(big, columns or near_square(len(big))).save, path, optimize=True)
 
@@ -98,7 +115,7 @@ def frame(image: Image.Image, side: int) -> torch.Tensor:
 
 def strip(rows: list[torch.Tensor], column_labels: list[str], row_labels: list[str], path) -> Path:
     """Write rows of uint8 images (K, C, H, W), with K labels above and a label left of each row. Return the path."""
-    rows = [resize(row, 128) for row in rows]
+    rows = [resize(side_by_side(row), 128) for row in rows]
     body = tile(torch.cat(rows), len(column_labels))
     font = ImageFont.load_default(18)
     top, left = 32, max(math.ceil(font.getlength(label)) for label in row_labels) + 16 if row_labels else 0
@@ -128,6 +145,6 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Return images (B, C, H, W), uint8 or floats in [-1, 1], as PIL images: mode L for C = 1, RGB for C = 3."""
+    """Return images (B, C, H, W), uint8 or floats in [-1, 1], as PIL images of mode L, LA, RGB or RGBA: C = 1 to 4."""
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     return [Image.fromarray(image.squeeze(-1).numpy()) for image in images.permute(0, 2, 3, 1).cpu()]

@@ -344,8 +344,11 @@ def to_output(images: torch.Tensor, output_type: str, **options):
     `options` are those of VaeImageProcessor.postprocess.
 
     Raises:
-        ValueError: if output_type is "pil" and the images are not finite, because PIL images cannot hold nan.
+        ValueError: if output_type is "pil" and the images are not finite, because PIL images cannot hold nan, or if
+            they have more than 4 channels.
     """
+    if output_type == "pil" and images.shape[1] > 4:
+        raise ValueError(f"Images of {images.shape[1]} channels cannot be PIL images; give output_type 'np' or 'pt'.")
     if output_type == "pil" and not images.isfinite().all():
         raise ValueError(
             "The pipeline computed pixels that are nan or infinite; give a model and settings that do not overflow."

@@ -318,7 +318,7 @@ class ReconstructionPipeline(DiffusionPipeline):
 
 def _pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
     """Return uint8 (H, W, channels). Raise ValueError if the conversion would lose colour or transparency."""
-    mode = "L" if channels == 1 else "RGB"
+    mode = {1: "L", 2: "LA", 4: "RGBA"}.get(channels, "RGB")
     is_grey = image.mode in ("1", "L") or (image.mode == "RGB" and image.convert("L").convert("RGB") == image)
     if image.mode != mode and not is_grey:
         raise ValueError(
@@ -336,8 +336,11 @@ def to_output(images: torch.Tensor, output_type: str, **options):
     `options` are those of VaeImageProcessor.postprocess.
 
     Raises:
-        ValueError: if output_type is "pil" and the images are not finite, because PIL images cannot hold nan.
+        ValueError: if output_type is "pil" and the images are not finite, because PIL images cannot hold nan, or if
+            they have more than 4 channels.
     """
+    if output_type == "pil" and images.shape[1] > 4:
+        raise ValueError(f"Images of {images.shape[1]} channels cannot be PIL images; give output_type 'np' or 'pt'.")
     if output_type == "pil" and not images.isfinite().all():
         raise ValueError(
             "The pipeline computed pixels that are nan or infinite; give a model and settings that do not overflow."

@@ -313,8 +313,8 @@ class RestorationPipeline(DiffusionPipeline):
     def _read(self, image, task, noise_level, *, scale_factor=1, blur_sigma=1.0, is_degraded=True):
         """Check the arguments. Return the image (N, C, H, W) in [-1, 1], and its noise (N,) there or None."""
         _check(task in OPERATORS, f"task is {task!r}; choose {', '.join(OPERATORS)}.")
-        fits = task != "colorize" or self.unet.config.in_channels > 1
-        _check(fits, "colorize needs a model of color images, and this one draws grey images; give another model.")
+        fits = task != "colorize" or self.unet.config.in_channels == 3
+        _check(fits, "colorize needs a model of RGB images, and this one draws other images; give another model.")
         k = scale_factor if task == "super_resolution" else 1
         _check(isinstance(k, int) and k >= 1, f"scale_factor is {k}; give a whole number from 1 on.")
         _check(0 < blur_sigma < math.inf, f"blur_sigma is {blur_sigma}; give a number of pixels above 0.")
@@ -360,7 +360,11 @@ def _pixels(image, channels: int) -> Tensor:
     _check(is_image, f"The image is a {type(image).__name__}; give a PIL image, array or tensor.")
     if isinstance(image, Image.Image):
         pixels = np.array(image.convert("RGB"))
-        fits = image.mode in ("1", "L", "RGB") and (channels > 1 or (pixels == pixels[..., :1]).all())
+        fits = image.mode in ("1", "L", "RGB") and (
+            channels == 3 or channels == 1 and (pixels == pixels[..., :1]).all()
+        )
+        if image.mode == {2: "LA", 4: "RGBA"}.get(channels):
+            fits, pixels = True, np.array(image)
         _check(fits, f"The image has mode {image.mode}, but {channels} channel(s) are wanted: convert it.")
         image = pixels[..., :channels]
     if isinstance(image, np.ndarray):
@@ -383,8 +387,11 @@ def to_output(images: torch.Tensor, output_type: str, **options):
     `options` are those of VaeImageProcessor.postprocess.
 
     Raises:
-        ValueError: if output_type is "pil" and the images are not finite, because PIL images cannot hold nan.
+        ValueError: if output_type is "pil" and the images are not finite, because PIL images cannot hold nan, or if
+            they have more than 4 channels.
     """
+    if output_type == "pil" and images.shape[1] > 4:
+        raise ValueError(f"Images of {images.shape[1]} channels cannot be PIL images; give output_type 'np' or 'pt'.")
     if output_type == "pil" and not images.isfinite().all():
         raise ValueError(
             "The pipeline computed pixels that are nan or infinite; give a model and settings that do not overflow."

@@ -850,8 +850,10 @@ def test_refusals(make, numbered, changes, sentence, monkeypatch, tmp_path):
 
 
 def test_odd_models_are_refused(make, numbered):
-    with pytest.raises(UserError, match="the model has 4 channels, but images have 1"):
-        load_images(make(numbered), channels=4)
+    with pytest.raises(
+        UserError, match="is a picture of mode L, but images of 5 channels are wanted: give .npy files"
+    ):
+        load_images(make(numbered), channels=5)
 
 
 def test_datasets_of_several_configurations_are_refused(make, numbered):

@@ -150,18 +150,21 @@ def test_a_space_has_its_own_copy_of_the_judge(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [2, 4, 5])
-def test_images_that_are_neither_grey_nor_rgb_are_refused_before_they_are_drawn(channels, tmp_path, capsys):
+def test_images_that_are_neither_grey_nor_rgb_are_drawn_and_restored(channels, tmp_path, capsys):
     model = save_model(tmp_path / "model", 10, channels=channels)
-    Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    before = sorted(tmp_path.rglob("*"))
     for output in ("drawn", "drawn.npz"):
-        said = refused(capsys, "sample", model, *DRAW, f"--output={tmp_path / output}")
-        assert f"images of this model have {channels} channels, but only images of 1 (grey) or 3" in said
-    said = refused(capsys, "restore", model, tmp_path / "a.png", tmp_path / "b.png", "--task=denoise")
-    assert f"images of this model have {channels} channels" in said
-    with pytest.raises(UserError, match=f"have {channels} channels"):
-        inputs.choose_sampler(load_pretrained(model), None, {}, inputs.SUITES["smoke"])
-    assert sorted(tmp_path.rglob("*")) == before
+        main(["sample", str(model), *DRAW, f"--output={tmp_path / output}"])
+    images = read_samples(tmp_path / "drawn").images
+    assert images.shape == (2, channels, 8, 8) and torch.equal(images, read_samples(tmp_path / "drawn.npz").images)
+    given = next(tmp_path.glob("drawn/000000.*"))
+    assert given.suffix == (".png" if channels < 5 else ".npy")
+    main(["restore", str(model), str(given), str(tmp_path / f"b{given.suffix}"), "--task=denoise"])
+    Image.new("F", (8, 8)).save(tmp_path / "a.tif")
+    before = everything(tmp_path)
+    said = refused(capsys, "restore", model, tmp_path / "a.tif", tmp_path / f"c{given.suffix}", "--task=denoise")
+    assert f"it is a picture of mode F, but images of {channels} channels are wanted: give" in said
+    said = refused(capsys, "restore", model, given, tmp_path / f"c{given.suffix}", "--task=colorize")
+    assert everything(tmp_path) == before
 
 
 CHECKPOINT = ROOT / "tests" / "fixtures" / "run_5c3000a" / "run" / "checkpoint-4"

@@ -5,8 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from conftest import TINY, untrained_unet
+from conftest import TINY, steps, untrained_unet
 from diffusers import DDIMPipeline, DDPMPipeline
 from kills import assert_equal, everything
 from PIL import Image
@@ -19,6 +20,7 @@ from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.models.build import build_unet
 from ddpm_hf.models.pretrained import load_pretrained
+from ddpm_hf.sampling.sample_set import read_samples
 from ddpm_hf.sizes import read_size, write_size
 from ddpm_hf.training.loop import train
 
@@ -33,8 +35,27 @@ def rectangles(folder):
         Image.fromarray(random.integers(0, 256, (8, 12, 3), dtype=np.uint8)).save(folder / f"{k:02}.png")
 
 
+def rgba(folder):
+    """Write RGBA images of 8x8 pixels, partly transparent."""
+    random = np.random.default_rng(0)
+    for k in range(NUM_IMAGES):
+        Image.fromarray(random.integers(0, 256, (8, 8, 4), dtype=np.uint8)).save(folder / f"{k:02}.png")
+
+
+def bands(folder):
+    """Write float arrays of 8x12 pixels with 5 channels, with values from -2 to 6."""
+    random = np.random.default_rng(0)
+    for k in range(NUM_IMAGES):
+        np.save(folder / f"{k:02}.npy", random.uniform(-2, 6, (8, 12, 5)).astype(np.float32))
+
+
 # For each kind of data: a function that writes its files, the flags of the training, and the shape (C, H, W).
-KINDS = {"rectangles": (rectangles, ["--resolution=8x12", "--variance_type=learned_range"], (3, 8, 12))}
+FLOATS = ["--resolution=8x12", "--pixel_range=-2,6", "--preserve_input_precision"]
+KINDS = {
+    "rectangles": (rectangles, ["--resolution=8x12", "--variance_type=learned_range"], (3, 8, 12)),
+    "rgba": (rgba, ["--channels=4"], (4, 8, 8)),
+    "bands": (bands, FLOATS, (5, 8, 12)),
+}
 
 
 class Run:
@@ -48,10 +69,7 @@ class Run:
         self.flags = [*TINY, f"--dataset_name={self.data}", "--max_train_steps=4", "--checkpointing_steps=2"]
         self.flags += ["--ddpm_num_steps=5"]
         self.flags += ["--use_ema", *flags]
-        self.train(self.folder)
-
-    def train(self, folder, *flags):
-        train(parse_config([*self.flags, f"--output_dir={folder}", *flags]))
+        train(parse_config([*self.flags, f"--output_dir={self.folder}"]))
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -65,10 +83,18 @@ def test_a_run_says_its_size_and_resumes_bit_for_bit(run, tmp_path):
     assert unet["sample_size"] == (size if size[0] != size[1] else size[0]) and unet["in_channels"] == channels
     flags = json.loads((run.folder / "train_config.json").read_text())["flags"]
     assert flags["resolution"] == write_size(size)
-    assert f"of {size[0]}x{size[1]} images" in (run.folder / "README.md").read_text()
+    more = "" if channels == 3 else f" with {channels} channels"
+    assert f"of {size[0]}x{size[1]} images{more}" in (run.folder / "README.md").read_text()
     resumed = shutil.copytree(run.folder, tmp_path / "run")
-    run.train(resumed, f"--resume_from_checkpoint={resumed / 'checkpoint-2'}")
-    assert_equal(everything(resumed), everything(run.folder))
+    flags = [f"--output_dir={resumed}", f"--resume_from_checkpoint={resumed / 'checkpoint-2'}"]
+    if run.kind == "rectangles":
+        train(parse_config([*run.flags, *flags]))
+        assert_equal(everything(resumed), everything(run.folder))
+        return
+    other, _ = steps(2, *run.flags, *flags)  # without the figures at the end, which take seconds
+    saved = safetensors.torch.load_file(run.folder / "checkpoint-4" / "ema.safetensors")
+    assert other.state.step == 4
+    assert_equal(dict(other.ema.module.state_dict()), saved)
 
 
 @pytest.mark.parametrize("sampler, stock", [("ddpm", DDPMPipeline), ("ddim", DDIMPipeline)])
@@ -95,16 +121,54 @@ def test_scores(run, tmp_path):
     assert (tmp_path / "a.pairs.png").exists()
 
 
+def test_scores_of_networks_that_see_colors_are_refused(run):
+    if run.shape[0] == 3:
+        return
+    with pytest.raises(UserError, match=f"fid needs a network .* these images have {run.shape[0]} channels: leave"):
+        ddpm_hf.evaluate(run.folder, metrics=["fid"], num_images=40)
+
+
 def test_restoring(run, tmp_path):
-    clean = ddpm_hf.sample(run.folder, 2, "ddim", num_inference_steps=2)
+    """The part that is kept comes back in the values of the input file, and the sheet shows both."""
     mask = np.zeros(run.shape[1:], dtype=np.uint8)
     mask[2:4] = 255
-    painted = ddpm_hf.restore(run.folder, clean, task="inpaint", mask=Image.fromarray(mask), num_inference_steps=2)
-    assert painted[0].size == run.shape[:0:-1]
-    assert (np.abs(np.asarray(painted[0], int) - np.asarray(clean[0], int))[mask == 0] <= 1).all()
-    clean[0].save(tmp_path / "a.png")
-    main(["restore", str(run.folder), str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--task=denoise"])
-    assert Image.open(tmp_path / "b.png").size == run.shape[:0:-1]
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    suffix = ".npy" if run.kind == "bands" else ".png"
+    given, output = run.data / f"00{suffix}", tmp_path / f"restored{suffix}"
+    few = ["--task=inpaint", "--num_inference_steps=2", "--num_samples=1", f"--mask={tmp_path / 'mask.png'}"]
+    main(["restore", str(run.folder), str(given), str(output), *few])
+    before, after = (np.load(path) if suffix == ".npy" else np.array(Image.open(path)) for path in (given, output))
+    assert before.dtype == after.dtype and np.allclose(before[mask == 0], after[mask == 0], atol=1e-2)
+    assert Image.open(f"{output}.sheet.png").mode == "RGB"
+    wrong = ".png" if suffix == ".npy" else ".npy"
+    with pytest.raises(
+        UserError, match=f"images of {run.shape[0]} channels are written as {suffix[1:]} files: give a"
+    ):
+        ddpm_hf.restore(run.folder, given, tmp_path / f"a{wrong}", task="denoise")
+
+
+def test_samples_are_written_in_the_values_of_the_data(run, tmp_path):
+    few = dict(num_inference_steps=2, seed=3)
+    drawn = ddpm_hf.sample(run.folder, 2, "ddim", **few)
+    model = load_pretrained(run.folder)
+    exact = ddpm_hf.Sampler(name="ddim", **few).resolve(model).draw(model, [0, 1]).permute(0, 2, 3, 1).numpy()
+    folder = ddpm_hf.sample(model, 2, "ddim", output=tmp_path / "drawn", **few)
+    file = ddpm_hf.sample(model, 2, "ddim", output=tmp_path / "drawn.npz", **few)
+    stored = np.load(file)["arr_0"]
+    if run.kind == "bands":
+        assert stored.dtype == np.float32 and np.allclose(stored, 4 * exact + 2, atol=1e-5)
+        assert np.array_equal(np.load(folder / "000001.npy"), stored[1])
+        assert drawn[0].dtype == np.uint8 and drawn[0].shape == (8, 12, 5)
+    else:
+        assert stored.dtype == np.uint8
+        assert np.array_equal(np.array(Image.open(folder / "000001.png")), stored[1])
+        assert drawn[0].mode == {3: "RGB", 4: "RGBA"}[run.shape[0]]
+    for place in (folder, file):  # as scores read them
+        images = read_samples(place).images.permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(images, np.stack([np.array(image) for image in drawn]))
+    assert ddpm_hf.sample(model, 3, "ddim", output=file, **few) and len(np.load(file)["arr_0"]) == 3
+    with pytest.raises(UserError, match="has other samples"):
+        ddpm_hf.sample(model, 3, "ddim", output=file, pixel_type="uint16" if run.kind != "bands" else "uint8", **few)
 
 
 def test_another_size_is_drawn_with_a_warning(run, tmp_path, capsys):
@@ -112,7 +176,7 @@ def test_another_size_is_drawn_with_a_warning(run, tmp_path, capsys):
     main(["sample", str(run.folder), "--size=4x16", f"--output={tmp_path / 'drawn'}", *few])
     height, width = run.shape[1:]
     assert f"Warning: this model was trained on {height}x{width} pixels, and --size 4x16" in capsys.readouterr().out
-    assert Image.open(tmp_path / "drawn" / "000001.png").size == (16, 4)
+    assert read_samples(tmp_path / "drawn").images.shape == (2, run.shape[0], 4, 16)
     assert json.loads((tmp_path / "drawn" / "samples.json").read_text())["sampler"]["size"] == [4, 16]
     own = ddpm_hf.Sampler(size=(height, width)).resolve(model := load_pretrained(run.folder))
     assert own == ddpm_hf.Sampler().resolve(model) and "size" not in own.record(model)

@@ -123,7 +123,7 @@ def test_no_attention_is_an_empty_list(words):
         (["--preset=mnist", "--pixel_range=0,x"], "is not a list of numbers: write --pixel_range=0,4095"),
         (["--preset=mnist", "--on_bad_image=skip", "--streaming"], "--on_bad_image skip reads all images before"),
         (["--preset=mnist", "--on_bad_image=ignore"], "there is no --on_bad_image 'ignore': choose from refuse, skip"),
-        (["--preset=mnist", "--channels=2"], "there is no --channels '2': choose from 1, 3"),
+        (["--preset=mnist", "--channels=0"], "--channels is 0, but must be at least 1"),
         (["--preset=mnist", "--channel_mults=1,x"], "is not a list of whole numbers: write --channel_mults 1,2,2,2"),
         (["--preset=mnist", "--ddpm_num_steps=10"], "--ddpm_num_inference_steps is 100, but must"),
         (["--preset=mnist", "--validation_split", "", "--save_best"], "--save_best needs held-out images"),

@@ -84,12 +84,12 @@ def add_data_flags(parser):
     add("--label_column", help="column with the classes")
     add("--validation_split", help="held-out images: the name of a split, or a count or share of the training images")
     add("--class_names", type=names, help="keep only these classes, e.g. cat,dog")
-    add("--channels", type=int, choices=[1, 3], help="channels of the images: 1 (grey) or 3 (RGB)")
+    add("--channels", type=int, help="channels of the images: 1 (grey), 3 (RGB), 4 (RGBA) or as many as arrays have")
     add(
         "--pixel_range",
         type=names,
         metavar="BLACK,WHITE",
-        help="values of black and white in grey images of more than 8 bits, e.g. --pixel_range=0,4095",
+        help="values of black and white in images of more than 8 bits, e.g. --pixel_range=0,4095",
     )
     add(
         "--on_bad_image",
@@ -98,8 +98,8 @@ def add_data_flags(parser):
     )
     add(
         "--pages",
-        choices=["first", "all"],
-        help="use the first page of each file, or each page as an image",
+        choices=["first", "all", "channels"],
+        help="use the first page of each file, each page as an image, or all pages as the channels of one image",
     )
     add("--resolution", help="size in pixels for --calibrate without a model, e.g. 64 or 48x64; default: 32")
     add(

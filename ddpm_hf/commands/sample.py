@@ -26,6 +26,13 @@ def add_flags(parser):
         metavar="HxW",
         help="draw at another size than the model was trained on, e.g. 48x64 (height x width); default: its own size",
     )
+    parser.add_argument(
+        "--pixel_type",
+        choices=["uint8", "uint16", "float32"],
+        help="how pixels are stored. uint8: 0 to 255; uint16 and float32: in the --pixel_range of the training (by "
+        "default 0 to 65535, and 0 to 1), as .npy where PNG cannot store them; default: float32 for a model that was "
+        "trained with --preserve_input_precision, else uint8",
+    )
     add_sampler_flags(parser)
 
 
@@ -55,7 +62,9 @@ def run(arguments):
     check_sheet(sheet, output)
     for warning in sampler.warnings(model):
         PartialState().print(warning, flush=True)
-    draw_samples(model, sampler, arguments.num_images, output, batch_size=arguments.batch_size)
+    draw_samples(
+        model, sampler, arguments.num_images, output, batch_size=arguments.batch_size, pixel_type=arguments.pixel_type
+    )
     if PartialState().is_main_process:
         image_sheet(read_samples(output).images[:ON_SHEET], sheet)
         print(f"{arguments.num_images:,} images are in {output}; {sheet} shows the first ones.")

@@ -59,22 +59,26 @@ class DataOptions:
     center_crop: bool = flag(False, "Crop images in their middle, instead of at a random place")
     random_flip: bool = flag(False, "Mirror each image left to right with probability 1/2")
     preserve_input_precision: bool = flag(False, "Keep 16 and 32 bit images exact, instead of rounding them to 8 bit")
-    channels: Literal[1, 3] | None = flag(
-        None, "Channels of the images: 1 (grey) or 3 (RGB); default: 1 if their files are grey, else 3 [ours]"
+    channels: int | None = flag(
+        None,
+        "Channels of the images: 1 (grey), 2 (grey and opacity), 3 (RGB), 4 (RGBA), or as many as arrays have; "
+        "default: 1 if their files are grey, as many as arrays (.npy, .npz) have, else 3 [ours]",
+        at_least=1,
+        at_most=1024,
     )
     pixel_range: list[str] | None = flag(
         None,
-        "Values of black and white in grey images of more than 8 bits, e.g. --pixel_range=0,4095 for 12 bits; "
+        "Values of black and white in images of more than 8 bits, e.g. --pixel_range=0,4095 for 12 bits; "
         "default: 0,65535 for integers, 0,1 for floats [ours]",
     )
     on_bad_image: Literal["refuse", "skip"] = flag(
         "refuse",
         "What to do with unreadable images. refuse: stop; skip: check all images first, leave these out [ours]",
     )
-    pages: Literal["first", "all"] = flag(
+    pages: Literal["first", "all", "channels"] = flag(
         "first",
         "Which pages of a TIFF, or frames of a GIF, WebP or PNG, are images. all: read all files first, and use each "
-        "page as an image of the file's class [ours]",
+        "page as an image of the file's class; channels: use all pages as the channels of one image [ours]",
     )
     streaming: bool = flag(False, "Read the dataset as a stream, without storing it on disk [ours]")
     validation_split: str | None = flag(

@@ -47,13 +47,11 @@ def load_images(config, channels=None):
         skipped: the images that --on_bad_image skip left out of both sets, each with the reason.
 
     Args:
-        channels: the number of channels of the model, 1 or 3. None: `config.channels`, or chosen to suit the images.
+        channels: the number of channels of the model. None: `config.channels`, or chosen to suit the images.
 
     Raises:
         UserError: if images, columns, classes or splits are missing or cannot be read.
     """
-    if channels not in (None, 1, 3):
-        raise UserError(f"the model has {channels} channels, but images have 1 (grey) or 3 (RGB): give another model.")
     if channels and config.channels not in (None, channels):
         raise UserError(
             f"the model has {channels} channels, but --channels is {config.channels}: leave --channels out, or give "
@@ -89,9 +87,12 @@ def load_images(config, channels=None):
         sample = list(undecoded(rows, range(0, len(rows), -(-len(rows) // 256) or 1)))
     if not sample or validation is not None and not len(validation):
         raise UserError("no images are left for training or for validation: give a larger dataset or more classes.")
-    channels, warnings = survey(sample, channels or config.channels, config.pixel_range, read_size(config.resolution))
-    # Pass pixel_range only if the flag is given. Otherwise the fingerprints would differ from those of older runs.
+    channels, warnings = survey(
+        sample, channels or config.channels, config.pixel_range, read_size(config.resolution), pages_of(config)
+    )
+    # Pass these only if the flags are given. Otherwise the fingerprints would differ from those of older runs.
     options = {"pixel_range": tuple(config.pixel_range)} if config.pixel_range else {}
+    options |= {"pages": "channels"} if pages_of(config) else {}
     read = functools.partial(
         read_image,
         channels=channels,
@@ -105,6 +106,11 @@ def load_images(config, channels=None):
     train.warnings = skipped_warning(skipped) + warnings
     train.skipped = skipped
     return train, validation
+
+
+def pages_of(config) -> str | None:
+    """Return the `pages` of `open_image` for --pages."""
+    return "channels" if config.pages == "channels" else None
 
 
 def _describe(source, held_out, rows, classes, several):
@@ -240,9 +246,9 @@ def _usable(rows, validation, config):
     """Return both sets of rows without the images that --on_bad_image skip leaves out, and a list of these images."""
     if config.on_bad_image != "skip":
         return rows, validation, []
-    rows, skipped = skip_unreadable(rows, config.pixel_range)
+    rows, skipped = skip_unreadable(rows, config.pixel_range, pages_of(config))
     if validation is not None:
-        validation, more = skip_unreadable(validation, config.pixel_range)
+        validation, more = skip_unreadable(validation, config.pixel_range, pages_of(config))
         skipped += more
     return rows, validation, skipped
 

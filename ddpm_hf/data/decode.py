@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..errors import UserError
 from ..randomness import draws_for, keyed_generator
 from ..sizes import read_size
+from .arrays import MAGIC, pages_as_channels, read_npy, white_of
 
 
 FLIP_BLOCK = 4096  # flips are drawn in blocks of this many consecutive images
@@ -52,38 +53,54 @@ def white_level(mode):
     return 1 if mode == "F" else 65535
 
 
-def to_array(image, channels, exact=False, pixel_range=None):
-    """Return a Pillow image as an upright array (H,W,C) with C = `channels` (1 or 3); transparent parts become white.
+def open_image(file, pages=None):
+    """Return the image in a file: an array (H,W,C) for .npy, else a Pillow image.
 
-    The array is uint8, and 16-bit and float greys are rounded to 8 bits. With `exact` the array is float32 in [0, 1],
+    Args:
+        pages: "channels" returns all pages of an image file as one array, one page after another.
+    """
+    start = file.read(len(MAGIC))
+    file.seek(0)
+    if start == MAGIC:
+        return read_npy(file)
+    image = Image.open(file)
+    return pages_as_channels(image) if pages == "channels" else image
+
+
+def to_array(image, channels=None, exact=False, pixel_range=None):
+    """Return an image as an upright array (H,W,C) with C = `channels`.
+
+    The array is uint8, and 16-bit and float values are rounded to 8 bits. With `exact` the array is float32 in [0, 1],
     without rounding, except that Pillow itself opens 16-bit *color* images as 8-bit.
 
     Args:
-        pixel_range: the values of black and white in greys of more than 8 bits. None: 0 and 65535 for integers, 0
+        image: a Pillow image, or an array (H,W,C).
+        channels: for a Pillow image 1 (grey), 2 (grey and opacity), 3 (RGB) or 4 (RGBA). With 1 or 3, transparent
+            parts become white. For an array its own number, or 3 if it has one channel. None: 3, or the array's own.
+        pixel_range: the values of black and white in images of more than 8 bits. None: 0 and 65535 for integers, 0
             and 1 for floats.
 
     Raises:
-        UserError: if a grey value is outside this range, or is not finite.
+        UserError: if a value is outside this range or not finite, or if the image does not have these channels.
     """
+    if isinstance(image, np.ndarray):
+        return _array_to_array(image, channels, exact, pixel_range)
+    channels = channels or 3
     image = upright(image)
+    if channels > 4 or channels in (2, 4) and (image.mode.startswith("I") or image.mode == "F"):
+        raise UserError(
+            f"it is a picture of mode {image.mode}, but images of {channels} channels are wanted: give "
+            f"{'' if channels > 4 else '8-bit pictures, or '}.npy files with arrays of height x width x {channels}."
+        )
+    if channels in (2, 4):
+        array = np.asarray(image.convert("LA" if channels == 2 else "RGBA"))
+        return array.astype(np.float32) / 255 if exact else array
     if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip their values at 255
         array = np.asarray(image)
-        black, white = pixel_range or (0, white_level(image.mode))
+        white = white_level(image.mode)
         if image.has_transparency_data:
-            array = np.where(opacity(image), array, white)
-        low, high = array.min(), array.max()
-        if not np.isfinite([low, high]).all():
-            raise UserError("it has values that are nan or infinite: replace them by numbers, or remove the image.")
-        if not black <= low <= high <= white:
-            raise UserError(
-                f"its values are {low:.10g} to {high:.10g}, not within {black:.10g} (black) to {white:.10g} (white): "
-                "rescale all images, or train with values of black and white that fit all of them, e.g. "
-                f"--pixel_range={min(black, low):.10g},{high:.10g}."
-            )
-        if pixel_range is not None:
-            array = array.astype(np.float64) - black
-        array = array / (white - black)
-        array = array.astype(np.float32) if exact else np.rint(array * 255).astype(np.uint8)
+            array = np.where(opacity(image), array, white if pixel_range is None else pixel_range[1])
+        array = _to_scale(array, white, exact, pixel_range)
     else:
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -95,14 +112,57 @@ def to_array(image, channels, exact=False, pixel_range=None):
     return array if array.ndim == 3 else np.repeat(array[..., None], channels, axis=-1)
 
 
-def read_image(item, channels, resolution, exact, pixel_range=None):
+def _array_to_array(array, channels, exact, pixel_range):
+    """Do what `to_array` does, for an array."""
+    given = array.shape[-1]
+    if given == 1 and channels == 3:
+        array = np.repeat(array, 3, axis=-1)
+    elif channels not in (None, given):
+        raise UserError(
+            f"it is an array of {given} channels (its shape {array.shape} is height x width x channels), but images "
+            f"of {channels} are wanted: give --channels {given}, or other images."
+        )
+    if array.dtype == np.uint8:
+        return array.astype(np.float32) / 255 if exact else array
+    return _to_scale(array, white_of(array.dtype), exact, pixel_range)
+
+
+def _to_scale(array, white, exact, pixel_range):
+    """Return an array of any type on a scale from 0 to 255 (uint8), or with `exact` from 0 to 1 (float32).
+
+    Raises:
+        UserError: if a value is not finite or not within `pixel_range`. None: 0 to `white`.
+    """
+    black, white = pixel_range or (0, white)
+    low, high = array.min(), array.max()
+    if not np.isfinite([low, high]).all():
+        raise UserError("it has values that are nan or infinite: replace them by numbers, or remove the image.")
+    if not black <= low <= high <= white:
+        raise UserError(
+            f"its values are {low:.10g} to {high:.10g}, not within {black:.10g} (black) to {white:.10g} (white): "
+            "rescale all images, or train with values of black and white that fit all of them, e.g. "
+            f"--pixel_range={min(black, low):.10g},{high:.10g}."
+        )
+    if pixel_range is not None:
+        array = array.astype(np.float64) - black
+    array = array / (white - black)
+    return array.astype(np.float32) if exact else np.rint(array * 255).astype(np.uint8)
+
+
+def read_image(item, channels, resolution, exact, pixel_range=None, pages=None):
     """Decode an item with `to_array`, and resize it with antialiasing to the smallest size that covers `resolution`.
 
     One of its sides becomes the height or the width of `resolution`, and the other one is at least as long as it has
     to be. The ends of a very long or very wide image are cut off first, because to resize all of it could need
     gigabytes. At `resolution` 256, for example, an image of 60,000 x 1 pixels would become 4 billion pixels.
     """
-    array = use_file(lambda file: to_array(Image.open(file), channels, exact, pixel_range), item)
+
+    def decode(file):
+        image = open_image(file, pages)
+        has_alpha = channels in (2, 4) and not isinstance(image, np.ndarray)
+        return to_array(image, channels, exact, pixel_range), has_alpha
+
+    array, has_alpha = use_file(decode, item)
     high, wide = read_size(resolution)
     tallest = -(-MAX_ASPECT * array.shape[1] * high // wide)
     widest = -(-MAX_ASPECT * array.shape[0] * wide // high)
@@ -115,9 +175,22 @@ def read_image(item, channels, resolution, exact, pixel_range=None):
     height, width = (round(side * wanted / given) for side in array.shape[:2])
     if (height, width) == array.shape[:2]:
         return array
+    if not has_alpha:
+        return _resize(array, (width, height), 1 if exact else 255)
+    # Weight colors by their opacity, so that the hidden colors of transparent parts do not bleed into visible ones.
+    array = array.astype(np.float32) / (1 if exact else 255)
+    weighted = np.concatenate([array[..., :-1] * array[..., -1:], array[..., -1:]], axis=-1)
+    resized = _resize(weighted, (width, height), np.inf)
+    color = resized[..., :-1] / resized[..., -1:].clip(1e-6)
+    resized = np.concatenate([color, resized[..., -1:]], axis=-1).clip(0, 1)
+    return resized if exact else np.rint(resized * 255).astype(np.uint8)
+
+
+def _resize(array, size, white):
+    """Return an array (H,W,C) resized to `size` (width, height) with antialiasing."""
     planes = [Image.fromarray(plane) for plane in np.moveaxis(array, -1, 0)]
-    planes = [plane.resize((width, height), Image.Resampling.LANCZOS) for plane in planes]
-    return np.stack(planes, axis=-1).clip(0, 1 if exact else 255)  # Lanczos overshoots the range at edges
+    planes = [plane.resize(size, Image.Resampling.LANCZOS) for plane in planes]
+    return np.stack(planes, axis=-1).clip(0, white)  # Lanczos overshoots the range at edges
 
 
 def _crop(array, size, crop_generator=None, mirror=False):
@@ -220,7 +293,7 @@ def check_regular(path):
 
 
 def use_path(use, path):
-    """Open an image file of this machine with Pillow, and return `use(image)`.
+    """Open an image file of this machine with `open_image`, and return `use(image)`.
 
     Raises:
         UserError: if the file cannot be read, or if it has more pixels than Pillow's `MAX_IMAGE_PIXELS`.
@@ -229,8 +302,8 @@ def use_path(use, path):
         check_regular(path)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return use(image)
+            with open(path, "rb") as file:
+                return use(open_image(file))
     except Exception as error:  # Pillow's decoders raise anything for a broken file
         raise _cannot_be_read(path, error, "repair or remove it") from error
 

@@ -30,7 +30,7 @@ from ..errors import UserError
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 IMAGE_SUFFIXES = {
     suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in NOT_DECODED
-}
+} | {".npy"}
 METADATA_NAMES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 TABLE_SUFFIXES = {".parquet", ".arrow", ".tar", ".zip"}  # files of a dataset that can contain images
 SHARD = re.compile(r"-\d{5}-of-\d{5}[^/]*$")  # how the Hub names the tables of a dataset
@@ -74,7 +74,7 @@ def open_image_folder(folder: Path, files: dict):
     if not images:
         found = f"no images, only {_count(len(others), 'other file')}: {examples(others)}" if others else "no files"
         raise UserError(
-            f"{folder} cannot be loaded (it has {found}): give a folder of image files (.png, .jpg, ...), or a "
+            f"{folder} cannot be loaded (it has {found}): give a folder of image files (.png, .npy, ...), or a "
             "dataset in parquet or arrow."
         )
     splits, without_row = _rows_of_splits(folder, files, images, metadata)

@@ -1,4 +1,4 @@
-"""Find the pages of an image file, and make each page of a file an image of its own."""
+"""Make each page of an image file an image of its own."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -8,29 +8,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
+from .arrays import page_numbers
 from .decode import CHUNK, undecoded, upright, use_file
 
 
-# Cameras store previews behind a photo as MPO, and Pillow counts the layers of a PSD as frames.
-ONE_PICTURE = {"MPO", "PSD"}
 IN_PNG = {"1", "L", "LA", "I;16", "I;16B", "P", "RGB", "RGBA"}  # the modes that Pillow writes to PNG without a loss
-SUBFILE_TYPE = 254  # a tag of TIFF: bit 0 is set for a small copy of another page, bit 2 for a mask
-NOT_A_PICTURE = 0b101
-
-
-def page_numbers(image) -> list[int]:
-    """Return the numbers of the pages or frames of a Pillow image. Small copies and masks in a TIFF are left out."""
-    if image.format in ONE_PICTURE:
-        return [0]
-    numbers = range(getattr(image, "n_frames", 1))
-    if image.format != "TIFF":
-        return list(numbers)
-    found = []
-    for number in numbers:
-        image.seek(number)
-        if not image.tag_v2.get(SUBFILE_TYPE, 0) & NOT_A_PICTURE:
-            found.append(number)
-    return found or [0]
 
 
 def split_pages(rows, cache_dir) -> tuple[datasets.Dataset, int]:

@@ -14,8 +14,9 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..errors import UserError
 from ..files import read_json
+from .arrays import open_npz
 from .decode import CHUNK
-from .folders import examples, holds_tables, list_files, open_image_folder, tables_in
+from .folders import examples, holds_tables, list_files, open_image_folder, printable, tables_in
 
 
 # The builder of `datasets` for each kind of file.
@@ -53,6 +54,8 @@ def open_source(config) -> Source:
     is_run = (folder / "train_config.json").is_file()  # a run in a folder called digits is not data
     if config.dataset_name == "digits" and (is_run or not folder.exists()):
         return Source({"train": _digits().to_iterable_dataset() if config.streaming else _digits()})
+    if folder.suffix == ".npz" and folder.is_file():
+        return Source({"train": open_npz(folder)}, f"an .npz of images: {printable(folder.name)}")
     if not folder.is_dir():
         if not config.dataset_name:
             raise UserError(f"--train_data_dir {name} cannot be loaded (it is not a folder): give a folder of images.")

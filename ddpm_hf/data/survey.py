@@ -1,16 +1,17 @@
 """Check images before training: skip unreadable images, and warn of likely mistakes in a sample of the images."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from tqdm import tqdm
 
 from ..errors import UserError
-from .decode import CHUNK, short_reason, to_array, undecoded, use_file, white_level
-from .pages import page_numbers
+from .arrays import page_numbers
+from .decode import CHUNK, open_image, short_reason, to_array, undecoded, use_file, white_level
 
 
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
@@ -18,7 +19,7 @@ CROPPED = 0.2  # a crop that cuts off a larger share of the images is worth a hi
 DARK = 0.25  # images whose largest value is below this share of the scale are almost black
 
 
-def skip_unreadable(rows, pixel_range):
+def skip_unreadable(rows, pixel_range, pages=None):
     """Return the rows whose images can be read, and a list of the other images, each with the reason.
 
     Every image is decoded once before training, so that the order of the images cannot change during a run. If all
@@ -31,7 +32,7 @@ def skip_unreadable(rows, pixel_range):
     with ThreadPoolExecutor() as pool, tqdm(desc="checking", total=len(rows), unit=" images", disable=None) as bar:
         for start in range(0, len(rows), CHUNK):
             items = undecoded(rows, range(start, min(start + CHUNK, len(rows))))
-            problems += pool.map(partial(_problem, pixel_range=pixel_range), items)
+            problems += pool.map(partial(_problem, pixel_range=pixel_range, pages=pages), items)
             bar.update(len(problems) - start)
     readable = [row for row, problem in enumerate(problems) if problem is None]
     skipped = [problem for problem in problems if problem is not None]
@@ -40,10 +41,10 @@ def skip_unreadable(rows, pixel_range):
     return rows.select(np.array(readable)) if skipped else rows, skipped
 
 
-def _problem(item, pixel_range) -> str | None:
+def _problem(item, pixel_range, pages) -> str | None:
     """Return `image 3 (x.png): <reason>` for an image that cannot be read, and None for other images."""
     try:
-        use_file(lambda file: to_array(Image.open(file), 3, pixel_range=pixel_range), item)
+        use_file(lambda file: to_array(open_image(file, pages), pixel_range=pixel_range), item)
     except UserError as error:
         row, encoded = item
         path = encoded and encoded["path"]  # the name is enough: a record of a run may be published
@@ -58,22 +59,29 @@ def skipped_warning(skipped: list[str]) -> list[str]:
     return [f"Warning: {len(skipped):,} images cannot be read and are skipped: {'; '.join(skipped[:3])}{more}."]
 
 
-def survey(items, channels, pixel_range, size) -> tuple[int, list[str]]:
+def survey(items, channels, pixel_range, size, pages=None) -> tuple[int, list[str]]:
     """Return the number of channels to train with, and warnings to print.
 
     Args:
         items: a sample of the images, see decode.py.
-        channels: 1 or 3. None: 1 if all of these images have a grey mode, else 3.
+        channels: the number that is wanted. None: 1 if all of these images are grey, as many as arrays have, else 3.
         pixel_range: see `decode.to_array`.
         size: (H, W) that images are cropped to.
+        pages: see `decode.open_image`.
 
     Raises:
-        UserError: for an image that cannot be read.
+        UserError: for an image that cannot be read, or for arrays with different numbers of channels.
     """
-    kinds = [use_file(_kind, item) for item in items]
-    is_grey = {mode for mode, _, _ in kinds} <= GREY_MODES
-    depths = [mode[0] if mode[0] in "IF" else "8 bits" for mode, _, _ in kinds]  # I: 16 or 32 bits, F: floats
-    colored, brightest = _look_at_pixels(items, depths, pixel_range, colored=is_grey or channels is not None)
+    kinds = [use_file(partial(_kind, pages=pages), item) for item in items]
+    found = {kind.channels for kind in kinds}
+    if channels is None and len(found) > 1 and not found <= {1, 3}:
+        raise UserError(
+            f"the images have different numbers of channels ({', '.join(map(str, sorted(found)))}): give --channels, "
+            "and images that have them."
+        )
+    depths = [kind.depth for kind in kinds]
+    is_plain = channels is None and found == {3}
+    colored, brightest = _look_at_pixels(items, depths, pixel_range, colored=not is_plain, pages=pages)
     warnings = []
     if not colored:
         warnings.append(
@@ -85,26 +93,47 @@ def survey(items, channels, pixel_range, size) -> tuple[int, list[str]]:
         warnings.append(
             "Warning: all images looked at are black everywhere, so the model would learn only black images."
         )
-    elif len(items) > 1 and _are_equal(items, pixel_range):
+    elif len(items) > 1 and _are_equal(items, pixel_range, pages):
         warnings.append(
             f"Warning: the {len(items)} images looked at are all the same, so the model would learn only this image."
         )
-    warnings += _crop_hint(np.array([shape for _, _, shape in kinds]), size)
-    if several := [item for item, (_, has_pages, _) in zip(items, kinds) if has_pages]:
+    warnings += _crop_hint(np.array([kind.size for kind in kinds]), size)
+    if several := [item for item, kind in zip(items, kinds) if kind.has_pages]:
         row, encoded = several[0]
         name = Path(encoded["path"]).name if encoded["path"] else f"image {row}"
         warnings.append(
             f"Warning: {len(several)} of the {len(items)} images looked at have several pages or frames, e.g. {name}. "
             "Only the first one is used: to use each as an image, give --pages all."
         )
-    return channels or (1 if is_grey else 3), warnings
+    return channels or max(found), warnings
 
 
-def _kind(file) -> tuple[str, bool, tuple[int, int]]:
-    """Return the mode of an image, whether it has several pages or frames, and its height and width when upright."""
-    image = Image.open(file)
+@dataclass(frozen=True)
+class Kind:
+    """What is known of an image without its pixels.
+
+    Attributes:
+        channels: 1 for a grey picture, 3 for other pictures, and an array's own number.
+        depth: "8 bits", "I" (longer integers) or "F" (floats).
+        size: height and width, upright.
+        has_pages: whether the file has several pages or frames, of which one is used.
+    """
+
+    channels: int
+    depth: str
+    size: tuple[int, int]
+    has_pages: bool = False
+
+
+def _kind(file, pages) -> Kind:
+    image = open_image(file, pages)
+    if isinstance(image, np.ndarray):
+        depth = "F" if image.dtype.kind == "f" else "8 bits" if image.dtype.itemsize == 1 else "I"
+        return Kind(image.shape[2], depth, image.shape[:2])
     is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by a quarter
-    return image.mode, len(page_numbers(image)) > 1, image.size if is_turned else image.size[::-1]
+    depth = image.mode[0] if image.mode[0] in "IF" else "8 bits"
+    shape = image.size[:: 1 if is_turned else -1]
+    return Kind(1 if image.mode in GREY_MODES else 3, depth, shape, len(page_numbers(image)) > 1)
 
 
 def _crop_hint(shapes: np.ndarray, size: tuple[int, int]) -> list[str]:
@@ -131,7 +160,7 @@ def _crop_hint(shapes: np.ndarray, size: tuple[int, int]) -> list[str]:
     ]
 
 
-def _look_at_pixels(items, depths, pixel_range, *, colored: bool) -> tuple[bool, dict]:
+def _look_at_pixels(items, depths, pixel_range, *, colored: bool, pages) -> tuple[bool, dict]:
     """Return whether any image has colors, and the largest value of each depth, as a share of its scale.
 
     Most often the first image answers both questions, so that the others need not be decoded.
@@ -144,15 +173,19 @@ def _look_at_pixels(items, depths, pixel_range, *, colored: bool) -> tuple[bool,
     for item, depth in zip(items, depths):
         if colored and brightest[depth] >= DARK:
             continue
-        array = use_file(lambda file: to_array(Image.open(file), 3, exact=True, pixel_range=pixel_range), item)
+        array = use_file(lambda file: to_array(open_image(file, pages), exact=True, pixel_range=pixel_range), item)
         brightest[depth] = max(brightest[depth], float(array.max()))
         colored = colored or bool((array != array[..., :1]).any())
     return colored, brightest
 
 
-def _are_equal(items, pixel_range) -> bool:
+def _are_equal(items, pixel_range, pages) -> bool:
     """Return whether all images have the same pixels. Most often the first two differ, so the others are not read."""
-    arrays = (use_file(lambda file: to_array(Image.open(file), 3, pixel_range=pixel_range), item) for item in items)
+
+    def read(file):
+        return to_array(open_image(file, pages), pixel_range=pixel_range)
+
+    arrays = (use_file(read, item) for item in items)
     first = next(arrays)
     return all(np.array_equal(first, array) for array in arrays)
 

@@ -360,6 +360,11 @@ def open_extractors(evaluation: Evaluation):
                 "bits_per_dim needs a model, but only samples are given: give the model, or leave bits_per_dim out."
             )
         extractor = evaluation.extractor_of(name)
+        if extractor is not None and (channels := evaluation.train.channels) not in (1, 3):
+            raise UserError(
+                f"{name} needs a network that sees grey or RGB images, but these images have {channels} channels: "
+                "leave it out; bits_per_dim and memorization take any number of channels."
+            )
         if extractor is None or extractor in evaluation.extractors:
             continue
         try:

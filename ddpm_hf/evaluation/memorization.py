@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..pictures import GAP, evenly, resize, save_picture, tile
+from ..pictures import GAP, evenly, resize, save_picture, side_by_side, tile
 
 
 CHUNK = 2**23  # how many distances are in memory at a time: 64 MB
@@ -100,10 +100,10 @@ def pairs_sheet(generated: Tensor, train: Tensor, pairs: list[tuple[int, int, fl
     """Draw the pairs of `memorization_report` in rows, the closest pair first, and return the path of the picture.
 
     To the right of each generated image is its nearest training image. The distance is written below both. Images are
-    uint8 (N, C, H, W), C = 1 or 3.
+    uint8 (N, C, H, W).
     """
     columns = min(4, len(pairs))
-    sheets = [tile(resize(torch.stack([generated[g], train[t]]), 128), columns=2) for g, t, _ in pairs]
+    sheets = [tile(resize(side_by_side(torch.stack([generated[g], train[t]])), 128), columns=2) for g, t, _ in pairs]
     width, height = sheets[0].size
     font = ImageFont.load_default(17)
     margin, title, caption = 24, 64, 44  # pixels

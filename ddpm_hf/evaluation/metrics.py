@@ -384,7 +384,7 @@ class Metric:
 
 
 def _photos(train, model) -> bool:
-    return not is_digits(train)
+    return not is_digits(train) and train.channels in (1, 3)
 
 
 CLOSENESS = {

@@ -23,7 +23,7 @@ def build_unet(config, channels: int, class_names: list[str] | None = None, save
     """Build the UNet that the flags in `config` describe, with weights drawn from `config.seed`.
 
     Args:
-        channels: number of channels of the images, 1 or 3.
+        channels: number of channels of the images.
         class_names: the classes of the data. A class-conditional UNet has one embedding per class. With
             --label_dropout it has one more, the last, for "no class".
         saved: the config of the network in the checkpoint to resume, see `middle_norm_groups`.
@@ -235,18 +235,18 @@ def building(kind: str, seed: int):
 
 
 def unet_channels(config) -> int | None:
-    """Return the number of channels (1 or 3) of --model_config_name_or_path, or None without that flag.
+    """Return the number of channels of --model_config_name_or_path, or None without that flag.
 
     Raises:
-        UserError: if the config cannot be read, or if its images are neither grey (1 channel) nor RGB (3 channels).
+        UserError: if the config cannot be read, or if its in_channels is not a positive number.
     """
     if config.model_config_name_or_path is None:
         return None
     channels = read_unet_config(config).get("in_channels", 3)
-    if channels not in (1, 3):
+    if type(channels) is not int or channels < 1:
         raise UserError(
             f"--model_config_name_or_path {config.model_config_name_or_path!r} has in_channels {channels}, but images "
-            "have 1 (grey) or 3 (RGB): change the config."
+            "have 1 or more channels: change the config."
         )
     return channels
 

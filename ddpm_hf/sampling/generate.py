@@ -24,9 +24,10 @@ def sample(
     sampler: str | Sampler = "ddpm",
     *,
     output: str | Path | None = None,
+    pixel_type: str | None = None,
     batch_size: int = 64,
     **settings,
-) -> list[Image.Image] | Path:
+) -> list[Image.Image | np.ndarray] | Path:
     """Draw images 0 to num_images - 1 of a model. Return them as PIL images, or write them to `output`.
 
     Image k is drawn from a random generator seeded with seed + k. Up to round-off, image k is therefore the same in
@@ -37,11 +38,14 @@ def sample(
         sampler: ddpm, ddim, dpmsolver++ or a `Sampler`.
         output: a folder to write the images to, or a file whose name ends in .npz. If a call is interrupted, the same
             call draws only the missing images.
+        pixel_type: for `output`: uint8, or uint16 or float32 in the --pixel_range of the training. None: float32 for
+            a model that was trained with --preserve_input_precision, else uint8.
         batch_size: images per batch, at least 1. It changes the images only by round-off.
         settings: the other fields of `Sampler`: num_inference_steps, seed, eta, class_labels, size, ...
 
     Returns:
-        Images of mode L or RGB, or the path of `output`.
+        Images of mode L, LA, RGB or RGBA, or the path of `output`. Images of 5 or more channels are arrays, uint8
+        (H, W, C).
 
     Raises:
         UserError: if the model cannot be read or does not support the settings, or if `output` holds other files.
@@ -55,11 +59,12 @@ def sample(
         model = load_pretrained(model)
     resolved = sampler_named(sampler, settings).resolve(model)
     if output is not None:
-        return draw_samples(model, resolved, num_images, output, batch_size=batch_size)
+        return draw_samples(model, resolved, num_images, output, batch_size=batch_size, pixel_type=pixel_type)
     if num_images < 1:
         raise UserError(f"num_images is {num_images}; it must be at least 1.")
     model.unet.to(PartialState().device)
-    return to_pil(sample_images(model, resolved, range(num_images), batch_size=batch_size))
+    images = sample_images(model, resolved, range(num_images), batch_size=batch_size)
+    return to_pil(images) if images.shape[1] <= 4 else list(images.permute(0, 2, 3, 1).numpy())
 
 
 def sample_images(

@@ -28,9 +28,10 @@ from ..data.survey import DARK
 from ..errors import UserError, no_such
 from ..files import check_output, read_json, write_json, writing
 from ..models.pretrained import Pretrained, load_pretrained
-from ..pictures import GAP, check_sheet, frame, image_sheet, save_picture, to_uint8
+from ..pictures import GAP, check_sheet, frame, image_sheet, side_by_side, to_pil
 from .masks import read_mask, read_masks_in_memory
-from .samplers import check_channels, check_seed, image_generators
+from .pixels import PixelFormat, pixel_format, trained_range
+from .samplers import check_seed, image_generators
 
 
 RESTORATION_SCHEMA = "ddpm_hf.restoration/1"
@@ -95,7 +96,7 @@ def restore(
         images: PIL images, arrays or tensors that pipelines/restoration.py accepts. With `output`: the path of an
             image or of a folder of images.
         output: a .png file, or a folder. In a folder, each result has the name of its input, with the ending .png.
-            None: the results are returned.
+            Images of 5 or more channels are .npy files. None: the results are returned.
         task: denoise, inpaint, super_resolution, colorize or deblur.
         mask: for inpaint, a mask image, white in the areas to paint. If it has transparent parts, its opaque parts are
             the areas to paint, in any color. Give one mask for all images, or a list with one per image. With
@@ -107,7 +108,7 @@ def restore(
             num_inference_steps, num_samples (restorations to average). None: the pipeline's default.
 
     Returns:
-        A list of PIL images. With `output`: a `Restored`.
+        A list of PIL images, or of arrays (H, W, C) in [0, 1] for 5 or more channels. With `output`: a `Restored`.
 
     Raises:
         UserError: for settings that contradict each other, images that are missing or unreadable, an output that
@@ -130,9 +131,10 @@ def restore(
     return restore_files(model, items, settings, output=place, seed=seed, batch_size=batch_size, overwrite=overwrite)
 
 
-def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size: int) -> list[Image.Image]:
-    """Restore one image, or a list of images in batches, in memory. Return a list of PIL images."""
+def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size: int) -> list:
+    """Restore one image, or a list of images in batches, in memory. Return a list of PIL images or arrays."""
     pipeline = open_pipeline(model)
+    output_type = "pil" if model.unet.config.in_channels <= 4 else "np"
     several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
     images = list(images) if several else [images]
     mask = read_masks_in_memory(mask)
@@ -143,7 +145,7 @@ def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size
         of_batch = mask[start : start + batch_size] if isinstance(mask, (list, tuple)) else mask
         masks = {} if mask is None else {"mask": of_batch}
         with refused_as_user_error("images"):
-            restored += pipeline(batch, **masks, **settings, generator=generators).images
+            restored += pipeline(batch, **masks, **settings, generator=generators, output_type=output_type).images
     return restored
 
 
@@ -153,6 +155,7 @@ def restore_files(
     """Check all items, restore the items that have no result yet, and draw a sheet of inputs and results."""
     pipeline = open_pipeline(model)
     pipeline.set_progress_bar_config(disable=True)
+    pixels = output_format(model, items, output)
     for item in items:
         item.pixel_range = trained_range(model)
     record = {
@@ -161,6 +164,7 @@ def restore_files(
         "pipeline_sha256": hashlib.sha256(pipeline_file("restoration").read_bytes()).hexdigest(),
         "settings": settings | {"seed": seed},
         "num_images": len(items),
+        **pixels.record,
         "inputs_sha256": check_items(items, pipeline, settings, seed),
     }
     sheet = output.resolve().with_name(f"{output.resolve().name}.sheet.png")
@@ -168,24 +172,35 @@ def restore_files(
         check_sheet(sheet, output)
     is_file = len(items) == 1 and items[0].output == output
     to_do = begin_output(items, output, record, is_file=is_file, overwrite=overwrite)
-    noise_levels = restore_items(to_do, pipeline, settings, seed, batch_size)
+    noise_levels = restore_items(to_do, pipeline, settings, seed, batch_size, pixels=pixels)
     with writing("the sheet", output):
-        draw_sheet(items[:SHEET_IMAGES], sheet)
+        draw_sheet(items[:SHEET_IMAGES], sheet, pixels.channels)
     painted = [item.painted for item in items if item.painted is not None]
     return Restored(len(items), sheet, noise_levels, painted)
 
 
-def trained_range(model: Pretrained) -> tuple[float, float] | None:
-    """Return the --pixel_range that a model was trained with, or None. Images to restore are read with this range."""
-    flags = model.run.get("flags")
-    found = flags.get("pixel_range") if isinstance(flags, dict) else None
-    is_pair = isinstance(found, list) and len(found) == 2 and all(isinstance(value, int | float) for value in found)
-    return tuple(found) if is_pair and found[0] < found[1] else None
+def output_format(model: Pretrained, items: list[Item], output: Path) -> PixelFormat:
+    """Return the format of the results: PNG files of 8 bits, or .npy files for more channels than PNG has.
+
+    The names of the results get the suffix of the format.
+
+    Raises:
+        UserError: if OUTPUT is a file with another suffix.
+    """
+    channels = model.unet.config.in_channels
+    pixels = PixelFormat(channels) if channels <= 4 else pixel_format(model, None)
+    for item in items:
+        if item.output == output and output.suffix != pixels.suffix:
+            raise UserError(
+                f"OUTPUT is {output}, but images of {channels} channels are written as {pixels.suffix[1:]} files: "
+                f"give a name ending in {pixels.suffix}."
+            )
+        item.output = item.output.with_suffix(pixels.suffix)
+    return pixels
 
 
 def open_pipeline(model: Pretrained) -> DiffusionPipeline:
     """Return the RestorationPipeline of a loaded model, on the device of this process."""
-    check_channels(model.unet)
     module = pipeline_module("restoration")
     pipeline = module.RestorationPipeline(model.unet, model.scheduler.stock(), model.classes.id2label)
     return pipeline.to(PartialState().device)
@@ -220,14 +235,14 @@ def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]
     if place.is_file():
         if output.resolve() == place.resolve():
             raise UserError(f"OUTPUT {output} is the same file as INPUT: give another name as OUTPUT.")
-        if output.suffix != ".png" or output.is_dir():
+        if output.suffix not in (".png", ".npy") or output.is_dir():
             raise UserError(f"OUTPUT is {output}, but results are written as PNG files: give a name ending in .png.")
         return [Item(0, place, output, refuse_to_replace(output, find_mask(place, mask)))]
     if not place.is_dir():
         raise UserError(f"INPUT {place} is neither a file nor a folder: give an image or a folder of images.")
     if output.is_file() or output.resolve() == place.resolve():
         raise UserError(f"OUTPUT {output} is a file or the same folder as INPUT: give another folder as OUTPUT.")
-    paths = images_in(place)
+    paths = images_in(place, arrays=True)
     if not paths:
         raise UserError(
             f"INPUT {place} has no image directly inside (subfolders are not searched): give an image, or a folder "
@@ -251,12 +266,13 @@ def refuse_to_replace(output: Path, mask: Path | None) -> Path | None:
     return mask
 
 
-def images_in(folder: Path) -> list[Path]:
+def images_in(folder: Path, arrays: bool = False) -> list[Path]:
     """Return the files of a folder with a suffix that Pillow reads, in the order of their names.
 
-    Hidden files are left out.
+    Hidden files are left out. With `arrays`, .npy files are images too.
     """
     readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    readable |= {".npy"} if arrays else set()
     files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     return sorted(path for path in files if path.suffix.lower() in readable)
 
@@ -274,14 +290,16 @@ def find_mask(path: Path, mask: str | None) -> Path | None:
     return found[0]
 
 
-def read(path: Path, pixel_range: tuple[float, float] | None) -> torch.Tensor:
-    """Read an image as float32 (C, H, W) in [0, 1]. C is 1 if all pixels are grey, else 3.
+def read(path: Path, pixel_range: tuple[float, float] | None, channels: int = 3) -> torch.Tensor:
+    """Read an image as float32 (C, H, W) in [0, 1]. For 1 or 3 channels, C is 1 if all pixels are grey, else 3.
 
-    The image is turned upright, and transparent areas become white. For `pixel_range` see data/decode.py.
+    The image is turned upright, and for 1 or 3 channels, transparent areas become white. For `pixel_range` see
+    data/decode.py.
     """
-    array = use_path(lambda image: to_array(image, 3, exact=True, pixel_range=pixel_range), path)
+    wanted = 3 if channels == 1 else channels
+    array = use_path(lambda image: to_array(image, wanted, exact=True, pixel_range=pixel_range), path)
     image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
-    return image[:1] if (image == image[:1]).all() else image
+    return image[:1] if channels in (1, 3) and (image == image[:1]).all() else image
 
 
 def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -290,7 +308,7 @@ def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tenso
     Returns:
         The image (C, H, W), and the mask (H, W) or None.
     """
-    image = read(item.path, item.pixel_range)
+    image = read(item.path, item.pixel_range, pipeline.unet.config.in_channels)
     channels = 1 if task == "colorize" else pipeline.unet.config.in_channels
     if len(image) > channels:
         why = "colorize takes grey images" if task == "colorize" else "the model has images of one channel"
@@ -392,8 +410,11 @@ def begin_output(items: list[Item], output: Path, record: dict, *, is_file: bool
     return items
 
 
-def restore_items(items: list[Item], pipeline, options: dict, seed: int, batch_size: int) -> list[float]:
+def restore_items(
+    items: list[Item], pipeline, options: dict, seed: int, batch_size: int, *, pixels: PixelFormat
+) -> list[float]:
     """Restore the images in batches of one size, write the results, and return the noise level of each image."""
+    options = options | {"output_type": "pil" if pixels.suffix == ".png" else "pt"}
     noise_levels = []
     batches = []
     for size in sorted({item.size for item in items}):
@@ -406,26 +427,27 @@ def restore_items(items: list[Item], pipeline, options: dict, seed: int, batch_s
             generators = image_generators(seed, [item.index for item in batch])
             with refused_as_user_error(batch[0].path.name):
                 done = pipeline(torch.stack(images), **stack_masks(masks), **options, generator=generators)
-            for item, image in zip(batch, done.images):
+            is_png = pixels.suffix == ".png"
+            arrays = map(np.atleast_3d, done.images) if is_png else pixels.encode(2 * done.images - 1)
+            for item, array in zip(batch, arrays):
                 with writing("the image", item.output):
-                    save_picture(image.save, item.output)
+                    pixels.save(array, item.output)
             noise_levels += done.noise_levels.tolist()
             bar.update(len(batch))
     return noise_levels
 
 
-def draw_sheet(items: list[Item], path: Path) -> Path:
+def draw_sheet(items: list[Item], path: Path, channels: int) -> Path:
     """Draw a sheet with each input above its result, and return the path of the sheet.
 
     Inputs are enlarged to the size of their results. Their masked areas are grey.
     """
     pairs = []
     for item in items:
-        given = read(item.path, item.pixel_range)
-        result = Image.open(item.output).convert("RGB")
+        given, result = (read(place, item.pixel_range, channels) for place in (item.path, item.output))
         given = given if item.mask is None else given.masked_fill(read_mask(item.mask), 0.5)
-        array = to_uint8(2 * given - 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
-        pairs.append((Image.fromarray(array).resize(result.size, Image.Resampling.NEAREST), result))
+        given, result = (to_pil(side_by_side(2 * image[None] - 1))[0].convert("RGB") for image in (given, result))
+        pairs.append((given.resize(result.size, Image.Resampling.NEAREST), result))
     side = max(128, *(max(result.size) for _, result in pairs))
     gap = torch.full((3, GAP, side), 255, dtype=torch.uint8)
     cells = [torch.cat([frame(given, side), gap, frame(result, side)], dim=1) for given, result in pairs]

@@ -2,6 +2,7 @@
 
 A folder holds `000000.png`, `000001.png`, ... and `samples.json`, a record of how these images were drawn. An .npz
 file holds the images as `arr_0`, uint8 (N, H, W, C), the format of ADM's evaluator. Its `meta` is the same record.
+Images that PNG cannot store are `000000.npy`, ..., and other pixels than 8-bit ones are stored as pixels.py says.
 """
 
 import contextlib
@@ -19,12 +20,13 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.decode import opacity, use_path
+from ..data.arrays import read_npy
+from ..data.decode import opacity, use_file, use_path
 from ..errors import UserError
 from ..files import check_output, parse_json, read_json, read_npz, write_json, write_npz, writing
 from ..locks import LOCK, check_unlocked, locked
 from ..models.pretrained import Pretrained
-from ..pictures import save_picture, to_pil, to_uint8
+from .pixels import PixelFormat, is_format, pixel_format, recorded_format
 from .samplers import autocast, class_arguments, image_shape
 from .settings import DTYPES, Sampler
 
@@ -58,6 +60,7 @@ def check_same_samples(place: Path, found: dict | None, wanted: dict):
             raise UserError(f"{place} already exists and is not a set of samples of ddpm_hf: give another --output.")
         return
     pairs = [("the weights", found["model"]["unet_sha256"], wanted["model"]["unet_sha256"])]
+    pairs += [("the pixels", found.get("pixels"), wanted.get("pixels"))]
     keys = found["sampler"] | wanted["sampler"]  # a record without guidance has no guidance_scale
     pairs += [(key, found["sampler"].get(key), wanted["sampler"].get(key)) for key in keys]
     for what, there, here in pairs:
@@ -78,17 +81,22 @@ def read_samples(path) -> SampleSet:
             or in a lossy format.
     """
     path = Path(path)
-    if path.suffix == ".npz":
-        images, record = _read_npz(path)
-    else:
-        record = read_sample_record(path)
-        images = _read_folder(path, record)
+    array, record = _read_arrays(path)
+    images = (recorded_format(record) or PixelFormat(array.shape[-1])).decode(array)
     record = record or {"sampler": {}, "model": {}}
     return SampleSet(images, record["sampler"], record["model"])
 
 
-def _read_npz(path: Path) -> tuple[torch.Tensor, dict | None]:
-    """Return the images of an .npz file, uint8 (N, C, H, W), and its record, or None if it has no record."""
+def _read_arrays(path: Path) -> tuple[np.ndarray, dict | None]:
+    """Return the images of an .npz file or a folder as they are stored, (N, H, W, C), and their record or None."""
+    if path.suffix == ".npz":
+        return _read_npz(path)
+    record = read_sample_record(path)
+    return _read_folder(path, record), record
+
+
+def _read_npz(path: Path) -> tuple[np.ndarray, dict | None]:
+    """Return the images of an .npz file, (N, H, W, C), and its record, or None if it has no record."""
 
     def choose(names: list[str]) -> list[str]:
         return ["arr_0" if "arr_0" in names else names[0], *(["meta"] if "meta" in names else [])]
@@ -98,35 +106,41 @@ def _read_npz(path: Path) -> tuple[torch.Tensor, dict | None]:
     if not arrays:
         raise UserError(f"{path} has a record but no images: give an .npz with uint8 images (N, H, W, C) as arr_0.")
     (array,) = arrays.values()
-    if array.dtype != np.uint8:
-        raise UserError(
-            f"{path} holds {array.dtype} numbers, and their range is unknown: give uint8 images, e.g. "
-            "round((x + 1) * 127.5) for x in [-1, 1]."
-        )
-    if array.ndim != 4 or array.shape[-1] not in (1, 3) or not array.size:
-        raise UserError(
-            f"{path} holds an array of shape {array.shape}: give images of shape (N, H, W, C) with C = 1 or 3."
-        )
     try:
         content = parse_json(meta)
     except ValueError:  # the meta of another program
         content = None
-    return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous(), _checked_record(content, path)
+    record = _checked_record(content, path)
+    pixels = recorded_format(record) or PixelFormat(array.shape[-1] if array.ndim == 4 else 0)
+    if array.dtype != pixels.type:
+        raise UserError(
+            f"{path} holds {array.dtype} numbers, and their range is unknown: give uint8 images, e.g. "
+            "round((x + 1) * 127.5) for x in [-1, 1]."
+        )
+    wanted = (1, 3) if not record or "pixels" not in record else (pixels.channels,)
+    if array.ndim != 4 or array.shape[-1] not in wanted or not array.size:
+        raise UserError(
+            f"{path} holds an array of shape {array.shape}: give images of shape (N, H, W, C) with C = "
+            f"{' or '.join(map(str, wanted))}."
+        )
+    return array, record
 
 
-def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
-    """Return the images in the PNG files of a folder, or of its subfolders, uint8 (N, C, H, W), in the order of names.
+def _read_folder(folder: Path, record: dict | None) -> np.ndarray:
+    """Return the images in the PNG files of a folder, or of its subfolders, (N, H, W, C), in the order of names.
 
-    With a record, only the `num_images` images of the record are read.
+    With a record, only the `num_images` images of the record are read. They may be .npy files.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a folder of PNG files, or an .npz.")
     files = find_pngs(folder) if record is None else []
     if record is not None:  # do not read more files: an earlier run with a larger num_images may have left some
+        pixels = recorded_format(record)
+        suffix = ".png" if pixels is None else pixels.suffix
         # Look at the files that are there, because a damaged record can ask for millions.
-        numbers = {int(path.stem): path for path in folder.glob("*.png") if re.fullmatch(r"\d{6,8}", path.stem)}
-        numbers = sorted(k for k in numbers if k < record["num_images"] and numbers[k].name == file_name(k))
-        files = [path for k in numbers if (path := folder / file_name(k)).is_file()]
+        numbers = {int(path.stem): path for path in folder.glob(f"*{suffix}") if re.fullmatch(r"\d{6,8}", path.stem)}
+        numbers = sorted(k for k in numbers if k < record["num_images"] and numbers[k].name == file_name(k, suffix))
+        files = [path for k in numbers if (path := folder / file_name(k, suffix)).is_file()]
         if len(files) < record["num_images"]:
             raise UserError(
                 f"{folder} has only {len(files)} of {record['num_images']} images: run the same `sample` command "
@@ -141,6 +155,8 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
         )
     if not files:
         raise UserError(f"{folder} has no PNG files: give a folder of samples, an .npz, or a model.")
+    if record is not None and pixels is not None:
+        return _read_recorded(files, pixels)
     arrays = []
     kind = None
     for path in tqdm(files, desc="Reading samples", unit="image", disable=len(files) < 2000):
@@ -155,7 +171,25 @@ def _read_folder(folder: Path, record: dict | None) -> torch.Tensor:
                 "one size and mode."
             )
         arrays.append(array if array.ndim == 3 else array[..., None])
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return np.stack(arrays)
+
+
+def _read_recorded(files: list[Path], pixels: PixelFormat) -> np.ndarray:
+    """Return the images in files of this format, (N, H, W, C)."""
+    arrays = []
+    for path in tqdm(files, desc="Reading samples", unit="image", disable=len(files) < 2000):
+        if pixels.suffix == ".npy":
+            array = use_file(read_npy, (path.stem, {"bytes": None, "path": str(path)}))
+        else:
+            array = use_path(np.array, path)
+        array = array if array.ndim == 3 else array[..., None]
+        arrays.append(array)
+        if array.dtype != pixels.type or array.shape[-1] != pixels.channels or array.shape != arrays[0].shape:
+            raise UserError(
+                f"{path} holds {array.dtype} {array.shape}, but the record says {pixels.type} with {pixels.channels} "
+                "channels: draw these samples again."
+            )
+    return np.stack(arrays)
 
 
 def find_pngs(folder: Path) -> list[Path]:
@@ -208,6 +242,7 @@ def _checked_record(content, path: Path) -> dict | None:
         return None
     sampler, model, count = (content.get(key) for key in ("sampler", "model", "num_images"))
     is_whole = isinstance(sampler, dict) and isinstance(model, dict) and type(count) is int
+    is_whole = is_whole and ("pixels" not in content or is_format(content["pixels"]))
     if is_whole and 1 <= count <= MAX_IMAGES and isinstance(model.get("unet_sha256"), str) and _is_sampler(sampler):
         return content
     raise UserError(f"the record in {path} is damaged: remove it, or draw these samples again.")
@@ -229,9 +264,9 @@ def _is_sampler(sampler: dict) -> bool:
     return is_labelled and all(isinstance(name, str) for name in names or [])
 
 
-def file_name(k: int) -> str:
+def file_name(k: int, suffix: str = ".png") -> str:
     """Return the name of image k in a folder of samples."""
-    return f"{k:06d}.png"
+    return f"{k:06d}{suffix}"
 
 
 def check_counts(num_images: int, batch_size: int):
@@ -249,6 +284,7 @@ def draw_samples(
     output: str | Path,
     *,
     batch_size: int = 64,
+    pixel_type: str | None = "uint8",
 ) -> Path:
     """Draw images 0..num_images-1 into a folder or an .npz file, and return its path.
 
@@ -259,6 +295,7 @@ def draw_samples(
     Args:
         sampler: a resolved `Sampler`.
         output: a folder, which may hold some of these images already, or a file that ends in .npz.
+        pixel_type: see `pixel_format`.
 
     Raises:
         UserError: if `output` holds other samples or other files, if another process is writing to it, if it cannot be
@@ -268,11 +305,13 @@ def draw_samples(
     output = check_output("--output", output)
     state = PartialState()
     folder = output.with_name(output.name + ".parts") if output.suffix == ".npz" else output
+    pixels = pixel_format(model, pixel_type)
     record = {
         "schema": SAMPLES_SCHEMA,
         "model": model.facts,
         "sampler": sampler.record(model),
         "num_images": num_images,
+        **pixels.record,
     }
     check_unlocked(output, SECOND_WRITER)
     drawn = _read_drawn(output, folder, record)
@@ -289,20 +328,20 @@ def draw_samples(
                 folder.mkdir(parents=True, exist_ok=True)
                 lock.enter_context(locked(output, SECOND_WRITER))
                 drawn = _read_drawn(output, folder, record)  # again, because it may have changed before the lock
-                for k, image in enumerate(to_pil(drawn)):
-                    save_picture(image.save, folder / file_name(k))
+                for k, image in enumerate(drawn):
+                    pixels.save(image, folder / file_name(k, pixels.suffix))
                 write_json(folder / "samples.json", record)
         state.wait_for_everyone()
         blocks = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
         mine = [
             block
             for block in blocks[state.process_index :: state.num_processes]
-            if not all((folder / file_name(k)).is_file() for k in block)
+            if not all((folder / file_name(k, pixels.suffix)).is_file() for k in block)
         ]
         if mine:
             if state.is_main_process:
                 _print_estimate(sampler, mine, one_image)
-            _draw_blocks(model, sampler, mine, folder)
+            _draw_blocks(model, sampler, mine, folder, pixels)
         state.wait_for_everyone()
         if output.suffix == ".npz" and state.is_main_process:
             _pack(folder, output, record)
@@ -310,13 +349,13 @@ def draw_samples(
     return output
 
 
-def _read_drawn(output: Path, folder: Path, record: dict) -> torch.Tensor:
-    """Return the images that an .npz file `output` already holds, uint8 (N, C, H, W).
+def _read_drawn(output: Path, folder: Path, record: dict) -> np.ndarray:
+    """Return the images that an .npz file `output` already holds, (N, H, W, C).
 
     Raises:
         UserError: if `output` or `folder` holds other samples than `record` describes.
     """
-    drawn = torch.empty(0, 1, 1, 1, dtype=torch.uint8)
+    drawn = np.empty((0, 1, 1, 1))
     if output.suffix == ".npz" and output.is_dir():
         raise UserError(f"--output {output} is a folder, but a name ending in .npz must be a file: give another name.")
     if output.suffix == ".npz" and output.is_file():
@@ -333,7 +372,7 @@ def _print_estimate(sampler: Sampler, blocks: list[range], one_image: float):
     print(f"{left:,} images of {sampler.name} in {sampler.num_inference_steps} steps: about {cost}.", flush=True)
 
 
-def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folder: Path):
+def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folder: Path, pixels: PixelFormat):
     """Draw these blocks, and write the images that are not in the folder yet."""
     num_images = sum(map(len, blocks))
     hidden = not PartialState().is_main_process
@@ -345,14 +384,14 @@ def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folde
         for block in blocks:
             images = sampler.draw(model, block, partial(count, len(block)))
             with writing("samples", folder):
-                for k, image in zip(block, to_pil(to_uint8(images))):
-                    if not (folder / file_name(k)).is_file():
-                        save_picture(image.save, folder / file_name(k))
+                for k, image in zip(block, pixels.encode(images)):
+                    if not (folder / file_name(k, pixels.suffix)).is_file():
+                        pixels.save(image, folder / file_name(k, pixels.suffix))
 
 
 def _pack(folder: Path, output: Path, record: dict):
     """Write the images of a folder to one .npz file, then remove the folder."""
-    images = read_samples(folder).images[: record["num_images"]].permute(0, 2, 3, 1).numpy()
+    images = _read_folder(folder, record)
     with writing("samples", output):
         write_npz(output.resolve(), arr_0=images, meta=json.dumps(record))
         shutil.rmtree(folder)

@@ -100,15 +100,6 @@ def check_seed(seed: int):
         raise UserError(f"--seed is {seed}, but must be a whole number from -2^63 to 2^63 - 1: give another one.")
 
 
-def check_channels(unet: nn.Module):
-    """Raise a UserError if the images of a UNet are neither grey nor RGB."""
-    if unet.config.in_channels not in (1, 3):
-        raise UserError(
-            f"the images of this model have {unet.config.in_channels} channels, but only images of 1 (grey) or 3 "
-            "(RGB) can be drawn and written: give another model."
-        )
-
-
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
     """Return one CPU generator per image, seeded with `seed + k` for each k in `indices`, as EDM does.
 

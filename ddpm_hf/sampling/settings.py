@@ -16,7 +16,6 @@ from ..sizes import read_size
 from .guidance import guide
 from .samplers import (
     SAMPLERS,
-    check_channels,
     check_seed,
     check_settings,
     default_steps,
@@ -85,7 +84,6 @@ class Sampler:
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}.")
         check_seed(self.seed)
-        check_channels(model.unet)
         check_settings(self.name, self.eta, self.variance_type, model.unet)
         self.network(model)  # raises a UserError if the model does not support the guidance
         timesteps = self.timesteps

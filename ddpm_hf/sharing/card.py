@@ -261,7 +261,9 @@ def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> s
     of_classes = f" Its classes: {', '.join(named[:20])}{' and more' * (len(named) > 20)}." if named else ""
     size = unet.get("sample_size")
     height, width = map(literal, size if isinstance(size, list) and len(size) == 2 else [size, size])
-    return f"{kind} of {height}x{width} images, {f'trained on {data} ' if data else ''}with `ddpm_hf`.{of_classes}"
+    channels = unet.get("in_channels")
+    images = "images" if channels in (1, 3) else f"images with {literal(channels)} channels"
+    return f"{kind} of {height}x{width} {images}, {f'trained on {data} ' if data else ''}with `ddpm_hf`.{of_classes}"
 
 
 def pictures(folder: Path) -> list[str]:

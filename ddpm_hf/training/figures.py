@@ -18,7 +18,7 @@ from ..diffusion.scheduler import PaperDDPMScheduler
 from ..errors import UserError
 from ..locks import check_unlocked
 from ..models.pretrained import Pretrained, load_pretrained
-from ..pictures import evenly, near_square, resize, save_picture, strip, tile, to_uint8
+from ..pictures import evenly, near_square, resize, save_picture, side_by_side, strip, tile, to_uint8
 from ..randomness import keyed_generator
 from ..run_folder import read_metrics
 from ..sampling.guidance import guide
@@ -55,7 +55,7 @@ def reverse_gif(frames: list[torch.Tensor], path) -> Path:
 
     `frames` are samples (N, C, H, W) in [-1, 1], in the order from noise to image.
     """
-    sheets = [resize(to_uint8(frame[:16]), 84) for frame in evenly(frames, FRAMES)]
+    sheets = [resize(side_by_side(to_uint8(frame[:16])), 84) for frame in evenly(frames, FRAMES)]
     # Frames of noise take most of the bytes, but need few colours. The images at the end get all 256 colours.
     few, columns = 16 if sheets[0].shape[1] == 1 else 64, near_square(len(sheets[0]))
     colors = [few if k < 0.8 * len(sheets) else 256 for k in range(len(sheets))]

@@ -18,7 +18,7 @@ from ..files import writing
 from ..models.ema import ema_decay
 from ..models.post_hoc_ema import save_snapshot
 from ..models.saving import save_classifier, save_pipeline
-from ..pictures import image_sheet
+from ..pictures import image_sheet, side_by_side
 from ..sampling.generate import sample_together
 from ..sampling.settings import Sampler
 from ..sharing.card import write_card_or_warn
@@ -167,7 +167,7 @@ def add_sheet(run: Run, due: set[str], line: dict):
 def log_sheet(tracker, images: torch.Tensor, sheet: Path, step: int):
     """Give a sample sheet to a tracker of accelerate. TensorBoard gets the `images`, the others the file `sheet`."""
     if tracker.name == "tensorboard":
-        tracker.log_images({"samples": images.numpy()}, step=step, dataformats="NCHW")
+        tracker.log_images({"samples": side_by_side(images).numpy()}, step=step, dataformats="NCHW")
     elif tracker.name == "wandb":
         with Image.open(sheet) as picture:
             tracker.log_images({"samples": [picture]}, step=step)
