@@ -161,6 +161,7 @@ def test_images_that_are_neither_grey_nor_rgb_are_drawn_and_restored(channels, t
     main(["restore", str(model), str(given), str(tmp_path / f"b{given.suffix}"), "--task=denoise"])
     Image.new("F", (8, 8)).save(tmp_path / "a.tif")
     before = everything(tmp_path)
+    capsys.readouterr()
     said = refused(capsys, "restore", model, tmp_path / "a.tif", tmp_path / f"c{given.suffix}", "--task=denoise")
     assert f"it is a picture of mode F, but images of {channels} channels are wanted: give" in said
     said = refused(capsys, "restore", model, given, tmp_path / f"c{given.suffix}", "--task=colorize")

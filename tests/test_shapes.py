@@ -91,7 +91,7 @@ def test_a_run_says_its_size_and_resumes_bit_for_bit(run, tmp_path):
         train(parse_config([*run.flags, *flags]))
         assert_equal(everything(resumed), everything(run.folder))
         return
-    other, _ = steps(2, *run.flags, *flags)  # without the figures at the end, which take seconds
+    other, _ = steps(2, *run.flags, *flags, "--no_overwrite_output_dir")  # draws no figures, which take seconds
     saved = safetensors.torch.load_file(run.folder / "checkpoint-4" / "ema.safetensors")
     assert other.state.step == 4
     assert_equal(dict(other.ema.module.state_dict()), saved)

@@ -11,7 +11,7 @@ from PIL import Image
 from ..errors import UserError, no_such
 from ..files import write_beside
 from ..models.pretrained import Pretrained
-from ..pictures import save_picture, to_pil, to_uint8
+from ..pictures import save_picture, to_uint8
 
 
 PIXEL_TYPES = ("uint8", "uint16", "float32")
@@ -64,10 +64,8 @@ class PixelFormat:
         """Write one image (H, W, C) of this format. A kill leaves no half-written file."""
         if self.suffix == ".npy":
             write_beside(path, lambda partial: _save_npy(array, partial))
-        elif self.type == "uint16":
-            save_picture(Image.fromarray(array[..., 0]).save, path)
         else:
-            save_picture(to_pil(torch.from_numpy(array).permute(2, 0, 1)[None])[0].save, path)
+            save_picture(Image.fromarray(array[..., 0] if self.channels == 1 else array).save, path)
 
 
 def _save_npy(array: np.ndarray, path: Path):
