@@ -14,6 +14,8 @@ from .files import write_beside, writing
 
 
 GAP = 4  # white pixels between images
+MOST_CHANNELS = 8  # shown side by side
+LABEL_HEIGHT = 24  # pixels of a row with a label
 
 
 def save_picture(write, path, **options) -> Path:
@@ -53,13 +55,14 @@ def side_by_side(images: torch.Tensor) -> torch.Tensor:
     """Return images (N, C, H, W) of any number of channels as grey or RGB images, to look at them.
 
     Images of 1 or 3 channels are returned as they are. With 4 channels, the first three are a color image, and the
-    fourth is a grey image to its right. Otherwise all channels are grey images, from left to right.
+    fourth is a grey image to its right. Otherwise all channels are grey images, from left to right, or 8 evenly spaced
+    ones if there are more.
     """
     if images.shape[1] in (1, 3):
         return images
     if images.shape[1] == 4:
         return torch.cat([images[:, :3], images[:, 3:].expand(-1, 3, -1, -1)], dim=-1)
-    return torch.cat(images.split(1, dim=1), dim=-1)
+    return torch.cat([images[:, k : k + 1] for k in evenly(range(images.shape[1]), MOST_CHANNELS)], dim=-1)
 
 
 def near_square(count: int) -> int:
@@ -101,21 +104,23 @@ def check_sheet(sheet: Path, output: Path):
         )
 
 
-def frame(image: Image.Image, side: int) -> torch.Tensor:
-    """Return a white square, uint8 (3, side, side), with the image in its middle.
+def frame(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """Return a white rectangle, uint8 (3, height, width), with the image in its middle.
 
     The image is enlarged by the largest whole factor that fits.
     """
-    square = Image.new("RGB", (side, side), "white")
-    factor = side // max(image.size)
+    page = Image.new("RGB", (width, height), "white")
+    factor = min(width // image.width, height // image.height)
     image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    page.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return torch.from_numpy(np.array(page)).permute(2, 0, 1)
 
 
 def strip(rows: list[torch.Tensor], column_labels: list[str], row_labels: list[str], path) -> Path:
     """Write rows of uint8 images (K, C, H, W), with K labels above and a label left of each row. Return the path."""
-    rows = [resize(side_by_side(row), 128) for row in rows]
+    rows = [side_by_side(resize(row, 128)) for row in rows]
+    missing = max(0, LABEL_HEIGHT - rows[0].shape[-2]) if row_labels else 0
+    rows = [torch.nn.functional.pad(row, (0, 0, missing // 2, missing - missing // 2), value=255) for row in rows]
     body = tile(torch.cat(rows), len(column_labels))
     font = ImageFont.load_default(18)
     top, left = 32, max(math.ceil(font.getlength(label)) for label in row_labels) + 16 if row_labels else 0

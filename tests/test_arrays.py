@@ -122,6 +122,7 @@ def test_channels_are_shown_side_by_side():
     assert side_by_side(images[:, :3]) is not None and side_by_side(images[:, :3]).shape == (1, 3, 2, 3)
     assert side_by_side(images)[0, 0, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
     assert side_by_side(images[:, :2]).shape == (1, 1, 2, 6)
+    assert side_by_side(torch.arange(15).view(1, 15, 1, 1))[0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]
     four = side_by_side(images[:, :4])
     assert four[0, :, 0].tolist() == [[0, 0, 0, 3, 3, 3], [1, 1, 1, 3, 3, 3], [2, 2, 2, 3, 3, 3]]
 

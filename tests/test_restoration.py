@@ -80,11 +80,11 @@ def test_a_folder_of_several_sizes(tiny_run, images, tmp_path, capsys):
         assert result.size == given.size and result.mode == "L"
         assert (np.asarray(result) != np.asarray(given)).mean() > 0.5
     sheet = Image.open(tmp_path / "out.sheet.png")
-    assert sheet.width == 4 * 128 + 3 * 4 and sheet.height == 2 * 128 + 4
+    assert sheet.width == 4 * 128 + 3 * 4 and sheet.height == 2 * 112 + 4
     shown = np.asarray(sheet)[:, :, 0]
-    # 28x28 is enlarged four times, in the middle of 128x128; the results are below the inputs.
-    assert np.array_equal(shown[8:120:4, 8:120:4], pixels(images / "a.png"))
-    assert np.array_equal(shown[132 + 8 : 132 + 120 : 4, 8:120:4], pixels(tmp_path / "out" / "a.png"))
+    # 28x28 is enlarged four times, in the middle of 112x128; the results are below the inputs.
+    assert np.array_equal(shown[:112:4, 8:120:4], pixels(images / "a.png"))
+    assert np.array_equal(shown[116::4, 8:120:4], pixels(tmp_path / "out" / "a.png"))
 
 
 def test_one_file_is_the_first_of_a_folder(tiny_run, images, tmp_path):

@@ -149,7 +149,7 @@ def _to_scale(array, white, exact, pixel_range):
     return array.astype(np.float32) if exact else np.rint(array * 255).astype(np.uint8)
 
 
-def read_image(item, channels, resolution, exact, pixel_range=None, pages=None):
+def read_image(item, channels, resolution, exact, *, pixel_range=None, pages=None):
     """Decode an item with `to_array`, and resize it with antialiasing to the smallest size that covers `resolution`.
 
     One of its sides becomes the height or the width of `resolution`, and the other one is at least as long as it has

@@ -152,7 +152,7 @@ def _crop_hint(shapes: np.ndarray, size: tuple[int, int]) -> list[str]:
     multiple = 2 ** max(0, (shorter // 8).bit_length() - 1)  # so that the sides can be halved about as often
     longer = multiple * round(shorter * max(aspect, 1 / aspect) / multiple)
     better = (longer, shorter) if aspect > 1 else (shorter, longer)
-    if lost(*size) < CROPPED or lost(*better) > lost(*size) / 2 or longer > 4 * shorter:
+    if shorter < 8 or lost(*size) < CROPPED or lost(*better) > lost(*size) / 2 or longer > 4 * shorter:
         return []
     return [
         f"Hint: the crop to {size[0]}x{size[1]} cuts off {lost(*size):.0%} of the images looked at: --resolution "

@@ -448,7 +448,9 @@ def draw_sheet(items: list[Item], path: Path, channels: int) -> Path:
         given = given if item.mask is None else given.masked_fill(read_mask(item.mask), 0.5)
         given, result = (to_pil(side_by_side(2 * image[None] - 1))[0].convert("RGB") for image in (given, result))
         pairs.append((given.resize(result.size, Image.Resampling.NEAREST), result))
-    side = max(128, *(max(result.size) for _, result in pairs))
-    gap = torch.full((3, GAP, side), 255, dtype=torch.uint8)
-    cells = [torch.cat([frame(given, side), gap, frame(result, side)], dim=1) for given, result in pairs]
+    width, height = (max(side) for side in zip(*(result.size for _, result in pairs)))
+    factor = max(1, 128 // max(width, height))
+    box = factor * height, factor * width
+    gap = torch.full((3, GAP, box[1]), 255, dtype=torch.uint8)
+    cells = [torch.cat([frame(given, *box), gap, frame(result, *box)], dim=1) for given, result in pairs]
     return image_sheet(torch.stack(cells), path, min(SHEET_COLUMNS, len(cells)))
