@@ -437,12 +437,12 @@ def test_the_home_folder_may_be_written_as_a_tilde(open_folder, tmp_path, monkey
     assert found(open_folder("~/photos")[0]) == {0: None, 1: None}
 
 
-def test_a_folder_of_arrays_is_refused(open_folder, tmp_path):
+def test_a_folder_of_other_files_is_refused(open_folder, tmp_path):
     (tmp_path / "arrays").mkdir()
     for k in range(4):
-        np.save(tmp_path / "arrays" / f"{k}.npy", np.zeros((4, 4)))
+        (tmp_path / "arrays" / f"{k}.mat").touch()
     with pytest.raises(
-        UserError, match=r"no images, only 4 other files: 0.npy, 1.npy, 2.npy, ...\): give a folder of"
+        UserError, match=r"no images, only 4 other files: 0.mat, 1.mat, 2.mat, ...\): give a folder of"
     ):
         open_folder(tmp_path / "arrays")
 

@@ -30,7 +30,7 @@ from ..errors import UserError
 NOT_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 IMAGE_SUFFIXES = {
     suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN and name not in NOT_DECODED
-} | {".npy"}
+}
 METADATA_NAMES = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
 TABLE_SUFFIXES = {".parquet", ".arrow", ".tar", ".zip"}  # files of a dataset that can contain images
 SHARD = re.compile(r"-\d{5}-of-\d{5}[^/]*$")  # how the Hub names the tables of a dataset
@@ -55,8 +55,13 @@ def tables_in(files: dict) -> list[str]:
 
 
 def images_in(files: dict) -> list[str]:
-    """Return the names of the images in `list_files`: regular files with the suffix of an image format."""
-    return [name for name, facts in files.items() if facts is not None and _suffix(name) in IMAGE_SUFFIXES]
+    """Return the names of the images in `list_files`: regular files with the suffix of an image format.
+
+    If there are none, return the .npy files. Next to pictures, these often hold something else.
+    """
+    regular = [name for name, facts in files.items() if facts is not None]
+    pictures = [name for name in regular if _suffix(name) in IMAGE_SUFFIXES]
+    return pictures or [name for name in regular if _suffix(name) == ".npy"]
 
 
 def open_image_folder(folder: Path, files: dict):
