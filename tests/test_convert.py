@@ -101,7 +101,7 @@ def test_what_cannot_be_converted_is_refused(sources, tmp_path, capsys, monkeypa
     (tmp_path / "taken").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for words, sentence in {
-        "evil-pickle new": "evil-pickle cannot be loaded (Weights only load failed",
+        "evil-pickle new": "evil-pickle cannot be loaded (it is damaged, or holds other things",
         "no-weights new": "it has neither safetensors nor diffusion_pytorch_model.bin",
         "a-list new": "holds other things than weights",
         "empty new": "empty has no config.json of a UNet: give",
