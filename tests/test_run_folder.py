@@ -84,10 +84,10 @@ def test_a_run_of_an_earlier_version_goes_on_without_the_group_norm_that_it_lack
 
 
 def test_a_tracker_that_cannot_start_leaves_the_run_that_was_to_be_overwritten(ran):
-    write(ran / "a file")
+    write(ran / "own" / "a file")
     before = listing(ran)
     with pytest.raises(UserError, match="--logger tensorboard cannot start"):
-        train(config(ran, "--overwrite_output_dir", "--logger=tensorboard", "--logging_dir=a file"))
+        train(config(ran, "--overwrite_output_dir", "--logger=tensorboard", "--logging_dir=own/a file"))
     assert listing(ran) == before
 
 
