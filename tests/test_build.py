@@ -81,7 +81,7 @@ def test_a_unet_config_may_come_from_a_file_or_a_folder(tmp_path):
     ("change", "sentence"),
     [
         (dict(sample_size=16), "has sample_size 16, but this run needs 8"),
-        (dict(in_channels=0), "has in_channels 0, but images have 1 or more"),
+        (dict(in_channels=0), "its in_channels is 0, but must be a whole number from 1"),
         (dict(out_channels=2), "has out_channels 2, but this run needs 1"),
         (dict(_class_name="AutoencoderKL"), "holds AutoencoderKL: give the config of a UNet2DModel"),
         (dict(block_out_channels=[10**8, 8]), "block_out_channels"),

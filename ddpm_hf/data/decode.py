@@ -292,8 +292,11 @@ def check_regular(path):
             raise OSError("it is not a regular file")
 
 
-def use_path(use, path):
-    """Open an image file of this machine with `open_image`, and return `use(image)`.
+def use_path(use, path, open_file=Image.open):
+    """Open an image file of this machine, and return `use(image)`.
+
+    Args:
+        open_file: `Image.open`, or `open_image` to open .npy files too.
 
     Raises:
         UserError: if the file cannot be read, or if it has more pixels than Pillow's `MAX_IMAGE_PIXELS`.
@@ -303,7 +306,7 @@ def use_path(use, path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with open(path, "rb") as file:
-                return use(open_image(file))
+                return use(open_file(file))
     except Exception as error:  # Pillow's decoders raise anything for a broken file
         raise _cannot_be_read(path, error, "repair or remove it") from error
 

@@ -238,17 +238,11 @@ def unet_channels(config) -> int | None:
     """Return the number of channels of --model_config_name_or_path, or None without that flag.
 
     Raises:
-        UserError: if the config cannot be read, or if its in_channels is not a positive number.
+        UserError: if the config cannot be read.
     """
     if config.model_config_name_or_path is None:
         return None
-    channels = read_unet_config(config).get("in_channels", 3)
-    if type(channels) is not int or channels < 1:
-        raise UserError(
-            f"--model_config_name_or_path {config.model_config_name_or_path!r} has in_channels {channels}, but images "
-            "have 1 or more channels: change the config."
-        )
-    return channels
+    return read_unet_config(config).get("in_channels", 3)
 
 
 def read_unet_config(config) -> dict:

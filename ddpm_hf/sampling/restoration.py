@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..community_pipelines import pipeline_file, pipeline_module
-from ..data.decode import to_array, use_path
+from ..data.decode import open_image, to_array, use_path
 from ..data.survey import DARK
 from ..errors import UserError, no_such
 from ..files import check_output, read_json, write_json, writing
@@ -297,7 +297,7 @@ def read(path: Path, pixel_range: tuple[float, float] | None, channels: int = 3)
     data/decode.py.
     """
     wanted = 3 if channels == 1 else channels
-    array = use_path(lambda image: to_array(image, wanted, exact=True, pixel_range=pixel_range), path)
+    array = use_path(lambda image: to_array(image, wanted, exact=True, pixel_range=pixel_range), path, open_image)
     image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
     return image[:1] if channels in (1, 3) and (image == image[:1]).all() else image
 
@@ -356,7 +356,7 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
         digest.update(f"{item.path.stem} {tuple(image.shape)} ".encode() + image.numpy().tobytes())
         digest.update(b"" if mask is None else mask.numpy().tobytes())
         first.setdefault(item.size, item)
-        if use_path(lambda image: isinstance(image, Image.Image) and image.mode[0] in "IF", item.path):
+        if item.path.suffix != ".npy" and use_path(lambda image: image.mode[0] in "IF", item.path):
             deep.append(image.max().item())
     if deep and max(deep) < DARK:
         print(
