@@ -34,7 +34,9 @@ def benchmark(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", ["gpu", "growth", "restoration", "space_load", "speed", "time_to_quality"])
+@pytest.mark.parametrize(
+    "name", ["gpu", "growth", "init_from", "restoration", "space_load", "speed", "time_to_quality"]
+)
 def test_a_benchmark_shows_its_help(name, benchmark, capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark(name, "--help")

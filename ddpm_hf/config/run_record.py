@@ -12,6 +12,7 @@ from .training_config import TrainingConfig
 SCALARS = (str, int, float, type(None))
 # The allowed types of the entries that we read. Other entries are not checked.
 KINDS = {"flags": (dict,), "class_names": (list, type(None)), "unet": (dict,)}
+KINDS |= dict.fromkeys(["base_model", "scheduler"], (dict, type(None)))
 KINDS |= dict.fromkeys(["command", "git_commit"], (str, type(None)))
 KINDS |= dict.fromkeys(["parameters", "num_images", "num_processes", "device", "processor"], SCALARS)
 
@@ -43,9 +44,9 @@ def read_run(folder: str | Path) -> dict:
 def _could_be(value, annotation) -> bool:
     """Return whether a flag may have a value of this type.
 
-    If a flag is a choice of words, any word is accepted, because earlier versions had other choices.
+    If a flag is a choice of words or numbers, any other is accepted, because earlier versions had other choices.
     """
     if isinstance(value, list):
         return all(isinstance(part, (str, int, float)) for part in value)
     kinds, choices = allowed(annotation)
-    return any(fits(value, kind) for kind in [*kinds, *([str] if choices else [])])
+    return any(fits(value, kind) for kind in {*kinds, *map(type, choices)})

@@ -96,6 +96,11 @@ class ModelOptions:
     model_config_name_or_path: str | None = flag(
         None, "Config of a UNet2DModel: Hub id, folder or JSON file; it replaces the flags below that shape the UNet"
     )
+    init_from: str | None = flag(
+        None,
+        "Model whose weights to start from: Hub id, or folder of a pipeline, a checkpoint or a UNet; its schedule, "
+        "prediction type, size and architecture are used too, unless their flags are given [ours]",
+    )
     base_channels: int | None = flag(None, "Channels of the first level; default: 128 [ours]", at_least=1)
     channel_mults: list[str] | None = flag(
         None, "Channels of each level, as multiples of --base_channels; default: up to 1,1,2,2,4,4 [ours]"
@@ -281,12 +286,19 @@ class TrainingConfig(*reversed(GROUPS)):
     Lists may be given as on the command line (`channel_mults="1,2,2"`) or as lists (`[1, 2, 2]`), and paths as strings
     or `pathlib.Path`. The field `preset` only records where the values came from.
 
+    The attribute `given_flags` is not a flag. It has the names of the flags that were given, apart from the preset's:
+    those that `from_preset` received, or, without it, those whose value is not the default. --init_from leaves them
+    as they are.
+
     Raises:
         UserError: for a value that is not allowed. The message names the flag, the value and what is allowed.
     """
 
     def __post_init__(self):
         self.resolution = write_size(read_size(self.resolution, "--resolution", least=2))
+        self.given_flags = frozenset(
+            field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default
+        )
         check_types(self)
         self._read_values()
         check_bounds(self)
@@ -319,12 +331,15 @@ class TrainingConfig(*reversed(GROUPS)):
         values = dict(find_preset(preset).flags) if preset is not None else {}
         if "num_epochs" in flags:
             values.pop("max_train_steps", None)
-        return cls(preset=preset, **values | flags)
+        config = cls(preset=preset, **values | flags)
+        config.given_flags = frozenset(flags)
+        return config
 
     def _read_values(self):
         """Split the lists. Turn empty strings into None: on a command line, they clear a value of the preset."""
         self.validation_split = self.validation_split or None
         self.resume_from_checkpoint = self.resume_from_checkpoint or None
+        self.init_from = self.init_from or None
         self.class_names = split_list(self.class_names)
         self.channel_mults = split_list(self.channel_mults, int, "--channel_mults 1,2,2,2")
         self.attention_resolutions = split_list(self.attention_resolutions, int, "--attention_resolutions 16,8")
@@ -345,10 +360,9 @@ class TrainingConfig(*reversed(GROUPS)):
         if self.objective == "vlb" and (self.snr_gamma is not None or self.loss_type != "l2"):
             raise UserError("--objective vlb cannot be combined with --snr_gamma or --loss_type: leave them out.")
         if self.objective == "classify":
-            unused = ["class_conditional", "eval_metrics", "model_config_name_or_path", "snr_gamma"]
-            unused += ["ema_snapshots", "enable_xformers_memory_efficient_attention"] + ["loss_type"] * (
-                self.loss_type != "l2"
-            )
+            unused = ["class_conditional", "eval_metrics", "model_config_name_or_path", "init_from", "snr_gamma"]
+            unused += ["ema_snapshots", "enable_xformers_memory_efficient_attention"]
+            unused += ["loss_type"] * (self.loss_type != "l2")
             if given := [name for name in unused if getattr(self, name)]:
                 raise UserError(f"--objective classify cannot use --{given[0]}: leave it out.")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps and self.objective != "classify":

@@ -67,8 +67,16 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     def stock(self) -> DDPMScheduler:
         """Return this scheduler as an object of diffusers' own class, with equal betas, to be saved and published."""
-        # from_config ignores the arguments listed in _use_default_values, even if they were given by position.
-        return DDPMScheduler.from_config({k: v for k, v in self.config.items() if k != "_use_default_values"})
+        return DDPMScheduler.from_config(self.arguments)
+
+    @property
+    def arguments(self) -> dict:
+        """The arguments of DDPMScheduler that make this scheduler: its config without diffusers' own notes.
+
+        from_config would ignore the arguments that the note _use_default_values lists, even if they were given by
+        position.
+        """
+        return {name: value for name, value in self.config.items() if not name.startswith("_")}
 
     def in_stock_precision(self) -> "PaperDDPMScheduler":
         """Return a copy that computes from diffusers' float32 table, so that its steps equal those of stock pipelines.

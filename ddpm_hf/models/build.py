@@ -13,13 +13,21 @@ from ..errors import UserError
 from ..hub_requests import HUB_ERRORS, ask_hub, transfer_seconds
 from ..sizes import read_size
 from . import judge
+from .base_model import BaseModel, unet_arguments
 from .classifier import NoisyClassifier
 
 
 WIDE = 1024  # UNets with wider levels may not fit into the memory
+WEIGHT_FILES = "**/diffusion_pytorch_model*"
 
 
-def build_unet(config, channels: int, class_names: list[str] | None = None, saved: dict | None = None) -> UNet2DModel:
+def build_unet(
+    config,
+    channels: int,
+    class_names: list[str] | None = None,
+    saved: dict | None = None,
+    base: BaseModel | None = None,
+) -> UNet2DModel:
     """Build the UNet that the flags in `config` describe, with weights drawn from `config.seed`.
 
     Args:
@@ -27,19 +35,20 @@ def build_unet(config, channels: int, class_names: list[str] | None = None, save
         class_names: the classes of the data. A class-conditional UNet has one embedding per class. With
             --label_dropout it has one more, the last, for "no class".
         saved: the config of the network in the checkpoint to resume, see `middle_norm_groups`.
+        base: the model of --init_from. It gives the architecture, but `copy_weights` copies its weights.
 
     Raises:
         UserError: if such a UNet2DModel cannot be built. The message says which flag to change.
     """
     embeddings = len(class_names) + (config.label_dropout > 0) if config.class_conditional else None
+    needed = {
+        "sample_size": sample_size(config),
+        "in_channels": channels,
+        "out_channels": output_channels(config, channels),
+        "num_class_embeds": embeddings,
+    }
     if config.model_config_name_or_path:
         kwargs = read_unet_config(config)
-        needed = {
-            "sample_size": sample_size(config),
-            "in_channels": channels,
-            "out_channels": output_channels(config, channels),
-            "num_class_embeds": embeddings,
-        }
         for key, wanted in needed.items():
             if kwargs.get(key) not in (wanted, [wanted, wanted]):
                 raise UserError(
@@ -47,6 +56,8 @@ def build_unet(config, channels: int, class_names: list[str] | None = None, save
                     f"but this run needs {wanted}: change the config, --resolution, --variance_type or "
                     "--class_conditional."
                 )
+    elif base is not None:
+        kwargs = unet_arguments(config, base, needed)
     else:
         kwargs = unet_kwargs(config, channels, saved) | {"num_class_embeds": embeddings}
     if max(kwargs.get("block_out_channels") or [0]) > WIDE:
@@ -243,6 +254,18 @@ def unet_channels(config) -> int | None:
     if config.model_config_name_or_path is None:
         return None
     return read_unet_config(config).get("in_channels", 3)
+
+
+def ignored_weights_warning(config) -> list[str]:
+    """Return a list with one warning if --model_config_name_or_path names a model whose weights are ignored, else [].
+
+    Whether a Hub repository has weights is not asked.
+    """
+    name = config.model_config_name_or_path
+    if name is None or (Path(name).exists() and not any(Path(name).glob(WEIGHT_FILES))):
+        return []
+    start = "" if config.init_from else f": to start from them, give --init_from {name}"
+    return [f"Warning: --model_config_name_or_path {name} gives only its config, and its weights are ignored{start}."]
 
 
 def read_unet_config(config) -> dict:

@@ -229,12 +229,8 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
     names = saved.get("class_names")
     id2label = dict(enumerate(names)) if names else None
     with opening(checkpoint, "it is damaged, so give another checkpoint"):
-        settings = {"prediction_type": flags["prediction_type"], "variance_type": flags["variance_type"]}
         judge.check_unet(saved["unet"], {"id2label": id2label})
-        judge.check_scheduler({"num_train_timesteps": flags["ddpm_num_steps"], **settings})
-        if flags["ddpm_beta_schedule"] not in BETA_SCHEDULES:
-            raise ValueError(f"its ddpm_beta_schedule is {flags['ddpm_beta_schedule']!r}, which does not exist")
-        scheduler = make_scheduler(flags["ddpm_beta_schedule"], flags["ddpm_num_steps"], **settings)
+        scheduler = _scheduler_of_checkpoint(saved)
         judge.check_schedule(scheduler)
         tensors = safetensors.torch.load_file(checkpoint / file)
         unet = judge.build_unet(saved["unet"], tensors)
@@ -255,6 +251,19 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
         folder=checkpoint,
         classes=Classes.of_model(unet.config.num_class_embeds, id2label),
     )
+
+
+def _scheduler_of_checkpoint(saved: dict) -> PaperDDPMScheduler:
+    """Return the scheduler of a checkpoint's train_config.json. Earlier versions saved only the flags."""
+    flags, config = saved["flags"], saved.get("scheduler")
+    if config is not None:
+        judge.check_scheduler(config)
+        return PaperDDPMScheduler.from_config(config)
+    settings = {"prediction_type": flags["prediction_type"], "variance_type": flags["variance_type"]}
+    judge.check_scheduler({"num_train_timesteps": flags["ddpm_num_steps"], **settings})
+    if flags["ddpm_beta_schedule"] not in BETA_SCHEDULES:
+        raise ValueError(f"its ddpm_beta_schedule is {flags['ddpm_beta_schedule']!r}, which does not exist")
+    return make_scheduler(flags["ddpm_beta_schedule"], flags["ddpm_num_steps"], **settings)
 
 
 def _pretrained(unet, scheduler, facts: dict, *, run: dict, folder: Path, classes: Classes) -> Pretrained:

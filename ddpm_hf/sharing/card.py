@@ -135,6 +135,8 @@ def card_text(folder: Path, name: str | None, *, pushed_to: str | None) -> str:
     on_hub = data is not None and is_hub_id(data)
     known = (entry for pattern, entry in LICENCES.items() if re.fullmatch(pattern, str(data), re.IGNORECASE))
     licence, about_data = next(known, UNKNOWN_LICENCE)
+    base = run.get("base_model") or {}
+    on_hub_before = base.get("revision") is not None and is_hub_id(str(base.get("name")))
     is_classifier = flags.get("objective") == "classify"
     task = "image-classification" if is_classifier else "unconditional-image-generation"
     chosen = best_scores(records)
@@ -145,6 +147,7 @@ def card_text(folder: Path, name: str | None, *, pushed_to: str | None) -> str:
         pipeline_tag=task,
         tags=["diffusers", "ddpm", task, "pytorch", "ddpm_hf"],
         datasets=[data] if on_hub else None,
+        base_model=base.get("name") if on_hub_before else None,
         model_name=name.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
@@ -152,7 +155,7 @@ def card_text(folder: Path, name: str | None, *, pushed_to: str | None) -> str:
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"<!-- ddpm_hf: {quote(name, errors='replace')} -->\n# {literal(name.rpartition('/')[2])}",
-        introduction(folder, flags, data, on_hub),
+        introduction(folder, flags, data, on_hub, base),
         *pictures(folder),
         "## Use\n\n" + "\n\n".join(classifier_usage(where) if is_classifier else usage(where, folder)),
         "## Scores\n\n" + scores(records, chosen),
@@ -242,8 +245,12 @@ def without_none(values: dict) -> dict:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> str:
-    """Return the introduction of the card: what the model is, its data and its classes."""
+def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool, base: dict) -> str:
+    """Return the introduction of the card: what the model is, its data, the model it started from, its classes.
+
+    Args:
+        base: the "base_model" of train_config.json; {} without --init_from.
+    """
     unet = read_json(folder / "unet" / "config.json", missing={}) or read_json(
         folder / "classifier" / "config.json", missing={}
     )
@@ -263,7 +270,9 @@ def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool) -> s
     height, width = map(literal, size if isinstance(size, list) and len(size) == 2 else [size, size])
     channels = unet.get("in_channels")
     images = "images" if channels in (1, 3) else f"images with {literal(channels)} channels"
-    return f"{kind} of {height}x{width} {images}, {f'trained on {data} ' if data else ''}with `ddpm_hf`.{of_classes}"
+    of_data = f"trained on {data} " if data else ""
+    start = f" Its training began with the weights of {code(str(base['name']))}." if base.get("name") else ""
+    return f"{kind} of {height}x{width} {images}, {of_data}with `ddpm_hf`.{start}{of_classes}"
 
 
 def pictures(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from ..errors import UserError
 
 
 # A run can only be resumed with the same values of these flags, because they decide what the weights mean.
-FIXED = ["prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
+FIXED = ["init_from", "prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
 # A change of any other flag is printed, except for these flags, which affect only output, scores and speed.
 FREE = {field.name for group in (OutputOptions, EvaluationOptions, HubOptions) for field in fields(group)}
 FREE |= {
@@ -24,6 +24,7 @@ FREE |= {
 # The flags of the network are free too, because the config of the network is compared instead. The flags below are
 # not in that config, so they are not free.
 FREE |= {field.name for field in fields(ModelOptions)} - {
+    "init_from",
     "label_dropout",
     "torch_compile",
     "enable_xformers_memory_efficient_attention",
@@ -53,6 +54,8 @@ def check_fixed_flags(name: str, flags: dict, run):
         flags: the flags in the checkpoint.
     """
     for flag, was, now in changed_flags(flags, run):
+        if flag in FIXED and was is None:
+            raise UserError(f"{name} was trained without --{flag}: leave it out.")
         if flag in FIXED:
             raise UserError(f"{name} was trained with --{flag} {was}, not {now}: give --{flag} {was}.")
 

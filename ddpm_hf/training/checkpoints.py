@@ -289,8 +289,9 @@ def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema,
     """Write `checkpoint-<step>`, then remove the oldest above --checkpoints_total_limit. Every process calls this.
 
     Args:
-        facts: a dict for train_config.json, with "unet" (the config of the network), "class_names" (of a conditional
-            UNet, else None) and "facts" (the result of `facts_to_compare`).
+        facts: a dict for train_config.json, with "unet" and "scheduler" (their configs), "class_names" (of a
+            conditional UNet, else None), "base_model" (as in the run's train_config.json) and "facts" (the result of
+            `facts_to_compare`).
         rows: the rows of `state.pending`, each summed over the processes.
 
     Raises:
@@ -324,14 +325,15 @@ def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema,
     accelerator.wait_for_everyone()
 
 
-def saved_network(checkpoint: Path) -> dict:
-    """Return the config of the network in a checkpoint.
+def saved_config(checkpoint: Path) -> dict:
+    """Return the train_config.json of a checkpoint, with "flags" and "unet" (the config of its network).
 
     Raises:
         UserError: if it cannot be read.
     """
     with reading(checkpoint):
-        return json.loads((checkpoint / "train_config.json").read_text())["unet"]
+        saved = json.loads((checkpoint / "train_config.json").read_text())
+        return {**saved, "flags": dict(saved["flags"]), "unet": dict(saved["unet"])}
 
 
 def check_same_run(checkpoint: Path, run) -> list[str]:

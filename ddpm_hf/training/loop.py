@@ -108,6 +108,7 @@ def rehearse(config: TrainingConfig):
         UserError: if the input cannot be trained on, or if the picture cannot be written.
     """
     run, _ = check_run(config)
+    config = run.config  # with --init_from, some flags follow the other model
     is_main = run.accelerator.is_main_process
     if is_main and config.verbose:
         print(json.dumps(config.to_dict() | {"network": dict(run.network.config)}, indent=2))

@@ -193,6 +193,8 @@ def save_checkpoint(run: Run, due: set[str], line: dict):
         run.state,
         facts={
             "unet": dict(run.network.config),
+            "scheduler": run.scheduler.arguments,
+            "base_model": run.facts["base_model"],
             "class_names": run.class_names,
             "facts": facts_to_compare(run, run.state.step),
         },

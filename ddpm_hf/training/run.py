@@ -1,6 +1,7 @@
 """Do everything before the first step: build the parts of a run, refuse bad input, then prepare the run folder."""
 
 import contextlib
+import functools
 import os
 import platform
 from collections.abc import Callable
@@ -15,17 +16,19 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin, gather_object
 from diffusers import UNet2DModel
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..config.training_config import TrainingConfig
 from ..data.dataset import load_images
 from ..diffusion.losses import OBJECTIVES
-from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
+from ..diffusion.scheduler import PaperDDPMScheduler
 from ..diffusion.timestep_sampling import new_history
 from ..errors import UserError, suggestion
 from ..files import write_json, writing
 from ..locks import check_unlocked
-from ..models.build import build_classifier, build_unet, unet_channels
+from ..models.base_model import BaseModel, copy_weights, describe_start, follow, open_base_model, run_scheduler
+from ..models.build import build_classifier, build_unet, ignored_weights_warning, unet_channels
 from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.ema import make_ema
@@ -155,19 +158,15 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
     if config.objective not in OBJECTIVES:
         raise UserError(f"--objective {config.objective} is not known: {suggestion(config.objective, OBJECTIVES)}")
     accelerator = make_accelerator(config)
+    saved = None if checkpoint is None else checkpoints.saved_config(checkpoint)
     with accelerator.local_main_process_first():
+        base = open_base_model(config, saved)
+        config = follow(config, base, saved)
         train_set, validation_set = load_images(config, unet_channels(config))
     check_skipped(config, train_set)
     check_classes(config, train_set)
-    build = build_classifier if config.objective == "classify" else build_unet
-    saved = None if checkpoint is None else checkpoints.saved_network(checkpoint)
-    network = build(config, train_set.channels, train_set.class_names, saved)
-    scheduler = make_scheduler(
-        config.ddpm_beta_schedule,
-        config.ddpm_num_steps,
-        prediction_type=config.prediction_type,
-        variance_type=config.variance_type,
-    )
+    network, start = build_network(config, train_set, base, saved)
+    scheduler = run_scheduler(config, base, saved)
     optimizer = make_optimizer(config, network, accelerator.device)
     global_batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     num_images, total_steps = count_steps(config, train_set.num_images, global_batch)
@@ -193,7 +192,7 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
         facts={},
         state=TrainState(),
     )
-    run = replace(run, facts=describe(run))
+    run = replace(run, facts=describe(run) | {"base_model": None if base is None else base.facts | start})
     evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
     ignored = []
     if config.dataset_name and config.train_data_dir:
@@ -201,8 +200,25 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
             f"Warning: --train_data_dir {config.train_data_dir} is not used, because --dataset_name is "
             f"{config.dataset_name}: to train on the folder, give it as --dataset_name."
         ]
-    warnings = [*ignored, *train_set.warnings, *ema_warning(config, total_steps), *skipped]
+    warnings = [describe_start(base, start)] if start else []
+    warnings += ignored + ignored_weights_warning(config)
+    warnings += [*train_set.warnings, *ema_warning(config, total_steps), *skipped]
     return replace(run, evaluation=evaluation), warnings
+
+
+def build_network(config, train_set, base: BaseModel | None, saved: dict | None) -> tuple[nn.Module, dict]:
+    """Return the network of a run, and the result of `copy_weights` if it starts from another model, else {}.
+
+    Args:
+        base: the model of --init_from.
+        saved: the train_config.json of the checkpoint to resume, or None.
+    """
+    build = build_classifier if config.objective == "classify" else functools.partial(build_unet, base=base)
+    network = build(config, train_set.channels, train_set.class_names, None if saved is None else saved["unet"])
+    if base is None or saved is not None:
+        return network, {}
+    names = tuple(train_set.class_names) if config.class_conditional else None
+    return network, copy_weights(network, base, Classes(names, network.config.num_class_embeds or 0))
 
 
 def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:

@@ -54,8 +54,8 @@ def learning_rate_schedule(config, optimizer, total_steps: int):
 
 
 def ema_warning(config, total_steps: int) -> list[str]:
-    """Return a list with one warning if the final EMA still has 5 % or more of the initial weights, else []."""
-    if not config.use_ema or ema_decay(config, 1) == 0:
+    """Return a list with one warning if the final EMA still has 5 % or more of random initial weights, else []."""
+    if not config.use_ema or config.init_from is not None or ema_decay(config, 1) == 0:
         return []
     left = math.exp(sum(math.log(ema_decay(config, step)) for step in range(1, min(total_steps, 100_000))))
     if left < 0.05:
