@@ -58,6 +58,9 @@ class DataOptions:
     )
     center_crop: bool = flag(False, "Crop images in their middle, instead of at a random place")
     random_flip: bool = flag(False, "Mirror each image left to right with probability 1/2")
+    balance_classes: bool = flag(
+        False, "Use all classes equally often in each epoch, instead of each image once; labels may be missing [ours]"
+    )
     preserve_input_precision: bool = flag(False, "Keep 16 and 32 bit images exact, instead of rounding them to 8 bit")
     channels: int | None = flag(
         None,
@@ -413,6 +416,10 @@ class TrainingConfig(*reversed(GROUPS)):
                 raise UserError(
                     f"--{name} reads all images before training, and --streaming does not keep them: leave one out."
                 )
+        if self.balance_classes and self.streaming:
+            raise UserError(
+                "--balance_classes needs the classes of all images, and --streaming does not keep them: leave one out."
+            )
         if self.validation_split == "train":
             raise UserError("--validation_split train names the training images: give another split or a share.")
         if self.dataset_name is None and self.train_data_dir is None:

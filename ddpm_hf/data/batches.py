@@ -16,9 +16,10 @@ def training_batches(train_set, config, first_ordinal, process_index, num_proces
     """Yield the batches of one process, without end.
 
     A batch is `{"ordinals": (B,) int64, "images": (B,C,H,W), "labels": (B,) int64}`. Images are float32 in [-1, 1].
-    Data without classes has no "labels". With B = `config.train_batch_size`, micro-batch k of process r of P has the
-    ordinals `first_ordinal + (k * P + r) * B + [0, B)`. An optimizer step that accumulates A micro-batches therefore
-    takes the next A * P * B images.
+    Data without classes has no "labels".
+    With B = `config.train_batch_size`, micro-batch k of process r of P has the ordinals
+    `first_ordinal + (k * P + r) * B + [0, B)`. An optimizer step that accumulates A micro-batches therefore takes the
+    next A * P * B images.
 
     Raises:
         UserError: for an image that cannot be read.
@@ -51,10 +52,13 @@ class ShuffledSet(Dataset):
     def __init__(self, images, config):
         self.images = images
         self.config = config
+        self.order = epoch_order
+        if config.balance_classes:
+            self.order = functools.partial(balanced_order, labels=images.labels)
 
     def __getitems__(self, ordinals):
         """Return the batch for a range of ordinals, in the form that `training_batches` describes."""
-        rows = draws_for(ordinals, epoch_order, self.config.seed, self.images.num_images)
+        rows = draws_for(ordinals, self.order, self.config.seed, self.images.num_images)
         augmentations = draw_augmentations(ordinals, self.config, self.images.random_crop)
         batch = {
             "ordinals": torch.arange(ordinals[0], ordinals[-1] + 1),
@@ -67,3 +71,27 @@ class ShuffledSet(Dataset):
 def epoch_order(seed: int, epoch: int, num_images: int) -> torch.Tensor:
     """Return the order in which an epoch uses the images: their row numbers, (num_images,)."""
     return torch.randperm(num_images, generator=keyed_generator(seed, "order", epoch))
+
+
+@functools.lru_cache(maxsize=2)
+def balanced_order(seed: int, epoch: int, num_images: int, labels: torch.Tensor) -> torch.Tensor:
+    """Return the order of an epoch of `num_images` images in which all classes are equally frequent.
+
+    The images without a class keep their number. The others are shared out among the classes, and the classes that get
+    one more are drawn. Within a class, each image is used equally often, and those that are used once more are drawn.
+
+    Args:
+        labels: (num_images,) int64, -1 for images without a class.
+    """
+    generator = keyed_generator(seed, "balance", epoch)
+    classes = labels[labels >= 0].unique()
+    places = int((labels >= 0).sum())
+    one_more = torch.randperm(len(classes), generator=generator) < places % max(1, len(classes))
+    chosen = [(labels < 0).nonzero()[:, 0]]
+    for label, more in zip(classes.tolist(), one_more.tolist()):
+        rows = (labels == label).nonzero()[:, 0]
+        whole, rest = divmod(places // len(classes) + more, len(rows))
+        drawn = rows[torch.randperm(len(rows), generator=generator)[:rest]]
+        chosen += [rows.repeat(whole), drawn]
+    rows = torch.cat(chosen)
+    return rows[torch.randperm(len(rows), generator=generator)]

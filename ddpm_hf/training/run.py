@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from ..config.training_config import TrainingConfig
 from ..data.dataset import load_images
+from ..data.duplicates import LISTED, describe_duplicates
 from ..diffusion.losses import OBJECTIVES
 from ..diffusion.scheduler import PaperDDPMScheduler
 from ..diffusion.timestep_sampling import new_history
@@ -95,7 +96,8 @@ class Run:
         """The classes of a conditional UNet; for other networks, an empty `Classes()`."""
         if not self.config.class_conditional:
             return Classes()
-        return Classes(tuple(self.train_set.class_names), self.network.config.num_class_embeds)
+        names = tuple(self.train_set.class_names)
+        return Classes(names, len(names) + (self.config.label_dropout > 0))
 
     @property
     def class_names(self) -> list[str] | None:
@@ -192,7 +194,9 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
         facts={},
         state=TrainState(),
     )
-    run = replace(run, facts=describe(run) | {"base_model": None if base is None else base.facts | start})
+    copies = [] if config.streaming or not accelerator.is_main_process else train_set.near_duplicates()
+    facts = {"base_model": None if base is None else base.facts | start, "near_duplicates": copies[:LISTED]}
+    run = replace(run, facts=describe(run) | facts)
     evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
     ignored = []
     if config.dataset_name and config.train_data_dir:
@@ -202,7 +206,7 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
         ]
     warnings = [describe_start(base, start)] if start else []
     warnings += ignored + ignored_weights_warning(config)
-    warnings += [*train_set.warnings, *ema_warning(config, total_steps), *skipped]
+    warnings += [*train_set.warnings, *describe_duplicates(copies), *ema_warning(config, total_steps), *skipped]
     return replace(run, evaluation=evaluation), warnings
 
 
@@ -217,8 +221,10 @@ def build_network(config, train_set, base: BaseModel | None, saved: dict | None)
     network = build(config, train_set.channels, train_set.class_names, None if saved is None else saved["unet"])
     if base is None or saved is not None:
         return network, {}
-    names = tuple(train_set.class_names) if config.class_conditional else None
-    return network, copy_weights(network, base, Classes(names, network.config.num_class_embeds or 0))
+    classes = Classes()
+    if config.class_conditional:
+        classes = Classes(tuple(train_set.class_names), len(train_set.class_names) + (config.label_dropout > 0))
+    return network, copy_weights(network, base, classes)
 
 
 def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:
@@ -288,11 +294,13 @@ def check_skipped(config, train_set):
 
 
 def check_classes(config, train_set):
-    """Raise a UserError if a conditional UNet or a classifier needs classes, but the images have none."""
-    if not config.class_conditional and config.objective != "classify":
-        return
-    if train_set.class_names is None:
-        flag = "--class_conditional" if config.class_conditional else "--objective classify"
+    """Raise a UserError if a flag needs images with classes, but the images have none."""
+    needs = {"--class_conditional": config.class_conditional, "--objective classify": config.objective == "classify"}
+    needs["--balance_classes"] = config.balance_classes
+    flag = next((flag for flag, is_given in needs.items() if is_given), None)
+    if flag is not None and train_set.class_names is None:
+        if config.init_from and "class_conditional" not in config.given_flags:
+            flag = "--class_conditional (set by --init_from; --no_class_conditional turns it off)"
         raise UserError(
             f"{flag} needs images with classes, but these images have none: give --label_column, or a folder "
             "with a subfolder for each class."
