@@ -39,7 +39,7 @@ TRAJECTORY = [
     "--adam_beta1=0.5", "--adam_beta2=0.5", "--adam_weight_decay=0.5", "--adam_epsilon=0.1", "--max_grad_norm=0.01",
     "--mixed_precision=bf16", "--random_flip", "--class_names=3,7", "--validation_split=0.5", "--objective=vlb",
     "--timestep_sampling=loss_second_moment", "--class_conditional", "--objective=classify",
-    "--balance_classes",
+    "--balance_classes", "--augment_probability=0.5",
 ]  # fmt: skip
 
 

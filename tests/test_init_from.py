@@ -214,3 +214,13 @@ def test_python_gives_flags_in_two_ways(sources):
     assert whole.given_flags == {"dataset_name", "ddpm_num_steps", "ddpm_num_inference_steps"}
     preset = TrainingConfig.from_preset("digits", resolution=64)
     assert preset.given_flags == {"resolution"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--class_conditional"]])
+def test_with_augmentation_a_run_begins_at_the_output_of_the_model_too(flags, sources, tmp_path):
+    run = opened(sources / "cifar10", tmp_path, "--augment_probability=0.2", *flags)
+    expected = outputs(UNet2DModel.from_pretrained(sources / "cifar10" / "unet"), 3, 32)
+    for label in range(6 if flags else 2):
+        assert torch.equal(outputs(run.network, 3, 32, torch.tensor([label, label])), expected)
+    assert torch.equal(outputs(run.published, 3, 32, torch.tensor([2, 0]) if flags else None), expected)
+    assert run.facts["base_model"]["random_layers"] == []

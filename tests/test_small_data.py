@@ -1,18 +1,26 @@
-"""Few images: balanced classes and near duplicates."""
+"""Few images: balanced classes, near duplicates, and augmentation that the drawn images do not show."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, steps
+from conftest import TINY, steps, untrained_unet
+from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf import UserError
 from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.data.augment import augment, draw_matrix, transform
 from ddpm_hf.data.batches import balanced_order, training_batches
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.duplicates import describe_duplicates, near_duplicates
+from ddpm_hf.models.augmented import without_augmentation
+from ddpm_hf.models.pretrained import load_pretrained
+from ddpm_hf.randomness import keyed_generator
+from ddpm_hf.training.loop import train
+from ddpm_hf.training.run import open_run
 
 
 def counts(rows, labels):
@@ -86,3 +94,74 @@ def test_near_duplicates_are_those_of_every_pair():
         random[copy] = 2 * random[first] + 0.01 * random[0] + 5
     assert near_duplicates(random) == [(3, 650), (10, 11), (600, 640)]
     assert near_duplicates(random[:1]) == [] and near_duplicates(torch.zeros(3, 1, 4, 4)) == []
+
+
+def test_an_affine_map_moves_pixels_as_its_numbers_say():
+    image = torch.randn(1, 2, 6, 8)
+    same = torch.eye(2, 3)
+    assert torch.allclose(transform(image, same), image, atol=1e-5)
+    assert torch.allclose(transform(image, torch.tensor([[-1.0, 0, 0], [0, 1, 0]])), image.flip(3), atol=1e-5)
+    shifted = transform(image, torch.tensor([[1.0, 0, 2 / 8], [0, 1, 0]]))  # one pixel to the left
+    assert torch.allclose(shifted[..., :-1], image[..., 1:], atol=1e-5)
+    matrices = [draw_matrix(keyed_generator(0, "m", k), (6, 8)) for k in range(500)]
+    area = torch.stack([matrix[:, :2].det().abs().log2() for matrix in matrices])
+    assert abs(area.std() - 0.4) < 0.04 and abs(area.mean()) < 0.06  # twice the spread of one side
+    shift = torch.stack([matrix[:, 2] for matrix in matrices])
+    assert abs(shift.std() - 0.25) < 0.02
+    assert abs(torch.stack([matrix[:, :2].det() < 0 for matrix in matrices]).float().mean() - 0.5) < 0.07
+
+
+def test_augmentation_is_keyed_by_the_ordinal():
+    images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole = {"ordinals": torch.arange(100, 164), "images": images.clone()}
+    augment(whole, 0.3, 5)
+    part = {"ordinals": whole["ordinals"][20:30], "images": images[20:30].clone()}
+    augment(part, 0.3, 5)
+    assert torch.equal(part["images"], whole["images"][20:30])
+    assert torch.equal(part["augmented"], whole["augmented"][20:30])
+    changed = (whole["images"] != images).flatten(1).any(1)
+    assert torch.equal(changed, whole["augmented"]) and 8 < changed.sum() < 32
+
+
+def test_what_is_published_is_stock_and_draws_images_as_they_are():
+    """The published UNet equals the trained one that is told `not augmented`, with and without classes."""
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 5, 9])
+    for is_conditional, embeddings in {False: 2, True: 8}.items():
+        unet = untrained_unet(8, num_class_embeds=embeddings).eval()
+        published = without_augmentation(unet, is_conditional)
+        stock = UNet2DModel.from_config(published.config).eval()
+        stock.load_state_dict(published.state_dict())
+        assert stock.config.num_class_embeds == (4 if is_conditional else None)
+        labels = torch.tensor([0, 2, 3]) if is_conditional else None
+        with torch.no_grad():
+            told = unet(x, t, torch.zeros(3).long() if labels is None else labels).sample
+            assert torch.allclose(stock(x, t, labels).sample, told, atol=1e-6)
+
+
+@pytest.mark.parametrize("flags", [[], ["--class_conditional"]])
+def test_training_tells_the_model_and_resumes_exactly(flags, tmp_path):
+    """In the table of embeddings, both halves learn. The pipeline, the checkpoint and the run have the same images."""
+    words = [*TINY, *flags, "--augment_probability=0.5", "--max_train_steps=2", "--checkpointing_steps=1", "--use_ema"]
+    words += [f"--output_dir={tmp_path / 'run'}", "--validation_split=0.1"]
+    train(parse_config(words))
+    run = load_pretrained(tmp_path / "run")
+    other = load_pretrained(tmp_path / "run" / "checkpoint-2")
+    assert run.facts["unet_sha256"] == other.facts["unet_sha256"]
+    assert run.unet.config.num_class_embeds == other.classes.num_embeddings or not flags
+    assert bool(run.classes) == bool(flags) and len(run.classes) == (10 if flags else 0)
+    index = json.loads((tmp_path / "run" / "unet" / "config.json").read_text())
+    assert index["num_class_embeds"] == (11 if flags else None)
+    again = open_run(parse_config([*words, f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-2'}"]))
+    again.lock.close()
+    assert len(again.network.class_embedding.weight) == (22 if flags else 2)
+
+
+def test_an_augmented_run_is_the_same_whether_cut_or_not(tmp_path):
+    words = ["--augment_probability=0.4", f"--output_dir={tmp_path}"]
+    one, _ = steps(4, *words)
+    start = one.network.class_embedding.weight
+    assert len(start) == 2 and not torch.equal(start[0], start[1])
+    two, _ = steps(4, *words)
+    assert torch.equal(one.network.conv_in.weight, two.network.conv_in.weight)
+    untouched, _ = steps(4, f"--output_dir={tmp_path}")
+    assert not torch.equal(one.network.conv_in.weight, untouched.network.conv_in.weight)

@@ -61,6 +61,12 @@ class DataOptions:
     balance_classes: bool = flag(
         False, "Use all classes equally often in each epoch, instead of each image once; labels may be missing [ours]"
     )
+    augment_probability: float = flag(
+        0.0,
+        "Share of images to rotate, scale, stretch, shift and mirror at random; the model is told, so that it draws "
+        "no such images [ours]",
+        fraction=True,
+    )
     preserve_input_precision: bool = flag(False, "Keep 16 and 32 bit images exact, instead of rounding them to 8 bit")
     channels: int | None = flag(
         None,
@@ -364,7 +370,7 @@ class TrainingConfig(*reversed(GROUPS)):
             raise UserError("--objective vlb cannot be combined with --snr_gamma or --loss_type: leave them out.")
         if self.objective == "classify":
             unused = ["class_conditional", "eval_metrics", "model_config_name_or_path", "init_from", "snr_gamma"]
-            unused += ["ema_snapshots", "enable_xformers_memory_efficient_attention"]
+            unused += ["augment_probability", "ema_snapshots", "enable_xformers_memory_efficient_attention"]
             unused += ["loss_type"] * (self.loss_type != "l2")
             if given := [name for name in unused if getattr(self, name)]:
                 raise UserError(f"--objective classify cannot use --{given[0]}: leave it out.")

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError
 from ..randomness import draws_for, keyed_generator
+from .augment import augment
 from .decode import draw_augmentations
 from .stream import StreamedSet
 
@@ -16,8 +17,8 @@ def training_batches(train_set, config, first_ordinal, process_index, num_proces
     """Yield the batches of one process, without end.
 
     A batch is `{"ordinals": (B,) int64, "images": (B,C,H,W), "labels": (B,) int64}`. Images are float32 in [-1, 1].
-    Data without classes has no "labels".
-    With B = `config.train_batch_size`, micro-batch k of process r of P has the ordinals
+    Data without classes has no "labels". With `config.augment_probability`, "augmented" (B,) bool says which images
+    were changed. With B = `config.train_batch_size`, micro-batch k of process r of P has the ordinals
     `first_ordinal + (k * P + r) * B + [0, B)`. An optimizer step that accumulates A micro-batches therefore takes the
     next A * P * B images.
 
@@ -43,6 +44,8 @@ def training_batches(train_set, config, first_ordinal, process_index, num_proces
             # Keep only the sentence, because torch puts a worker's traceback into the message. Drop the error's own
             # traceback too: it is part of a cycle of references, which keeps the workers alive for seconds.
             raise UserError(str(error.with_traceback(None)).rsplit("UserError: ", 1)[-1].strip()) from None
+        if config.augment_probability:
+            augment(batch, config.augment_probability, config.seed)
         yield batch
 
 

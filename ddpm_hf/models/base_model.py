@@ -164,7 +164,8 @@ def run_scheduler(config: TrainingConfig, base: BaseModel | None, saved: dict | 
     Raises:
         UserError: for an unknown --ddpm_beta_schedule, or one that does not exist for these timesteps.
     """
-    settings = {"prediction_type": config.prediction_type, "variance_type": config.variance_type}
+    names = ("prediction_type", "variance_type")
+    settings = {name: getattr(config, name) for name in names}
     follows = base is not None and (saved is not None or not config.given_flags & SCHEDULE_FLAGS)
     if follows and base.scheduler is not None:
         return PaperDDPMScheduler.from_config({**base.scheduler, **settings})
@@ -221,11 +222,15 @@ def copy_weights(unet: UNet2DModel, base: BaseModel, classes: Classes) -> dict:
     table = weights.pop(CLASS_TABLE, None)
     unused = []
     if classes:
-        weights[CLASS_TABLE], new_classes = _class_table(own[CLASS_TABLE], table, base.classes, classes)
+        rows, new_classes = _class_table(own[CLASS_TABLE][: classes.num_embeddings], table, base.classes, classes)
+        # With --augment_probability there are as many embeddings for augmented images.
+        weights[CLASS_TABLE] = rows.repeat(len(own[CLASS_TABLE]) // len(rows), 1)
     elif table is not None and base.classes.no_class is not None:
         weights[TIME_BIAS] = weights[TIME_BIAS] + table[base.classes.no_class]
     elif table is not None:
         unused = ["class_embedding"]
+    if not classes and CLASS_TABLE in own:  # the two embeddings of --augment_probability
+        weights[CLASS_TABLE] = torch.zeros_like(own[CLASS_TABLE])
     random = {name for name in own if name not in weights or weights[name].shape != own[name].shape}
     random_layers = _layers(random, own)
     fits = {name: weights[name] for name in own if _layer(name) not in random_layers}

@@ -41,6 +41,8 @@ def build_unet(
         UserError: if such a UNet2DModel cannot be built. The message says which flag to change.
     """
     embeddings = len(class_names) + (config.label_dropout > 0) if config.class_conditional else None
+    if config.augment_probability:
+        embeddings = 2 * (embeddings or 1)  # see augmented.py
     needed = {
         "sample_size": sample_size(config),
         "in_channels": channels,

@@ -20,6 +20,7 @@ from ..hub_requests import API, HUB_ERRORS, download, short_reason
 from ..manifest import check_files
 from ..run_folder import checkpoints, is_checkpoint_name, step_of
 from . import judge
+from .augmented import without_augmentation
 from .classes import Classes
 from .classifier import NoisyClassifier
 from .judge import quiet_diffusers
@@ -237,6 +238,8 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
         unet.load_state_dict(tensors)
         judge.check_weights(unet)
         judge.check_together(unet.config, scheduler.config)
+        if flags.get("augment_probability"):
+            unet = without_augmentation(unet, bool(flags["class_conditional"]))
     facts = {
         "name": checkpoint.resolve().parent.name,
         "revision": None,

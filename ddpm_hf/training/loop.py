@@ -21,6 +21,7 @@ from ..data.batches import training_batches
 from ..diffusion.losses import NUM_BANDS, by_band, draw_noise, training_labels
 from ..diffusion.timestep_sampling import draw_timesteps, update_history
 from ..errors import UserError
+from ..models.augmented import labels_with_augmentation
 from ..models.pretrained import Pretrained, load_pretrained
 from ..output import drop_failing_output
 from ..run_folder import read_metrics
@@ -199,6 +200,10 @@ def step(run: Run, batches):
             if config.class_conditional:
                 batch["class_labels"] = training_labels(
                     batch["labels"], ordinals, len(run.train_set.class_names), config.label_dropout, config.seed
+                )
+            if config.augment_probability:
+                batch["class_labels"] = labels_with_augmentation(
+                    batch.get("class_labels"), batch.pop("augmented"), run.network
                 )
             batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
             # Dropout draws from torch's global generator, so seed it with the ordinal of the first image.

@@ -28,6 +28,7 @@ from ..diffusion.timestep_sampling import new_history
 from ..errors import UserError, suggestion
 from ..files import write_json, writing
 from ..locks import check_unlocked
+from ..models.augmented import without_augmentation
 from ..models.base_model import BaseModel, copy_weights, describe_start, follow, open_base_model, run_scheduler
 from ..models.build import build_classifier, build_unet, ignored_weights_warning, unet_channels
 from ..models.classes import Classes
@@ -76,8 +77,14 @@ class Run:
 
     @property
     def published(self) -> UNet2DModel | NoisyClassifier:
-        """The weights to sample from and to save: the EMA if there is one, else the raw weights."""
-        return self.network if self.ema is None else self.ema.module
+        """The weights to sample from and to save: the EMA if there is one, else the raw weights.
+
+        With --augment_probability this is a copy that draws no augmented images.
+        """
+        network = self.network if self.ema is None else self.ema.module
+        if self.config.augment_probability:
+            return without_augmentation(network, self.config.class_conditional)
+        return network
 
     @property
     def pretrained(self) -> Pretrained:

@@ -53,6 +53,8 @@ def validation_loss(run: Run, network, measure) -> torch.Tensor:
             batch["labels"] = image_set.labels[rows[ordinals]]
         if config.class_conditional:
             batch["class_labels"] = training_labels(batch["labels"], ordinals, len(image_set.class_names), 0.0, 0)
+        elif config.augment_probability:
+            batch["class_labels"] = torch.zeros(len(ordinals), dtype=torch.int64)  # images as they are
         batch = {name: value.to(accelerator.device) for name, value in batch.items()}
         with accelerator.autocast():
             losses = measure(network, batch)
