@@ -326,7 +326,7 @@ def test_local_rank_joins_the_processes_of_an_old_launcher(tmp_path):
 # Where the other flags are tested: hub flags over HTTP in test_hub.py, the rest by name.
 ELSEWHERE = {
     "preset": "test_training_config", "dataset_name": "everywhere", "resume_from_checkpoint": "test_resume",
-    "init_from": "test_init_from", "ema_snapshots": "test_post_hoc_ema",
+    "init_from": "test_init_from", "ema_snapshots": "test_post_hoc_ema", "rescale_betas_zero_snr": "test_zero_snr",
     "model_config_name_or_path": "test_build", "enable_xformers_memory_efficient_attention": "test_build",
     "push_to_hub": "test_hub", "hub_token": "test_hub", "hub_model_id": "test_hub", "hub_private_repo": "test_hub",
     "eval_metrics": "test_scoring", "eval_epochs": "test_scoring", "eval_num_images": "test_scoring",

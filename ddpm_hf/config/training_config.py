@@ -167,6 +167,9 @@ class DiffusionOptions:
         "What the UNet predicts: epsilon (the noise), sample (the clean image), or v. For sample, diffusers' script "
         "weights the error by the SNR, and this one does not (to do so, add --snr_gamma 1e9)",
     )
+    rescale_betas_zero_snr: bool = flag(
+        False, "Change the noise schedule so that its last timestep is pure noise; not for epsilon prediction [ours]"
+    )
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = flag(
         "fixed_small", "Variance of the reverse process; with learned_range the UNet predicts it [ours]"
     )
@@ -368,6 +371,11 @@ class TrainingConfig(*reversed(GROUPS)):
             )
         if self.objective == "vlb" and (self.snr_gamma is not None or self.loss_type != "l2"):
             raise UserError("--objective vlb cannot be combined with --snr_gamma or --loss_type: leave them out.")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise UserError(
+                "--rescale_betas_zero_snr leaves no image at the last timestep, so that predicting the noise there "
+                "says nothing about the image: give --prediction_type v_prediction."
+            )
         if self.objective == "classify":
             unused = ["class_conditional", "eval_metrics", "model_config_name_or_path", "init_from", "snr_gamma"]
             unused += ["augment_probability", "ema_snapshots", "enable_xformers_memory_efficient_attention"]

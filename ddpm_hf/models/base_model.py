@@ -24,6 +24,7 @@ from .pretrained import check_shards, find_folder, load_pretrained, opening, rea
 SCHEDULE_FLAGS = {"ddpm_num_steps", "ddpm_beta_schedule"}
 # The flags that follow the other model unless they are given.
 FOLLOWING = ["resolution", "channels", "class_conditional", *SCHEDULE_FLAGS, "prediction_type", "variance_type"]
+FOLLOWING += ["rescale_betas_zero_snr"]
 # Each of these flags sets the entry of UNet2DModel's config that has its name.
 UNET_FLAGS = ["layers_per_block", "attention_head_dim", "norm_num_groups", "norm_eps", "resnet_time_scale_shift"]
 UNET_FLAGS += ["flip_sin_to_cos", "freq_shift", "downsample_padding"]
@@ -143,14 +144,16 @@ def _values_of(config: TrainingConfig, base: BaseModel) -> dict:
         "ddpm_beta_schedule": name or base.scheduler["beta_schedule"],
         "prediction_type": base.scheduler["prediction_type"],
         "variance_type": (base.scheduler["variance_type"] or "fixed_small").removesuffix("_log"),
+        "rescale_betas_zero_snr": base.scheduler["rescale_betas_zero_snr"],
     }
 
 
 def _schedule_name(scheduler: dict) -> str | None:
     """Return the --ddpm_beta_schedule that has the betas of a scheduler's config, or None if there is none."""
     T, betas = scheduler["num_train_timesteps"], PaperDDPMScheduler.from_config(scheduler).betas
+    rescale = {"rescale_betas_zero_snr": scheduler["rescale_betas_zero_snr"]}
     for name in [scheduler["beta_schedule"], *BETA_SCHEDULES]:
-        if (name != "ho_linear" or T >= 21) and torch.equal(make_scheduler(name, T).betas, betas):
+        if (name != "ho_linear" or T >= 21) and torch.equal(make_scheduler(name, T, **rescale).betas, betas):
             return name
     return None
 
@@ -164,7 +167,7 @@ def run_scheduler(config: TrainingConfig, base: BaseModel | None, saved: dict | 
     Raises:
         UserError: for an unknown --ddpm_beta_schedule, or one that does not exist for these timesteps.
     """
-    names = ("prediction_type", "variance_type")
+    names = ("prediction_type", "variance_type", "rescale_betas_zero_snr")
     settings = {name: getattr(config, name) for name in names}
     follows = base is not None and (saved is not None or not config.given_flags & SCHEDULE_FLAGS)
     if follows and base.scheduler is not None:

@@ -85,8 +85,10 @@ class ClassifierGuided(Guided):
         prediction = output[:, : sample.shape[1]]
         change = -self.scale * sigma * gradient
         original = self.scheduler.predict_original_sample(prediction, sample.float(), timesteps)
-        # Adding `change` to eps subtracts sigma / signal * change from x_0.
-        prediction.copy_(as_prediction(self.scheduler, original - sigma / signal * change, sample, timesteps))
+        # Adding `change` to eps subtracts sigma / signal * change from x_0. Without a signal, x_t is pure noise, which
+        # tells the classifier nothing.
+        original = original - torch.where(signal > 0, sigma / signal * change, 0.0)
+        prediction.copy_(as_prediction(self.scheduler, original, sample, timesteps))
         return UNet2DOutput(output)
 
 

@@ -10,6 +10,7 @@ from ..errors import UserError
 
 # A run can only be resumed with the same values of these flags, because they decide what the weights mean.
 FIXED = ["init_from", "prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
+FIXED += ["rescale_betas_zero_snr"]
 # A change of any other flag is printed, except for these flags, which affect only output, scores and speed.
 FREE = {field.name for group in (OutputOptions, EvaluationOptions, HubOptions) for field in fields(group)}
 FREE |= {

@@ -185,7 +185,8 @@ def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
         t, signal = np.arange(len(each)) / len(each), each.alphas_cumprod64.numpy()
         axes["A"].semilogy(t, each.betas64.numpy(), **look)
         axes["B"].plot(t, signal, **look)
-        axes["C"].plot(t, np.log(signal) - np.log1p(-signal), **look)
+        with np.errstate(divide="ignore"):  # with --rescale_betas_zero_snr, no signal is left in the end
+            axes["C"].plot(t, np.log(signal) - np.log1p(-signal), **look)
     for ax, what in zip(axes.values(), (r"$\beta_t$", r"$\bar\alpha_t$", r"$\log\,\mathrm{SNR}(t)$, natural log")):
         ax.set(xlabel="timestep, t / T", ylabel=what)
     axes["A"].legend(frameon=False, loc="lower right")
