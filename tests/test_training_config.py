@@ -65,7 +65,7 @@ BOOLEANS = [field.name for field in dataclasses.fields(TrainingConfig) if field.
 
 @pytest.mark.parametrize("name", BOOLEANS)
 def test_every_boolean_can_be_negated(name):
-    start = ["--dataset_name=digits", "--validation_split=test", f"--{name}"]
+    start = ["--dataset_name=digits", "--validation_split=test", "--prediction_type=v_prediction", f"--{name}"]
     assert getattr(parse_config(start), name) is True
     for no in ([f"--no_{name}"], [f"--no-{name.replace('_', '-')}"], [f"--{name}", "false"], [f"--{name}=False"]):
         assert getattr(parse_config(start + no), name) is False
