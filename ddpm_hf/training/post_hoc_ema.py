@@ -133,19 +133,18 @@ def _metric_measure(metric: str, num_images: int | None):
 
 
 def sweep_figure(rows: list[dict], by: str, path: Path) -> Path:
-    """Plot the measured value of each length, and mark the best."""
-    figure, axes = plot("A", [f"{by} of averages of the weights"], 4)
-    lengths, values = [row["length"] for row in rows], [row["value"] for row in rows]
+    """Plot the measured value of each length, and mark the best, and those that are only approximate."""
+    figure, axes = plot("A", [f"{by.replace('_', ' ')} of averages of the weights"], 4)
     best = min(rows, key=lambda row: row["value"])
-    axes["A"].plot(lengths, values, "o-", color=BLUE, markersize=5)
-    axes["A"].plot(
-        best["length"], best["value"], "o", color=ORANGE, markersize=9, label=f"best: length {best['length']:g}"
-    )
-    for row in rows:
-        if row["error"] > INEXACT:
-            axes["A"].plot(row["length"], row["value"], "o", color=GREY, markersize=5)
-    axes["A"].set(xscale="log", xlabel="length of the average, as a share of the training (sigma_rel)", ylabel=by)
-    axes["A"].set_xticks(lengths, [f"{length:g}" for length in lengths])
+    marks = [("", rows, "o-", BLUE, 5), (f"best: length {best['length']:g}", [best], "o", ORANGE, 9)]
+    approximate = [row for row in rows if row["error"] > INEXACT]
+    marks.append(("approximate: needs more --ema_snapshots", approximate, "o", GREY, 5))
+    for label, some, style, color, size in marks:
+        points = [row["length"] for row in some], [row["value"] for row in some]
+        axes["A"].plot(*points, style, color=color, markersize=size, label=label if some else "")
+    axes["A"].set(xscale="log", xlabel="length of the average, as a share of the training (sigma_rel)")
+    axes["A"].set(ylabel=by.replace("_", " "))
+    axes["A"].set_xticks([row["length"] for row in rows], [f"{row['length']:g}" for row in rows])
     axes["A"].minorticks_off()
     axes["A"].legend(frameon=False)
     return save_picture(figure.savefig, path)
