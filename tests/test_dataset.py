@@ -74,6 +74,8 @@ def make(tmp_path):
             "class_names": None,
             "validation_split": None,
             "streaming": False,
+            "balance_classes": False,
+            "augment_probability": 0.0,
             "seed": 0,
             "train_batch_size": 4,
             "gradient_accumulation_steps": 1,

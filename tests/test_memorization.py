@@ -1,5 +1,8 @@
 """Planted copies are found, named and counted; new images are not taken for copies."""
 
+import itertools
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -108,9 +111,15 @@ def test_at_most_so_many_held_out_images_are_used():
     assert report(train, train, held_out)[0]["num_held_out"] == 40
 
 
-def test_progress_is_told(capsys):
+def test_progress_is_told_if_it_takes_long(capsys, monkeypatch):
     memorization_report(images(3, 0), images(5, 1), None)
-    assert "Nearest to generated: 100%" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""
+    start, calls = time.time(), itertools.count()
+    # Ten seconds pass between two looks at the clock.
+    monkeypatch.setattr(time, "time", lambda: start + 10 * next(calls))
+    monkeypatch.setattr("tqdm.std.time", time.time)
+    memorization_report(images(3, 0), images(5, 1), None)
+    assert "Nearest to generated" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("channels, count", [(1, 6), (3, 2)])

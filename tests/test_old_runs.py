@@ -132,7 +132,8 @@ def test_figures_and_card_are_made_from_the_old_folder(old):
         path.name for path in (folder / "figures").iterdir()
     }
     card = ModelCard.load(folder / "README.md")
-    assert {(result.metric_type, result.metric_value) for result in card.data.eval_results} == results
+    # The scores of this run are of 40 images. Cards showed such quick checks then, and do not now.
+    assert results and card.data.eval_results is None
 
 
 def test_stock_diffusers_loads_the_old_folder_and_its_own_pipeline_file(old):
