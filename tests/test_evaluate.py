@@ -13,18 +13,20 @@ from conftest import ROOT, make_run
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from processes import ended, launch, start_together
+from sklearn.datasets import load_sample_images
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.dataset import load_images
+from ddpm_hf.evaluation.cifar10_classifier import load_cifar10_classifier
 from ddpm_hf.evaluation.compare import comparison
 from ddpm_hf.evaluation.digit_classifier import load_digit_classifier
 from ddpm_hf.evaluation.extractor import EXTRACTORS
 from ddpm_hf.evaluation.features import extract, images_at
 from ddpm_hf.evaluation.inputs import match_channels
-from ddpm_hf.evaluation.metrics import digit_counts, in_words
+from ddpm_hf.evaluation.metrics import class_counts, in_words
 from ddpm_hf.evaluation.records import read_record, record_table
 from ddpm_hf.evaluation.reference import read_reference, reference_of
 from ddpm_hf.evaluation.statistics import frechet_distance, mean_and_covariance
@@ -290,8 +292,27 @@ def test_floors_do_not_depend_on_the_order_of_the_files(tiny_run, record, digits
 def test_digits_of_a_subset_are_counted_by_their_names(digit_folder):
     config = TrainingConfig(dataset_name=str(digit_folder), resolution=28, class_names=["3", "7"])
     train, _ = load_images(config)
-    counts = digit_counts(train, None)
+    counts = class_counts(train, None, tuple("0123456789"))
     assert counts[3] > 0 and counts[7] > 0 and counts.sum() == len(train) == counts[3] + counts[7]
+
+
+def test_color_images_of_ten_classes_have_the_scores_of_cifar10(tmp_path):
+    """The classes of these photos are not those that they show, so only the numbers that depend on classes are odd."""
+    names = load_cifar10_classifier().class_names
+    for k in range(120):
+        photo = load_sample_images().images[k % 2][k : k + 32, 3 * k : 3 * k + 32]
+        path = tmp_path / "data" / ("train", "test")[k // 2 % 2] / names[k % 10] / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo).save(path)
+    flags = ["--dataset_name", tmp_path / "data", "--validation_split", "test", "--resolution", 32]
+    evaluate("--calibrate", *flags, "--num_images", 60, "--features", "cifar10", "--output", tmp_path / "c.json")
+    content = json.loads((tmp_path / "c.json").read_text())
+    assert content["extractors"]["cifar10"]["sha256"] == load_cifar10_classifier().sha256
+    entries = {entry["id"]: entry for entry in content["metrics"]}
+    distance = entries[f"fd_cifar10-{load_cifar10_classifier().sha256[:8]}_60_full"]
+    assert distance["value"] > 0 and distance["floor"] == pytest.approx(distance["value"])
+    assert 0 <= entries["class_total_variation"]["value"] <= 1 and "kid60_full_cifar10" in entries
+    assert any(entry["id"].startswith("coverage60") for entry in content["metrics"])
 
 
 def test_an_undefined_distance_is_not_a_perfect_one():

@@ -21,7 +21,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__main_
 PIPELINES = sorted((ROOT / "pipelines").glob("*.py"))
 WITHOUT_TORCH = [PACKAGE / "__init__.py", PACKAGE / "__main__.py", PACKAGE / "errors.py"]
 WITHOUT_TORCH += [*(PACKAGE / "config").glob("*.py"), *(PACKAGE / "commands").glob("*.py")]
-PARSERS = ["config/command_line.py", "evaluation/digit_classifier.py"]
+PARSERS = ["config/command_line.py", "evaluation/train_classifier.py"]
 
 
 def room_of(path):

@@ -22,6 +22,7 @@ PARAMETERS = {
     "cifar10": (35_746_307, 13_412_738),
     "cifar10-cosine": (52_546_438, 20_407_938),  # the first: improved-diffusion's own count
     "afhq-cat-cpu": (3_832_251, 1_548_098),
+    "cifar10-cpu": (4_329_443, 1_620_482),
     "afhq-cat-64": (35_746_307, 13_412_738),
     "afhq-cat-128": (85_602_691, 33_498_626),
     "afhq-cat-256": (113_673_219, 42_615_042),
@@ -95,7 +96,8 @@ def on_meta(config):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_keeps_its_size(name):
-    classify = TrainingConfig.from_preset(name, objective="classify", variance_type="fixed_small")
+    classify = dict(objective="classify", variance_type="fixed_small", class_conditional=False)
+    classify = TrainingConfig.from_preset(name, **classify)
     with torch.device("meta"):
         classifier = build_classifier(classify, channels_of(name), ["cat", "dog"])
     assert (parameters(on_meta(TrainingConfig.from_preset(name))), parameters(classifier)) == PARAMETERS[name]
@@ -136,7 +138,11 @@ def other_values(config):
         ("flip_sin_to_cos", not config.flip_sin_to_cos, {"flip_sin_to_cos": not config.flip_sin_to_cos}),
         ("freq_shift", 1 - config.freq_shift, {"freq_shift": 1 - config.freq_shift}),
         ("downsample_padding", 1 - config.downsample_padding, {"downsample_padding": 1 - config.downsample_padding}),
-        ("class_conditional", True, {"num_class_embeds": 3}),
+        (
+            "class_conditional",
+            not config.class_conditional,
+            {"num_class_embeds": None if config.class_conditional else 3},
+        ),
     ]
 
 

@@ -13,7 +13,7 @@ import sys
 from .flags import add_sampler_flags, names, sampler_settings
 
 
-METRICS = "fid, kid, precision_recall, inception_score, fd_dinov2, fd_mnist, bits_per_dim, memorization"
+METRICS = "fid, kid, precision_recall, inception_score, fd_dinov2, fd_mnist, fd_cifar10, bits_per_dim, memorization"
 SUITES = ["smoke", "fast", "standard", "paper"]
 PIPELINES = ["tf1", "antialias", "pytorch"]
 
@@ -59,7 +59,7 @@ def add_measurement_flags(parser):
     add("--num_images", type=int, help="number of generated images; default: the suite's number")
     add(
         "--features",
-        choices=["inception", "dinov2", "digits"],
+        choices=["inception", "dinov2", "digits", "cifar10"],
         help="network for the features of kid and precision_recall; default: digits for grey digits, else inception",
     )
     add(

@@ -381,7 +381,8 @@ class TrainingConfig(*reversed(GROUPS)):
             unused += ["augment_probability", "ema_snapshots", "enable_xformers_memory_efficient_attention"]
             unused += ["loss_type"] * (self.loss_type != "l2")
             if given := [name for name in unused if getattr(self, name)]:
-                raise UserError(f"--objective classify cannot use --{given[0]}: leave it out.")
+                off = f" or add --no_{given[0]}" if getattr(self, given[0]) is True else ""  # it may be the preset's
+                raise UserError(f"--objective classify cannot use --{given[0]}: leave it out{off}.")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps and self.objective != "classify":
             raise UserError(
                 f"--ddpm_num_inference_steps is {self.ddpm_num_inference_steps}, but must be at most "

@@ -3,13 +3,20 @@
 from accelerate import PartialState
 
 from ..errors import UserError, no_such
-from .digit_classifier import load_digit_classifier
+from .cifar10_classifier import Cifar10Classifier, load_cifar10_classifier
+from .digit_classifier import DigitClassifier, load_digit_classifier
 from .dinov2 import load_dinov2
 from .features import Extractor
 from .inception import load_inception
 
 
-EXTRACTORS = {"inception": load_inception, "dinov2": load_dinov2, "digits": load_digit_classifier}
+EXTRACTORS = {
+    "inception": load_inception,
+    "dinov2": load_dinov2,
+    "digits": load_digit_classifier,
+    "cifar10": load_cifar10_classifier,
+}
+CLASSIFIERS = {kind.name: kind for kind in (DigitClassifier, Cifar10Classifier)}  # those trained here
 
 
 def load_extractor(name: str, **options) -> Extractor:

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..processes import gather_in_order
 from ..randomness import keyed_generator
 from . import statistics
-from .extractor import extractor_id
+from .extractor import CLASSIFIERS, extractor_id
 from .features import Features, images_at
 from .memorization import memorization_report, pairs_sheet
 from .reference import Reference, read_reference
@@ -98,9 +98,19 @@ def fd_mnist(look: Look) -> list[dict]:
     The Fréchet distances are not FID. Their ids contain the hash of the classifier, because values of different
     classifiers cannot be compared. If digits were requested, their accuracy is a score too.
     """
-    entries = frechet(look, f"fd_mnist-{look.extractor.sha256[:8]}_{look.count}")
+    return classifier_scores(look, "fd_mnist")
+
+
+def fd_cifar10(look: Look) -> list[dict]:
+    """Return the scores of the CIFAR-10 classifier. They are those of `fd_mnist`, for color images."""
+    return classifier_scores(look, "fd_cifar10")
+
+
+def classifier_scores(look: Look, stem: str) -> list[dict]:
+    """Return the scores of a SmallClassifier. `stem` is the beginning of the ids of the Fréchet distances."""
+    entries = frechet(look, f"{stem}-{look.extractor.sha256[:8]}_{look.count}")
     coverage = precision_recall(look)[-1]
-    wanted = digit_counts(look.evaluation.train, look.train.logits)
+    wanted = class_counts(look.evaluation.train, look.train.logits, look.extractor.class_names)
     report = statistics.class_report(look.generated.logits, wanted)
     n = len(look.generated.logits)
     real = {}
@@ -114,51 +124,60 @@ def fd_mnist(look: Look) -> list[dict]:
         n_ref = look.train.num_samples
         entries.append(look.entry(id, report[key], lower_is_better=lower, floor=real.get(key), n_ref=n_ref))
     entries[-3]["extra"] = {"frequencies": report["frequencies"]}
-    if are_digits(look.evaluation.requested_classes):
+    if knows(look.extractor, look.evaluation.requested_classes):
         entries.append(class_accuracy(look))
     return [*entries, coverage]
 
 
 def class_accuracy(look: Look) -> dict:
-    """Return the share of generated images that the digit classifier assigns to the requested class."""
+    """Return the share of generated images that the classifier assigns to the requested class."""
     n = len(look.generated.logits)
-    requested = torch.tensor([int(digit) for digit in look.evaluation.requested_classes])
+    known = look.extractor.class_names
+    requested = class_numbers(look.evaluation.requested_classes, known)
     right = look.generated.logits.argmax(dim=1) == requested[torch.arange(n) % len(requested)]
     value = right.double().mean().item()
     floor = None
     real = look.evaluation.held_out
-    if look.held_out is not None and are_digits(real.class_names):
+    if look.held_out is not None and knows(look.extractor, real.class_names):
         # The floor is the accuracy on real images of the requested classes.
-        digits = torch.tensor([int(digit) for digit in real.class_names])[real.labels]
-        comparable = torch.isin(digits, requested) & (real.labels >= 0)
-        floor = (look.held_out.logits.argmax(dim=1) == digits)[comparable].double().mean().item()
+        numbers = class_numbers(real.class_names, known)[real.labels]
+        comparable = torch.isin(numbers, requested) & (real.labels >= 0)
+        floor = (look.held_out.logits.argmax(dim=1) == numbers)[comparable].double().mean().item()
     entry = look.entry("class_accuracy", value, lower_is_better=False, floor=floor)
     return entry | {"se": (value * (1 - value) / n) ** 0.5, "se_method": "binomial"}
 
 
-def are_digits(names: list[str] | None) -> bool:
-    """Return True if there are class names and all of them are digits."""
-    return bool(names) and set(names) <= set("0123456789")
+def knows(classifier, names: list[str] | None) -> bool:
+    """Return True if there are class names, and the classifier has a class for each of them."""
+    return bool(names) and set(names) <= set(classifier.class_names)
 
 
-def digit_counts(image_set, logits: Tensor) -> Tensor:
-    """Return the number of images of each digit (10,). Without labels, guess the digits from `logits` (N, 10)."""
-    if not are_digits(image_set.class_names):
-        return torch.bincount(logits.argmax(dim=1), minlength=10)
-    digits = torch.tensor([int(name) for name in image_set.class_names])
-    return torch.bincount(digits[image_set.labels[image_set.labels >= 0]], minlength=10)
+def class_numbers(names: list[str], known: tuple[str, ...]) -> Tensor:
+    """Return the number of each name in `known`, int64 (len(names),)."""
+    return torch.tensor([known.index(name) for name in names])
+
+
+def class_counts(image_set, logits: Tensor, known: tuple[str, ...]) -> Tensor:
+    """Return the number of images of each class in `known`, int64 (k,).
+
+    If the images have no labels, or labels of other classes, guess the classes from `logits` (N, k).
+    """
+    if not image_set.class_names or not set(image_set.class_names) <= set(known):
+        return torch.bincount(logits.argmax(dim=1), minlength=len(known))
+    numbers = class_numbers(image_set.class_names, known)
+    return torch.bincount(numbers[image_set.labels[image_set.labels >= 0]], minlength=len(known))
 
 
 def kid(look: Look) -> list[dict]:
     """Return the kernel distance (Binkowski et al. 2018) to the training images.
 
-    Features of the digit classifier are standardized first, because the kernel depends on their scale.
+    Features of the small classifiers are standardized first, because the kernel depends on their scale.
     """
     train = look.train.features
     name = look.extractor.name
 
     def distance(features):
-        if name == "digits":
+        if name in CLASSIFIERS:
             features = statistics.standardise(features, train)
             return statistics.kernel_distance(features, statistics.standardise(train, train))
         return statistics.kernel_distance(features, train)
@@ -331,6 +350,13 @@ def is_digits(image_set) -> bool:
     return names == list("0123456789") and image_set.channels == 1 and size in ((28, 28), (32, 32))
 
 
+def is_cifar10(image_set) -> bool:
+    """Return True if an ImageSet looks like CIFAR-10: its ten classes, in color, at 32 px or a multiple of it."""
+    names, (height, width) = image_set.class_names, image_set.size
+    is_square = height == width and height % 32 == 0
+    return names == list(CLASSIFIERS["cifar10"].class_names) and image_set.channels == 3 and is_square
+
+
 def default_features(image_set) -> str:
     """Return the extractor for metrics that can use any extractor: the digit classifier for MNIST, else Inception."""
     return "digits" if is_digits(image_set) else "inception"
@@ -393,11 +419,12 @@ CLOSENESS = {
     "density": "density: real neighbours of an image",
     "coverage": "coverage: share of real images with a neighbour",
 }
-DIGITS = {
+CLASSIFIED = {
     "fd_mnist": "Fréchet distance of a digit classifier's features",
+    "fd_cifar10": "Fréchet distance of a CIFAR-10 classifier's features",
     "class_total_variation": "distance of the class shares from the real ones",
-    "class_confidence": "confidence of the digit classifier",
-    "class_entropy": "entropy of the digit classifier, in nats",
+    "class_confidence": "confidence of the classifier",
+    "class_entropy": "entropy of the classifier's guesses, in nats",
     "class_accuracy": "share of images of the requested class",
 }
 COPIES = {
@@ -417,7 +444,8 @@ METRICS = {
         inception_score, "inception", _photos, {"is": "inception_score"}, {"is": "Inception score"}
     ),
     "fd_dinov2": Metric(fd_dinov2, "dinov2", words={"fd_dinov2": "Fréchet distance of DINOv2's features"}),
-    "fd_mnist": Metric(fd_mnist, "digits", lambda train, model: is_digits(train), words=DIGITS),
+    "fd_mnist": Metric(fd_mnist, "digits", lambda train, model: is_digits(train), words=CLASSIFIED),
+    "fd_cifar10": Metric(fd_cifar10, "cifar10", lambda train, model: is_cifar10(train), words=CLASSIFIED),
     "bits_per_dim": Metric(
         bits_per_dim, None, lambda train, model: model is not None, words={"bits_per_dim": "bits per dimension"}
     ),

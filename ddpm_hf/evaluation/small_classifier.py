@@ -1,0 +1,84 @@
+"""What the small classifiers share. Their weights come with the package, and train_classifier.py made them."""
+
+import hashlib
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import UserError
+from ..randomness import keyed_generator
+from .features import Extractor
+
+
+class SmallClassifier(Extractor):
+    """A classifier of small images. The features are what its last linear layer takes.
+
+    A subclass sets the attributes, `body` (images to features) and `head` (features to logits).
+
+    Attributes:
+        class_names: the names of the classes, in the order of the logits.
+        dataset: the data that it is trained on, for people.
+        resolution, channels: of the training images.
+        recipe: the arguments of `train_classifier`.
+    """
+
+    class_names: tuple[str, ...]
+    dataset: str
+    resolution: int
+    channels: int
+    recipe: dict
+    sha256 = None  # the hash of the file of weights
+
+    @staticmethod
+    def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the scaled input of `body` for uint8 training images, each changed at random."""
+        raise NotImplementedError
+
+
+def load_weights(kind: type[SmallClassifier], weights: str | Path) -> SmallClassifier:
+    """Return a classifier with the weights of a safetensors file, in eval mode on the CPU.
+
+    Raises:
+        UserError: if the file does not hold weights of this classifier.
+    """
+    path = Path(weights)
+    with torch.device("meta"):
+        classifier = kind()
+    try:
+        content = path.read_bytes()
+        classifier.load_state_dict(safetensors.torch.load(content), assign=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} does not hold weights of the {kind.name} classifier ({reason}): leave the file out, to use the "
+            "weights that come with the package."
+        ) from error
+    classifier.sha256 = hashlib.sha256(content).hexdigest()
+    return classifier.requires_grad_(False).eval()
+
+
+def initialize(classifier: SmallClassifier, seed: int):
+    """Set the weights of linear and convolutional layers at random (He et al. 2015), and all others as torch does."""
+    for name, module in classifier.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            generator = keyed_generator(seed, "init", f"{name}.weight")
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()  # ones and zeros
+
+
+def shift_randomly(images: Tensor, generator: torch.Generator, max_shift: int, mode: str = "constant") -> Tensor:
+    """Return images (B, C, H, W), each shifted at random along both axes by up to `max_shift` pixels.
+
+    `mode` says how `torch.nn.functional.pad` makes the new pixels: "constant" (0) or "reflect".
+    """
+    height, width = images.shape[-2:]
+    windows = F.pad(images, [max_shift] * 4, mode=mode).unfold(2, height, 1).unfold(3, width, 1)  # (B, C, y, x, H, W)
+    dy, dx = torch.randint(2 * max_shift + 1, (2, len(images)), generator=generator)
+    return windows[torch.arange(len(images)), :, dy, dx]
