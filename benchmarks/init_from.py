@@ -29,6 +29,8 @@ def main():
     add("--seeds", type=int, default=3, help="number of seeds; default: 3")
     add("--json", help="file to write the numbers to; default: only print them")
     arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        parser.error("--seeds must be at least 2, because the table has standard deviations")
     rows = {}
     with tempfile.TemporaryDirectory() as place:
         flags = {"preset": arguments.preset}

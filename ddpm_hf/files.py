@@ -90,6 +90,14 @@ def check_output(flag: str, given: str | Path) -> Path:
     return path
 
 
+def check_new_output(flag: str, given: str | Path) -> Path:
+    """Return the path of a new folder, as `check_output` does. Raise a UserError if it exists already, too."""
+    path = check_output(flag, given)
+    if os.path.lexists(path):
+        raise UserError(f"{path} already exists: give another folder, or remove this one.")
+    return path
+
+
 @contextlib.contextmanager
 def new_folder(path: Path):
     """Yield an empty folder next to `path`, inside a `with` block that fills it. Rename it to `path` at the end.
@@ -210,7 +218,7 @@ def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo):
 
 
 def check_npy(file, size: int, name: str = "it"):
-    """Raise a ValueError if a .npy file of `size` bytes has another size than its header says.
+    """Raise a ValueError if a .npy file of `size` bytes has another size than its header says, or holds objects.
 
     Otherwise a small file could claim an array that does not fit into memory.
     """
@@ -220,7 +228,9 @@ def check_npy(file, size: int, name: str = "it"):
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read_header(file)
-    if file.tell() + math.prod(shape) * dtype.itemsize != size and not dtype.hasobject:
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds Python objects, not numbers")
+    if file.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{name} does not have the size that its header says")
 
 

@@ -1,8 +1,11 @@
-"""Drop text that cannot be printed, so that a closed, full or ASCII-only output does not end the work."""
+"""Define how commands print: text that cannot be printed is dropped, so that a closed output does not end the work."""
 
 import contextlib
 import os
 import sys
+
+
+PASSING_BAR = {"leave": False, "delay": 2}  # a tqdm bar that vanishes at the end, and never appears for 2 s of work
 
 
 class LossyStream:

@@ -82,8 +82,9 @@ PIPELINE += ["unet/" + name for name in ("config.json", *WEIGHTS)]
 CLASSIFIER = ["classifier/" + name for name in ("config.json", "classifier.py", *WEIGHTS)]
 CODE = sorted(path.name for path in shipped("pipelines").glob("*.py"))
 CODE += ["class_conditional.py", "classifier_guided.py"]  # earlier versions saved these, not class_guided.py
-FIGURES = ["figures/" + name for name in ("loss.png", "schedule.png", "reverse.png", "reverse.gif", "ddim.png")]
-FIGURES += ["figures/guided.png", "figures/ddim_#.png"]  # earlier versions wrote one for each number of steps
+FIGURES = ["loss.png", "schedule.png", "reverse.png", "reverse.gif", "ddim.png", "guided.png"]
+FIGURES = ["figures/" + name for name in FIGURES]
+FIGURES += ["figures/ddim_#.png"]  # earlier versions wrote one for each number of steps
 # The files that a run replaces in a folder of an earlier run: all that it writes, apart from checkpoints, records, the
 # tracker's files, train_config.json, the card and the pipeline's code.
 RUN_FILES = [*PIPELINE, *CLASSIFIER, *("best/" + name for name in (*PIPELINE, *CLASSIFIER, "class_guided.py"))]

@@ -74,7 +74,7 @@ class BoundedRequests:
     """ASGI middleware that bounds the size and the duration of requests, and the disk space of uploads.
 
     It refuses requests of more than MAX_BODY bytes, even without a content-length, and requests that do not arrive in
-    time. After an upload, it deletes the oldest uploads if all together are too large.
+    time. Before it answers an upload, it deletes the oldest uploads if all together are too large.
     """
 
     def __init__(self, app):
@@ -85,10 +85,17 @@ class BoundedRequests:
             what = f"The request is larger than {MAX_BODY // 10**6} MB: send a smaller file."
             await JSONResponse({"detail": what}, status_code=413)(scope, receive, send)
         else:
+            is_upload = scope.get("path", "").rstrip("/").endswith("/upload")
+
+            async def answer(message):
+                if is_upload and message["type"] == "http.response.start":
+                    await run_in_threadpool(uploads.delete_oldest, UPLOADS)
+                await send(message)
+
             try:
-                await self.app(scope, bounded_body(receive, MAX_BODY) if scope["type"] == "http" else receive, send)
+                await self.app(scope, bounded_body(receive, MAX_BODY) if scope["type"] == "http" else receive, answer)
             finally:  # also after an interrupted upload, because its part is on the disk
-                if scope.get("path", "").rstrip("/").endswith("/upload"):
+                if is_upload:
                     await run_in_threadpool(uploads.delete_oldest, UPLOADS)
 
 

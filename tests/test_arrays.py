@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path):
     with pytest.raises(UserError, match="does not have the size that its header says"):
         load(tmp_path)
     np.save(tmp_path / "b.npy", np.array([{}]), allow_pickle=True)
-    with pytest.raises(UserError, match="b.npy"):
+    with pytest.raises(UserError, match="b.npy.*it holds Python objects, not numbers"):
         load(tmp_path)
     assert len(load(tmp_path, on_bad_image="skip")) == 1
 
@@ -119,7 +119,7 @@ def test_a_file_is_known_by_its_content():
 
 def test_channels_are_shown_side_by_side():
     images = torch.arange(5, dtype=torch.uint8).view(1, 5, 1, 1).expand(1, 5, 2, 3)
-    assert side_by_side(images[:, :3]) is not None and side_by_side(images[:, :3]).shape == (1, 3, 2, 3)
+    assert side_by_side(images[:, :3]).shape == (1, 3, 2, 3)
     assert side_by_side(images)[0, 0, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
     assert side_by_side(images[:, :2]).shape == (1, 1, 2, 6)
     assert side_by_side(torch.arange(15).view(1, 15, 1, 1))[0, 0, 0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14]

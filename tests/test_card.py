@@ -327,6 +327,7 @@ FOREIGN_RECORDS = {
     "data of text": json.dumps(RECORD | {"data": "digits"}),
     "data without sizes": json.dumps(RECORD | {"data": {"name": "digits"}}),
     "held out of text": json.dumps(RECORD | {"data": RECORD["data"] | {"held_out": "some"}}),
+    "direction of a list": json.dumps(RECORD | {"metrics": [ENTRY | {"lower_is_better": [True]}]}),
     "sampler of a list": json.dumps(RECORD | {"sampler": {"method": ["ddim"]}}),
 }
 

@@ -79,6 +79,10 @@ BAD = {
     "more steps than T": ([*TINY, "--ddpm_num_inference_steps=11"], "--ddpm_num_inference_steps is 11"),
     "unknown lr schedule": ([*TINY, "--lr_scheduler=wave"], "--lr_scheduler wave is not known: choose from linear"),
     "mistyped lr schedule": ([*TINY, "--lr_scheduler=cosin"], "cosin is not known: did you mean cosine?"),
+    "snapshots of augmented images": (
+        [*TINY, "--ema_snapshots=4", "--augment_probability=0.1"],
+        "--ema_snapshots cannot be averaged after a training with --augment_probability: leave one of the two out",
+    ),
     "hybrid of a fixed variance": ([*TINY, "--objective=hybrid"], "--objective hybrid trains a learned variance"),
     "simple with a learned one": (
         [*TINY, "--objective=simple", "--variance_type=learned_range"],

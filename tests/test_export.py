@@ -77,6 +77,13 @@ def test_a_plain_export_is_stock_unless_asked_and_brings_its_records(guidance_mo
     assert "| Optimizer steps | 6 |" in (tmp_path / "mender" / "README.md").read_text()
 
 
+def test_the_card_of_an_export_names_its_folder_from_here(guidance_models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("export", guidance_models / "plain", "exports/mine") == 0
+    card = (tmp_path / "exports" / "mine" / "README.md").read_text()
+    assert 'from_pretrained("exports/mine")' in card and ".mine-" not in card
+
+
 def test_of_a_folder_full_of_own_files_only_those_of_the_run_are_exported(guidance_models, tmp_path, caplog):
     folder = shutil.copytree(guidance_models / "conditional", tmp_path / "full")
     (folder / "best/unet").mkdir(parents=True)

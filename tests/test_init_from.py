@@ -191,6 +191,12 @@ def test_a_unet_of_another_kind_or_shape_is_refused(sources, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_naming_the_length_of_the_schedule_keeps_its_betas(sources, tmp_path):
+    run = opened(sources / "own-betas", tmp_path, "--ddpm_num_steps=12", "--ddpm_num_inference_steps=2")
+    betas = DDPMScheduler.from_pretrained(sources / "own-betas" / "scheduler").betas
+    assert torch.equal(run.scheduler.betas, betas)
+
+
 def test_a_config_with_weights_says_that_it_ignores_them(sources, tmp_path, capsys):
     """Bug report F6."""
     data = f"--train_data_dir={sources / 'images'}"

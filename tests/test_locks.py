@@ -53,9 +53,10 @@ def test_a_second_run_in_the_folder_of_a_live_one_is_a_sentence_and_changes_noth
 
 def test_a_finished_a_refused_and_a_failed_run_leave_no_lock(tmp_path, monkeypatch):
     train(config(tmp_path / "run"))
-    with pytest.raises(UserError, match="has a file named file, where the run writes a folder"):
-        (tmp_path / "run" / "file").touch()
-        train(config(tmp_path / "run", "--overwrite_output_dir", "--logger=tensorboard", "--logging_dir=file"))
+    with pytest.raises(UserError, match="--logger tensorboard cannot start"):
+        (tmp_path / "run" / "own").mkdir()
+        (tmp_path / "run" / "own" / "file").touch()
+        train(config(tmp_path / "run", "--overwrite_output_dir", "--logger=tensorboard", "--logging_dir=own/file"))
     monkeypatch.setattr("ddpm_hf.training.loop.step", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train(config(tmp_path / "run", "--overwrite_output_dir"))

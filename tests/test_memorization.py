@@ -119,7 +119,7 @@ def test_progress_is_told_if_it_takes_long(capsys, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: start + 10 * next(calls))
     monkeypatch.setattr("tqdm.std.time", time.time)
     memorization_report(images(3, 0), images(5, 1), None)
-    assert "Nearest to generated" in capsys.readouterr().err
+    assert "Nearest to generated: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("channels, count", [(1, 6), (3, 2)])

@@ -169,6 +169,8 @@ def test_grey_images_stored_in_color_are_noticed(make, tmp_path):
     folder = write_hub(tmp_path / "grey", [grey, grey, in_color((9, 9, 9), (99, 99, 99))])
     images, _ = load_images(make(folder))
     assert images.channels == 3 and "--channels 1 trains a smaller model" in images.warnings[0]
+    write_hub(tmp_path / "mixed", [grey, encode(np.full((1, 2), 9, np.uint8))])
+    assert "--channels 1 trains a smaller model" in load_images(make(tmp_path / "mixed"))[0].warnings[0]
     for given, of_model in [(1, None), (3, None), (None, 1)]:
         images, _ = load_images(make(folder, channels=given), of_model)
         assert images.channels == (given or of_model) and images.warnings == []

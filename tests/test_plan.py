@@ -39,6 +39,12 @@ def test_tasks_are_counted_as_they_become_due(tmp_path, flags):
         assert told == found and ("sheet" in told) == (run.config.objective != "classify")
 
 
+def test_the_guided_sheet_takes_two_passes_for_each_of_ten_classes(tmp_path):
+    flags = ["--class_conditional", "--label_dropout=0.1", "--max_train_steps=4"]
+    run, _ = check_run(parse_config([*TINY, f"--output_dir={tmp_path}/run", *flags]))
+    assert plan.forward_passes(run)["figures"] == 2 * (5 + 5 + 10) + 2 * 10 * 2 * 10  # two images, ten timesteps
+
+
 def test_the_time_is_that_of_the_steps_and_of_all_images_that_pass_through_the_network(tmp_path):
     flags = ["--validation_split=0.1", "--max_train_steps=404", "--save_images_epochs=1", "--use_ema"]
     run, _ = check_run(parse_config([*TINY, f"--output_dir={tmp_path}/run", *flags]))

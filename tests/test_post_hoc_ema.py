@@ -113,7 +113,7 @@ def test_what_cannot_be_averaged_is_refused(trained, tiny_run, tmp_path, capsys)
     find_snapshots(cut)[4].write_bytes(b"cut off")
     for words, sentence in {
         f"{trained} {tmp_path}/new --length=0.5": "--length has 0.5, but must be from 0.005 to 0.28",
-        f"{trained} {tmp_path}/new --length=short": "must be numbers such as 0.05,0.1",
+        f"{trained} {tmp_path}/new --length=short": "is not a list of numbers: write --length 0.05,0.1",
         f"{trained} {tmp_path}/new --length=,": "--length is empty",
         f"{trained} {tmp_path}/new --step=1": "has no snapshot of step 1: the nearest is --step 2",
         f"{trained} {tmp_path}/new --by=validation_los": "did you mean validation_loss?",

@@ -114,9 +114,9 @@ def test_an_affine_map_moves_pixels_as_its_numbers_say():
 def test_augmentation_is_keyed_by_the_ordinal():
     images = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     whole = {"ordinals": torch.arange(100, 164), "images": images.clone()}
-    augment(whole, 0.3, 5)
+    whole = augment(whole, 0.3, 5)
     part = {"ordinals": whole["ordinals"][20:30], "images": images[20:30].clone()}
-    augment(part, 0.3, 5)
+    part = augment(part, 0.3, 5)
     assert torch.equal(part["images"], whole["images"][20:30])
     assert torch.equal(part["augmented"], whole["augmented"][20:30])
     changed = (whole["images"] != images).flatten(1).any(1)

@@ -19,6 +19,10 @@ from ..errors import UserError
 from .flags import add_weights_flag
 
 
+FOLDER_FLAGS = ["ddpm_num_steps", "ddpm_beta_schedule", "prediction_type"]
+FILE_FLAGS = ["original", "original_flags"]
+
+
 def add_flags(parser):
     parser.add_argument(
         "model",
@@ -74,7 +78,3 @@ def run(arguments):
         print(f"{arguments.output} is a classifier: try `ddpm_hf sample MODEL --classifier {arguments.output}`.")
     else:
         print(f"{arguments.output} is a pipeline: try `ddpm_hf sample {arguments.output}`.")
-
-
-FOLDER_FLAGS = ["ddpm_num_steps", "ddpm_beta_schedule", "prediction_type"]
-FILE_FLAGS = ["original", "original_flags"]

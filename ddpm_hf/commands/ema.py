@@ -9,26 +9,23 @@ ddpm_hf ema runs/mnist runs/mnist-ema --length 0.02,0.05,0.1 --by fd_mnist --num
 """
 
 from ..errors import UserError
-from .flags import names
 
 
 def add_flags(parser):
     parser.add_argument("run", help="folder of a finished run with --ema_snapshots")
     parser.add_argument("output", nargs="?", help="new folder to write; default: the run's name and -ema")
     add = parser.add_argument
-    add("--length", type=names, metavar="LIST", help="length, or lengths to compare, e.g. 0.05; default: nine lengths")
+    add("--length", metavar="LIST", help="length, or lengths to compare, e.g. 0.05; default: nine lengths")
     add("--by", default="validation_loss", help="how to compare lengths: validation_loss, or a metric of `evaluate`")
     add("--num_images", type=int, help="images to draw for a metric of --by; default: as many as `evaluate` draws")
     add("--step", type=int, help="step at which the average ends, one of the snapshots; default: the last")
 
 
 def run(arguments):
+    from ..config.fields import split_list
     from ..training.post_hoc_ema import average_after_training
 
-    try:
-        lengths = None if arguments.length is None else [float(word) for word in arguments.length]
-    except ValueError:
-        raise UserError(f"--length is {','.join(arguments.length)}, but must be numbers such as 0.05,0.1.") from None
+    lengths = split_list(arguments.length, float, "--length 0.05,0.1")
     if lengths == []:
         raise UserError("--length is empty: give a number such as 0.05, or leave it out.")
     output = arguments.output or f"{arguments.run.rstrip('/')}-ema"

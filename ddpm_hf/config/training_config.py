@@ -237,8 +237,8 @@ class OutputOptions:
     validation_epochs: int = flag(1, "Epochs between measurements of the validation loss [ours]", at_least=1)
     ema_snapshots: int = flag(
         0,
-        "How often to save, spread evenly over the run, two averages of the weights, from which `ddpm_hf ema` makes "
-        "averages of other lengths after training; e.g. 32; each takes twice the memory of the weights [ours]",
+        "Number of snapshots to save, spread evenly over the run, e.g. 32. Each holds two averages of the weights, "
+        "from which `ddpm_hf ema` makes averages of other lengths, and takes twice the space of the weights [ours]",
         at_least=0,
         at_most=1000,
     )
@@ -298,9 +298,9 @@ class TrainingConfig(*reversed(GROUPS)):
     Lists may be given as on the command line (`channel_mults="1,2,2"`) or as lists (`[1, 2, 2]`), and paths as strings
     or `pathlib.Path`. The field `preset` only records where the values came from.
 
-    The attribute `given_flags` is not a flag. It has the names of the flags that were given, apart from the preset's:
-    those that `from_preset` received, or, without it, those whose value is not the default. --init_from leaves them
-    as they are.
+    The attribute `given_flags` is not a flag. It is the set of the flags that the user gave, without those of the
+    preset: the arguments of `from_preset`, or, for a config made directly, the flags whose value is not the default.
+    --init_from does not change these flags.
 
     Raises:
         UserError: for a value that is not allowed. The message names the flag, the value and what is allowed.
@@ -368,6 +368,11 @@ class TrainingConfig(*reversed(GROUPS)):
         if self.objective == "simple" and learned:
             raise UserError(
                 "--objective simple cannot train --variance_type learned_range: give --objective hybrid or vlb."
+            )
+        if self.augment_probability and self.ema_snapshots:
+            raise UserError(
+                "--ema_snapshots cannot be averaged after a training with --augment_probability: leave one of "
+                "the two out."
             )
         if self.objective == "vlb" and (self.snr_gamma is not None or self.loss_type != "l2"):
             raise UserError("--objective vlb cannot be combined with --snr_gamma or --loss_type: leave them out.")

@@ -7,6 +7,7 @@ import io
 
 import datasets
 import numpy as np
+from PIL import ExifTags, Image, ImageOps
 
 from ..errors import UserError
 from ..files import check_npy, read_npz
@@ -56,6 +57,21 @@ def page_numbers(image) -> list[int]:
     return found or [0]
 
 
+def upright(image):
+    """Return a Pillow image, turned as its EXIF orientation says."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def page_of(image, number: int):
+    """Return a page of a Pillow image, upright. Raise a ValueError if it has too many pixels."""
+    image.seek(number)
+    if image.width * image.height > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow itself checks only the first page
+        raise ValueError("the page is too large")
+    return upright(image)
+
+
 def pages_as_channels(image) -> np.ndarray:
     """Return all pages of a Pillow image as one array (H,W,C), the channels of the first page first.
 
@@ -64,8 +80,8 @@ def pages_as_channels(image) -> np.ndarray:
     """
     pages = []
     for number in page_numbers(image):
-        image.seek(number)
-        page = image.convert("RGB") if image.mode in ("P", "CMYK", "YCbCr", "LAB") else image
+        page = page_of(image, number)
+        page = page.convert("RGB") if page.mode in ("P", "CMYK", "YCbCr", "LAB") else page
         pages.append(as_image(np.asarray(page)))
     if len({(page.shape[:2], page.dtype) for page in pages}) > 1:
         raise ValueError("its pages differ in size or type")

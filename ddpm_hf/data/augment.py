@@ -17,8 +17,8 @@ LOG2_SCALE = 0.2  # standard deviation of log2 of a scale
 SHIFT = 1 / 8  # standard deviation of a shift, as a share of the side
 
 
-def augment(batch: dict, probability: float, seed: int):
-    """Change each image of a batch with this probability, in place, and add "augmented" (B,) bool to the batch.
+def augment(batch: dict, probability: float, seed: int) -> dict:
+    """Return a batch in which each image is changed with this probability, and "augmented" (B,) bool tells which.
 
     The draw for an image is keyed by (seed, ordinal). A changed image is computed alone, so that its pixels do not
     depend on the batch.
@@ -30,7 +30,7 @@ def augment(batch: dict, probability: float, seed: int):
         if chosen[row]:
             image = batch["images"][row : row + 1]
             batch["images"][row] = transform(image, draw_matrix(generator, image.shape[2:]))[0]
-    batch["augmented"] = torch.tensor(chosen)
+    return batch | {"augmented": torch.tensor(chosen)}
 
 
 def draw_matrix(generator: torch.Generator, size: tuple[int, int]) -> torch.Tensor:

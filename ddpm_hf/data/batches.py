@@ -28,11 +28,14 @@ def training_batches(train_set, config, first_ordinal, process_index, num_proces
     size = config.train_batch_size
     starts = itertools.count(first_ordinal + process_index * size, num_processes * size)
     streamed = isinstance(train_set, StreamedSet)
+    collate = dict  # returns the batch unchanged
+    if config.augment_probability:
+        collate = functools.partial(augment, probability=config.augment_probability, seed=config.seed)
     loader = DataLoader(
         train_set if streamed else ShuffledSet(train_set, config),
         batch_sampler=(range(start, start + size) for start in starts),
         num_workers=0 if streamed or train_set.pixels is not None else config.dataloader_num_workers,
-        collate_fn=dict,  # returns the batch unchanged
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # keeps the loader from drawing its seed from torch's global generator
     )
@@ -44,8 +47,6 @@ def training_batches(train_set, config, first_ordinal, process_index, num_proces
             # Keep only the sentence, because torch puts a worker's traceback into the message. Drop the error's own
             # traceback too: it is part of a cycle of references, which keeps the workers alive for seconds.
             raise UserError(str(error.with_traceback(None)).rsplit("UserError: ", 1)[-1].strip()) from None
-        if config.augment_probability:
-            augment(batch, config.augment_probability, config.seed)
         yield batch
 
 

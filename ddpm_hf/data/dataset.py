@@ -88,11 +88,11 @@ def load_images(config, channels=None):
     if not sample or validation is not None and not len(validation):
         raise UserError("no images are left for training or for validation: give a larger dataset or more classes.")
     channels, warnings = survey(
-        sample, channels or config.channels, config.pixel_range, read_size(config.resolution), pages_of(config)
+        sample, channels or config.channels, config.pixel_range, read_size(config.resolution), config.pages
     )
     # Pass these only if the flags are given. Otherwise the fingerprints would differ from those of older runs.
     options = {"pixel_range": tuple(config.pixel_range)} if config.pixel_range else {}
-    options |= {"pages": "channels"} if pages_of(config) else {}
+    options |= {"pages": "channels"} if config.pages == "channels" else {}
     read = functools.partial(
         read_image,
         channels=channels,
@@ -106,11 +106,6 @@ def load_images(config, channels=None):
     train.warnings = skipped_warning(skipped) + warnings
     train.skipped = skipped
     return train, validation
-
-
-def pages_of(config) -> str | None:
-    """Return the `pages` of `open_image` for --pages."""
-    return "channels" if config.pages == "channels" else None
 
 
 def _describe(source, held_out, rows, classes, several):
@@ -151,11 +146,16 @@ def _unused_classes(features, is_listed):
     """Return a list with one phrase about a column that has the name of classes but is not used; else []."""
     for name in sorted(LABEL_NAMES & set(features or {})):
         dtype = getattr(features[name], "dtype", "")
-        if is_listed and ("int" in dtype or dtype in {"bool", *TEXTS}):
+        if is_listed and _can_be_classes(dtype):
             return [f"no classes (to use the column {name}, give --label_column {name})"]
         what = f"{dtype} values" if dtype and dtype not in ("dict", "list") else "lists or dictionaries"
         return [f"no classes (the column {name} has {what}, which cannot be used)"]
     return []
+
+
+def _can_be_classes(dtype: str) -> bool:
+    """Return True for the types of a column whose values can be class names: whole numbers, booleans and texts."""
+    return "int" in dtype or dtype in {"bool", *TEXTS}
 
 
 def _find_columns(rows, config):
@@ -184,7 +184,7 @@ def _find_columns(rows, config):
         raise UserError(f"--image_column {image or '(not given)'} is not an image column: {advice(image)}")
     if isinstance(kind, datasets.ClassLabel):
         classes = dict(enumerate(kind.names))
-    elif is_listed and ("int" in dtype or dtype in {"bool", *TEXTS}):
+    elif is_listed and _can_be_classes(dtype):
         classes = {value: str(value) for value in sorted(set(rows[label][:]) - {None, ""})}
     elif label:
         why = f" (its {dtype} values are neither words nor whole numbers)" if "float" in dtype else ""
@@ -246,9 +246,9 @@ def _usable(rows, validation, config):
     """Return both sets of rows without the images that --on_bad_image skip leaves out, and a list of these images."""
     if config.on_bad_image != "skip":
         return rows, validation, []
-    rows, skipped = skip_unreadable(rows, config.pixel_range, pages_of(config))
+    rows, skipped = skip_unreadable(rows, config.pixel_range, config.pages)
     if validation is not None:
-        validation, more = skip_unreadable(validation, config.pixel_range, pages_of(config))
+        validation, more = skip_unreadable(validation, config.pixel_range, config.pages)
         skipped += more
     return rows, validation, skipped
 
@@ -267,7 +267,11 @@ def _split_by_hash(rows, held_out, splits, config):
         raise UserError(f"--validation_split {held_out} is impossible: give a split ({', '.join(splits)}){wanted}.")
     digest = functools.partial(use_file, lambda file: hashlib.sha256(file.read()).digest())
     first = {}  # the digest of the first page of each file, because all pages of a file belong to the same side
-    digests = [first.setdefault(item[0], digest(item)) for item in undecoded(rows, range(len(rows)))]
+    digests = []
+    for item in undecoded(rows, range(len(rows))):
+        if item[0] not in first:
+            first[item[0]] = digest(item)
+        digests.append(first[item[0]])
     highest = sorted(digests)[max(1, round(share * len(rows))) - 1]
     held = np.array([digest <= highest for digest in digests])
     return rows.select(np.flatnonzero(~held)), rows.select(np.flatnonzero(held))

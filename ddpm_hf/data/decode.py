@@ -11,18 +11,20 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
+from pathlib import Path
 
 import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ..errors import UserError
 from ..randomness import draws_for, keyed_generator
 from ..sizes import read_size
-from .arrays import MAGIC, pages_as_channels, read_npy, white_of
+from .arrays import MAGIC, pages_as_channels, read_npy, upright, white_of
+from .folders import printable
 
 
 FLIP_BLOCK = 4096  # flips are drawn in blocks of this many consecutive images
@@ -32,13 +34,6 @@ MAX_ASPECT = 16  # if an image is longer than this many times its shorter side, 
 CHUNK = 256  # number of rows that are read from the dataset at once
 
 
-def upright(image):
-    """Return a Pillow image, turned as its EXIF orientation says."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
-        return image
-    return ImageOps.exif_transpose(image)
-
-
 def opacity(image):
     """Return how opaque each pixel of a Pillow image is, uint8 (H,W); None if the image has no transparency."""
     if not image.has_transparency_data:
@@ -46,11 +41,6 @@ def opacity(image):
     if image.mode.startswith("I"):  # a 16-bit PNG can declare one grey value transparent; Pillow does not apply it
         return np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8)
     return np.asarray(image.convert("RGBA").getchannel("A"))
-
-
-def white_level(mode):
-    """Return the value of white in a grey mode of more than 8 bits."""
-    return 1 if mode == "F" else 65535
 
 
 def open_image(file, pages=None):
@@ -97,10 +87,10 @@ def to_array(image, channels=None, exact=False, pixel_range=None):
         return array.astype(np.float32) / 255 if exact else array
     if image.mode.startswith("I") or image.mode == "F":  # convert("L") would clip their values at 255
         array = np.asarray(image)
-        white = white_level(image.mode)
         if image.has_transparency_data:
-            array = np.where(opacity(image), array, white if pixel_range is None else pixel_range[1])
-        array = _to_scale(array, white, exact, pixel_range)
+            white = white_of(array.dtype) if pixel_range is None else pixel_range[1]
+            array = np.where(opacity(image), array, white)
+        array = _to_scale(array, exact, pixel_range)
     else:
         if image.has_transparency_data:
             image = image.convert("RGBA")
@@ -124,16 +114,16 @@ def _array_to_array(array, channels, exact, pixel_range):
         )
     if array.dtype == np.uint8:
         return array.astype(np.float32) / 255 if exact else array
-    return _to_scale(array, white_of(array.dtype), exact, pixel_range)
+    return _to_scale(array, exact, pixel_range)
 
 
-def _to_scale(array, white, exact, pixel_range):
+def _to_scale(array, exact, pixel_range):
     """Return an array of any type on a scale from 0 to 255 (uint8), or with `exact` from 0 to 1 (float32).
 
     Raises:
-        UserError: if a value is not finite or not within `pixel_range`. None: 0 to `white`.
+        UserError: if a value is not finite or not within `pixel_range`. None: 0 to `white_of`.
     """
-    black, white = pixel_range or (0, white)
+    black, white = pixel_range or (0, white_of(array.dtype))
     low, high = array.min(), array.max()
     if not np.isfinite([low, high]).all():
         raise UserError("it has values that are nan or infinite: replace them by numbers, or remove the image.")
@@ -290,6 +280,13 @@ def check_regular(path):
         local = part.removeprefix("file://")
         if os.path.exists(local) and not os.path.isfile(local):
             raise OSError("it is not a regular file")
+
+
+def item_name(item) -> str:
+    """Return the name of an item for people: its row, and its file without the folder, because it may be published."""
+    row, encoded = item
+    path = encoded and encoded["path"]
+    return f"image {row} ({printable(Path(path).name)})" if path else f"image {row}"
 
 
 def use_path(use, path, open_file=Image.open):

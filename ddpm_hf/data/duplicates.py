@@ -10,13 +10,14 @@ import torch.nn.functional as F
 
 SMALL = 8  # height and width at which images are compared first
 # Two images are near duplicates if their pixels, shifted to mean 0 and scaled to length 1, differ by at most this
-# length. A copy as JPEG of quality 75 differs by less. Of the images of MNIST no two are closer, and of CIFAR-10 only
-# two, which show the same ship (measured on the training images, 2026-11-27).
+# length. A copy as JPEG of quality 75 differs by less. In MNIST, no two images are this close. In CIFAR-10, one pair
+# is, which shows the same ship (measured on the training images, 2026-11-27).
 DISTANCE = 0.1
-MAX_IMAGES = 100_000  # the first ones are looked at, which takes less than a minute
+MAX_IMAGES = 100_000  # only the first ones are compared, which takes less than a minute
 MAX_CANDIDATES = 200_000
 LISTED = 100  # pairs in train_config.json
 BLOCK = 512
+CHUNK_VALUES = 2**24  # values of pixels that are turned into floats at once
 
 
 @torch.no_grad()
@@ -29,14 +30,15 @@ def near_duplicates(pixels: torch.Tensor) -> list[tuple[int, int]]:
     Args:
         pixels: (N, C, H, W), uint8 or float.
     """
+    if len(pixels) < 2:
+        return []
     pixels = pixels[:MAX_IMAGES]
-    small = torch.cat([_small(chunk) for chunk in pixels.split(4096)])
+    chunk = max(1, CHUNK_VALUES // pixels[0].numel())
+    small = torch.cat([_small(part) for part in pixels.split(chunk)])
     usable = small.norm(dim=1) > 0.5
     candidates = _close_pairs(small[usable], 2 * DISTANCE)  # averaging keeps most of a difference's relative length
     rows = usable.nonzero()[:, 0][candidates]
-    near = [_distance(pixels[pair[:, 0]], pixels[pair[:, 1]]) <= DISTANCE for pair in rows.split(4096)]
-    if not near:
-        return []
+    near = [_distance(pixels[pair[:, 0]], pixels[pair[:, 1]]) <= DISTANCE for pair in rows.split(chunk)]
     pairs = rows[torch.cat(near)].sort(dim=1).values.tolist()
     return sorted(map(tuple, pairs))
 

@@ -1,15 +1,13 @@
 """Keep the images of a dataset. They are decoded once, or at each use if the set is large."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..sizes import read_size
-from .decode import decode_all, read_batch, scale, undecoded
+from .decode import decode_all, item_name, read_batch, scale, undecoded
 from .duplicates import near_duplicates
-from .folders import printable
 
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of decoded pixels; the images of a larger set are decoded at each use
@@ -49,7 +47,7 @@ class ImageSet:
         """
         pairs = [] if self.pixels is None else near_duplicates(self.pixels)
         rows = sorted({row for pair in pairs for row in pair})
-        names = {row: _name(*item) for row, item in zip(rows, undecoded(self.rows, rows))}
+        names = {row: item_name(item) for row, item in zip(rows, undecoded(self.rows, rows))}
         return [(names[first], names[second]) for first, second in pairs]
 
     def get(self, indices, crop_generators=None, mirrored=None):
@@ -61,7 +59,3 @@ class ImageSet:
             which = mirrored.nonzero()[:, 0]
             images[which] = images.index_select(0, which).flip(-1)
         return scale(images)
-
-
-def _name(row: int, encoded: dict) -> str:
-    return f"image {row} ({printable(Path(encoded['path']).name)})" if encoded["path"] else f"image {row}"

@@ -8,8 +8,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import UserError
-from .arrays import page_numbers
-from .decode import CHUNK, undecoded, upright, use_file
+from .arrays import page_numbers, page_of
+from .decode import CHUNK, undecoded, use_file
 
 
 IN_PNG = {"1", "L", "LA", "I;16", "I;16B", "P", "RGB", "RGBA"}  # the modes that Pillow writes to PNG without a loss
@@ -74,10 +74,6 @@ def _encoded_pages(row, encoded, pages):
 
 def _encode(image, number) -> bytes:
     """Return a page of a Pillow image as PNG or TIFF, upright and without a loss."""
-    image.seek(number)
-    if image.width * image.height > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow itself checks only the first page
-        raise ValueError("the page is too large")
-    file = io.BytesIO()
-    page = upright(image)
+    file, page = io.BytesIO(), page_of(image, number)
     page.save(file, "PNG" if page.mode in IN_PNG else "TIFF")
     return file.getvalue()

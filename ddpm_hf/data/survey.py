@@ -3,7 +3,6 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .arrays import page_numbers
-from .decode import CHUNK, open_image, short_reason, to_array, undecoded, use_file, white_level
+from .decode import CHUNK, item_name, open_image, short_reason, to_array, undecoded, use_file
 
 
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
@@ -46,9 +45,7 @@ def _problem(item, pixel_range, pages) -> str | None:
     try:
         use_file(lambda file: to_array(open_image(file, pages), pixel_range=pixel_range), item)
     except UserError as error:
-        row, encoded = item
-        path = encoded and encoded["path"]  # the name is enough: a record of a run may be published
-        return f"image {row}{f' ({Path(path).name})' if path else ''}: {short_reason(error.__cause__)}"
+        return f"{item_name(item)}: {short_reason(error.__cause__)}"
 
 
 def skipped_warning(skipped: list[str]) -> list[str]:
@@ -80,7 +77,7 @@ def survey(items, channels, pixel_range, size, pages=None) -> tuple[int, list[st
             "and images that have them."
         )
     depths = [kind.depth for kind in kinds]
-    is_plain = channels is None and found == {3}
+    is_plain = channels is None and 3 in found and not any(kind.is_array for kind in kinds)
     colored, brightest = _look_at_pixels(items, depths, pixel_range, colored=not is_plain, pages=pages)
     warnings = []
     if not colored:
@@ -99,11 +96,9 @@ def survey(items, channels, pixel_range, size, pages=None) -> tuple[int, list[st
         )
     warnings += _crop_hint(np.array([kind.size for kind in kinds]), size)
     if several := [item for item, kind in zip(items, kinds) if kind.has_pages]:
-        row, encoded = several[0]
-        name = Path(encoded["path"]).name if encoded["path"] else f"image {row}"
         warnings.append(
-            f"Warning: {len(several)} of the {len(items)} images looked at have several pages or frames, e.g. {name}. "
-            "Only the first one is used: to use each as an image, give --pages all."
+            f"Warning: {len(several)} of the {len(items)} images looked at have several pages or frames, e.g. "
+            f"{item_name(several[0])}. Only the first one is used: to use each as an image, give --pages all."
         )
     return channels or max(found), warnings
 
@@ -117,19 +112,21 @@ class Kind:
         depth: "8 bits", "I" (longer integers) or "F" (floats).
         size: height and width, upright.
         has_pages: whether the file has several pages or frames, of which one is used.
+        is_array: whether this is an array, not a picture.
     """
 
     channels: int
     depth: str
     size: tuple[int, int]
     has_pages: bool = False
+    is_array: bool = False
 
 
 def _kind(file, pages) -> Kind:
     image = open_image(file, pages)
     if isinstance(image, np.ndarray):
         depth = "F" if image.dtype.kind == "f" else "8 bits" if image.dtype.itemsize == 1 else "I"
-        return Kind(image.shape[2], depth, image.shape[:2])
+        return Kind(image.shape[2], depth, image.shape[:2], is_array=True)
     is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4  # by a quarter
     depth = image.mode[0] if image.mode[0] in "IF" else "8 bits"
     shape = image.size[:: 1 if is_turned else -1]
@@ -197,7 +194,7 @@ def _dark_warning(depth: str, top: float, pixel_range) -> str:
             f"Warning: no pixel of the 8-bit images looked at is brighter than {top:.1%} of white, so the model would "
             "learn almost black images: rescale them."
         )
-    black, white = pixel_range or (0, white_level(depth))
+    black, white = pixel_range or (0, 1 if depth == "F" else 65535)
     largest = black + top * (white - black)
     likely = f"{largest:.4g}" if depth == "F" else 2 ** round(largest).bit_length() - 1  # 4095 for 12 bits
     return (

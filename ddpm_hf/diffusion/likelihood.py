@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..output import PASSING_BAR
 from ..randomness import keyed_generator
 from .scheduler import PaperDDPMScheduler
 
@@ -143,9 +144,8 @@ def bound_terms(
     evaluations, was_training, done = iter(evaluations), unet.training, 0
     unet.eval()
     try:
-        # The bar vanishes at the end, and work of less than two seconds has none.
-        options_of_bar = dict(unit="evaluation", disable=not progress, leave=False, delay=2)
-        with tqdm(desc="Bits/dim", total=num_evaluations, **options_of_bar) as bar:
+        bar_options = dict(PASSING_BAR, unit="evaluation", disable=not progress)
+        with tqdm(desc="Bits/dim", total=num_evaluations, **bar_options) as bar:
             while batch := list(islice(evaluations, batch_size)):
                 rows, timesteps = (torch.tensor([pair[k] for pair in batch]) for k in (0, 1))
                 weights = torch.tensor([weight for _, _, weight in batch], dtype=torch.float64)

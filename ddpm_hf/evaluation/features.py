@@ -9,6 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..output import PASSING_BAR
 from ..pictures import to_uint8
 from ..processes import gather_in_order
 
@@ -96,9 +97,8 @@ def extract(extractor: Extractor, source, indices=None, batch_size: int = 64, wh
     batches = [range(start, min(start + batch_size, len(indices))) for start in range(0, len(indices), batch_size)]
     mine = batches[state.process_index :: state.num_processes]
     found = []
-    # The bar vanishes at the end, and work of less than two seconds has none.
-    bar = dict(unit="batch", disable=not state.is_main_process, leave=False, delay=2)
-    for batch in tqdm(mine, desc=f"{extractor.name} features of {what}", **bar):
+    bar = dict(desc=f"{extractor.name} features of {what}", unit="batch", disable=not state.is_main_process)
+    for batch in tqdm(mine, **bar, **PASSING_BAR):
         features, logits = extractor(images_at(source, [indices[k] for k in batch]).to(state.device))
         found.append((features.float().cpu(), None if logits is None else logits.float().cpu()))
     features, logits = zip(*gather_in_order([batch.start for batch in mine], found))

@@ -261,30 +261,27 @@ def _download() -> Path:
         return path
     reason = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
+        seconds = transfer_seconds(SIZE)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            seconds = transfer_seconds(SIZE)
-            late = TimeoutError(f"the download was not complete after {seconds:.0f} s")
             # Wait for a thread, because a server can send the first lines of its answer as slowly as it likes.
-            in_thread(lambda: _fetch(path, time.monotonic() + seconds, late)).result(seconds)
+            in_thread(lambda: _fetch(path, time.monotonic() + seconds)).result(seconds)
             return path
-        except TimeoutError:
-            reason = str(late)
-        except (OSError, http.client.HTTPException) as error:
-            reason = reason_of(error)
+        except (OSError, http.client.HTTPException) as error:  # a TimeoutError without a message means our own limit
+            reason = reason_of(error) if str(error) else f"the download was not complete after {seconds:.0f} s"
     raise MissingWeights(
         f"the Inception weights {path.name} are not in torch's hub cache and cannot be downloaded from {URL} "
         f"({reason}): download this file on a machine with a network, and give --inception FILE."
     )
 
 
-def _fetch(path: Path, end: float, late: TimeoutError):
+def _fetch(path: Path, end: float):
     """Download the weights to `path`, completely or not at all.
 
     We do not use `torch.hub.download_url_to_file`, because it waits for ever for a server that is silent.
 
     Args:
-        end: the time, as time.monotonic() gives it, after which `late` is raised.
+        end: the time, as time.monotonic() gives it, after which a TimeoutError without a message is raised.
 
     Raises:
         OSError: if the server does not answer, is too slow, or sends another file. Also if `path` cannot be written.
@@ -303,7 +300,7 @@ def _fetch(path: Path, end: float, late: TimeoutError):
                 digest.update(part)
                 bar.update(len(part))
                 if time.monotonic() > end:
-                    raise late
+                    raise TimeoutError
         if digest.hexdigest() != SHA256:
             raise OSError(f"the file there has the SHA-256 {digest.hexdigest()[:8]}... instead of {SHA256[:8]}...")
         partial.replace(path)

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..output import PASSING_BAR
 from ..pictures import GAP, evenly, resize, save_picture, side_by_side, tile
 
 
@@ -145,8 +146,8 @@ def _nearest(images: Tensor, train: Tensor, title: str, progress: bool, own: Ten
     index = torch.zeros(len(images), dtype=torch.long, device=train.device)
     rows = max(1, CHUNK // max(train.shape[1], 1024))
     at_once = max(1, min(rows, CHUNK // rows))
-    options = dict(unit="pair", unit_scale=True, disable=not progress, leave=False, delay=2)
-    with tqdm(total=len(images) * len(train), desc=title, **options) as bar:
+    options = dict(total=len(images) * len(train), desc=title, unit="pair", unit_scale=True, disable=not progress)
+    with tqdm(**options, **PASSING_BAR) as bar:
         for start in range(0, len(train), rows):
             part = _centred(train[start : start + rows])
             norms = _squared_norms(part)

@@ -124,7 +124,7 @@ def classifier_scores(look: Look, stem: str) -> list[dict]:
         n_ref = look.train.num_samples
         entries.append(look.entry(id, report[key], lower_is_better=lower, floor=real.get(key), n_ref=n_ref))
     entries[-3]["extra"] = {"frequencies": report["frequencies"]}
-    if knows(look.extractor, look.evaluation.requested_classes):
+    if knows(look.extractor.class_names, look.evaluation.requested_classes):
         entries.append(class_accuracy(look))
     return [*entries, coverage]
 
@@ -138,7 +138,7 @@ def class_accuracy(look: Look) -> dict:
     value = right.double().mean().item()
     floor = None
     real = look.evaluation.held_out
-    if look.held_out is not None and knows(look.extractor, real.class_names):
+    if look.held_out is not None and knows(known, real.class_names):
         # The floor is the accuracy on real images of the requested classes.
         numbers = class_numbers(real.class_names, known)[real.labels]
         comparable = torch.isin(numbers, requested) & (real.labels >= 0)
@@ -147,9 +147,9 @@ def class_accuracy(look: Look) -> dict:
     return entry | {"se": (value * (1 - value) / n) ** 0.5, "se_method": "binomial"}
 
 
-def knows(classifier, names: list[str] | None) -> bool:
-    """Return True if there are class names, and the classifier has a class for each of them."""
-    return bool(names) and set(names) <= set(classifier.class_names)
+def knows(known: tuple[str, ...], names: list[str] | None) -> bool:
+    """Return True if there are class names, and all of them are in `known`, the classes of a classifier."""
+    return bool(names) and set(names) <= set(known)
 
 
 def class_numbers(names: list[str], known: tuple[str, ...]) -> Tensor:
@@ -162,7 +162,7 @@ def class_counts(image_set, logits: Tensor, known: tuple[str, ...]) -> Tensor:
 
     If the images have no labels, or labels of other classes, guess the classes from `logits` (N, k).
     """
-    if not image_set.class_names or not set(image_set.class_names) <= set(known):
+    if not knows(known, image_set.class_names):
         return torch.bincount(logits.argmax(dim=1), minlength=len(known))
     numbers = class_numbers(image_set.class_names, known)
     return torch.bincount(numbers[image_set.labels[image_set.labels >= 0]], minlength=len(known))

@@ -167,6 +167,8 @@ def is_entry(entry) -> bool:
         return False
     if not isinstance(entry.get("extra", {}), dict) or not isinstance(entry.get("reason"), (str, type(None))):
         return False
+    if not isinstance(entry.get("lower_is_better"), (bool, type(None))):
+        return False
     numbers = ("value", "se", "floor", "n_gen", "n_ref")
     return entry.get("status") == "skipped" or all(name in entry and is_value(entry[name]) for name in numbers)
 
@@ -178,9 +180,11 @@ def is_value(value) -> bool:
 
 def record_table(record: dict) -> str:
     """Return a record as text: a table of the scores, what its columns mean, then the skipped metrics."""
-    better = {entry["id"]: "lower" if entry.get("lower_is_better") else "higher" for entry in record["metrics"]}
     rows = [["metric", "value", "+-", "better", "real images", "N", "N real"]]
-    rows += [[id, value, error, better[id], *rest] for id, value, error, *rest in score_rows(record)]
+    for entry in record["metrics"]:
+        if entry.get("status") != "skipped":
+            value, error, *rest = (number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))
+            rows.append([entry["id"], value, error, "lower" if entry.get("lower_is_better") else "higher", *rest])
     lines = [table(rows)]
     if len(rows) > 1:
         lines += [
@@ -189,13 +193,6 @@ def record_table(record: dict) -> str:
         ]
     reasons = by_reason({entry["id"]: entry.get("reason") for entry in record["metrics"]})
     return "\n".join([*lines, *(f"skipped: {ids} ({reason})" for ids, reason in reasons)])
-
-
-def score_rows(record: dict) -> list[list[str]]:
-    """Return a row for each score of a record: its id, value, error, floor, N and the N of the real images."""
-    keys = ("value", "se", "floor", "n_gen", "n_ref")
-    measured = [entry for entry in record["metrics"] if entry.get("status") != "skipped"]
-    return [[entry["id"], *(number(entry[key]) for key in keys)] for entry in measured]
 
 
 def scores_of(record: dict) -> dict[str, float]:

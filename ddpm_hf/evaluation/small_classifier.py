@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from ..randomness import keyed_generator
 from .features import Extractor
 
@@ -21,7 +21,7 @@ class SmallClassifier(Extractor):
 
     Attributes:
         class_names: the names of the classes, in the order of the logits.
-        dataset: the data that it is trained on, for people.
+        dataset: the name of the training data, for messages.
         resolution, channels: of the training images.
         recipe: the arguments of `train_classifier`.
     """
@@ -52,7 +52,7 @@ def load_weights(kind: type[SmallClassifier], weights: str | Path) -> SmallClass
         content = path.read_bytes()
         classifier.load_state_dict(safetensors.torch.load(content), assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error, lines=20)
         raise UserError(
             f"{path} does not hold weights of the {kind.name} classifier ({reason}): leave the file out, to use the "
             "weights that come with the package."

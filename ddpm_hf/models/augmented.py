@@ -2,8 +2,9 @@
 
 A stock UNet2DModel has no input for this, so a UNet that is trained with --augment_probability has class embeddings
 for it: twice as many as it has classes, or two without classes. The first half is for images as they are, and the
-second half for augmented ones. To publish the UNet, only the first half is kept. Without classes the first half is one
-vector, which is added to the bias that it would be added to, so that a stock unconditional UNet2DModel remains.
+second half for augmented ones. To publish the UNet, only the first half is kept. Without classes, the first half is
+one vector. It is added to the bias of the layer that it would be added to anyway (time_embedding.linear_2), so a stock
+unconditional UNet2DModel remains.
 """
 
 import copy

@@ -21,10 +21,9 @@ from .classes import Classes
 from .pretrained import check_shards, find_folder, load_pretrained, opening, read_network, weights_hash
 
 
-SCHEDULE_FLAGS = {"ddpm_num_steps", "ddpm_beta_schedule"}
 # The flags that follow the other model unless they are given.
-FOLLOWING = ["resolution", "channels", "class_conditional", *SCHEDULE_FLAGS, "prediction_type", "variance_type"]
-FOLLOWING += ["rescale_betas_zero_snr"]
+FOLLOWING = ["resolution", "channels", "class_conditional", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type"]
+FOLLOWING += ["variance_type", "rescale_betas_zero_snr"]
 # Each of these flags sets the entry of UNet2DModel's config that has its name.
 UNET_FLAGS = ["layers_per_block", "attention_head_dim", "norm_num_groups", "norm_eps", "resnet_time_scale_shift"]
 UNET_FLAGS += ["flip_sin_to_cos", "freq_shift", "downsample_padding"]
@@ -58,7 +57,7 @@ def open_base_model(config: TrainingConfig, saved: dict | None) -> BaseModel | N
         saved: the train_config.json of the checkpoint to resume, or None.
 
     Raises:
-        UserError: if the flag names no DDPM, no checkpoint and no UNet2DModel.
+        UserError: if the flag does not name a DDPM, a checkpoint or a UNet2DModel.
     """
     if config.init_from is None:
         return None
@@ -169,9 +168,10 @@ def run_scheduler(config: TrainingConfig, base: BaseModel | None, saved: dict | 
     """
     names = ("prediction_type", "variance_type", "rescale_betas_zero_snr")
     settings = {name: getattr(config, name) for name in names}
-    follows = base is not None and (saved is not None or not config.given_flags & SCHEDULE_FLAGS)
-    if follows and base.scheduler is not None:
-        return PaperDDPMScheduler.from_config({**base.scheduler, **settings})
+    if base is not None and base.scheduler is not None:
+        is_same_length = config.ddpm_num_steps == base.scheduler["num_train_timesteps"]
+        if saved is not None or (is_same_length and "ddpm_beta_schedule" not in config.given_flags):
+            return PaperDDPMScheduler.from_config({**base.scheduler, **settings})
     return make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps, **settings)
 
 
@@ -286,9 +286,12 @@ def describe_start(base: BaseModel, copied: dict) -> str:
     parts = [f"Starting from the weights of {base.facts['name']}."]
     if copied["random_layers"]:
         listed = ", ".join(copied["random_layers"])
-        parts.append(f"These layers start from random weights, because it has none of their shape: {listed}.")
+        parts.append(
+            "These layers start from random weights, because that model has no layer with their name and shape: "
+            f"{listed}."
+        )
     if copied["unused_layers"]:
-        parts.append(f"These layers of it are not used: {', '.join(copied['unused_layers'])}.")
+        parts.append(f"These layers of that model are not used: {', '.join(copied['unused_layers'])}.")
     if copied["new_classes"] and not base.classes:
         parts.append(
             "The class embeddings are new and start as zeros, so that its output is the same for every class."

@@ -14,6 +14,7 @@ from ..hub_requests import HUB_ERRORS, ask_hub, transfer_seconds
 from ..sizes import read_size
 from . import judge
 from .base_model import BaseModel, unet_arguments
+from .classes import Classes
 from .classifier import NoisyClassifier
 
 
@@ -40,7 +41,7 @@ def build_unet(
     Raises:
         UserError: if such a UNet2DModel cannot be built. The message says which flag to change.
     """
-    embeddings = len(class_names) + (config.label_dropout > 0) if config.class_conditional else None
+    embeddings = Classes.of_run(config, class_names).num_embeddings or None
     if config.augment_probability:
         embeddings = 2 * (embeddings or 1)  # see augmented.py
     needed = {

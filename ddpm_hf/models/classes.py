@@ -41,6 +41,15 @@ class Classes:
         names = tuple(id2label[number] for number in sorted(id2label, key=int)) if id2label else None
         return cls(names, num_embeddings)
 
+    @classmethod
+    def of_run(cls, config, names: Sequence[str] | None) -> Classes:
+        """Return the classes of the UNet that a run trains. With --label_dropout, it also has an embedding "no class".
+
+        Args:
+            names: the classes of the data.
+        """
+        return cls(tuple(names), len(names) + (config.label_dropout > 0)) if config.class_conditional else cls()
+
     def __len__(self) -> int:
         """Return how many classes can be requested, not counting "no class"."""
         return len(self.names) if self.names else self.num_embeddings

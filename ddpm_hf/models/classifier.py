@@ -39,7 +39,7 @@ class AttentionPool(Module):
         q, k, v = (
             part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in self.to_qkv(tokens).chunk(3, dim=2)
         )
-        pooled = nn.functional.scaled_dot_product_attention(q[:, :, :1], k, v)  # only the mean asks
+        pooled = nn.functional.scaled_dot_product_attention(q[:, :, :1], k, v)  # the mean is the only query
         return self.to_out(pooled.flatten(1))
 
 

@@ -1,6 +1,5 @@
 """Convert models that `load_pretrained` refuses: pickled weights, bare UNets, checkpoints of other programs."""
 
-import os
 import re
 import tempfile
 import warnings
@@ -12,7 +11,7 @@ from diffusers import UNet2DModel
 
 from ..diffusion.scheduler import BETA_SCHEDULES, PaperDDPMScheduler, make_scheduler
 from ..errors import UserError, no_such
-from ..files import check_output, new_folder, read_json, write_json, writing
+from ..files import check_new_output, new_folder, read_json, write_json, writing
 from . import judge
 from .classes import Classes
 from .openai import read_checkpoint
@@ -45,7 +44,7 @@ def convert(name: str | Path, output: str | Path, *, weights: str = "published",
         UserError: if `name` is none of these, if the model cannot draw images, or if `output` exists or cannot be
             written.
     """
-    output = _new_output(output)
+    output = check_new_output("OUTPUT", output)
     name, folder, _ = find_folder(name, [*PIPELINE_FILES, *PICKLES])
     has_index = (folder / "model_index.json").is_file()
     index = read_json(folder / "model_index.json") if has_index else {}
@@ -89,7 +88,7 @@ def convert_checkpoint(
     Example:
         >>> convert_checkpoint("cifar10_uncond_50M_500K.pt", "ddpm-cifar10")
     """
-    output, path = _new_output(output), Path(path)
+    output, path = check_new_output("OUTPUT", output), Path(path)
     with opening(path, "give a complete checkpoint of improved-diffusion or guided-diffusion"):
         network, scheduler = read_checkpoint(path, original, original_flags)
         if isinstance(network, UNet2DModel):
@@ -100,14 +99,6 @@ def convert_checkpoint(
             save_pipeline(new, network, scheduler)
         else:
             save_classifier(new, network)
-
-
-def _new_output(output: str | Path) -> Path:
-    """Return the folder to write. Raise a UserError if it exists or cannot be written."""
-    output = check_output("OUTPUT", output)
-    if os.path.lexists(output):
-        raise UserError(f"{output} already exists: give another folder, or remove this one.")
-    return output
 
 
 def _unet_folder(name: str, folder: Path, weights: str) -> Path:

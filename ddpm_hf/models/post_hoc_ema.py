@@ -157,7 +157,7 @@ def reconstruct(output_dir, length: float, step: int | None = None) -> tuple[dic
     total: dict[str, torch.Tensor] = {}
     for (each, kept), factor in zip(pairs, factors.tolist()):
         with safetensors.safe_open(found[each], "pt") as file:
-            for name in file.keys():  # noqa: SIM118, because it is no dict
+            for name in file.keys():  # noqa: SIM118, because this object is not a dict
                 if name.startswith(f"{kept}/"):
                     tensor, name = file.get_tensor(name).double(), name.removeprefix(f"{kept}/")
                     total[name] = total[name].add_(tensor, alpha=factor) if name in total else tensor * factor

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.decode import opacity, to_array, upright, use_path
+from ..data.arrays import upright
+from ..data.decode import opacity, to_array, use_path
 from ..errors import UserError
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.arrays import write_npy
 from ..errors import UserError, no_such
 from ..files import write_beside
 from ..models.pretrained import Pretrained
@@ -63,14 +64,9 @@ class PixelFormat:
     def save(self, array: np.ndarray, path: Path):
         """Write one image (H, W, C) of this format. A kill leaves no half-written file."""
         if self.suffix == ".npy":
-            write_beside(path, lambda partial: _save_npy(array, partial))
+            write_beside(path, lambda partial: partial.write_bytes(write_npy(array)))
         else:
             save_picture(Image.fromarray(array[..., 0] if self.channels == 1 else array).save, path)
-
-
-def _save_npy(array: np.ndarray, path: Path):
-    with open(path, "wb") as file:  # given a name, numpy would append .npy
-        np.save(file, array, allow_pickle=False)
 
 
 def pixel_format(model: Pretrained, type: str | None) -> PixelFormat:

@@ -356,7 +356,7 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
         digest.update(f"{item.path.stem} {tuple(image.shape)} ".encode() + image.numpy().tobytes())
         digest.update(b"" if mask is None else mask.numpy().tobytes())
         first.setdefault(item.size, item)
-        if item.path.suffix != ".npy" and use_path(lambda image: image.mode[0] in "IF", item.path):
+        if use_path(lambda image: getattr(image, "mode", " ")[0] in "IF", item.path, open_image):
             deep.append(image.max().item())
     if deep and max(deep) < DARK:
         print(

@@ -20,8 +20,7 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.arrays import read_npy
-from ..data.decode import opacity, use_file, use_path
+from ..data.decode import opacity, open_image, use_path
 from ..errors import UserError
 from ..files import check_output, parse_json, read_json, read_npz, write_json, write_npz, writing
 from ..locks import LOCK, check_unlocked, locked
@@ -138,8 +137,8 @@ def _read_folder(folder: Path, record: dict | None) -> np.ndarray:
         pixels = recorded_format(record)
         suffix = ".png" if pixels is None else pixels.suffix
         # Look at the files that are there, because a damaged record can ask for millions.
-        numbers = {int(path.stem): path for path in folder.glob(f"*{suffix}") if re.fullmatch(r"\d{6,8}", path.stem)}
-        numbers = sorted(k for k in numbers if k < record["num_images"] and numbers[k].name == file_name(k, suffix))
+        numbers = [int(path.stem) for path in folder.glob(f"*{suffix}") if re.fullmatch(r"\d{6,8}", path.stem)]
+        numbers = sorted({k for k in numbers if k < record["num_images"]})
         files = [path for k in numbers if (path := folder / file_name(k, suffix)).is_file()]
         if len(files) < record["num_images"]:
             raise UserError(
@@ -178,10 +177,7 @@ def _read_recorded(files: list[Path], pixels: PixelFormat) -> np.ndarray:
     """Return the images in files of this format, (N, H, W, C)."""
     arrays = []
     for path in tqdm(files, desc="Reading samples", unit="image", disable=len(files) < 2000):
-        if pixels.suffix == ".npy":
-            array = use_file(read_npy, (path.stem, {"bytes": None, "path": str(path)}))
-        else:
-            array = use_path(np.array, path)
+        array = use_path(np.array, path, open_image)
         array = array if array.ndim == 3 else array[..., None]
         arrays.append(array)
         if array.dtype != pixels.type or array.shape[-1] != pixels.channels or array.shape != arrays[0].shape:

@@ -77,7 +77,7 @@ def check_has_model(folder: Path):
         raise UserError(f"{folder} has no model: give the --output_dir of a run, or the folder of an export.")
 
 
-def write_card(folder: str | Path, name: str | None = None) -> bool:
+def write_card(folder: str | Path, name: str | None = None, place: str | Path | None = None) -> bool:
     """Write README.md, the model card of a run or an export, and return True.
 
     If README.md exists and was not written by ddpm_hf, or is a link, keep it and return False.
@@ -87,6 +87,7 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
             scores in evaluations/, and how to call the pipeline files in the folder.
         name: the repository's name, e.g. "me/ddpm-cifar10". None: the repository to which the folder was last pushed,
             else the run's --hub_model_id, else the folder's name.
+        place: where the folder will be, which the card tells to load from. None: where it is.
 
     Raises:
         UserError: if a file of the folder cannot be read, or README.md cannot be written.
@@ -99,7 +100,8 @@ def write_card(folder: str | Path, name: str | None = None) -> bool:
         if before is None and os.path.lexists(readme):
             return False
         try:
-            text = card_text(folder, name, pushed_to=before[1] if before is not None and "/" in before[1] else None)
+            pushed_to = before[1] if before is not None and "/" in before[1] else None
+            text = card_text(folder, name, pushed_to=pushed_to, place=None if place is None else Path(place))
         except UserError:
             raise
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # JSON from elsewhere may hold anything
@@ -120,7 +122,7 @@ def write_card_or_warn(folder: str | Path, name: str | None = None):
         logger.warning("%s has no up-to-date model card: %s", folder, error)
 
 
-def card_text(folder: Path, name: str | None, *, pushed_to: str | None) -> str:
+def card_text(folder: Path, name: str | None, *, pushed_to: str | None, place: Path | None = None) -> str:
     """Return the text of the card of a folder; see `write_card`."""
     index = read_json(folder / "model_index.json", missing={})
     try:
@@ -151,7 +153,7 @@ def card_text(folder: Path, name: str | None, *, pushed_to: str | None) -> str:
         model_name=name.rpartition("/")[2] if results else None,
         eval_results=results or None,
     )
-    where = name if "/" in name else path_here(folder)
+    where = name if "/" in name else path_here(place or folder)
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"<!-- ddpm_hf: {quote(name, errors='replace')} -->\n# {literal(name.rpartition('/')[2])}",
@@ -204,7 +206,7 @@ def is_quick_check(entry: dict, record: dict) -> bool:
 
 
 def is_headline(id: str) -> bool:
-    """Return whether a score belongs into the card's metadata: a distance or a likelihood, not a detail."""
+    """Return whether a score belongs in the card's metadata: a distance or a likelihood, not a detail."""
     return not id.startswith(("memorization_", "class_", "density", "coverage"))
 
 
@@ -320,7 +322,7 @@ def usage(name: str, folder: Path) -> list[str]:
 
 pipeline = DDPMPipeline.from_pretrained({in_python(name)})
 image = pipeline(num_inference_steps={steps}).images[0]"""
-        parts.append("Stock diffusers loads this model, and nothing else has to be installed:")
+        parts.append("Stock diffusers loads this model without `ddpm_hf`:")
         parts.append(code_block("python", call))
         parts.append(fewer_steps(name, scheduler))
     needs_class = bool(unet.get("num_class_embeds")) and unet.get("num_class_embeds") <= len(index.get("id2label", {}))
@@ -412,7 +414,7 @@ def scores(records: dict[str, dict], chosen: list[tuple[str, dict]]) -> str:
             ]
         )
     what = (
-        "The column “real images” has the score of as many real, held-out images, which a good model comes close to. "
+        "The column “real images” has the score of as many real, held-out images. A good model comes close to it. "
         "“images” is how many were scored. “measured” links to the record, which has every detail:"
     )
     ways = [f"{k}. {measured(records[file])}" for k, file in enumerate(files, 1)]

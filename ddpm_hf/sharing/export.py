@@ -1,12 +1,11 @@
 """Export a model and the pipeline files that suit it into one folder. Loading the folder needs only diffusers."""
 
-import os
 import shutil
 from pathlib import Path
 
 from ..community_pipelines import pipeline_file
 from ..errors import UserError, suggestion
-from ..files import check_output, is_utf_8, new_folder, read_json, write_json, writing
+from ..files import check_new_output, is_utf_8, new_folder, read_json, write_json, writing
 from ..models.classifier import NoisyClassifier
 from ..models.pretrained import Pretrained, load_classifier, load_pretrained
 from ..models.saving import save_classifier, save_pipeline
@@ -54,10 +53,8 @@ def export(
         model = load_pretrained(model, weights)
     if isinstance(classifier, (str, Path)):
         classifier = load_classifier(str(classifier))
-    output = check_output("OUTPUT", output)
+    output = check_new_output("OUTPUT", output)
     conditional = model.unet.config.num_class_embeds is not None
-    if os.path.lexists(output):
-        raise UserError(f"{output} already exists: give another folder, or remove this one.")
     if not is_utf_8(output.absolute()):
         raise UserError(
             f"{str(output)!r} is in a path that is not UTF-8, and safetensors cannot load from it: give another path."
@@ -88,5 +85,5 @@ def export(
             model.facts["revision"] is not None and model.run
         ):  # files in the Hub's cache are links, which copy_published leaves out
             write_json(new / "train_config.json", without_paths(model.run))
-        write_card(new, output.resolve().name)
+        write_card(new, output.resolve().name, place=output)
     return names

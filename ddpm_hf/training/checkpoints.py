@@ -344,9 +344,9 @@ def check_same_run(checkpoint: Path, run) -> list[str]:
             given, if it is past the end of this run, or if it is damaged.
     """
     check_files(checkpoint)
+    saved = saved_config(checkpoint)
     with reading(checkpoint):
-        saved = json.loads((checkpoint / "train_config.json").read_text())
-        flags, network, facts = dict(saved["flags"]), dict(saved["unet"]), dict(saved.get("facts", {}))
+        flags, network, facts = saved["flags"], saved["unet"], dict(saved.get("facts", {}))
     step = read_state(checkpoint)["step"]
     check_same_network(checkpoint, network, dict(run.network.config))
     check_fixed_flags(str(checkpoint), flags, run)

@@ -30,6 +30,8 @@ BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
 BANDS = {"0 to T/4": "#12355b", "T/4 to T/2": "#2a78b8", "T/2 to 3T/4": "#2a9188", "3T/4 to T": "#c27a1c"}
 FRAMES = 40  # more frames would make the GIF smoother, but the file larger
 DDIM_STEPS = (5, 10, 20, 50)  # divisors of 1000, so that trailing spacing is even
+SHEET_IMAGES = 8  # at most, in each row of ddim.png and guided.png
+GUIDED_CLASSES, GUIDED_STEPS = 10, 25  # at most, in guided.png
 
 
 def forward_strip(scheduler: PaperDDPMScheduler, images: torch.Tensor, path, seed: int) -> Path:
@@ -75,7 +77,7 @@ def ddim_sheet(unet, scheduler, path, seed, *, num_images, on_step=None, class_l
     Numbers above T become T. The timesteps are trailing: they begin at the noisiest one, because samples begin as pure
     noise. At most the first 8 of `num_images` are drawn.
     """
-    numbers, rows = range(min(num_images, 8)), []
+    numbers, rows = range(min(num_images, SHEET_IMAGES)), []
     labels = None if class_labels is None else class_labels[: len(numbers)]
     options = dict(sampler="ddim", spacing="trailing", on_step=on_step, class_labels=labels)
     for count in ddim_steps(len(scheduler)):
@@ -91,8 +93,8 @@ def guided_sheet(model: Pretrained, path, seed, *, num_images, on_step=None) -> 
     The rows start from the same noises, because only the class should make them different.
     """
     network = guide(model.unet, model.scheduler, model.classes, 2.0)
-    numbers, classes = range(min(num_images, 8)), range(min(len(model.classes), 10))
-    steps = min(25, len(model.scheduler))
+    numbers, classes = range(min(num_images, SHEET_IMAGES)), range(min(len(model.classes), GUIDED_CLASSES))
+    steps = min(GUIDED_STEPS, len(model.scheduler))
     options = dict(sampler="ddim", num_inference_steps=steps, spacing="trailing", on_step=on_step)
     rows = []
     for label in classes:
@@ -270,6 +272,20 @@ def figures_of_run(folder: Path, model: Pretrained, train_set, config: TrainingC
         guided_sheet(model, Path(folder, "figures", "guided.png"), config.seed, num_images=num_images, on_step=on_step)
 
 
+def config_of(model: Pretrained, **changes) -> TrainingConfig:
+    """Return the config of the run that trained a model, with some flags changed.
+
+    Raises:
+        UserError: if this version cannot read its train_config.json.
+    """
+    try:
+        return TrainingConfig(**model.run["flags"] | changes)
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"{model.run_folder}/train_config.json is not of this version ({error}): train the model again."
+        ) from error
+
+
 def redraw_figures(folder: str | Path):
     """Draw the figures of a finished run again, from its pipeline, its metrics and its data.
 
@@ -285,11 +301,6 @@ def redraw_figures(folder: str | Path):
         raise UserError(f"{folder} is not a finished run: give the --output_dir of a training.")
     check_unlocked(folder, "wait until it ends; it draws the figures itself")
     model = load_pretrained(str(folder))
-    try:
-        config = TrainingConfig(**model.run["flags"])
-    except (TypeError, KeyError) as error:
-        raise UserError(
-            f"{folder}/train_config.json is not of this version ({error}): train the model again."
-        ) from error
+    config = config_of(model)
     train_set, _ = load_images(config, model.unet.config.in_channels)
     figures_of_run(folder, model, train_set, config)

@@ -178,8 +178,8 @@ def take_steps(run: Run):
                 if "log" in due:
                     bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_second=f"{speed:.0f}")
                     log_lines += 1
-                if log_lines == 2 and "log" in due and accelerator.is_main_process:  # the first steps are slower
-                    tqdm.write(plan.time_and_memory(run, run.global_batch / speed))
+                    if log_lines == 2 and accelerator.is_main_process:  # the first steps are slower
+                        tqdm.write(plan.time_and_memory(run, run.global_batch / speed))
                 timed_steps, started = 0, time.perf_counter()
 
 

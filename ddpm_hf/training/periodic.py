@@ -146,10 +146,11 @@ def add_sheet(run: Run, due: set[str], line: dict):
     config, accelerator = run.config, run.accelerator
     # By default a Sampler's timesteps are trailing and begin in pure noise. With cosine betas, leading timesteps would
     # begin where some signal is left.
-    sampler = Sampler(num_inference_steps=config.ddpm_num_inference_steps, seed=config.seed).resolve(run.pretrained)
+    model = run.pretrained
+    sampler = Sampler(num_inference_steps=config.ddpm_num_inference_steps, seed=config.seed).resolve(model)
     count = config.eval_batch_size
     try:
-        images = sample_together(run.pretrained, sampler, count, batch_size=count, on_step=stop_on_signal(run))
+        images = sample_together(model, sampler, count, batch_size=count, on_step=stop_on_signal(run))
     except Interrupted:
         run.state.figures_missing = "end" in due
         return

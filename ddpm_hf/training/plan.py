@@ -10,7 +10,7 @@ import torch
 from ..data.batches import training_batches
 from ..diffusion.losses import draw_noise
 from ..pictures import strip, to_uint8
-from .figures import ddim_steps
+from .figures import GUIDED_CLASSES, GUIDED_STEPS, SHEET_IMAGES, ddim_steps
 from .periodic import epochs_between
 from .run import Run
 from .scoring import STEPS
@@ -53,8 +53,17 @@ def forward_passes(run: Run) -> dict[str, float]:
     passes["sheet"] = config.eval_batch_size * config.ddpm_num_inference_steps
     passes["scores"] = config.eval_num_images * min(STEPS, config.ddpm_num_steps)
     passes = {name: number * count.get(name, 0) / processes for name, number in passes.items()}
-    steps = config.ddpm_num_inference_steps + sum(ddim_steps(config.ddpm_num_steps))
-    passes["figures"] = min(16, config.eval_batch_size) * steps * (config.objective != "classify")
+    passes["figures"] = figure_passes(run) if config.objective != "classify" else 0
+    return passes
+
+
+def figure_passes(run: Run) -> int:
+    """Return how many images pass through the network for the figures that show samples."""
+    config, T = run.config, run.config.ddpm_num_steps
+    strip, sheet = min(16, config.eval_batch_size), min(SHEET_IMAGES, config.eval_batch_size)
+    passes = strip * config.ddpm_num_inference_steps + sheet * sum(ddim_steps(T))
+    if run.classes.no_class is not None:  # with guidance, each image passes twice
+        passes += 2 * sheet * min(GUIDED_CLASSES, len(run.classes)) * min(GUIDED_STEPS, T)
     return passes
 
 

@@ -1,21 +1,20 @@
 """Average the weights of a finished run over another length, and find the best length (post-hoc EMA)."""
 
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from ..config.training_config import TrainingConfig
 from ..errors import UserError, no_such
 from ..evaluation.evaluate import evaluate
 from ..evaluation.metrics import METRICS
-from ..files import check_output, new_folder, write_json, writing
+from ..files import check_new_output, new_folder, write_json, writing
 from ..locks import check_unlocked
 from ..models.post_hoc_ema import FOLDER, end_of_average, gamma_of, reconstruct
 from ..models.pretrained import Pretrained, load_pretrained, opening, weights_hash
 from ..models.saving import save_pipeline
 from ..pictures import save_picture
-from .figures import BLUE, GREY, ORANGE, plot
+from ..run_folder import checkpoints
+from .figures import BLUE, GREY, ORANGE, config_of, plot
 from .run import build_run
 from .validation import validation_loss
 
@@ -37,8 +36,8 @@ def average_after_training(
 
     With several lengths, each is measured, and the best one is written, with a plot ema_sweep.png beside it. The facts
     are also written, as ema.json: the chosen "length", the "step", "by" (None for one length), and a list "lengths"
-    with the "length", the "value" and the "error" of each. The error says how far the shares of the steps are from
-    those of an exact average.
+    with the "length" and the "error" of each, and, if it was measured, its "value" and whether "lower_is_better". The
+    error says how far the shares of the steps are from those of an exact average.
 
     Args:
         folder: a run with --ema_snapshots.
@@ -52,9 +51,7 @@ def average_after_training(
         UserError: if the run is not finished or has no snapshots, for a length that is not allowed, or if `by` cannot
             be measured. Nothing is written then.
     """
-    output, folder, lengths = check_output("OUTPUT", output), Path(folder), sorted(set(lengths or SWEEP))
-    if os.path.lexists(output):
-        raise UserError(f"{output} already exists: give another folder, or remove this one.")
+    output, folder, lengths = check_new_output("OUTPUT", output), Path(folder), sorted(set(lengths or SWEEP))
     for length in lengths:
         gamma_of(length)
     if by not in ("validation_loss", *METRICS):
@@ -73,12 +70,13 @@ def average_after_training(
                 model.unet.load_state_dict(weights)
             row = {"length": length, "error": error}
             if measure is not None:
-                row["value"] = measure(model, new / "evaluations" / f"length_{length:g}.json")
+                record = new / "evaluations" / f"length_{length:g}.json"
+                row["value"], row["lower_is_better"] = measure(model, record)
                 print(f"length {length:<6g}  {by} {row['value']:.5g}{_note(error)}", flush=True)
             elif error > INEXACT:
                 print(f"length {length:g}{_note(error)}", flush=True)
             rows.append(row)
-            if best is None or row["value"] < best["value"]:
+            if best is None or cost(row) < cost(best):
                 best = row
                 save_pipeline(new, model.unet, model.scheduler, model.classes.names)
         facts = {"run": folder.resolve().name, "length": best["length"], "step": step, "by": None, "lengths": rows}
@@ -89,6 +87,11 @@ def average_after_training(
     return facts
 
 
+def cost(row: dict) -> float:
+    """Return the measured value of a row of "lengths", with its sign changed if higher values are better."""
+    return row["value"] if row["lower_is_better"] else -row["value"]
+
+
 def _note(error: float) -> str:
     """Return a warning about an average that the snapshots do not determine well, or an empty text."""
     if error <= INEXACT:
@@ -97,28 +100,25 @@ def _note(error: float) -> str:
 
 
 def _loss_measure(model: Pretrained):
-    """Return a function that measures a model's loss on the held-out images, as during training."""
-    flags = model.run["flags"] | {"eval_metrics": None, "save_best": False, "best_by": "validation_loss"}
-    try:
-        config = TrainingConfig(**flags | {"logger": "none"})
-    except TypeError as error:
-        raise UserError(f"its train_config.json is not of this version ({error}): train the model again.") from error
-    run, _ = build_run(config, None)
+    """Return a function that measures a model's loss on the held-out images, as during training. Lower is better."""
+    config = config_of(model, eval_metrics=None, save_best=False, best_by="validation_loss", logger="none")
+    found = checkpoints(model.run_folder)  # a checkpoint makes the other model of --init_from unnecessary
+    run, _ = build_run(config, found[-1] if found else None)
     if run.validation_set is None:
         raise UserError("this run held out no images: give --by with a metric, or train with --validation_split.")
 
-    def measure(model: Pretrained, path: Path) -> float:
+    def measure(model: Pretrained, path: Path) -> tuple[float, bool]:
         run.network.load_state_dict(model.unet.state_dict())
         sums, counts = validation_loss(run, run.network, run.loss)
-        return float(sums.sum() / counts.sum())
+        return float(sums.sum() / counts.sum()), True
 
     return measure
 
 
 def _metric_measure(metric: str, num_images: int | None):
-    """Return a function that scores a model. Lower values are better, so other scores change their sign."""
+    """Return a function that scores a model: it returns the score, and whether lower scores are better."""
 
-    def measure(model: Pretrained, path: Path) -> float:
+    def measure(model: Pretrained, path: Path) -> tuple[float, bool]:
         facts = model.facts | {"unet_sha256": weights_hash(model.unet)}
         with tempfile.TemporaryDirectory() as samples:
             result = evaluate(
@@ -127,7 +127,7 @@ def _metric_measure(metric: str, num_images: int | None):
         if result.skipped:
             raise UserError(f"--by {metric} is not available: {next(iter(result.skipped.values()))}")
         first = result.record["metrics"][0]
-        return first["value"] if first["lower_is_better"] else -first["value"]
+        return first["value"], first["lower_is_better"]
 
     return measure
 
@@ -135,7 +135,7 @@ def _metric_measure(metric: str, num_images: int | None):
 def sweep_figure(rows: list[dict], by: str, path: Path) -> Path:
     """Plot the measured value of each length, and mark the best, and those that are only approximate."""
     figure, axes = plot("A", [f"{by.replace('_', ' ')} of averages of the weights"], 4)
-    best = min(rows, key=lambda row: row["value"])
+    best = min(rows, key=cost)
     marks = [("", rows, "o-", BLUE, 5), (f"best: length {best['length']:g}", [best], "o", ORANGE, 9)]
     approximate = [row for row in rows if row["error"] > INEXACT]
     marks.append(("approximate: needs more --ema_snapshots", approximate, "o", GREY, 5))

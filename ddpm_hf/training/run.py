@@ -101,10 +101,7 @@ class Run:
     @property
     def classes(self) -> Classes:
         """The classes of a conditional UNet; for other networks, an empty `Classes()`."""
-        if not self.config.class_conditional:
-            return Classes()
-        names = tuple(self.train_set.class_names)
-        return Classes(names, len(names) + (self.config.label_dropout > 0))
+        return Classes.of_run(self.config, self.train_set.class_names)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -153,7 +150,9 @@ def check_run(config: TrainingConfig) -> tuple[Run, Path | None]:
     if checkpoint is not None:
         warnings += checkpoints.check_same_run(checkpoint, run)
     if run.accelerator.is_main_process:
-        print(run.facts["summary"], *warnings, sep="\n", flush=True)
+        copies = [] if run.config.streaming else run.train_set.near_duplicates()
+        run = replace(run, facts=run.facts | {"near_duplicates": copies[:LISTED]})
+        print(run.facts["summary"], *warnings, *describe_duplicates(copies), sep="\n", flush=True)
     restore_state(run, checkpoint)
     return run, checkpoint
 
@@ -201,20 +200,22 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
         facts={},
         state=TrainState(),
     )
-    copies = [] if config.streaming or not accelerator.is_main_process else train_set.near_duplicates()
-    facts = {"base_model": None if base is None else base.facts | start, "near_duplicates": copies[:LISTED]}
-    run = replace(run, facts=describe(run) | facts)
+    run = replace(run, facts=describe(run) | {"base_model": None if base is None else base.facts | start})
     evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
-    ignored = []
-    if config.dataset_name and config.train_data_dir:
-        ignored = [
-            f"Warning: --train_data_dir {config.train_data_dir} is not used, because --dataset_name is "
-            f"{config.dataset_name}: to train on the folder, give it as --dataset_name."
-        ]
     warnings = [describe_start(base, start)] if start else []
-    warnings += ignored + ignored_weights_warning(config)
-    warnings += [*train_set.warnings, *describe_duplicates(copies), *ema_warning(config, total_steps), *skipped]
+    warnings += ignored_folder_warning(config) + ignored_weights_warning(config)
+    warnings += [*train_set.warnings, *ema_warning(config, total_steps), *skipped]
     return replace(run, evaluation=evaluation), warnings
+
+
+def ignored_folder_warning(config) -> list[str]:
+    """Return [] or a warning that --train_data_dir is not used."""
+    if not (config.dataset_name and config.train_data_dir):
+        return []
+    return [
+        f"Warning: --train_data_dir {config.train_data_dir} is not used, because --dataset_name is "
+        f"{config.dataset_name}: to train on the folder, give it as --dataset_name."
+    ]
 
 
 def build_network(config, train_set, base: BaseModel | None, saved: dict | None) -> tuple[nn.Module, dict]:
@@ -228,10 +229,7 @@ def build_network(config, train_set, base: BaseModel | None, saved: dict | None)
     network = build(config, train_set.channels, train_set.class_names, None if saved is None else saved["unet"])
     if base is None or saved is not None:
         return network, {}
-    classes = Classes()
-    if config.class_conditional:
-        classes = Classes(tuple(train_set.class_names), len(train_set.class_names) + (config.label_dropout > 0))
-    return network, copy_weights(network, base, classes)
+    return network, copy_weights(network, base, Classes.of_run(config, train_set.class_names))
 
 
 def make_optimizer(config, network, device: torch.device) -> torch.optim.AdamW:
@@ -306,7 +304,7 @@ def check_classes(config, train_set):
     needs["--balance_classes"] = config.balance_classes
     flag = next((flag for flag, is_given in needs.items() if is_given), None)
     if flag is not None and train_set.class_names is None:
-        if config.init_from and "class_conditional" not in config.given_flags:
+        if flag == "--class_conditional" and config.init_from and "class_conditional" not in config.given_flags:
             flag = "--class_conditional (set by --init_from; --no_class_conditional turns it off)"
         raise UserError(
             f"{flag} needs images with classes, but these images have none: give --label_column, or a folder "

@@ -67,8 +67,9 @@ def score_run(run, on_step) -> tuple[dict[str, float], float | None]:
     """
     config, step = run.config, run.state.step
     path = Path(config.output_dir) / "evaluations" / f"step_{step:07d}.json"
-    facts = run.evaluation.model.facts | {"unet_sha256": weights_hash(run.published), "train_step": step}
-    model = replace(run.evaluation.model, unet=run.published, facts=facts)
+    unet = run.published
+    facts = run.evaluation.model.facts | {"unet_sha256": weights_hash(unet), "train_step": step}
+    model = replace(run.evaluation.model, unet=unet, facts=facts)
     pairs = path.with_suffix(".pairs.png")
     record = run_evaluation(replace(run.evaluation, model=model, pairs_path=pairs, on_step=on_step))
     if record is None:
