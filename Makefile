@@ -19,8 +19,9 @@ setup: $(READY)
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) train_unconditional.py --preset digits --output_dir runs/digits --overwrite_output_dir
 
-# Open the Space with the model of `make demo`, or with another one: make space MODEL=FOLDER_OR_HUB_ID
-MODEL := runs/digits
+# Open the Space with the MNIST model of examples/, else with the model of `make demo`, or with another one:
+# make space MODEL=FOLDER_OR_HUB_ID
+MODEL := $(if $(wildcard examples/mnist/model_index.json),examples/mnist,runs/digits)
 space: $(READY)
 	DDPM_MODEL=$(MODEL) $(PYTHON) spaces/app.py
 

@@ -2,22 +2,23 @@
 
     DDPM_MODEL=runs/digits python spaces/app.py
 
-DDPM_MODEL is the folder or the Hub id of a pipeline in diffusers' format. DDPM_REQUEST_SECONDS is how long one request
-may take; default: 60. GRADIO_SERVER_NAME and GRADIO_SERVER_PORT are the address of the page.
+DDPM_MODEL is the folder or the Hub id of a pipeline in diffusers' format; default: examples/mnist beside this folder,
+if it is there. DDPM_REQUEST_SECONDS is how long one request may take; default: 60. GRADIO_SERVER_NAME and
+GRADIO_SERVER_PORT are the address of the page.
 """
 
 import atexit
 import html
-import logging
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import uploads
-from checks import Refused, request_seconds
+from checks import Refused, default_model, request_seconds
 
 
-MODEL = os.environ.get("DDPM_MODEL")
+MODEL = os.environ.get("DDPM_MODEL") or default_model(Path(__file__).resolve().parent)
 if not MODEL:  # checked before the imports below, because they take seconds
     print("DDPM_MODEL is not set: give a model, e.g. DDPM_MODEL=runs/digits python spaces/app.py.", file=sys.stderr)
     sys.exit(2)
@@ -35,6 +36,7 @@ UPLOADS = uploads.make_folder()
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
 import gradio as gr  # noqa: E402
+import widgets  # noqa: E402
 from connections import bounded_body, close_half_sent  # noqa: E402
 from model import HERE, Model, open_model  # noqa: E402
 from starlette.concurrency import run_in_threadpool  # noqa: E402
@@ -47,7 +49,66 @@ TABS = [generate, compare, restore, how_it_works]
 QUEUE_SIZE = 20
 MAX_BODY = 12_000_000  # bytes: the largest upload, 10 MB, and the rest of its request
 SYSTEM_FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-logger = logging.getLogger("ddpm_hf.space")
+
+
+# Every pair of colours below has the contrast that WCAG 2.2 AA asks for, at least 4.5, in light and dark pages.
+THEME = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=SYSTEM_FONT, font_mono=["monospace"]).set(
+    block_title_background_fill="transparent",
+    block_title_text_color="*body_text_color",
+    block_title_padding="0",
+    block_label_text_color="*body_text_color",
+    block_label_text_color_dark="*body_text_color",
+    block_label_background_fill="*background_fill_primary",
+    block_label_background_fill_dark="*background_fill_primary",
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_300",
+    body_background_fill="*neutral_50",
+    body_text_color="*neutral_900",
+    body_text_color_dark="*neutral_100",
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_hover_dark="*primary_800",
+    button_primary_text_color="white",
+    button_primary_text_color_dark="white",
+    slider_color="*primary_700",
+    slider_color_dark="*primary_300",
+    button_border_width="1px",
+    button_secondary_border_color="*border_color_primary",
+    button_secondary_text_color="*neutral_800",
+    button_secondary_text_color_dark="*neutral_100",
+    button_secondary_background_fill_hover="*neutral_100",
+    button_secondary_background_fill_hover_dark="*neutral_700",
+    button_secondary_text_color_hover="*neutral_900",
+    button_secondary_text_color_hover_dark="white",
+    checkbox_label_background_fill_hover="*neutral_100",
+    checkbox_label_background_fill_hover_dark="*neutral_700",
+    checkbox_border_color="*neutral_500",
+    checkbox_border_color_dark="*neutral_400",
+    checkbox_background_color_selected="*primary_700",
+    checkbox_background_color_selected_dark="*primary_700",
+    checkbox_border_color_selected="*primary_700",
+    checkbox_border_color_selected_dark="*primary_300",
+    input_border_color="*neutral_500",
+    input_border_color_dark="*neutral_400",
+    checkbox_label_border_width="1px",
+    checkbox_label_text_color="*neutral_800",
+    checkbox_label_text_color_dark="*neutral_100",
+    checkbox_label_text_color_selected="*neutral_900",
+    checkbox_label_text_color_selected_dark="*neutral_50",
+    checkbox_label_background_fill_selected="*primary_100",
+    checkbox_label_background_fill_selected_dark="*primary_900",
+    input_placeholder_color="*neutral_600",
+    input_placeholder_color_dark="*neutral_300",
+    link_text_color="*primary_700",
+    link_text_color_dark="*primary_300",
+    link_text_color_hover="*primary_800",
+    link_text_color_hover_dark="*primary_200",
+    link_text_color_visited="*primary_700",
+    link_text_color_visited_dark="*primary_300",
+)
 
 
 class Page(gr.Blocks):
@@ -58,16 +119,9 @@ class Page(gr.Blocks):
             return await super().process_api(*args, **kwargs)
         except gr.Error:
             raise
-        except Refused as error:
-            raise gr.Error(html.escape(str(error)), title="Not possible", print_exception=False) from error
-        except ValueError as error:
-            logger.exception("Invalid input from a visitor")
-            what = "The request is not valid: reload the page, and check numbers, choices and files."
-            raise gr.Error(what, title="Not possible", print_exception=False) from error
         except Exception as error:
-            logger.exception("The Space failed")
-            what = "The server failed, and logged the error: try again."
-            raise gr.Error(what, print_exception=False) from error
+            title = "Not possible" if isinstance(error, (Refused, ValueError)) else "Error"
+            raise gr.Error(widgets.reason(error), title=title, print_exception=False) from error
 
 
 class BoundedRequests:
@@ -117,8 +171,9 @@ def build(model: Model) -> Page:
     title = f"{model.name}: images from noise"
     with Page(title=title, analytics_enabled=False, delete_cache=(300, 1800)) as page:
         gr.HTML(head(model), elem_classes="head", apply_default_css=False)
-        for tab in TABS:
-            tab.add(model)
+        with gr.Tabs() as tabs:
+            settings = {tab.__name__.rpartition(".")[2]: tab.add(model) or {} for tab in TABS}
+        widgets.restore_from_link(page, tabs, settings, highest={"steps": model.T})
     return page.queue(
         max_size=QUEUE_SIZE, default_concurrency_limit=1, api_open=False
     )  # if open, /run/ skips the queue
@@ -136,18 +191,9 @@ def main():
             f"DDPM_MODEL is {MODEL!r}, but the page cannot be built ({reason}): give another model.", file=sys.stderr
         )
         sys.exit(2)
-    theme = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=SYSTEM_FONT, font_mono=["monospace"]).set(
-        block_title_background_fill="transparent",
-        block_title_text_color="*body_text_color",
-        block_title_padding="0",
-        body_background_fill="*neutral_50",
-        checkbox_label_border_width="1px",
-        button_border_width="1px",
-        button_secondary_border_color="*border_color_primary",
-    )
     try:
         page.launch(
-            theme=theme,
+            theme=THEME,
             css_paths=HERE / "page.css",
             max_file_size="10mb",
             state_session_capacity=200,

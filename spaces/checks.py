@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from pathlib import Path
 
 
 MAX_IMAGES = 16
@@ -53,3 +54,18 @@ def plural(count: int, noun: str) -> str:
 
 def seconds_since(start: float) -> str:
     return f"{time.perf_counter() - start:.1f} s"
+
+
+def time_left(start: float, done: int, total: int) -> str:
+    """Return how long a job that began at `start` still takes, after `done` of `total` equal steps."""
+    seconds = (time.perf_counter() - start) / done * (total - done)
+    return f"about {seconds:.0f} s left" if seconds >= 1.5 else "about 1 s left"
+
+
+def default_model(folder: Path) -> str | None:
+    """Return the model that the page shows if DDPM_MODEL is not set: the one in examples/mnist, if it is there.
+
+    `folder` is the folder of app.py. On the Hub it has no examples beside it.
+    """
+    model = folder.parent / "examples" / "mnist"
+    return str(model) if (model / "model_index.json").is_file() else None

@@ -16,6 +16,7 @@ from uploads import open_upload
 
 
 SOURCES = ("The model's own", "Upload", "Draw")
+UNFAMILIAR = " The image looks like nothing that this model has learned, so expect a poor result."
 MAX_PIXELS = 16_000_000
 DARK = 0.25  # a 16-bit image whose largest value is below this share of white is almost black
 MAX_DRAWING = 2_000_000  # characters; the canvas of the page sends about 10,000
@@ -32,6 +33,11 @@ def visitor_image(model, source, upload, drawing, seed: int) -> torch.Tensor:
         return to_tensor(read_drawing(drawing), model.size, model.channels)
     with open_upload(upload) as file:
         return to_tensor(read_image(file), model.size, model.channels)
+
+
+def is_visitors(source) -> bool:
+    """Return whether the image of a source comes from the visitor, not from the model."""
+    return source != SOURCES[0]
 
 
 def read_image(file) -> Image.Image:
@@ -123,6 +129,22 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def animation(frames: list[list[Image.Image]], columns: int) -> bytes:
+    """Return a looping GIF of sheets that shows the last one for 2 s. A frame is a list of images of equal size."""
+    sheets = [contact_sheet([thumbnail(image) for image in images], columns) for images in frames]
+    buffer = io.BytesIO()
+    more = {"duration": [100] * (len(sheets) - 1) + [2000], "loop": 0, "optimize": True}
+    sheets[0].save(buffer, "GIF", save_all=True, append_images=sheets[1:], **more)
+    return buffer.getvalue()
+
+
+def thumbnail(image: Image.Image, side: int = 96) -> Image.Image:
+    """Return an image enlarged by a whole factor or reduced, so that its longer side is about `side`."""
+    if max(image.size) <= side:
+        return enlarge(image, side)
+    return image.reduce(math.ceil(max(image.size) / side))
+
+
 def picture(image, caption: str) -> dict[str, str]:
     """Return {image, caption} for a gallery. The image or tensor (1, C, H, W) becomes a data URL with a PNG."""
     image = to_images(image)[0] if isinstance(image, torch.Tensor) else image
@@ -135,13 +157,18 @@ def as_large(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2).expand_as(like).cpu()
 
 
-def bundle(images: list[Image.Image], seeds: list[int], settings: dict) -> bytes:
-    """Return a zip with the images, an enlarged sheet of them, and the settings to draw them again."""
+def enlarged_sheet(images: list[Image.Image]) -> bytes:
+    """Return a PNG of all images, enlarged to at least 160 pixels each, in about as many rows as columns."""
+    return png(contact_sheet([enlarge(image) for image in images], columns=math.ceil(len(images) ** 0.5)))
+
+
+def bundle(images: list[Image.Image], seeds: list[int], sheet: bytes, settings: dict) -> bytes:
+    """Return a zip with the images, the enlarged sheet of them, and the settings to draw them again."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        sheet = contact_sheet([enlarge(image) for image in images], columns=math.ceil(len(images) ** 0.5))
-        for name, image in [("sheet", sheet), *((f"seed_{seed}", image) for seed, image in zip(seeds, images))]:
-            archive.writestr(f"{name}.png", png(image))
+        archive.writestr("sheet.png", sheet)
+        for seed, image in zip(seeds, images):
+            archive.writestr(f"seed_{seed}.png", png(image))
         archive.writestr("settings.json", json.dumps(settings, indent=2) + "\n")
     return buffer.getvalue()
 

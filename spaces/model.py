@@ -18,6 +18,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 SAMPLERS = ("DDIM", "DDPM")
 IN_TURN, NO_CLASS = "each class in turn", "no class"
 FRAME_SECONDS = 0.2  # between two updates of the images on the page
+QUICK_SECONDS = 1.5  # for the images that the page offers to draw first
 MAX_SIDE = 1024  # pixels
 HERE = Path(__file__).resolve().parent
 # The files to download from the Hub. Some old repositories have the UNet's and the scheduler's files at the top.
@@ -85,6 +86,21 @@ class Model:
         """Return the steps for `number` images: `wanted`, or fewer if a request may not use so many. At least 1."""
         return max(1, min(wanted, self.T, self.max_evaluations // number))
 
+    def quick_steps(self, number: int) -> int:
+        """Return DDIM steps in which `number` images take about QUICK_SECONDS: 10 to 50, or fewer if one may not."""
+        steps = int(QUICK_SECONDS * self.speed / number)
+        return self.affordable_steps(number, min(50, max(10, steps)))
+
+    @property
+    def speed(self) -> float:
+        """The number of UNet evaluations of one image that this machine does in a second."""
+        return self.max_evaluations / request_seconds()
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether an image takes less than 5 s in 50 steps, so that the page can draw some before anybody asks."""
+        return self.speed > 10
+
     def draw(self, seeds, sampler: str, steps: int, labels=None, guidance_scale=1.0) -> Iterator[torch.Tensor]:
         """Draw one image per seed. Yield the x_0 (B, C, H, W) that each step predicts. The last x_0 is the result."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -92,16 +108,17 @@ class Model:
         for _, _, tensors in self.pipeline.steps(labels, guidance_scale, sampler.lower(), steps, **options):
             yield tensors["pred_original_sample"]
 
-    def draw_frames(self, *arguments) -> Iterator[tuple[int, torch.Tensor]]:
-        """Draw, but yield (step, x_0) only every FRAME_SECONDS and at the last step. Steps count from 1."""
-        shown, frame = time.perf_counter(), None
-        for i, x_0 in enumerate(self.draw(*arguments), 1):
-            frame = i, x_0
-            if time.perf_counter() - shown >= FRAME_SECONDS:
-                yield frame
-                shown, frame = time.perf_counter(), None
-        if frame is not None:
-            yield frame
+    def draw_frames(self, seeds, sampler: str, steps: int, *more) -> Iterator[tuple[int, torch.Tensor, bool]]:
+        """Draw, and yield (step, x_0, is_due) after each step. Steps count from 1.
+
+        `is_due` says that the page should show this step: every FRAME_SECONDS, and the last one.
+        """
+        shown = time.perf_counter()
+        for i, x_0 in enumerate(self.draw(seeds, sampler, steps, *more), 1):
+            is_due = i == steps or time.perf_counter() - shown >= FRAME_SECONDS
+            yield i, x_0, is_due
+            if is_due:
+                shown = time.perf_counter()
 
     def _example(self, seed: int) -> torch.Tensor:
         """Return an image (1, C, H, W) that the model draws from a seed."""
@@ -118,6 +135,28 @@ class Model:
     def guess(self, x: torch.Tensor, t: int) -> torch.Tensor:
         """Return the clean image (1, C, H, W) that the network predicts without a class from x_t, t from 1 to T."""
         return self.pipeline.predict(x.to(self.unet.device), t - 1).cpu()
+
+    def is_unfamiliar(self, x_0: torch.Tensor) -> bool:
+        """Return whether an image (1, C, H, W) in [-1, 1] looks like nothing that the model has learned.
+
+        The network denoises the image from a noise as strong as the image. If the mean squared error is more than
+        twice the largest one of four images of the model's own, the image is unfamiliar. Slow models are not
+        asked, nor models that always need a class.
+        """
+        if self.restoration is None or not self.is_fast:
+            return False
+        return self._denoising_error(x_0) > 2 * self._own_error + 0.003
+
+    @cached_property
+    def _own_error(self) -> float:
+        return max(self._denoising_error(self.example(seed)) for seed in range(4))
+
+    def _denoising_error(self, x_0: torch.Tensor) -> float:
+        """Return the mean squared error of the network's guess from x_t, over four noises, where alpha_bar is 1/2."""
+        t = 1 + int((self.scheduler.alphas_cumprod - 0.5).abs().argmin())
+        x_0 = x_0.repeat(4, 1, 1, 1)
+        x_t, _ = self.forward(x_0, t, seed=0)
+        return (self.guess(x_t, t) - x_0).square().mean().item()
 
 
 def open_model(name: str) -> Model:

@@ -1,13 +1,19 @@
 """Build the parts of the page that several tabs share."""
 
+import functools
+import html
+import inspect
+import json
+import logging
 from functools import partial
 
 import gradio as gr
-from checks import MAX_SEED
+from checks import MAX_SEED, Refused
 from images import SOURCES
 from model import HERE, Model
 
 
+logger = logging.getLogger("ddpm_hf.space")
 STATUS = '<div class="status" role="status" aria-live="polite">${value}</div>'
 GALLERY = """<div class="pictures" style="--columns: ${Math.max(1, Math.min(value.length, columns))}">
 ${value.map((one) => `<figure><a href="${one.image}" download="${one.caption}.png" title="Save"><img src="${one.image}"
@@ -16,29 +22,71 @@ alt="${one.caption}"></a><figcaption>${one.caption}</figcaption></figure>`).join
 # the tabs check their inputs themselves. They have many positional parameters, because Gradio passes them by position.
 BUSY = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
 QUICK = {"preprocess": False, "concurrency_id": "quick", "concurrency_limit": 2, "show_progress": "hidden"}
+# A click shows the results, on a phone by scrolling to them, and remembers the settings that they are drawn with.
+SHOW = """(...settings) => {
+    const results = document.getElementById("results-NAME");
+    results.dataset.drawn = JSON.stringify(settings);
+    delete results.dataset.stale;
+    if (window.innerWidth < 700) results.scrollIntoView({ block: "start" });
+}"""
+STALE = """(...settings) => {
+    const results = document.getElementById("results-NAME"), status = results.querySelector(".status").innerHTML;
+    if (results.dataset.drawn === JSON.stringify(settings)) {
+        delete results.dataset.stale;
+        return status;
+    }
+    results.dataset.stale = "";
+    return "The settings have changed: AGAIN.";
+}"""
+LINK = """(...values) => {
+    const url = new URL(window.location), settings = new URLSearchParams({ tab: "NAME" });
+    KEYS.forEach((key, k) => { if (values[k] !== null && values[k] !== "") settings.set(key, values[k]); });
+    url.search = settings;
+    window.history.replaceState(null, "", url);
+    if (navigator.clipboard) navigator.clipboard.writeText(url.href).catch(() => {});
+    return `A link to these settings, also in the address bar: <a href="${url.href}">${settings}</a>`;
+}"""
+RESTORE = """() => {
+    const given = new URLSearchParams(window.location.search), tabs = SETTINGS, tab = given.get("tab");
+    const value = (name, about) => {
+        const text = given.get(name);
+        if (text === null || text === "") return undefined;
+        if (about.choices) return about.choices.includes(text) ? text : undefined;
+        const number = Number(text);
+        return Number.isFinite(number) ? Math.min(about.high, Math.max(about.low, number)) : undefined;
+    };
+    const updates = [{ __type__: "update", ...(tab in tabs ? { selected: tab } : {}) }];
+    for (const [name, settings] of Object.entries(tabs))
+        for (const [key, about] of Object.entries(settings)) {
+            const one = name === tab ? value(key, about) : undefined;
+            updates.push({ __type__: "update", ...(one === undefined ? {} : { value: one }) });
+        }
+    return updates;
+}"""
 
 
 def inputs_column() -> gr.Column:
-    return gr.Column(min_width=280)
+    return gr.Column(min_width=280, elem_classes="inputs")
 
 
-def outputs_column() -> gr.Column:
-    return gr.Column(scale=2, min_width=300)
+def outputs_column(name: str) -> gr.Column:
+    """Return the column of a tab's results. On a phone it is above the inputs."""
+    return gr.Column(scale=2, min_width=300, elem_id=f"results-{name}", elem_classes="results")
 
 
 def two_buttons(first: str, second: str, primary: str) -> list[gr.Button]:
-    """Return two buttons in a row. The one named `primary` is highlighted."""
-    with gr.Row():
+    """Return two buttons in a row. The one named `primary` is highlighted. On a phone they are above the inputs."""
+    with gr.Row(elem_classes="buttons"):
         variants = {name: "primary" if name == primary else "secondary" for name in (first, second)}
         return [gr.Button(name, variant=variant, min_width=90) for name, variant in variants.items()]
 
 
-def seed_box() -> gr.Number:
-    """Return a box for the seed, with a button that sets a random one."""
+def seed_box(value: int = 0) -> gr.Number:
+    """Return a box for the seed, with a dice that sets a random one."""
     with gr.Row(elem_classes="seed"):
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, scale=3)
-        another = gr.Button("Another", min_width=90, scale=1, size="sm")
-    another.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})", api_visibility="private")
+        seed = gr.Number(value, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, scale=3)
+        dice = gr.Button("Another", min_width=90, scale=1, size="sm")
+    dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})", api_visibility="private")
     return seed
 
 
@@ -52,9 +100,10 @@ def status_line(value: str) -> gr.HTML:
     return gr.HTML(value, html_template=STATUS, label="Status", js_on_load=None, apply_default_css=False)
 
 
-def gallery(label: str, columns: int) -> gr.HTML:
+def gallery(label: str, columns: int, value: list | None = None) -> gr.HTML:
     """Return a gallery of {image, caption}. Its pictures can change in place. A click saves a picture."""
-    return gr.HTML([], html_template=GALLERY, label=label, js_on_load=None, apply_default_css=False, columns=columns)
+    look = {"js_on_load": None, "apply_default_css": False, "columns": columns}
+    return gr.HTML(value or [], html_template=GALLERY, label=label, **look)
 
 
 def image_inputs(model: Model) -> list[gr.components.Component]:
@@ -78,16 +127,113 @@ def image_inputs(model: Model) -> list[gr.components.Component]:
     return [source, upload, drawing]
 
 
-def answer(trigger, function, *, model: Model, inputs: list, outputs: list, **options):
-    """Let an event call `function(model, *inputs)`, and return the event. In the API, it has the function's name.
+def example_buttons(examples: dict[str, list], inputs: list) -> list:
+    """Return a row of buttons. A click sets the inputs to an example, and then the returned events happen."""
+    gr.Markdown("Try one of these:", elem_classes="try")
+    events = []
+    with gr.Row(elem_classes="examples"):
+        for name, values in examples.items():
+            button = gr.Button(name, size="sm", min_width=90)
+            event = button.click(None, None, inputs, js=f"() => {json.dumps(values)}", api_visibility="private")
+            events.append(event.then)
+    return events
 
-    The second output is the status line. It says "Stopped." when the event fails; the reason is shown in a message of
-    its own.
+
+def share_button(name: str, settings: dict[str, gr.components.Component], status: gr.HTML):
+    """Add a button that puts a link to a tab's settings into the status line, the address bar and the clipboard."""
+    button = gr.Button("Link to these settings", size="sm")
+    js = with_data(LINK.replace("NAME", name), "KEYS", list(settings))
+    button.click(None, list(settings.values()), status, js=js, api_visibility="private")
+
+
+def restore_from_link(page: gr.Blocks, tabs: gr.Tabs, settings: dict[str, dict], highest: dict[str, int]):
+    """Open the tab that a link names, with its settings, when the page loads. Values out of range are bounded.
+
+    The server checks all values again.
+
+    Args:
+        settings: the settings that each tab returned, by its name.
+        highest: bounds of settings whose slider ends lower at first.
+    """
+    about = {
+        name: {key: _range(one, highest.get(key)) for key, one in part.items()} for name, part in settings.items()
+    }
+    outputs = [tabs, *(one for part in settings.values() for one in part.values())]
+    page.load(None, None, outputs, js=with_data(RESTORE, "SETTINGS", about), api_visibility="private")
+
+
+def _range(component, highest: int | None) -> dict:
+    """Return which values a link may give to a component."""
+    if isinstance(component, (gr.Radio, gr.Dropdown)):
+        return {"choices": [value for _, value in component.choices]}
+    return {"low": component.minimum, "high": highest or component.maximum}
+
+
+def with_data(js: str, name: str, data) -> str:
+    """Return JavaScript in which a name is replaced by data."""
+    return js.replace(name, json.dumps(data))
+
+
+def mark_stale(name: str, inputs: list, status: gr.HTML, triggers: list, *, again: str):
+    """Mark the results of a tab as old while its inputs differ from those at the last of the triggers."""
+    changes = [one.input if hasattr(one, "input") and not isinstance(one, gr.Number) else one.change for one in inputs]
+    js = STALE.replace("NAME", name).replace("AGAIN", again)
+    gr.on(changes, None, inputs, status, js=js, api_visibility="private")
+    for trigger in triggers:
+        trigger(None, inputs, None, js=SHOW.replace("NAME", name), api_visibility="private")
+
+
+def publish(function, *, model: Model, inputs: list, outputs: list, **options):
+    """Offer `function(model, *inputs)` in the API, under its name. A refusal is an error there.
+
+    A button that is never shown carries the event.
+    """
+    event = gr.Button(visible=False).click
+    event(partial(function, model), inputs, outputs, api_name=function.__name__, **options)
+
+
+def answer(trigger, function, *, model: Model, inputs: list, outputs: list, refused: tuple = (), **options):
+    """Let an event of the page call `function(model, *inputs)`, and return the event.
+
+    The second output is the status line. It says why the function refused or failed. Nothing else is shown then,
+    because a message over the page would cover the results.
 
     Args:
         trigger: e.g. `button.click`.
+        refused: the values of the first outputs if the function refused; by default, they keep their values.
         options: of the event, BUSY or QUICK and others.
     """
-    event = trigger(partial(function, model), inputs, outputs, api_name=function.__name__, **options)
+    page = _with_reason(partial(function, model), len(outputs), refused)
+    event = trigger(page, inputs, outputs, api_visibility="private", **options)
     event.failure(lambda: "Stopped.", None, outputs[1], queue=False, api_visibility="private")
     return event
+
+
+def _with_reason(function, count: int, refused: tuple):
+    """Return a generator function that yields what `function` returns or yields, or at a failure its reason."""
+
+    @functools.wraps(function)  # gradio looks for a gr.Progress() in the signature
+    def page(*inputs):
+        try:
+            result = function(*inputs)
+            if inspect.isgenerator(result):
+                yield from result
+            else:
+                yield result
+        except Exception as error:
+            values = [*refused, *[gr.skip()] * (count - len(refused))]
+            values[1] = reason(error)
+            yield tuple(values)
+
+    return page
+
+
+def reason(error: Exception) -> str:
+    """Return one sentence in HTML that tells a visitor why something failed. Log what was not foreseen."""
+    if isinstance(error, Refused):
+        return html.escape(str(error))
+    if isinstance(error, ValueError):
+        logger.exception("Invalid input from a visitor")
+        return "The request is not valid: reload the page, and check numbers, choices and files."
+    logger.exception("The Space failed")
+    return "The server failed, and logged the error: try again."

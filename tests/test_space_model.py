@@ -1,11 +1,14 @@
 """The Space draws the same images as the community pipelines, and refuses models that it cannot use."""
 
+import base64
 import json
 import re
 import sys
 import time
 import warnings
+from functools import partial
 
+import gradio as gr
 import numpy as np
 import pytest
 import safetensors.torch
@@ -14,7 +17,7 @@ from conftest import ROOT
 from diffusers import DDIMPipeline, DDPMPipeline
 from odd_server import OddServer
 from PIL import Image
-from space_server import pixels, save_model
+from space_server import pixels, png, save_model
 
 from ddpm_hf.data.decode import to_array
 from ddpm_hf.errors import UserError
@@ -24,13 +27,14 @@ from ddpm_hf.models.pretrained import load_pretrained
 sys.path.insert(0, str(ROOT / "spaces"))
 
 import model as of_space
-from checks import Refused
+import widgets
+from checks import Refused, default_model
 from images import read_image, to_images, to_tensor
 from model import Model, open_model, shared_module
 from tabs.compare import compare
 from tabs.generate import generate
 from tabs.how_it_works import forward
-from tabs.restore import damages, restore
+from tabs.restore import damages, degrade, restore
 
 
 CLASSES = ("zero", "one", "<two>")
@@ -93,11 +97,11 @@ def test_learned_variance_and_ddim(folder):
 
 def test_classes_in_turn_one_class_and_none(conditional):
     assert conditional.classes == ["each class in turn", *CLASSES, "no class"]
-    *_, (shown, _, _) = generate(conditional, 4, "DDIM", 2, 0, "each class in turn", 1.0)
+    *_, (shown, *_) = generate(conditional, 4, "DDIM", 2, 0, "each class in turn", 1.0)
     names = ["zero · seed 0", "one · seed 1", "&lt;two&gt; · seed 2", "zero · seed 3"]  # no markup of a model's
     assert [one["caption"] for one in shown] == names
-    *_, (plain, _, _) = generate(conditional, 1, "DDIM", 2, 0, "no class", 5.0)
-    *_, (guided, _, _) = generate(conditional, 1, "DDIM", 2, 0, "zero", 5.0)
+    *_, (plain, *_) = generate(conditional, 1, "DDIM", 2, 0, "no class", 5.0)
+    *_, (guided, *_) = generate(conditional, 1, "DDIM", 2, 0, "zero", 5.0)
     assert plain[0]["caption"] == "seed 0" and plain[0]["image"] != guided[0]["image"]
 
 
@@ -132,7 +136,7 @@ def test_a_conditional_model_restores_with_no_class(conditional):
 def test_a_model_that_must_be_told_the_class_restores_nothing(folder):
     model = open_model(str(save_model(folder / "told", 10, CLASSES, has_null_class=False)))
     assert model.classes == ["each class in turn", *CLASSES]
-    *_, (shown, status, _) = generate(model, 2, "DDPM", 10, 0, "one", 4.0)
+    *_, (shown, status, *_) = generate(model, 2, "DDPM", 10, 0, "one", 4.0)
     assert len(shown) == 2 and status.startswith("Done")
     assert len(forward(model, "The model's own", None, "", 5, 0)[0]) == 2  # no guess
     with pytest.raises(Refused, match="always needs a class"):
@@ -146,6 +150,44 @@ def test_a_colour_model_gets_its_colours_back(folder):
     original, grey, restored = map(pixels, shown)
     assert original.shape == grey.shape == restored.shape == (8, 8, 3)
     assert (grey == grey[..., :1]).all() and not (restored == restored[..., :1]).all()
+
+
+def test_an_image_that_the_model_cannot_have_learned_gets_a_hint(folder):
+    """The network always predicts black, so black images are all that it knows."""
+    save_model(folder / "black", 10, prediction_type="sample")
+    model = open_model(str(folder / "black"))
+    for parameter in model.unet.conv_out.parameters():
+        parameter.zero_()
+    model.unet.conv_out.bias.fill_(-1)
+    assert not model.is_unfamiliar(torch.full((1, 1, 8, 8), -0.99)) and model.is_unfamiliar(torch.ones(1, 1, 8, 8))
+    canvas = "data:image/png;base64," + base64.b64encode(png(np.full((8, 8), 255, np.uint8))).decode()
+    for shown, status, *_ in (
+        degrade(model, "Draw", None, canvas, "Noise", "Light", 0),
+        restore(model, "Draw", None, canvas, "Noise", "Light", 0),
+        forward(model, "Draw", None, canvas, 5, 0),
+    ):
+        assert shown and "nothing that this model has learned" in status
+    assert "learned" not in degrade(model, "The model's own", None, "", "Noise", "Light", 0)[1]
+
+
+def test_the_page_says_why_it_refuses_and_keeps_or_clears_its_pictures(conditional):
+    def run(function, *inputs, refused=()):
+        page = widgets._with_reason(partial(function, conditional), 5, refused)
+        return list(page(*inputs))
+
+    *_, (kept, why, *_) = run(generate, 99, "DDIM", 2, 0, "zero", 1.0)
+    assert kept == gr.skip() and why == "The number of images is &#x27;99&#x27;: give a whole number from 1 to 16."
+    ((cleared, why, *_),) = run(forward, "Draw", None, "", 5, 0, refused=([],))
+    assert cleared == [] and why.startswith("Nothing is drawn yet")
+    *_, (_, why, *_) = run(lambda model: 1 / 0)
+    assert why == "The server failed, and logged the error: try again."
+
+
+def test_without_a_name_the_model_of_the_examples_is_shown(tmp_path):
+    assert default_model(tmp_path / "spaces") is None
+    (tmp_path / "examples" / "mnist").mkdir(parents=True)
+    (tmp_path / "examples" / "mnist" / "model_index.json").touch()
+    assert default_model(tmp_path / "spaces") == str(tmp_path / "examples" / "mnist")
 
 
 def test_what_shows_through_and_the_middle(tmp_path):

@@ -1,12 +1,12 @@
-"""Compare: draw the same seeds by DDIM in few and in many steps, and by DDPM."""
+"""Compare: draw the same seeds by DDIM in few and in many steps, and by DDPM, and lay them side by side."""
 
 import time
 
 import gradio as gr
 import widgets
-from checks import MAX_SEED, one_of, plural, seconds_since, whole
+from checks import MAX_SEED, one_of, plural, seconds_since, time_left, whole
 from images import contact_sheet, enlarge, picture, to_images
-from model import Model
+from model import HERE, Model
 
 
 def compare(model: Model, seed, class_name):
@@ -21,26 +21,45 @@ def compare(model: Model, seed, class_name):
             left -= steps
     ways.append(("DDPM", max(1, min(left, model.T))))
     seeds, labels = [seed + k for k in range(number)], model.class_numbers(class_name, number)
-    shown, begin = [], time.perf_counter()
+    shown, begin, before, total = [], time.perf_counter(), 0, sum(steps for _, steps in ways)
     for sampler, steps in ways:
         name, start = f"{sampler}, {plural(steps, 'step')}", time.perf_counter()
-        for i, x_0 in model.draw_frames(seeds, sampler, steps, labels):
-            sheet = contact_sheet([enlarge(image) for image in to_images(x_0)], columns=min(2, number))
-            if i < steps:
-                yield [*shown, picture(sheet, name)], f"{name}: step {i}."
+        for i, x_0, is_due in model.draw_frames(seeds, sampler, steps, labels):
+            if is_due:
+                sheet = contact_sheet([enlarge(image) for image in to_images(x_0)], columns=min(2, number))
+            if is_due and i < steps:
+                yield [*shown, picture(sheet, name)], f"{name}: step {i}, {time_left(begin, before + i, total)}."
         shown.append(picture(sheet, f"{name} · {seconds_since(start)}"))
+        before += steps
     what = f"seed{'s' * (number > 1)} {', '.join(map(str, seeds))}"
     yield shown, f"Done: {what} in {seconds_since(begin)}. Every sheet starts from the same noise."
 
 
-def add(model: Model):
-    with gr.Tab("Compare"), gr.Row():
+def add(model: Model) -> dict[str, gr.components.Component]:
+    """Build the tab. Return the inputs that a link restores, by their names in the link."""
+    with gr.Tab("Compare", id="compare"), gr.Row(elem_classes="sides"):
         with widgets.inputs_column():
             gr.Markdown("Draw images from the same noise, with DDIM in 5, 10, 20 and 50 steps, and with DDPM.")
             class_name, seed = widgets.class_box(model), widgets.seed_box()
             start, stop = widgets.two_buttons("Compare", "Stop", primary="Compare")
-        with widgets.outputs_column():
-            status, shown = widgets.status_line("Ready."), widgets.gallery("Samplers", columns=3)
-    options = {"inputs": [seed, class_name], "outputs": [shown, status], "show_progress_on": status}
-    event = widgets.answer(start.click, compare, model=model, **options, **widgets.BUSY)
+        with widgets.outputs_column("compare"):
+            status = widgets.status_line("Ready: press Compare, then move the slider over the steps.")
+            shown = gr.HTML(
+                [],
+                html_template=(HERE / "compare.html").read_text(),
+                js_on_load=(HERE / "compare.js").read_text(),
+                label="Samplers",
+                apply_default_css=False,
+            )
+            widgets.share_button("compare", {"seed": seed, "class": class_name}, status)
+            options = {
+                "model": model,
+                "inputs": [seed, class_name],
+                "outputs": [shown, status],
+                "show_progress_on": status,
+            }
+            widgets.publish(compare, **options, **widgets.BUSY)
+    event = widgets.answer(start.click, compare, **options, **widgets.BUSY)
     stop.click(None, cancels=[event], api_visibility="private")
+    widgets.mark_stale("compare", [seed, class_name], status, [start.click], again="press Compare")
+    return {"seed": seed, "class": class_name}

@@ -3,10 +3,10 @@
 from functools import partial
 
 import gradio as gr
+import widgets
 from checks import MAX_SEED, whole
-from images import picture, visitor_image
+from images import UNFAMILIAR, is_visitors, picture, visitor_image
 from model import Model
-from widgets import QUICK, answer, gallery, image_inputs, inputs_column, outputs_column, seed_box, status_line
 
 
 BAR = """<div class="bar" role="img" aria-label="${Math.round(value)} % image, the rest noise">
@@ -32,22 +32,33 @@ def forward(model: Model, source, upload, drawing, t, seed):
     shown = [picture(x_0, "Image x₀"), picture(x_t, f"Noisy, t = {t}")]
     if model.restoration is not None:  # the network can predict without a class
         shown.append(picture(model.guess(x_t, t) if t else x_0, "The network's guess"))
-    return shown, f"x at t = {t} is √{alpha_bar:.4f} · x₀ + √{1 - alpha_bar:.4f} · noise.", 100 * alpha_bar
+    hint = UNFAMILIAR if is_visitors(source) and model.is_unfamiliar(x_0) else ""
+    return shown, f"x at t = {t} is √{alpha_bar:.4f} · x₀ + √{1 - alpha_bar:.4f} · noise.{hint}", 100 * alpha_bar
 
 
-def add(model: Model):
-    with gr.Tab("How it works") as tab:
-        with gr.Row():
-            with inputs_column():
-                inputs, seed = image_inputs(model), seed_box()
-            with outputs_column():
+def add(model: Model) -> dict[str, gr.components.Component]:
+    """Build the tab. Return the inputs that a link restores, by their names in the link."""
+    with gr.Tab("How it works", id="how_it_works") as tab:
+        with gr.Row(elem_classes="sides"):
+            with widgets.inputs_column():
+                inputs, seed = widgets.image_inputs(model), widgets.seed_box()
+            with widgets.outputs_column("how_it_works"):
                 t = gr.Slider(0, model.T, value=model.T // 3, step=1, label="Timestep t")
                 share = {"label": "Share of the image", "js_on_load": None, "apply_default_css": False}
                 bar = gr.HTML(100, html_template=BAR, **share)
-                status = status_line("One moment: the model draws a first image.")
-                shown = gallery("Forward", columns=3)
+                status = widgets.status_line("One moment: the model draws a first image.")
+                shown = widgets.gallery("Forward", columns=3)
+                widgets.share_button("how_it_works", {"t": t, "seed": seed}, status)
         gr.Markdown(HOW)
-    inputs, outputs = [*inputs, t, seed], [shown, status, bar]
+        inputs, outputs = [*inputs, t, seed], [shown, status, bar]
+        options = {
+            "model": model,
+            "inputs": inputs,
+            "outputs": outputs,
+            "trigger_mode": "always_last",
+            **widgets.QUICK,
+        }
+        widgets.publish(forward, **options)
     triggers = [tab.select, *(part.change for part in inputs)]
-    options = {"inputs": inputs, "outputs": outputs, "trigger_mode": "always_last"}
-    answer(partial(gr.on, triggers), forward, model=model, **options, **QUICK)
+    widgets.answer(partial(gr.on, triggers), forward, refused=([],), **options)
+    return {"t": t, "seed": seed}

@@ -2,12 +2,13 @@
 
 import math
 import time
+from functools import partial
 
 import gradio as gr
 import torch
 import widgets
-from checks import MAX_SEED, Refused, one_of, seconds_since, whole
-from images import as_large, picture, psnr, visitor_image
+from checks import MAX_SEED, Refused, one_of, seconds_since, time_left, whole
+from images import SOURCES, UNFAMILIAR, as_large, is_visitors, picture, psnr, visitor_image
 from model import Model
 
 
@@ -76,7 +77,9 @@ def damaged_image(model: Model, image, damage, strength, seed):
 def degrade(model: Model, source, upload, drawing, damage, strength, seed):
     """Return (gallery, status). The gallery shows the image at the model's size, and the damaged image."""
     clean, damaged, caption, _ = damaged_image(model, (source, upload, drawing), damage, strength, seed)
-    return [picture(clean, "Original"), picture(as_large(damaged, clean), caption)], f"{caption}. Now restore it."
+    hint = UNFAMILIAR if is_visitors(source) and model.is_unfamiliar(clean) else ""
+    shown = [picture(clean, "Original"), picture(as_large(damaged, clean), caption)]
+    return shown, f"{caption}: press Restore.{hint}"
 
 
 # Gradio passes these arguments by position. Its API uses their names.
@@ -90,7 +93,7 @@ def restore(model: Model, source, upload, drawing, damage, strength, seed, progr
     start = time.perf_counter()
 
     def show_step(pipeline, i, t, tensors):
-        progress((i + 1, steps), desc="Restoring")
+        progress((i + 1, steps), desc=f"Restoring, {time_left(start, i + 1, steps)}")
 
     images = model.restoration(
         damaged / 2 + 0.5,
@@ -103,29 +106,51 @@ def restore(model: Model, source, upload, drawing, damage, strength, seed, progr
     ).images
     seconds, restored, damaged = seconds_since(start), 2 * images.cpu() - 1, as_large(damaged, clean)
     shown = [picture(clean, "Original"), picture(damaged, caption), picture(restored, "Restored")]
+    hint = UNFAMILIAR if is_visitors(source) and model.is_unfamiliar(clean) else ""
     if damage == "Hole":
-        return shown, f"Done in {seconds}. Many images fit a hole: try another seed."
+        return shown, f"Done in {seconds}. Many images fit a hole: try another seed.{hint}"
     before, after = psnr(damaged, clean), psnr(restored, clean)
-    return shown, f"Done in {seconds}: {before:.1f} dB PSNR before, {after:.1f} dB after (more is closer)."
+    return shown, f"Done in {seconds}: {before:.1f} dB PSNR before, {after:.1f} dB after (more is closer).{hint}"
 
 
-def add(model: Model):
-    with gr.Tab("Restore"):
+def first_pictures(model: Model) -> tuple[list[dict], str]:
+    """Return the gallery and the status that the tab opens with."""
+    if not model.is_fast:
+        return [], "Ready. Choose an image of the model, upload one or draw one."
+    return degrade(model, SOURCES[0], None, "", "Hole", "Medium", 0)
+
+
+def add(model: Model) -> dict[str, gr.components.Component]:
+    """Build the tab. Return the inputs that a link restores, by their names in the link."""
+    with gr.Tab("Restore", id="restore"):
         if model.restoration is None:
             gr.Markdown(NEEDS_NO_CLASS)
-            return
-        with gr.Row():
+            return {}
+        with gr.Row(elem_classes="sides"):
             with widgets.inputs_column():
                 inputs = widgets.image_inputs(model)
                 damage = gr.Radio(damages(model), value="Hole", label="Damage")
                 strength = gr.Radio(STRENGTHS, value="Medium", label="Strength")
                 seed = widgets.seed_box()
-                buttons = widgets.two_buttons("Damage", "Restore", primary="Restore")
-            with widgets.outputs_column():
-                status = widgets.status_line("Ready. Choose an image of the model, upload one or draw one.")
-                shown = widgets.gallery("Before and after", columns=3)
-    inputs, outputs = [*inputs, damage, strength, seed], [shown, status]
-    options = {"inputs": inputs, "outputs": outputs, "show_progress_on": status}
-    quick = {**widgets.QUICK, "show_progress": "minimal"}
-    widgets.answer(buttons[0].click, degrade, model=model, **options, **quick)
-    widgets.answer(buttons[1].click, restore, model=model, **options, **widgets.BUSY)
+                button = gr.Button("Restore", variant="primary", elem_classes="buttons")
+            with widgets.outputs_column("restore"):
+                pictures, text = first_pictures(model)
+                status = widgets.status_line(text)
+                shown = widgets.gallery("Before and after", columns=3, value=pictures)
+                values = [["Noise", "Strong"], ["Hole", "Strong"], ["Low resolution", "Medium"]]
+                names = ["Strong noise", "A large hole", "Few pixels"]
+                chosen = widgets.example_buttons(dict(zip(names, values)), [damage, strength])
+                settings = {"damage": damage, "strength": strength, "seed": seed}
+                widgets.share_button("restore", settings, status)
+                inputs, outputs = [*inputs, damage, strength, seed], [shown, status]
+                options = {"model": model, "inputs": inputs, "outputs": outputs}
+                busy = {**options, **widgets.BUSY, "show_progress_on": status}
+                widgets.publish(degrade, **options, **widgets.QUICK)
+                widgets.publish(restore, **busy)
+    changes = [part.input if isinstance(part, gr.Radio) else part.change for part in inputs]
+    live = {**options, **widgets.QUICK, "trigger_mode": "always_last"}
+    widgets.answer(partial(gr.on, changes), degrade, refused=([],), **live)
+    for event in (button.click, *chosen):
+        widgets.answer(event, restore, **busy)
+    button.click(None, inputs, None, js=widgets.SHOW.replace("NAME", "restore"), api_visibility="private")
+    return settings
