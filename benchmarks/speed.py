@@ -29,6 +29,7 @@ from ddpm_hf.models.pretrained import Pretrained
 from ddpm_hf.sampling.generate import sample_images
 from ddpm_hf.sampling.settings import Sampler
 from ddpm_hf.sizes import read_size
+from ddpm_hf.training.batches import draw_batches
 from ddpm_hf.training.loop import progress_bar, step
 from ddpm_hf.training.periodic import run_due_tasks, what_is_due
 from ddpm_hf.training.run import open_run
@@ -112,7 +113,7 @@ def training_steps(run, only: str | None = None) -> dict:
     They are the loop of ddpm_hf, the plain diffusers loop in float32 and in bfloat16, and a step without any loop.
     """
     config, device, channels = run.config, run.accelerator.device, run.train_set.channels
-    batches, bar = training_batches(run.train_set, config, 0, 0, 1), progress_bar(run)
+    batches, bar = draw_batches(run), progress_bar(run)
     run.model.train()
 
     def run_step():

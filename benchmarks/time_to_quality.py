@@ -19,7 +19,6 @@ from plain_diffusers import PlainLoop, loader
 from tqdm import tqdm
 
 from ddpm_hf.config.command_line import parse_config
-from ddpm_hf.data.batches import training_batches
 from ddpm_hf.diffusion.scheduler import make_scheduler
 from ddpm_hf.evaluation.extractor import load_extractor
 from ddpm_hf.evaluation.features import extract
@@ -28,6 +27,7 @@ from ddpm_hf.models.pretrained import Pretrained
 from ddpm_hf.pictures import image_sheet
 from ddpm_hf.sampling.generate import sample_images
 from ddpm_hf.sampling.settings import Sampler
+from ddpm_hf.training.batches import draw_batches
 from ddpm_hf.training.loop import step
 from ddpm_hf.training.periodic import run_due_tasks
 from ddpm_hf.training.run import open_run
@@ -68,7 +68,7 @@ def train_preset(arguments, real):
     started = time.process_time()
     flags = ["--preset", arguments.preset, "--dataset_name", arguments.dataset_name, "--logger", "none"]
     run = open_run(parse_config([*flags, "--output_dir", f"{arguments.output_dir}/run", "--overwrite_output_dir"]))
-    batches = training_batches(run.train_set, run.config, 0, 0, 1)
+    batches = draw_batches(run)
     run.model.train()
     for taken in tqdm(range(run.total_steps), desc="ddpm_hf"):
         step(run, batches)

@@ -11,9 +11,9 @@ import sys
 import datasets  # noqa: F401
 import diffusers.pipelines  # noqa: F401
 
-import ddpm_hf.__main__  # noqa: F401
-import ddpm_hf.sharing.push  # noqa: F401
-import ddpm_hf.sharing.space  # noqa: F401
+import ddpm_hf.__main__
+import ddpm_hf.sharing.push
+import ddpm_hf.sharing.space
 import ddpm_hf.training.loop  # noqa: F401
 
 

@@ -15,6 +15,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -27,12 +28,12 @@ from diffusers import UNet2DModel
 from PIL import Image
 
 from ddpm_hf.config.command_line import parse_config
-from ddpm_hf.data.batches import training_batches
 from ddpm_hf.diffusion.losses import NUM_BANDS
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ddpm_hf.models.classes import Classes
 from ddpm_hf.models.pretrained import Pretrained
 from ddpm_hf.models.saving import save_pipeline
+from ddpm_hf.training.batches import draw_batches
 from ddpm_hf.training.loop import step, train
 from ddpm_hf.training.run import open_run, reset_accelerate
 
@@ -73,9 +74,8 @@ def fresh_accelerate():
 def steps(count, *flags):
     """Open a run on `flags` and take `count` steps of it; return the Run and the losses, one tensor a step."""
     run = open_run(parse_config([*TINY, "--overwrite_output_dir", *map(str, flags)]))
-    batches = training_batches(run.train_set, run.config, run.state.images_seen, 0, 1)
     run.model.train()
-    with run.lock:
+    with run.lock, contextlib.closing(draw_batches(run)) as batches:
         for _ in range(count):
             step(run, batches)
     losses = [row[:NUM_BANDS].sum() for row in run.state.pending]

@@ -1,5 +1,6 @@
 """--init_from: a run starts from the weights, the schedule and the architecture of another model."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,10 @@ from safetensors.torch import load_file
 from ddpm_hf import UserError
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.training_config import TrainingConfig
-from ddpm_hf.data.batches import training_batches
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.models.saving import save_pipeline
+from ddpm_hf.training.batches import draw_batches
 from ddpm_hf.training.changes import check_fixed_flags
 from ddpm_hf.training.loop import step, train
 from ddpm_hf.training.run import check_run, open_run
@@ -150,9 +151,9 @@ def test_betas_without_a_name_are_kept_and_resumed_without_the_model(sources, tm
     again = [f"--output_dir={tmp_path / 'again'}", f"--resume_from_checkpoint={tmp_path / 'checkpoint-1'}"]
     run = open_run(parse_config([*words, *again]))
     run.model.train()
-    with run.lock:
-        step(run, training_batches(run.train_set, run.config, run.state.images_seen, 0, 1))
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in run.ema.module.state_dict().items())
+    with run.lock, contextlib.closing(draw_batches(run)) as batches:
+        step(run, batches)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in run.ema.state_dict().items())
     for place in (tmp_path / "run", tmp_path / "run" / "checkpoint-2"):
         scheduler = load_pretrained(place).scheduler
         assert torch.equal(scheduler.betas, betas) and scheduler.config.prediction_type == "v_prediction"

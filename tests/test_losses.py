@@ -18,7 +18,13 @@ from ddpm_hf.diffusion.losses import (
     vlb_loss,
 )
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler, make_scheduler
-from ddpm_hf.diffusion.timestep_sampling import draw_timesteps, new_history, timestep_probabilities, update_history
+from ddpm_hf.diffusion.timestep_sampling import (
+    draw_timesteps,
+    draw_uniform,
+    new_history,
+    timestep_probabilities,
+    update_history,
+)
 from ddpm_hf.randomness import keyed_generator
 
 
@@ -136,7 +142,7 @@ def test_timesteps_are_drawn_in_proportion_to_the_root_of_their_mean_squared_los
 def test_importance_weights_leave_the_mean_loss_as_it_is():
     costs = torch.tensor([1.0, 2.0, 30.0, 4.0])  # per timestep
     history = costs.double()[:, None].expand(4, 10) * torch.linspace(0.5, 1.5, 10)
-    timesteps, weights = draw_timesteps(history, torch.arange(4000), seed=0)
+    timesteps, weights = draw_timesteps(history, draw_uniform(torch.arange(4000), seed=0))
     probabilities = timestep_probabilities(history)
     drawn = torch.bincount(timesteps, minlength=4) / 4000
     assert ((drawn - probabilities).abs() < 4 * (probabilities / 4000).sqrt()).all()
@@ -144,8 +150,8 @@ def test_importance_weights_leave_the_mean_loss_as_it_is():
     assert abs(losses.mean() - costs.mean()) < 4 * losses.std() / math.sqrt(4000)
     assert losses.std() < 0.05 * costs.std()  # what it is for
     some = torch.tensor([7, 31])
-    assert torch.equal(draw_timesteps(history, some, seed=0)[0], timesteps[some])  # whatever the batch
-    assert not torch.equal(draw_timesteps(history, torch.arange(4000), seed=1)[0], timesteps)
+    assert torch.equal(draw_timesteps(history, draw_uniform(some, seed=0))[0], timesteps[some])  # whatever the batch
+    assert not torch.equal(draw_timesteps(history, draw_uniform(torch.arange(4000), seed=1))[0], timesteps)
 
 
 def test_accumulation_does_not_change_which_timesteps_are_drawn(monkeypatch, tmp_path):
@@ -169,8 +175,8 @@ def test_accumulation_does_not_change_which_timesteps_are_drawn(monkeypatch, tmp
 
 
 def test_an_image_of_no_weight_teaches_nothing_and_counts_for_nothing(monkeypatch, tmp_path):
-    def weightless(history, ordinals, seed):
-        return torch.arange(len(ordinals)), torch.zeros(len(ordinals))
+    def weightless(history, uniform):
+        return torch.arange(len(uniform)), torch.zeros(len(uniform))
 
     monkeypatch.setattr("ddpm_hf.training.loop.draw_timesteps", weightless)
     flags = ["--timestep_sampling=loss_second_moment", "--adam_weight_decay=0", "--output_dir", tmp_path]

@@ -15,7 +15,16 @@ from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.training_config import TrainingConfig
-from ddpm_hf.models.post_hoc_ema import LENGTHS, find_snapshots, gamma_of, make_power_averages, mixture, reconstruct
+from ddpm_hf.models.ema import update_ema
+from ddpm_hf.models.post_hoc_ema import (
+    LENGTHS,
+    find_snapshots,
+    gamma_of,
+    make_power_averages,
+    mixture,
+    power_decay,
+    reconstruct,
+)
 from ddpm_hf.training.loop import train
 
 
@@ -40,11 +49,11 @@ def test_the_average_of_training_has_these_shares():
     for step in range(12):
         with torch.no_grad():
             network.weight.copy_(torch.eye(12)[step : step + 1])
-        for average in averages.values():
-            average.update_parameters(network)
+        for length, average in averages.items():
+            update_ema(average, network, power_decay(length, step))
     for length, average in averages.items():
         wanted = torch.tensor(shares(12, gamma_of(length), 12), dtype=torch.float32)
-        torch.testing.assert_close(average.module.weight[0], wanted, atol=1e-6, rtol=0)
+        torch.testing.assert_close(average.weight[0], wanted, atol=1e-6, rtol=0)
     assert make_power_averages(network, is_wanted=False) == {}
 
 

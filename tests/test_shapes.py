@@ -94,7 +94,7 @@ def test_a_run_says_its_size_and_resumes_bit_for_bit(run, tmp_path):
     other, _ = steps(2, *run.flags, *flags, "--no_overwrite_output_dir")  # draws no figures, which take seconds
     saved = safetensors.torch.load_file(run.folder / "checkpoint-4" / "ema.safetensors")
     assert other.state.step == 4
-    assert_equal(dict(other.ema.module.state_dict()), saved)
+    assert_equal(dict(other.ema.state_dict()), saved)
 
 
 @pytest.mark.parametrize("sampler, stock", [("ddpm", DDPMPipeline), ("ddim", DDIMPipeline)])

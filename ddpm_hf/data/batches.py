@@ -13,33 +13,47 @@ from .decode import draw_augmentations
 from .stream import StreamedSet
 
 
-def training_batches(train_set, config, first_ordinal, process_index, num_processes):
-    """Yield the batches of one process, without end.
+def training_batches(
+    train_set, config, first_ordinal, process_index, num_processes, *, complete=dict, pin_memory=False
+):
+    """Return an iterator over the batches of one process, without end.
 
     A batch is `{"ordinals": (B,) int64, "images": (B,C,H,W), "labels": (B,) int64}`. Images are float32 in [-1, 1].
     Data without classes has no "labels". With `config.augment_probability`, "augmented" (B,) bool says which images
-    were changed. With B = `config.train_batch_size`, micro-batch k of process r of P has the ordinals
+    were changed. Data that is streamed adds "position", see `StreamedSet.state_dict`. With B =
+    `config.train_batch_size`, micro-batch k of process r of P has the ordinals
     `first_ordinal + (k * P + r) * B + [0, B)`. An optimizer step that accumulates A micro-batches therefore takes the
     next A * P * B images.
 
+    Args:
+        complete: a function that gets each batch and returns what to yield in its place. Worker processes call it too.
+        pin_memory: put the tensors into pinned memory, from which they can be copied to a GPU in the background.
+
     Raises:
-        UserError: for an image that cannot be read.
+        UserError: for an image that cannot be read. `next` of the iterator raises it.
     """
     size = config.train_batch_size
     starts = itertools.count(first_ordinal + process_index * size, num_processes * size)
     streamed = isinstance(train_set, StreamedSet)
-    collate = dict  # returns the batch unchanged
-    if config.augment_probability:
-        collate = functools.partial(augment, probability=config.augment_probability, seed=config.seed)
     loader = DataLoader(
         train_set if streamed else ShuffledSet(train_set, config),
         batch_sampler=(range(start, start + size) for start in starts),
         num_workers=0 if streamed or train_set.pixels is not None else config.dataloader_num_workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        collate_fn=functools.partial(_collate, config=config, complete=complete),
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # keeps the loader from drawing its seed from torch's global generator
     )
-    batches = iter(loader)
+    return _with_plain_errors(iter(loader))
+
+
+def _collate(batch, config, complete):
+    if config.augment_probability:
+        batch = augment(batch, config.augment_probability, config.seed)
+    return complete(batch)
+
+
+def _with_plain_errors(batches):
+    """Yield the batches of a DataLoader. A UserError of a worker process has only its own sentence."""
     while True:
         try:
             batch = next(batches)

@@ -86,6 +86,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         """
         twin = copy.copy(self)
         twin.alphas_cumprod64 = self.alphas_cumprod
+        twin.__dict__.pop("_tables", None)
         return twin
 
     @cached_property
@@ -115,8 +116,15 @@ class PaperDDPMScheduler(DDPMScheduler):
         timesteps = torch.as_tensor(timesteps)
         if timesteps.device.type == "mps":  # MPS has no float64
             timesteps = timesteps.cpu()
-        table = torch.nn.functional.pad(self.alphas_cumprod64, (1, 0), value=1.0)
-        return table.to(timesteps.device, non_blocking=True)[timesteps + 1]
+        if timesteps.device not in self._tables:  # copy the table once to each device, not in each step
+            table = torch.nn.functional.pad(self.alphas_cumprod64, (1, 0), value=1.0)
+            self._tables[timesteps.device] = table.to(timesteps.device)
+        return self._tables[timesteps.device][timesteps + 1]
+
+    @cached_property
+    def _tables(self) -> dict[torch.device, Tensor]:
+        """For each device in use, abar_t in float64 with 1 in front, shape (T+1,)."""
+        return {}
 
     def snr(self, timesteps: Timesteps) -> Tensor:
         """Return the SNR abar_t / (1 - abar_t) (Kingma et al. 2021), float32 in the shape of `timesteps`."""

@@ -13,17 +13,16 @@ import torch
 from torch import nn
 
 
-def labels_with_augmentation(class_labels: torch.Tensor | None, augmented: torch.Tensor, unet) -> torch.Tensor:
-    """Return the labels (B,) of a batch for a UNet of this kind.
+def labels_with_augmentation(class_labels: torch.Tensor | None, augmented: torch.Tensor, num_embeddings: int):
+    """Return the labels (B,) int64 of a batch for a UNet of this kind.
 
     Args:
         class_labels: (B,) int64, the result of `training_labels`; None without classes.
         augmented: (B,) bool.
-        unet: the UNet that is trained.
+        num_embeddings: the number of class embeddings of the UNet that is trained.
     """
-    half = unet.config.num_class_embeds // 2
     labels = torch.zeros(len(augmented), dtype=torch.int64) if class_labels is None else class_labels
-    return labels + half * augmented
+    return labels + num_embeddings // 2 * augmented
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Keep a moving average of the weights (EMA)."""
 
+import copy
+
 import torch
-from diffusers import UNet2DModel
-from torch.optim.swa_utils import AveragedModel
 
 
 def ema_decay(config, updates: int) -> float:
@@ -19,14 +19,13 @@ def ema_decay(config, updates: int) -> float:
     return min(config.ema_max_decay, 1 - (1 + updates / config.ema_inv_gamma) ** -config.ema_power)
 
 
-def make_ema(config, unet: UNet2DModel) -> AveragedModel | None:
-    """Return the moving average of `unet`, or None without --use_ema. Its `.module` is a network like `unet`."""
-    if not config.use_ema:
-        return None
+def make_ema(config, network: torch.nn.Module) -> torch.nn.Module | None:
+    """Return a copy of `network` that holds the moving average of its weights, or None without --use_ema."""
+    return copy.deepcopy(network).eval().requires_grad_(False) if config.use_ema else None
 
-    def average(ema_parameters, parameters, updates):
-        torch._foreach_lerp_(ema_parameters, parameters, 1 - ema_decay(config, int(updates)))
 
-    ema = AveragedModel(unet, multi_avg_fn=average)
-    ema.module.eval().requires_grad_(False)
-    return ema
+@torch.no_grad()
+def update_ema(ema: torch.nn.Module, network: torch.nn.Module, decay: float):
+    """Update the moving average in place: its weights become decay * average + (1 - decay) * weights of `network`."""
+    # The decay is a number of the host. A tensor would have to be read, for which a GPU would have to wait.
+    torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)

@@ -8,6 +8,8 @@ The average after t steps gives the weights of step s the share proportional to 
 paper) is the standard deviation of s under these shares, divided by t: 0.05 is an average over about the last tenth.
 """
 
+import copy
+import functools
 import re
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 from ..errors import UserError
 from ..files import write_beside
@@ -27,6 +29,7 @@ SHORTEST, LONGEST = 0.005, 0.28  # with gamma = 0, the plain mean of all steps, 
 FOLDER = "ema_snapshots"
 
 
+@functools.cache  # a step asks for it
 def gamma_of(length: float) -> float:
     """Return the exponent gamma of an average of this length.
 
@@ -42,39 +45,33 @@ def gamma_of(length: float) -> float:
     return float(roots.real.max())
 
 
-def make_power_averages(network, is_wanted: bool) -> dict[float, AveragedModel]:
+def power_decay(length: float, updates: int) -> float:
+    """Return the decay of the next update of an average of this length, when `updates` updates are already done.
+
+    Update t has the decay (1 - 1/t)^(gamma + 1). The first update copies the weights.
+    """
+    return (1 - 1 / (updates + 1)) ** (gamma_of(length) + 1)
+
+
+def make_power_averages(network: nn.Module, is_wanted: bool) -> dict[float, nn.Module]:
     """Return the averages that are kept during training, by their length, or {} if they are not wanted.
 
-    Update t sets the average to beta avg + (1 - beta) weights, with beta = (1 - 1/t)^(gamma + 1). The first update
-    copies the weights.
+    Each is a copy of `network`.
     """
-
-    def average(length):
-        exponent = gamma_of(length) + 1
-
-        def update(averages, parameters, updates):
-            torch._foreach_lerp_(averages, parameters, 1 - (1 - 1 / (int(updates) + 1)) ** exponent)
-
-        averaged = AveragedModel(network, multi_avg_fn=update)
-        averaged.module.eval().requires_grad_(False)
-        return averaged
-
-    return {length: average(length) for length in LENGTHS} if is_wanted else {}
+    copies = [copy.deepcopy(network).eval().requires_grad_(False) for _ in LENGTHS] if is_wanted else []
+    return dict(zip(LENGTHS, copies))
 
 
-def state_of(averages: dict[float, AveragedModel]) -> dict[str, torch.Tensor]:
+def state_of(averages: dict[float, nn.Module]) -> dict[str, torch.Tensor]:
     """Return the tensors of all averages by "<length>/<name>"."""
-    return {
-        f"{length}/{name}": each for length, ema in averages.items() for name, each in ema.module.state_dict().items()
-    }
+    return {f"{length}/{name}": each for length, ema in averages.items() for name, each in ema.state_dict().items()}
 
 
-def load_state(averages: dict[float, AveragedModel], tensors: dict[str, torch.Tensor], step: int):
-    """Put the averages into the state that `state_of` returned after `step` updates."""
+def load_state(averages: dict[float, nn.Module], tensors: dict[str, torch.Tensor]):
+    """Put the averages into the state that `state_of` returned."""
     for length, ema in averages.items():
         prefix = f"{length}/"
-        ema.module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        ema.n_averaged.fill_(step)
+        ema.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
 
 
 def snapshot_path(output_dir, step: int) -> Path:
@@ -82,7 +79,7 @@ def snapshot_path(output_dir, step: int) -> Path:
     return Path(output_dir, FOLDER, f"step_{step}.safetensors")
 
 
-def save_snapshot(output_dir, averages: dict[float, AveragedModel], step: int):
+def save_snapshot(output_dir, averages: dict[float, nn.Module], step: int):
     """Write the snapshot of a step, completely or not at all."""
     path = snapshot_path(output_dir, step)
     path.parent.mkdir(exist_ok=True)

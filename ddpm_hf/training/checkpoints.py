@@ -53,7 +53,7 @@ class TrainState:
         seconds: time spent training so far, without the interruptions.
         best_score, best_measure: the score of the model in best/ (lower is better), and the name of this score.
         pending: one row for each optimizer step that is not yet averaged in metrics.jsonl.
-        stream: the position in a streamed dataset.
+        stream: the position in a streamed dataset, after the last batch that was used.
         loss_history: for --timestep_sampling loss_second_moment, equal in every process; see timestep_sampling.py.
 
     Not saved, because these fields belong to the current process:
@@ -304,7 +304,7 @@ def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema,
             accelerator.save_state(str(partial))
             if accelerator.is_main_process:
                 if ema is not None:
-                    safetensors.torch.save_file(ema.module.state_dict(), partial / "ema.safetensors")
+                    safetensors.torch.save_file(ema.state_dict(), partial / "ema.safetensors")
                 if power_averages:
                     safetensors.torch.save_file(state_of(power_averages), partial / "power_averages.safetensors")
                 record = {"flags": config.to_dict()} | facts
@@ -409,12 +409,10 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema, power
     state.pending = [(row if keep else torch.zeros_like(row)).to(device) for row in state.pending]
     if ema is not None:
         with reading(checkpoint):
-            ema.module.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
-        ema.n_averaged.fill_(state.step)
+            ema.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
     if power_averages:
         with reading(checkpoint):
-            tensors = safetensors.torch.load_file(checkpoint / "power_averages.safetensors")
-            load_state(power_averages, tensors, state.step)
+            load_state(power_averages, safetensors.torch.load_file(checkpoint / "power_averages.safetensors"))
 
 
 def keep_metrics_up_to(output_dir, step: int):

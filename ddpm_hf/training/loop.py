@@ -17,16 +17,17 @@ import torch
 from tqdm.auto import tqdm
 
 from ..config.training_config import TrainingConfig
-from ..data.batches import training_batches
-from ..diffusion.losses import NUM_BANDS, by_band, draw_noise, training_labels
+from ..diffusion.losses import NUM_BANDS, by_band
 from ..diffusion.timestep_sampling import draw_timesteps, update_history
 from ..errors import UserError
-from ..models.augmented import labels_with_augmentation
+from ..models.ema import ema_decay, update_ema
+from ..models.post_hoc_ema import power_decay
 from ..models.pretrained import Pretrained, load_pretrained
 from ..output import drop_failing_output
 from ..run_folder import read_metrics
 from ..sharing.hub import wait_for_push
 from . import plan
+from .batches import draw_batches
 from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
 from .run import Run, check_run, open_run
 from .trackers import end_trackers
@@ -125,13 +126,10 @@ def rehearse(config: TrainingConfig):
 
 def seconds_per_step(run: Run) -> float:
     """Take up to 30 steps in about 10 seconds, and return the mean seconds of a step. The first one is not counted."""
-    device, processes = run.accelerator.device, run.accelerator.num_processes
-    batches = training_batches(
-        run.train_set, run.config, run.state.images_seen, run.accelerator.process_index, processes
-    )
+    device = run.accelerator.device
     run.model.train()
 
-    def measure(count):
+    def measure(batches, count):
         started = time.perf_counter()
         for _ in range(count):
             step(run, batches)
@@ -141,19 +139,17 @@ def seconds_per_step(run: Run) -> float:
         seconds = torch.tensor((time.perf_counter() - started) / count, device=device)
         return float(run.accelerator.reduce(seconds, "mean"))
 
-    return measure(max(1, min(30, int(10 / measure(1)))))
+    with contextlib.closing(draw_batches(run)) as batches:
+        return measure(batches, max(1, min(30, int(10 / measure(batches, 1)))))
 
 
 def take_steps(run: Run):
     """Take the steps that are left, and do what is due between them, until the last step or a signal."""
-    config, accelerator, state = run.config, run.accelerator, run.state
-    batches = training_batches(
-        run.train_set, config, state.images_seen, accelerator.process_index, accelerator.num_processes
-    )
+    state = run.state
     run.model.train()
     due, timed_steps, started = set(), 0, time.perf_counter()
     signal_printed, log_lines = False, 0
-    with catching_signals(state.signals), progress_bar(run) as bar:
+    with catching_signals(state.signals), progress_bar(run) as bar, contextlib.closing(draw_batches(run)) as batches:
         if state.step == run.total_steps:
             run_due_tasks(run, due_when_resumed_at_the_end(run), 0.0)
         while state.step < run.total_steps and "stop" not in due:
@@ -178,36 +174,28 @@ def take_steps(run: Run):
                 if "log" in due:
                     bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_second=f"{speed:.0f}")
                     log_lines += 1
-                    if log_lines == 2 and accelerator.is_main_process:  # the first steps are slower
+                    if log_lines == 2 and run.accelerator.is_main_process:  # the first steps are slower
                         tqdm.write(plan.time_and_memory(run, run.global_batch / speed))
                 timed_steps, started = 0, time.perf_counter()
 
 
 def step(run: Run, batches):
-    """Take one optimizer step: Algorithm 1 of Ho et al., with accumulation, clipping and the moving average."""
+    """Take one optimizer step: Algorithm 1 of Ho et al., with accumulation, clipping and the moving average.
+
+    The host only issues the work of the step. It reads no result, because a GPU would have to wait meanwhile.
+    """
     config, accelerator, state = run.config, run.accelerator, run.state
     for group in run.optimizer.param_groups:
         group["lr"] = run.learning_rate(state.step)
     bands, seen = torch.zeros(2, NUM_BANDS, device=accelerator.device), []
     for _ in range(config.gradient_accumulation_steps):
         with accelerator.accumulate(run.model):
-            # Get the next images, and draw noise and a timestep for each of them.
-            batch = next(batches)
-            ordinals, shape = batch["ordinals"], batch["images"].shape[1:]
-            batch["noise"], batch["timesteps"] = draw_noise(ordinals, shape, config.ddpm_num_steps, config.seed)
+            # Get the next images, with the noise, the timestep and the label of each.
+            batch, uniform, dropout_seed, state.stream = next(batches)
             if state.loss_history is not None:
-                batch["timesteps"], batch["weights"] = draw_timesteps(state.loss_history, ordinals, config.seed)
-            if config.class_conditional:
-                batch["class_labels"] = training_labels(
-                    batch["labels"], ordinals, len(run.train_set.class_names), config.label_dropout, config.seed
-                )
-            if config.augment_probability:
-                batch["class_labels"] = labels_with_augmentation(
-                    batch.get("class_labels"), batch.pop("augmented"), run.network
-                )
-            batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
-            # Dropout draws from torch's global generator, so seed it with the ordinal of the first image.
-            torch.manual_seed(config.seed + int(ordinals[0]))
+                timesteps, weights = draw_timesteps(state.loss_history, uniform)
+                batch |= {"timesteps": timesteps.to(accelerator.device), "weights": weights.to(accelerator.device)}
+            torch.manual_seed(dropout_seed)  # dropout draws from torch's global generator
             # Predict the noise (or another target) and compute the losses.
             losses = run.loss(run.model, batch)
             # Follow the gradient.
@@ -224,9 +212,9 @@ def step(run: Run, batches):
         update_history(state.loss_history, *accelerator.gather([torch.cat(column) for column in zip(*seen)]))
     # Update the moving averages.
     if run.ema is not None:
-        run.ema.update_parameters(run.network)
-    for average in run.power_averages.values():
-        average.update_parameters(run.network)
+        update_ema(run.ema, run.network, ema_decay(config, state.step))
+    for length, average in run.power_averages.items():
+        update_ema(average, run.network, power_decay(length, state.step))
     # Keep the losses on their device, because reading them now would make the GPU wait. The rows will be summed over
     # the processes. The gradient's norm is equal in all of them, so only the main process reports it.
     norm = grad_norm.detach().float().reshape(1) * accelerator.is_main_process

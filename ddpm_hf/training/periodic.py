@@ -187,7 +187,6 @@ def add_snapshot(run: Run, due: set[str], line: dict):
 
 def save_checkpoint(run: Run, due: set[str], line: dict):
     """Write checkpoint-<step>, with everything that is needed to resume exactly."""
-    run.state.stream = run.train_set.state_dict() if run.config.streaming else None
     checkpoints.save_checkpoint(
         run.accelerator,
         run.config,

@@ -17,7 +17,6 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin, gather_object
 from diffusers import UNet2DModel
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from ..config.training_config import TrainingConfig
 from ..data.dataset import load_images
@@ -60,8 +59,8 @@ class Run:
     scheduler: PaperDDPMScheduler
     network: UNet2DModel | NoisyClassifier  # the raw weights; a classifier with --objective classify
     model: Any  # `network` as prepared by accelerate; a training step calls it
-    ema: AveragedModel | None
-    power_averages: dict[float, AveragedModel]  # by length; {} without --ema_snapshots
+    ema: UNet2DModel | NoisyClassifier | None  # the moving average of the weights
+    power_averages: dict[float, UNet2DModel | NoisyClassifier]  # by length; {} without --ema_snapshots
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[int], float]  # optimizer step (from 0) -> learning rate
     loss: Callable[[Any, dict], torch.Tensor]  # (model, batch) -> (B,), see OBJECTIVES
@@ -81,7 +80,7 @@ class Run:
 
         With --augment_probability this is a copy that draws no augmented images.
         """
-        network = self.network if self.ema is None else self.ema.module
+        network = self.network if self.ema is None else self.ema
         if self.config.augment_probability:
             return without_augmentation(network, self.config.class_conditional)
         return network
@@ -287,6 +286,8 @@ def restore_state(run: Run, checkpoint: Path | None):
         state.loss_history = None
     elif state.loss_history is None:
         state.loss_history = new_history(config.ddpm_num_steps)
+    if state.loss_history is not None and run.accelerator.device.type != "mps":  # MPS has no float64
+        state.loss_history = state.loss_history.to(run.accelerator.device)
 
 
 def check_skipped(config, train_set):

@@ -18,7 +18,7 @@ def validate(run: Run) -> dict:
     line = {}
     measures = {"validation_loss": (run.network, run.loss)}
     if run.ema is not None:
-        measures["validation_loss_ema"] = run.ema.module, run.loss
+        measures["validation_loss_ema"] = run.ema, run.loss
     if run.config.objective == "classify":
         measures["validation_accuracy"] = run.published, accuracy(run.scheduler)
     for name, (network, measure) in measures.items():

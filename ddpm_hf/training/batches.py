@@ -1,0 +1,100 @@
+"""Draw the batches of a run ahead of its steps, so that a step only computes."""
+
+import functools
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from ..data.batches import training_batches
+from ..diffusion.losses import draw_noise, training_labels
+from ..diffusion.timestep_sampling import draw_uniform
+from ..models.augmented import labels_with_augmentation
+
+
+AHEAD = 2  # batches that are drawn before they are needed
+
+
+class Batch(NamedTuple):
+    """What one forward pass needs.
+
+    Attributes:
+        tensors: the batch that a loss takes (see losses.py), on the device of the run, with its "ordinals" (B,).
+        uniform: with --timestep_sampling loss_second_moment the numbers of `draw_uniform` (B,), else None.
+        dropout_seed: the seed of the dropout masks.
+        stream: the position in a streamed dataset after this batch; None for other data.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    uniform: torch.Tensor | None
+    dropout_seed: int
+    stream: dict | None
+
+
+def draw_batches(run) -> Iterator[Batch]:
+    """Yield the batches of this process from the run's next image on, without end.
+
+    A thread draws them ahead. Every random number is keyed by the seed and an image's ordinal, so the thread changes
+    only when a batch is drawn. An image that cannot be read raises its error when its batch is due. Closing the
+    iterator stops the thread.
+
+    Raises:
+        UserError: for an image that cannot be read.
+    """
+    config, accelerator = run.config, run.accelerator
+    device, on_gpu = accelerator.device, accelerator.device.type == "cuda"
+    batches = training_batches(
+        run.train_set,
+        config,
+        run.state.images_seen,
+        accelerator.process_index,
+        accelerator.num_processes,
+        complete=functools.partial(
+            add_draws,
+            config=config,
+            class_names=run.class_names,
+            num_embeddings=run.network.config.get("num_class_embeds"),
+        ),
+        pin_memory=on_gpu,
+    )
+    thread = ThreadPoolExecutor(1, "batches")
+    try:
+        threads = torch.get_num_threads()
+        thread.submit(prepare_thread, device).result()
+        torch.set_num_threads(threads)  # unchanged here, but threads that start later get the number that was set last
+        ahead = deque(thread.submit(next, batches) for _ in range(AHEAD))
+        while True:
+            batch = ahead.popleft().result()
+            ahead.append(thread.submit(next, batches))
+            others = batch.pop("uniform", None), batch.pop("dropout_seed"), batch.pop("position", None)
+            # Copy in the background of the GPU's work. Pinned memory makes that possible.
+            tensors = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+            yield Batch(tensors, *others)
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def prepare_thread(device: torch.device):
+    """Prepare the thread that draws batches. It calls this first."""
+    torch.get_num_threads()  # torch sets the number at the first use in a thread, so the next line comes second
+    torch.set_num_threads(1)  # leave the other cores to the step
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a new thread would pin memory through the first GPU
+
+
+def add_draws(batch: dict, config, class_names: list[str] | None, num_embeddings: int | None) -> dict:
+    """Return a batch of images with their noise, timesteps and labels, and with the seed of the dropout masks."""
+    ordinals, shape = batch["ordinals"], batch["images"].shape[1:]
+    batch["noise"], batch["timesteps"] = draw_noise(ordinals, shape, config.ddpm_num_steps, config.seed)
+    if config.timestep_sampling == "loss_second_moment":
+        batch["uniform"] = draw_uniform(ordinals, config.seed)
+    if config.class_conditional:
+        batch["class_labels"] = training_labels(
+            batch["labels"], ordinals, len(class_names), config.label_dropout, config.seed
+        )
+    if config.augment_probability:
+        augmented = batch.pop("augmented")
+        batch["class_labels"] = labels_with_augmentation(batch.get("class_labels"), augmented, num_embeddings)
+    return batch | {"dropout_seed": config.seed + int(ordinals[0])}
