@@ -20,10 +20,10 @@ from PIL import Image
 T = 500
 
 
-def save_model(folder, timesteps=T, classes=(), has_null_class=True, channels=1, **kwargs):
-    """Save a tiny untrained model of 8x8 images."""
+def save_model(folder, timesteps=T, classes=(), has_null_class=True, channels=1, size=8, **kwargs):
+    """Save a tiny untrained model of 8x8 images, or of another size."""
     embeddings = len(classes) + has_null_class if classes else None
-    unet = untrained_unet(8, kwargs.get("variance_type"), channels, num_class_embeds=embeddings)
+    unet = untrained_unet(size, kwargs.get("variance_type"), channels, num_class_embeds=embeddings)
     DDPMPipeline(unet, DDPMScheduler(timesteps, **kwargs)).save_pretrained(folder)
     if classes:
         index = json.loads((folder / "model_index.json").read_text())

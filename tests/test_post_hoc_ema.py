@@ -11,6 +11,7 @@ from conftest import TINY
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
+import ddpm_hf
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.config.command_line import parse_config
@@ -115,6 +116,18 @@ def test_the_command_writes_a_pipeline_and_a_sweep_the_best(trained, tmp_path, c
     wanted, _ = reconstruct(trained, facts["length"])
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in unet.state_dict().items())
     assert (tmp_path / "best" / "ema_sweep.png").stat().st_size > 5_000
+
+
+def test_a_metric_of_evaluate_chooses_the_length(trained, tmp_path):
+    """The value of each length is that which `evaluate` finds for the pipeline that is written."""
+    main(["ema", str(trained), str(tmp_path / "best"), "--length=0.05,0.2", "--by=bits_per_dim", "--num_images=8"])
+    facts = json.loads((tmp_path / "best" / "ema.json").read_text())
+    values = {row["length"]: row["value"] for row in facts["lengths"]}
+    assert facts["by"] == "bits_per_dim" and facts["length"] == min(values, key=values.get)
+    result = ddpm_hf.evaluate(
+        tmp_path / "best", metrics=["bits_per_dim"], num_images=8, output=tmp_path / "record.json"
+    )
+    assert result.record["metrics"][0]["value"] == values[facts["length"]]
 
 
 def test_what_cannot_be_averaged_is_refused(trained, tiny_run, tmp_path, capsys):

@@ -152,6 +152,20 @@ def test_a_colour_model_gets_its_colours_back(folder):
     assert (grey == grey[..., :1]).all() and not (restored == restored[..., :1]).all()
 
 
+def test_a_model_of_rectangles_fills_every_tab(folder):
+    model = open_model(str(save_model(folder / "rectangle", 10, size=(8, 12))))
+    canvas = "data:image/png;base64," + base64.b64encode(png(np.full((16, 16), 99, np.uint8))).decode()
+    *_, (drawn_images, status, *_) = generate(model, 2, "DDIM", 10, 5, "", 1)
+    assert status.startswith("Done")
+    *_, (sheets, _) = compare(model, 5, "")
+    height, width = pixels(sheets[0]).shape[:2]
+    assert abs(width / height - 12 / 8) < 0.1  # four images in two columns, with lines between them
+    restored, _ = restore(model, "Draw", None, canvas, "Hole", "Light", 0)
+    forwards, *_ = forward(model, "Draw", None, canvas, 5, 0)
+    for picture in (*drawn_images, *restored, *forwards):
+        assert pixels(picture).shape[:2] == (8, 12)
+
+
 def test_an_image_that_the_model_cannot_have_learned_gets_a_hint(folder):
     """The network always predicts black, so black images are all that it knows."""
     save_model(folder / "black", 10, prediction_type="sample")

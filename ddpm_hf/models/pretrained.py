@@ -114,10 +114,12 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
         return _from_checkpoint(found[-1], weights)
     with opening(name, "give a folder or Hub id of a whole pipeline, or repair this one"):
         unet, scheduler = _read_parts(name, folder, index)
-    run_folder = folder.parent if folder.name == "best" else folder  # a run's best/ holds only a pipeline
+    run = read_run(folder)
+    if not run and folder.name == "best":  # a run's best/ holds only a pipeline
+        run = read_run(folder.parent)
     classes = Classes.of_model(unet.config.num_class_embeds, index.get("id2label"))
     facts = {"name": name if revision else folder.resolve().name, "revision": revision, "weights": "published"}
-    return _pretrained(unet, scheduler, facts, run=read_run(run_folder), folder=folder, classes=classes)
+    return _pretrained(unet, scheduler, facts, run=run, folder=folder, classes=classes)
 
 
 @contextlib.contextmanager

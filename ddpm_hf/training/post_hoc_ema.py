@@ -84,6 +84,7 @@ def average_after_training(
             facts["by"] = by
             sweep_figure(rows, by, new / "ema_sweep.png")
         write_json(new / "ema.json", facts)
+        write_json(new / "train_config.json", model.run)  # tells `evaluate` which data to compare with
     return facts
 
 
