@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, TorchDynamoPlugin, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    TorchDynamoPlugin,
+    gather_object,
+)
 from diffusers import UNet2DModel
 from torch import nn
 
@@ -346,7 +352,10 @@ def make_accelerator(config) -> Accelerator:
             project_config=ProjectConfiguration(
                 project_dir=config.output_dir, logging_dir=str(Path(config.output_dir) / config.logging_dir)
             ),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # saves a copy of all gradients
+            ],
             dynamo_plugin=TorchDynamoPlugin(backend="inductor") if config.torch_compile else None,
         )
     except ValueError as error:
