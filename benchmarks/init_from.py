@@ -39,7 +39,7 @@ def main():
         base = train_one(Path(place, "all"), seed=100, max_train_steps=arguments.first_steps, **flags)
         flags["class_names"] = ["5", "6", "7", "8", "9"]
         for steps in arguments.steps:
-            for name, start in {"--init_from": {"init_from": str(base)}, "random weights": {}}.items():
+            for name, start in {"--init_from": {"init_from": str(base.folder)}, "random weights": {}}.items():
                 runs = [
                     train_one(
                         Path(place, f"{steps}-{len(start)}-{seed}"), seed=seed, max_train_steps=steps, **flags | start

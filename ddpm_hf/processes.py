@@ -1,5 +1,6 @@
 """Start and check the processes of this launch."""
 
+import contextlib
 import os
 from collections.abc import Iterable
 from datetime import timedelta
@@ -43,6 +44,21 @@ def check_processes():
 def gather_in_order(numbers: Iterable[int], values: Iterable) -> list:
     """Return the values of all processes on every process, in the order of their numbers. Every process calls this."""
     return [value for _, value in sorted(gather_object(list(zip(numbers, values))), key=lambda pair: pair[0])]
+
+
+@contextlib.contextmanager
+def tuned_convolutions(is_wanted: bool = True):
+    """Let cuDNN try its kernels for each new shape of a convolution, and take the fastest, inside a `with` block.
+
+    Otherwise cuDNN chooses by fixed rules. What it measures can differ from one process to the next, so its choice and
+    the round-off can differ too. On a CPU this has no effect.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = is_wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def has_bfloat16(device: torch.device) -> bool:

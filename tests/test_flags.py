@@ -23,8 +23,8 @@ from ddpm_hf.data.batches import training_batches
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.pictures import to_uint8
 from ddpm_hf.run_folder import checkpoints
-from ddpm_hf.training.loop import train
-from ddpm_hf.training.run import make_accelerator
+from ddpm_hf.training.loop import seconds_per_step, train
+from ddpm_hf.training.run import make_accelerator, open_run
 
 
 # Flags that change the trajectory: the weights after four steps differ from those of the same run without them.
@@ -312,6 +312,19 @@ def test_torch_compile_asks_accelerate_for_inductor(tmp_path):
     # Compiling takes minutes on a CPU, so check only that the flag reaches accelerate.
     config = parse_config([*TINY, f"--output_dir={tmp_path}", "--torch_compile"])
     assert make_accelerator(config).state.dynamo_plugin.backend == DynamoBackend.INDUCTOR
+
+
+@pytest.mark.parametrize("flag,wanted", [("--cudnn_benchmark", True), ("--no_cudnn_benchmark", False)])
+def test_cudnn_measures_its_kernels_in_steps_only(tmp_path, flag, wanted):
+    run, seen = open_run(parse_config([*TINY, f"--output_dir={tmp_path}", "--max_train_steps=2", flag])), []
+
+    def loss(model, batch):
+        seen.append(torch.backends.cudnn.benchmark)
+        return run.loss(model, batch)
+
+    with run.lock:
+        seconds_per_step(dataclasses.replace(run, loss=loss))
+    assert set(seen) == {wanted} and not torch.backends.cudnn.benchmark
 
 
 def test_local_rank_joins_the_processes_of_an_old_launcher(tmp_path):

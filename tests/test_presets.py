@@ -161,7 +161,12 @@ def test_every_flag_of_the_architecture_wins_over_every_preset(name, k):
 
 
 def test_no_flag_of_the_architecture_is_forgotten():
-    others = {"model_config_name_or_path", "label_dropout", "torch_compile"}  # none of them is a preset's
+    others = {
+        "model_config_name_or_path",
+        "label_dropout",
+        "torch_compile",
+        "cudnn_benchmark",
+    }  # none of them is a preset's
     others |= {"enable_xformers_memory_efficient_attention", "init_from"}
     assert {field.name for field in dataclasses.fields(ModelOptions)} == others | set(ARCHITECTURE)
 

@@ -151,6 +151,9 @@ class ModelOptions:
     )
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use xformers' attention, which saves memory")
     torch_compile: bool = flag(False, "Compile the UNet; this takes a minute or two before the first step [ours]")
+    cudnn_benchmark: bool = flag(
+        True, "On NVIDIA GPUs, let cuDNN measure which of its kernels is fastest for each convolution [ours]"
+    )
 
 
 @dataclass(kw_only=True)

@@ -24,6 +24,7 @@ from ..models.ema import ema_decay, update_ema
 from ..models.post_hoc_ema import power_decay
 from ..models.pretrained import Pretrained, load_pretrained
 from ..output import drop_failing_output
+from ..processes import tuned_convolutions
 from ..run_folder import read_metrics
 from ..sharing.hub import wait_for_push
 from . import plan
@@ -139,7 +140,7 @@ def seconds_per_step(run: Run) -> float:
         seconds = torch.tensor((time.perf_counter() - started) / count, device=device)
         return float(run.accelerator.reduce(seconds, "mean"))
 
-    with contextlib.closing(draw_batches(run)) as batches:
+    with contextlib.closing(draw_batches(run)) as batches, tuned_convolutions(run.config.cudnn_benchmark):
         return measure(batches, max(1, min(30, int(10 / measure(batches, 1)))))
 
 
@@ -149,7 +150,12 @@ def take_steps(run: Run):
     run.model.train()
     due, timed_steps, started = set(), 0, time.perf_counter()
     signal_printed, log_lines = False, 0
-    with catching_signals(state.signals), progress_bar(run) as bar, contextlib.closing(draw_batches(run)) as batches:
+    with (
+        catching_signals(state.signals),
+        tuned_convolutions(run.config.cudnn_benchmark),
+        progress_bar(run) as bar,
+        contextlib.closing(draw_batches(run)) as batches,
+    ):
         if state.step == run.total_steps:
             run_due_tasks(run, due_when_resumed_at_the_end(run), 0.0)
         while state.step < run.total_steps and "stop" not in due:
