@@ -10,7 +10,7 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_DATASETS_DISABLE_PROGRESS_BARS="1",
-    ACCELERATE_USE_CPU="true",
+    ACCELERATE_USE_CPU=str(os.environ.get("DDPM_HF_TEST_DEVICE", "cpu") == "cpu").lower(),
     OMP_NUM_THREADS="1",  # tiny networks: a second thread costs more than it gives, tenfold on a busy machine
     TOKENIZERS_PARALLELISM="false",
 )
