@@ -109,8 +109,10 @@ def plot(mosaic, titles: list[str], height: float, **ratios):
     """Return an empty matplotlib Figure, and its axes as a dict by their letter in `mosaic`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, height), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, height), dpi=120)
     axes = figure.subplot_mosaic(mosaic, **ratios)
+    # Set the margins, in inches. A layout engine would draw all texts once more to measure them.
+    figure.subplots_adjust(0.9 / 11, 0.5 / height, 1 - 0.1 / 11, 1 - 0.35 / height, wspace=0.26, hspace=0.5)
     for ax, title in zip(axes.values(), titles):
         ax.set_title(title, loc="left")
         ax.spines[["top", "right"]].set_visible(False)
@@ -191,6 +193,8 @@ def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
             axes["C"].plot(t, np.log(signal) - np.log1p(-signal), **look)
     for ax, what in zip(axes.values(), (r"$\beta_t$", r"$\bar\alpha_t$", r"$\log\,\mathrm{SNR}(t)$, natural log")):
         ax.set(xlabel="timestep, t / T", ylabel=what)
+    axes["A"].minorticks_off()
+    axes["A"].yaxis.set_major_formatter("{x:g}")
     axes["A"].legend(frameon=False, loc="lower right")
     return save_picture(figure.savefig, path)
 
