@@ -21,7 +21,7 @@ from ddpm_hf.training.scoring import DTYPES
 def flags(digit_folder):
     return [
         f"--dataset_name={digit_folder}", "--validation_split=test", "--resolution=28", "--base_channels=8",
-        "--channel_mults=1,1", "--layers_per_block=1", "--ddpm_num_steps=10", "--ddpm_num_inference_steps=2",
+        "--channel_mults=1,1", "--layers_per_block=1", "--ddpm_num_steps=5", "--ddpm_num_inference_steps=2",
         "--ddpm_beta_schedule=nichol_cosine", "--train_batch_size=20", "--eval_batch_size=2", "--logger=none",
         "--learning_rate=1e-3", "--lr_warmup_steps=0", "--max_train_steps=12", "--checkpointing_steps=6",
         "--eval_metrics=bits_per_dim,fd_mnist", "--eval_epochs=1", "--eval_num_images=40", "--save_best",
@@ -67,8 +67,8 @@ def test_best_is_the_pipeline_of_the_best_score(run, tmp_path, capsys):
 def test_a_record_of_the_training_compares_with_one_of_evaluate(run, seed, tmp_path, capsys):
     """The same model and sampler: the same numbers from the same seed, and the same protocol from another."""
     while_training, later = run / "evaluations" / "step_0000012.json", tmp_path / "later.json"
-    how = ["--sampler=ddim", "--num_inference_steps=10", "--num_images=40", "--bound_images=512"]
-    how += ["--bound_timesteps=10", "--metrics=fd_mnist,bits_per_dim", f"--seed={seed}", "--batch_size=20"]
+    how = ["--sampler=ddim", "--num_inference_steps=5", "--num_images=40", "--bound_images=512"]
+    how += ["--bound_timesteps=5", "--metrics=fd_mnist,bits_per_dim", f"--seed={seed}", "--batch_size=20"]
     main(["evaluate", str(run), *how, f"--output={later}", f"--samples_dir={tmp_path / 'samples'}"])
     main(["compare", str(while_training), str(later)])
     assert "fd_mnist" in capsys.readouterr().out
@@ -110,7 +110,8 @@ def test_an_unknown_metric_is_refused_before_anything_is_written(tmp_path):
 
 def test_missing_weights_are_told_before_training(flags, tmp_path, capsys):
     def dry_run(*more):
-        train(parse_config([*flags, *more, "--dry_run", "--output_dir", str(tmp_path / "r")]))
+        few = ["--train_batch_size=1", "--dry_run"]  # it measures steps
+        train(parse_config([*flags, *more, *few, "--output_dir", str(tmp_path / "r")]))
 
     dry_run("--eval_metrics=fid,fd_mnist")
     assert "Warning: fid will be skipped" in capsys.readouterr().out
