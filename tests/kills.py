@@ -28,9 +28,9 @@ from conftest import TINY
 from ddpm_hf.run_folder import checkpoints
 
 
-# 24 steps of 2 x 8 images from a set of 197: an epoch ends within the run.
+# 24 steps of 2 x 8 images from a set of 163: two epochs end within the run.
 RUN = [
-    *TINY, "--class_names=3,7", "--validation_split=165", "--gradient_accumulation_steps=2", "--max_train_steps=24",
+    *TINY, "--class_names=3", "--validation_split=20", "--gradient_accumulation_steps=2", "--max_train_steps=24",
     "--checkpointing_steps=4", "--use_ema", "--dropout=0.1", "--validation_epochs=1", "--save_images_epochs=100",
     "--save_model_epochs=100", "--checkpoints_total_limit=2",
 ]  # fmt: skip

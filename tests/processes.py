@@ -17,10 +17,12 @@ ROOT = Path(__file__).parent.parent
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     [
+        "ddpm_hf.commands.train",
         "ddpm_hf.training.loop",
         "ddpm_hf.evaluation.evaluate",
         "sklearn.datasets",
         "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
         "torch._dynamo",  # the first step of an optimizer imports it
     ]
 )

@@ -13,7 +13,6 @@ import processes
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
 from kills import RUN, assert_equal, everything
 
 from ddpm_hf.run_folder import checkpoints
@@ -58,7 +57,7 @@ def short(four_steps, tmp_path):
 
 def test_resumed_from_a_checkpoint_in_the_middle_of_an_epoch_and_of_a_log_line(unbroken, tmp_path):
     folder = shutil.copytree(unbroken, tmp_path / "run")
-    # Step 8 is neither a multiple of logging_steps (3) nor the end of an epoch (images 197, 394).
+    # Step 8 is neither a multiple of logging_steps (3) nor the end of an epoch (images 163, 326).
     finish(folder, f"--resume_from_checkpoint={folder / 'checkpoint-8'}")
     assert_equal(everything(folder), everything(unbroken))
     # Rotation keeps the newest.
@@ -121,22 +120,22 @@ def test_a_signal_ends_a_sheet_that_takes_long(tmp_path):
     os.kill(child.pid, signal.SIGTERM)
     child.join(60)
     log = Path(f"{folder}.log").read_text()
-    # The first epoch ends with step 13: the sheet is left out, one more step is taken, and that is what is kept.
-    assert child.exitcode == 143 and "Stopped after step 14 of 24" in log, log
-    assert checkpoints(folder)[-1].name == "checkpoint-14" and not (folder / "samples").exists()
+    # The first epoch ends with step 11: the sheet is left out, one more step is taken, and that is what is kept.
+    assert child.exitcode == 143 and "Stopped after step 12 of 24" in log, log
+    assert checkpoints(folder)[-1].name == "checkpoint-12" and not (folder / "samples").exists()
 
 
 def test_a_signal_in_the_last_figures_leaves_them_to_the_next_run(tmp_path):
     folder = tmp_path / "run"
-    flags = ["--ddpm_num_steps=1000", "--ddpm_num_inference_steps=200"]
-    child = start(folder, *flags)
+    flags = ["--ddpm_num_steps=1000", "--max_train_steps=4"]
+    child = start(folder, *flags, "--ddpm_num_inference_steps=200")
     deadline = time.time() + 60
     while "Figures" not in Path(f"{folder}.log").read_text() and time.time() < deadline:
         time.sleep(0.05)
     os.kill(child.pid, signal.SIGTERM)
     child.join(60)
     assert child.exitcode == 143, Path(f"{folder}.log").read_text()
-    assert checkpoints(folder)[-1].name == "checkpoint-24" and not (folder / "figures" / "reverse.gif").exists()
+    assert checkpoints(folder)[-1].name == "checkpoint-4" and not (folder / "figures" / "reverse.gif").exists()
     shutil.rmtree(folder / "unet")  # as if it had come before the pipeline
     finish(folder, *flags, "--resume_from_checkpoint=latest")
     assert (folder / "figures" / "reverse.gif").exists() and (folder / "unet").exists()
@@ -189,7 +188,7 @@ def test_two_processes_killed_and_resumed_and_counting_as_one_does(unbroken, tmp
     # Two processes of 8 images are one process that accumulates two batches of 8.
     flags = ["--gradient_accumulation_steps=1", "--checkpoints_total_limit=9"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    processes.launch(ROOT / "train_unconditional.py", *RUN, *flags, f"--output_dir={whole}")
+    finish_two(whole, *flags)
     children = start_two(broken, *flags)
     while not (broken / "checkpoint-8").exists():
         assert all(child.is_alive() for child in children)
