@@ -5,6 +5,8 @@ the wrong entry. The caller adds the name of the model, and advice.
 """
 
 import contextlib
+import functools
+import json
 import math
 
 import diffusers
@@ -74,20 +76,26 @@ def check_unet(config: dict, index: dict | None = None):
         raise ValueError(f"it names {len(labels)} classes, but its num_class_embeds is {config['num_class_embeds']}")
     channels = config.get("in_channels", 3)
     try:
-        with quiet_diffusers(), torch.device("meta"), torch.no_grad():
-            unet = UNet2DModel.from_config(config)
-            classes = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
-            output = unet(torch.empty(1, channels, height, width), torch.zeros(1, dtype=torch.long), classes).sample
+        output_shape = _output_shape(json.dumps(config), channels, height, width)
     except Exception as error:  # diffusers checks little, so a bad config may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"the UNet2DModel of its unet config cannot be built or cannot draw ({reason})") from error
-    if output.shape[2:] != (height, width):
-        raise ValueError(f"its UNet turns {height}x{width} pixels into {output.shape[2]}x{output.shape[3]}")
-    if output.shape[1] not in (channels, 2 * channels):
+    if output_shape[2:] != (height, width):
+        raise ValueError(f"its UNet turns {height}x{width} pixels into {output_shape[2]}x{output_shape[3]}")
+    if output_shape[1] not in (channels, 2 * channels):
         raise ValueError(
-            f"its UNet has {channels} channels in and {output.shape[1]} out, but the same number or twice as many (to "
+            f"its UNet has {channels} channels in and {output_shape[1]} out, but the same number or twice as many (to "
             "predict a variance) are needed"
         )
+
+
+@functools.lru_cache(maxsize=64)
+def _output_shape(config: str, channels: int, height: int, width: int) -> torch.Size:
+    """Return the shape of the output of a UNet2DModel with this config, given as JSON, for one image of this shape."""
+    with quiet_diffusers(), torch.device("meta"), torch.no_grad():
+        unet = UNet2DModel.from_config(json.loads(config))
+        classes = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)
+        return unet(torch.empty(1, channels, height, width), torch.zeros(1, dtype=torch.long), classes).sample.shape
 
 
 def check_sizes(config: dict):
