@@ -37,10 +37,14 @@ TRAJECTORY = [
     "--loss_type=huber", "--snr_gamma=5", "--train_batch_size=4", "--gradient_accumulation_steps=2",
     "--num_epochs=1", "--max_train_steps=7", "--learning_rate=1e-2", "--lr_scheduler=constant", "--lr_warmup_steps=0",
     "--adam_beta1=0.5", "--adam_beta2=0.5", "--adam_weight_decay=0.5", "--adam_epsilon=0.1", "--max_grad_norm=0.01",
-    "--mixed_precision=bf16", "--random_flip", "--class_names=3,7", "--validation_split=0.5", "--objective=vlb",
+    "--mixed_precision=bf16", "--random_flip", "--class_names=3,8", "--validation_split=0.5", "--objective=vlb",
     "--timestep_sampling=loss_second_moment", "--class_conditional", "--objective=classify",
     "--balance_classes", "--augment_probability=0.5",
 ]  # fmt: skip
+
+
+# Two of the ten digits, because these are decoded five times as fast as all.
+TWO = "--class_names=3,7"
 
 
 def weights(run):
@@ -49,31 +53,31 @@ def weights(run):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    run, _ = steps(4, "--output_dir", tmp_path_factory.mktemp("plain"))
+    run, _ = steps(4, TWO, "--output_dir", tmp_path_factory.mktemp("plain"))
     return weights(run)
 
 
 @pytest.fixture(scope="module")
 def averaged(tmp_path_factory):
-    return steps(4, "--output_dir", tmp_path_factory.mktemp("averaged"), "--use_ema")[0]
+    return steps(4, TWO, "--output_dir", tmp_path_factory.mktemp("averaged"), "--use_ema")[0]
 
 
 def test_the_same_flags_give_the_same_weights_and_the_average_is_beside_them(plain, averaged, tmp_path):
-    raw, _ = steps(4, "--output_dir", tmp_path)
+    raw, _ = steps(4, TWO, "--output_dir", tmp_path)
     assert torch.equal(weights(raw), plain) and torch.equal(weights(averaged), plain)
     assert raw.published is raw.network and averaged.published is not averaged.network
 
 
 @pytest.mark.parametrize("flag", TRAJECTORY)
 def test_flag_changes_what_is_learnt(flag, plain, tmp_path):
-    changed = weights(steps(4, "--output_dir", tmp_path, flag)[0])
+    changed = weights(steps(4, TWO, "--output_dir", tmp_path, flag)[0])
     assert changed.shape != plain.shape or not torch.equal(changed, plain)
 
 
 def test_a_learned_variance_is_taught_by_the_objective_asked_for(tmp_path):
     learned = ["--output_dir", tmp_path, "--variance_type=learned_range"]
     default, hybrid, bound = (
-        weights(steps(4, *learned, *flags)[0]) for flags in ([], ["--objective=hybrid"], ["--objective=vlb"])
+        weights(steps(4, TWO, *learned, *flags)[0]) for flags in ([], ["--objective=hybrid"], ["--objective=vlb"])
     )
     assert torch.equal(default, hybrid) and not torch.equal(default, bound)
 
@@ -89,7 +93,7 @@ def test_label_dropout_decides_how_often_the_class_is_told(tmp_path):
 
 @pytest.mark.parametrize("flag", ["--ema_inv_gamma=9", "--ema_power=0.2", "--ema_max_decay=0.1"])
 def test_ema_flags_change_what_is_published(flag, plain, averaged, tmp_path):
-    changed, _ = steps(4, "--output_dir", tmp_path, "--use_ema", flag)
+    changed, _ = steps(4, TWO, "--output_dir", tmp_path, "--use_ema", flag)
     assert torch.equal(weights(changed), plain)  # the average is beside the training, never in it
     one, other = averaged.published.state_dict(), changed.published.state_dict()
     assert any(not torch.equal(one[name], other[name]) for name in one)

@@ -9,7 +9,7 @@ import time
 
 import processes
 import pytest
-from conftest import TINY
+from conftest import TWO_DIGITS
 
 from ddpm_hf import UserError, locks
 from ddpm_hf.__main__ import main
@@ -28,7 +28,7 @@ from ddpm_hf.training.run import open_run
 
 
 def config(folder, *flags):
-    return parse_config([*TINY, "--max_train_steps=3", f"--output_dir={folder}", *flags])
+    return parse_config([*TWO_DIGITS, "--max_train_steps=3", f"--output_dir={folder}", *flags])
 
 
 def listing(root):
@@ -65,7 +65,7 @@ def test_a_finished_a_refused_and_a_failed_run_leave_no_lock(tmp_path, monkeypat
 
 def test_of_two_runs_that_start_together_in_a_new_folder_one_goes_on(tmp_path):
     folder = tmp_path / "run"
-    command = [*TINY, "--max_train_steps=10", "--checkpointing_steps=5", f"--output_dir={folder}"]
+    command = [*TWO_DIGITS, "--max_train_steps=10", "--checkpointing_steps=5", f"--output_dir={folder}"]
     children = [processes.start(tmp_path / f"{seed}.log", *command, f"--seed={seed}") for seed in (0, 1)]
     for child in children:
         child.join(120)
@@ -79,7 +79,7 @@ def test_of_two_runs_that_start_together_in_a_new_folder_one_goes_on(tmp_path):
 
 def test_a_requeued_run_beside_a_live_one_leaves_it_alone_and_takes_over_when_it_is_killed(tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
-    command = [*TINY, "--max_train_steps=4000", "--checkpointing_steps=2", "--checkpoints_total_limit=2"]
+    command = [*TWO_DIGITS, "--max_train_steps=4000", "--checkpointing_steps=2", "--checkpoints_total_limit=2"]
     command += [f"--output_dir={folder}", "--resume_from_checkpoint=latest"]
     child = processes.start(log, *command)
     deadline = time.time() + 60

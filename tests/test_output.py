@@ -9,7 +9,7 @@ import time
 
 import processes
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TWO_DIGITS
 
 from ddpm_hf.__main__ import main
 from ddpm_hf.config.command_line import parse_config
@@ -38,7 +38,7 @@ def test_a_signal_to_a_run_whose_output_is_closed_loses_nothing(tmp_path, number
     os.mkfifo(tmp_path / "pipe")
     reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     flags = ["--max_train_steps=100000", "--checkpointing_steps=100000"]
-    child = processes.start(tmp_path / "pipe", *TINY, *flags, f"--output_dir={tmp_path / 'run'}")
+    child = processes.start(tmp_path / "pipe", *TWO_DIGITS, *flags, f"--output_dir={tmp_path / 'run'}")
     deadline = time.time() + 60
     while not (tmp_path / "run" / "metrics.jsonl").exists() and time.time() < deadline:
         time.sleep(0.01)
@@ -60,7 +60,7 @@ def test_a_refusal_that_cannot_be_printed_keeps_its_exit_code(closed_pipe):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
 def test_a_full_output_ends_nothing(tmp_path):
-    child = processes.start("/dev/full", *TINY, "--max_train_steps=2", f"--output_dir={tmp_path / 'run'}")
+    child = processes.start("/dev/full", *TWO_DIGITS, "--max_train_steps=2", f"--output_dir={tmp_path / 'run'}")
     child.join(60)
     assert child.exitcode == 0
     assert (tmp_path / "run" / "figures" / "loss.png").exists()
@@ -69,7 +69,7 @@ def test_a_full_output_ends_nothing(tmp_path):
 def test_an_ascii_output_escapes_what_it_cannot_show(tmp_path, monkeypatch):
     folder, printed = tmp_path / "Zahlen \u00fc\u4e2d", io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
-    train(parse_config([*TINY, "--max_train_steps=1", f"--output_dir={folder}"]))
+    train(parse_config([*TWO_DIGITS, "--max_train_steps=1", f"--output_dir={folder}"]))
     sys.stdout.flush()
     assert rb"Zahlen \xfc\u4e2d" in printed.getvalue() and (folder / "figures" / "loss.png").exists()
 

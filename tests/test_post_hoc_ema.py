@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TWO_DIGITS
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file
 
@@ -77,7 +77,7 @@ FLAGS = ["--max_train_steps=8", "--ema_snapshots=4", "--checkpointing_steps=3", 
 def trained(tmp_path_factory):
     """A run with snapshots at the steps 2, 4, 6 and 8."""
     folder = tmp_path_factory.mktemp("averaged") / "run"
-    train(parse_config([*TINY, *FLAGS, f"--output_dir={folder}"]))
+    train(parse_config([*TWO_DIGITS, *FLAGS, f"--output_dir={folder}"]))
     return folder
 
 
@@ -89,7 +89,7 @@ def test_a_resumed_run_has_the_same_snapshots(trained, tmp_path):
     later = find_snapshots(tmp_path / "run")
     later[6].write_bytes(b"of another future")
     resume = f"--resume_from_checkpoint={tmp_path / 'run' / 'checkpoint-3'}"
-    train(parse_config([*TINY, *FLAGS, f"--output_dir={tmp_path / 'run'}", resume]))
+    train(parse_config([*TWO_DIGITS, *FLAGS, f"--output_dir={tmp_path / 'run'}", resume]))
     assert list(find_snapshots(tmp_path / "run")) == [2, 4, 6, 8]
     for step, path in find_snapshots(trained).items():
         tensors, again = load_file(path), load_file(find_snapshots(tmp_path / "run")[step])
@@ -154,4 +154,6 @@ def test_what_cannot_be_averaged_is_refused(trained, tiny_run, tmp_path, capsys)
     for name in ("power_averages.safetensors", "manifest.json"):  # as of a version without manifests
         (old / name).unlink()
     with pytest.raises(UserError, match="was trained without --ema_snapshots"):
-        train(parse_config([*TINY, *FLAGS, f"--output_dir={tmp_path / 'run'}", f"--resume_from_checkpoint={old}"]))
+        train(
+            parse_config([*TWO_DIGITS, *FLAGS, f"--output_dir={tmp_path / 'run'}", f"--resume_from_checkpoint={old}"])
+        )

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TWO_DIGITS
 
 from ddpm_hf import UserError, files
 from ddpm_hf.config.command_line import parse_config
@@ -16,7 +16,7 @@ from ddpm_hf.training.run import build_run, open_run
 
 
 def config(folder, *flags):
-    return parse_config([*TINY, "--max_train_steps=3", f"--output_dir={folder}", *flags])
+    return parse_config([*TWO_DIGITS, "--max_train_steps=3", f"--output_dir={folder}", *flags])
 
 
 def listing(root):
@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(ran, name, size
 
 @pytest.mark.parametrize("objective", ["simple", "classify"])
 def test_a_run_of_an_earlier_version_goes_on_without_the_group_norm_that_it_lacks(tmp_path, objective):
-    flags = [*TINY, "--resnet_time_scale_shift=scale_shift", f"--objective={objective}"]
+    flags = [*TWO_DIGITS, "--resnet_time_scale_shift=scale_shift", f"--objective={objective}"]
     new = build_run(parse_config([*flags, f"--output_dir={tmp_path}/run"]), None)[0]
     assert new.network.mid_block.attentions[0].group_norm is not None
 
@@ -189,7 +189,7 @@ def test_part_of_a_checkpoint_is_not_listed_and_not_in_the_way(ran):
 
 
 def test_a_damaged_later_checkpoint_is_kept_under_another_name(tmp_path, capsys):
-    flags = [*TINY, "--checkpointing_steps=2", f"--output_dir={tmp_path / 'run'}"]
+    flags = [*TWO_DIGITS, "--checkpointing_steps=2", f"--output_dir={tmp_path / 'run'}"]
     train(parse_config([*flags, "--max_train_steps=4"]))
     (tmp_path / "run" / "checkpoint-4" / "optimizer.bin").write_bytes(b"")
     (tmp_path / "run" / "checkpoint-9").mkdir()

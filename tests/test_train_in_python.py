@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 from accelerate import notebook_launcher
-from conftest import TINY
+from conftest import TWO_DIGITS
 
 from ddpm_hf import UserError
 from ddpm_hf.config.command_line import parse_config
@@ -22,7 +22,7 @@ from ddpm_hf.training.run import open_run
 
 
 def config(folder, *flags):
-    return parse_config([*TINY, "--max_train_steps=3", f"--output_dir={folder}", *flags])
+    return parse_config([*TWO_DIGITS, "--max_train_steps=3", f"--output_dir={folder}", *flags])
 
 
 def test_the_finished_run_has_its_losses_and_loads_its_model(tmp_path):
