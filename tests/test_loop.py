@@ -155,10 +155,10 @@ def test_presets_are_listed(capsys):
 
 
 def test_a_tiny_model_learns_one_image_by_heart(tmp_path):
-    # The loss of 250 steps on eight digits falls far below that of the untrained model, which is E[eps^2] = 1.
-    flags = ["--validation_split=1789", "--max_train_steps=250", "--base_channels=16", "--lr_scheduler=constant"]
+    # The loss of 150 steps on eight digits falls far below that of the untrained model, which is E[eps^2] = 1.
+    flags = ["--validation_split=1789", "--max_train_steps=150", "--lr_scheduler=constant"]
     flags += ["--ddpm_beta_schedule=nichol_cosine"]
-    _, losses = steps(250, "--output_dir", tmp_path, *flags, "--learning_rate=5e-3")
+    _, losses = steps(150, "--output_dir", tmp_path, *flags, "--learning_rate=5e-3")
     first, last = sum(losses[:2]) / 16, sum(losses[-50:]) / 400
     assert 0.8 < first < 1.2 and last < 0.35
 
