@@ -62,7 +62,7 @@ def tuned_convolutions(is_wanted: bool = True):
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16 matrices in hardware. If not, autocast would slow training down."""
+    """Return whether a device multiplies bfloat16 matrices in hardware. If not, autocast would slow it down."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # The public torch.cpu.get_capabilities() is missing in the oldest torch that we support.

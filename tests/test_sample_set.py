@@ -205,7 +205,8 @@ def test_images_that_are_not_finite_are_refused(tmp_path, tiny_run, monkeypatch)
     [
         ("--num_images 0", "must be at least 1"),
         ("--batch_size 0", "must be at least 1"),
-        ("--dtype int8", "choose float32, bfloat16, float16"),
+        ("--batch_size many", "argument --batch_size: 'many' is neither a whole number nor auto"),
+        ("--dtype int8", "choose float32, bfloat16, float16 or auto"),
         ("--eta 0.5", "eta applies only to ddim"),
         ("--sampler ddim --variance_type fixed_small", "variance_type applies only to ddpm"),
         ("--num_inference_steps 21", "from 1 to the model's 20 timesteps"),
@@ -287,8 +288,11 @@ def test_what_is_no_ddpm_is_refused(tmp_path, tiny_run):
 
 
 def test_ctrl_c_is_one_sentence_and_what_is_drawn_stays(tiny_run, tmp_path, capsys, monkeypatch):
+    batches = []
+
     def interrupted_at_the_third_batch(*arguments, **options):
-        if len(files(tmp_path / "x")) >= 4:
+        batches.append(arguments)
+        if len(batches) == 3:  # while the second is being written
             raise KeyboardInterrupt
         return draw(*arguments, **options)
 
@@ -298,6 +302,29 @@ def test_ctrl_c_is_one_sentence_and_what_is_drawn_stays(tiny_run, tmp_path, caps
         main(flags.split())
     assert exit.value.code == 130 and "run the same command again" in capsys.readouterr().err
     assert len(files(tmp_path / "x")) == 4
+
+
+def test_a_file_that_cannot_be_written_is_a_sentence_and_leaves_nothing_half_written(tiny_run, tmp_path, capsys):
+    flags = f"sample {tiny_run} --num_images 6 --batch_size 2 --num_inference_steps 2 --output {tmp_path / 'x'}"
+    main(flags.replace("--num_images 6", "--num_images 2").split())
+    (tmp_path / "x" / "000003.png").mkdir()
+    with pytest.raises(SystemExit) as exit:
+        main(flags.split())
+    assert exit.value.code == 2 and "could not be written to" in (error := capsys.readouterr().err)
+    assert "Is a directory" in error and "Traceback" not in error
+    assert not list((tmp_path / "x").glob(".*.tmp")) and (tmp_path / "x" / "000002.png").is_file()
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_auto_takes_the_precision_that_the_device_is_fast_in(tiny_run, tmp_path, capsys, monkeypatch, has):
+    monkeypatch.setattr("ddpm_hf.sampling.settings.has_bfloat16", lambda device: has)
+    flags = f"sample {tiny_run} --sampler ddim --num_inference_steps 5 --num_images 3 --dtype auto --batch_size auto"
+    main([*flags.split(), "--output", str(tmp_path / "x")])
+    dtype = "bfloat16" if has else "float32"
+    assert f"3 images of ddim in 5 steps in {dtype}: about a second." in capsys.readouterr().out
+    assert read_samples(tmp_path / "x").sampler["dtype"] == dtype
+    main([*flags.replace("auto", dtype, 1).replace("auto", "64").split(), "--output", str(tmp_path / "named")])
+    assert files(tmp_path / "x") == files(tmp_path / "named")
 
 
 def test_durations():

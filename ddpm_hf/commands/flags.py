@@ -23,6 +23,14 @@ def names(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
 
 
+def number_or_auto(text: str) -> int | str:
+    """Return a whole number, or the text auto."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
+
+
 def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for ddpm, 50 for the others"):
     """Add the flags of the sampler. `name` and `steps` are shown in --help as the defaults."""
     group = parser.add_argument_group("sampler")
@@ -42,7 +50,12 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
         choices=["fixed_small", "fixed_large", "learned_range"],
         help="variance of ddpm's noise; default: the model's own if all T steps are taken, else fixed_small",
     )
-    add("--dtype", default="float32", help="precision inside the UNet: float32, bfloat16 or float16; default: float32")
+    add(
+        "--dtype",
+        default="float32",
+        help="precision inside the UNet: float32, bfloat16, float16 or auto (bfloat16 where the hardware multiplies "
+        "it, else float32); default: float32",
+    )
     add(
         "--seed",
         type=int,
@@ -59,7 +72,13 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
     )
     add("--classifier", help="classifier to guide a model without classes: run of --objective classify, or Hub id")
     add_weights_flag(group)
-    add("--batch_size", type=int, default=64, help="images that each process draws together; default: 64")
+    add(
+        "--batch_size",
+        type=number_or_auto,
+        default=64,
+        help="images that each process draws together, or auto: up to 512 on a GPU, 64 elsewhere. It is halved if "
+        "memory runs out. Default: 64",
+    )
 
 
 def add_weights_flag(parser):

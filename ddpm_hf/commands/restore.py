@@ -42,7 +42,7 @@ def add_flags(parser):
         help="number of restorations to average. 1 gives the sharpest result, but results of different seeds vary "
         "less than all images that fit the input. Default: 1 for one step, else 4",
     )
-    add("--batch_size", type=int, default=16, help="images restored together; default: 16")
+    add("--batch_size", type=int, default=16, help="images restored together; halved if memory runs out; default: 16")
     add(
         "--seed",
         type=int,

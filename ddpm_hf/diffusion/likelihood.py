@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..memory import in_batches
 from ..output import PASSING_BAR
 from ..randomness import keyed_generator
 from .scheduler import PaperDDPMScheduler
@@ -142,16 +143,20 @@ def bound_terms(
     if images.dtype != torch.uint8:
         raise UserError(f"images are {images.dtype}; the bound is on 8-bit images: give uint8 from 0 to 255.")
     evaluations, was_training, done = iter(evaluations), unet.training, 0
+
+    def evaluate(batch: list[tuple[int, int, float]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        rows, timesteps = (torch.tensor([pair[k] for pair in batch]) for k in (0, 1))
+        weights = torch.tensor([weight for _, _, weight in batch], dtype=torch.float64)
+        numbers = [indices[row] for row in rows.tolist()]
+        bits, floored = _evaluate(unet, scheduler, images[rows], numbers, timesteps, rows=rows, **options)
+        return rows, timesteps, weights, bits, floored
+
     unet.eval()
     try:
         bar_options = dict(PASSING_BAR, unit="evaluation", disable=not progress)
         with tqdm(desc="Bits/dim", total=num_evaluations, **bar_options) as bar:
-            while batch := list(islice(evaluations, batch_size)):
-                rows, timesteps = (torch.tensor([pair[k] for pair in batch]) for k in (0, 1))
-                weights = torch.tensor([weight for _, _, weight in batch], dtype=torch.float64)
-                numbers = [indices[row] for row in rows.tolist()]
-                bits, floored = _evaluate(unet, scheduler, images[rows], numbers, timesteps, rows=rows, **options)
-                yield rows, timesteps, weights, bits, floored
+            for batch, terms in in_batches(evaluate, iter(lambda: list(islice(evaluations, batch_size)), [])):
+                yield terms
                 bar.update(len(batch))
                 done += len(batch)
                 if on_step is not None:

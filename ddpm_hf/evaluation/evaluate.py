@@ -17,6 +17,7 @@ from ..errors import UserError
 from ..files import check_output
 from ..models.pretrained import Pretrained
 from ..randomness import keyed_generator
+from ..sampling.batches import batch_size_of
 from ..sampling.generate import sample_together
 from ..sampling.sample_set import SampleSet, draw_samples, read_samples
 from ..sampling.settings import Sampler
@@ -151,7 +152,7 @@ def evaluate(
     bound_timesteps: int | None = None,
     features: str | None = None,
     weights: str = "published",
-    batch_size: int = 64,
+    batch_size: int | str = 64,
     sampler: str | Sampler | None = None,
     resolution: int | str = 32,
     inception: str | None = None,
@@ -182,7 +183,8 @@ def evaluate(
         features: the extractor of kid and precision_recall: inception, dinov2 or digits. None: digits for MNIST, else
             inception.
         weights: published or raw, see `load`.
-        batch_size: how many images are processed at a time. It changes scores only by rounding.
+        batch_size: how many images are drawn, or given to a network, together. "auto": up to 512 on a GPU, 64
+            elsewhere. If memory runs out, batches are halved. It changes scores only by rounding.
         sampler: how to draw images, a name or a `Sampler`. None: the sampler of the suite.
         resolution: the size of the images that `calibrate` compares, in pixels: 64, or "48x64" (height x width).
         inception: a file with the weights of Inception. None: the weights that pytorch-fid released.
@@ -214,7 +216,8 @@ def evaluate(
     started = time.perf_counter()
     inputs.check_metrics(metrics or [])
     data = {name: flags.pop(name) for name in inputs.DATA_FLAGS if name in flags}
-    numbers = inputs.choose_suite(suite, num_images, bound_images, bound_timesteps, batch_size)
+    numbers = inputs.choose_suite(suite, num_images, bound_images, bound_timesteps)
+    batch_size = batch_size_of(batch_size, numbers["num_images"])
     model, found = inputs.open_subject(subject, samples, calibrate=calibrate, weights=weights, num_images=num_images)
     train, held_out, dataset = inputs.open_data(data, model, found, calibrate=calibrate, resolution=resolution)
     if calibrate:

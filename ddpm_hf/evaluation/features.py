@@ -9,6 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..memory import in_batches, ranges
 from ..output import PASSING_BAR
 from ..pictures import to_uint8
 from ..processes import gather_in_order
@@ -94,12 +95,17 @@ def extract(extractor: Extractor, source, indices=None, batch_size: int = 64, wh
     """
     state = PartialState()
     indices = range(len(source)) if indices is None else indices
-    batches = [range(start, min(start + batch_size, len(indices))) for start in range(0, len(indices), batch_size)]
-    mine = batches[state.process_index :: state.num_processes]
-    found = []
-    bar = dict(desc=f"{extractor.name} features of {what}", unit="batch", disable=not state.is_main_process)
-    for batch in tqdm(mine, **bar, **PASSING_BAR):
+    mine = ranges(len(indices), batch_size)[state.process_index :: state.num_processes]
+
+    def features_of(batch: range) -> tuple[torch.Tensor, torch.Tensor | None]:
         features, logits = extractor(images_at(source, [indices[k] for k in batch]).to(state.device))
-        found.append((features.float().cpu(), None if logits is None else logits.float().cpu()))
-    features, logits = zip(*gather_in_order([batch.start for batch in mine], found))
+        return features.float().cpu(), None if logits is None else logits.float().cpu()
+
+    found = {}
+    bar_options = dict(desc=f"{extractor.name} features of {what}", unit="image", disable=not state.is_main_process)
+    with tqdm(total=sum(map(len, mine)), **bar_options, **PASSING_BAR) as bar:
+        for batch, features in in_batches(features_of, mine):
+            found[batch.start] = features
+            bar.update(len(batch))
+    features, logits = zip(*gather_in_order(found.keys(), found.values()))
     return Features(torch.cat(features), None if logits[0] is None else torch.cat(logits))

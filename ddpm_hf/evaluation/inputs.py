@@ -14,7 +14,7 @@ from ..data.image_set import ImageSet
 from ..errors import UserError, no_such
 from ..files import check_output
 from ..models.pretrained import Pretrained, load_pretrained
-from ..sampling.sample_set import SampleSet, check_counts, read_samples
+from ..sampling.sample_set import SampleSet, check_count, read_samples
 from ..sampling.samplers import image_shape
 from ..sampling.settings import Sampler, sampler_named
 from .metrics import METRICS
@@ -44,7 +44,7 @@ def check_metrics(names: list[str]):
             raise UserError(no_such("metric", name, METRICS))
 
 
-def choose_suite(suite: str, num_images, bound_images, bound_timesteps, batch_size: int) -> dict:
+def choose_suite(suite: str, num_images, bound_images, bound_timesteps) -> dict:
     """Return the row of SUITES named `suite`. Numbers that are given, i.e. not None, replace the numbers of the suite.
 
     Raises:
@@ -54,7 +54,7 @@ def choose_suite(suite: str, num_images, bound_images, bound_timesteps, batch_si
         raise UserError(no_such("suite", suite, SUITES))
     given = {"num_images": num_images, "bound_images": bound_images, "bound_timesteps": bound_timesteps}
     numbers = SUITES[suite] | {name: value for name, value in given.items() if value is not None}
-    check_counts(numbers["num_images"], batch_size)
+    check_count(numbers["num_images"])
     images, timesteps = numbers["bound_images"], numbers["bound_timesteps"]
     if images < 0 or timesteps < 0 or timesteps == 1:
         raise UserError(

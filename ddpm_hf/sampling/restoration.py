@@ -27,11 +27,13 @@ from ..data.decode import open_image, to_array, use_path
 from ..data.survey import DARK
 from ..errors import UserError, no_such
 from ..files import check_output, read_json, write_json, writing
+from ..memory import in_batches, ranges
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import GAP, check_sheet, frame, image_sheet, side_by_side, to_pil
 from .masks import read_mask, read_masks_in_memory
 from .pixels import PixelFormat, pixel_format, trained_range
 from .samplers import check_seed, image_generators
+from .writer import writer_thread
 
 
 RESTORATION_SCHEMA = "ddpm_hf.restoration/1"
@@ -101,7 +103,8 @@ def restore(
         mask: for inpaint, a mask image, white in the areas to paint. If it has transparent parts, its opaque parts are
             the areas to paint, in any color. Give one mask for all images, or a list with one per image. With
             `output`: the path of one mask, or of a folder where each mask has the name of its image.
-        batch_size: images per batch, at least 1. It changes the results only by round-off.
+        batch_size: images per batch, at least 1. If memory runs out, batches are halved. It changes the results only
+            by round-off.
         seed: the noise of image k comes from a random generator seeded with seed + k.
         overwrite: replace results that are already in `output`.
         settings: noise_level (standard deviation on pixels in [0, 1]), scale_factor, blur_sigma (pixels),
@@ -112,7 +115,7 @@ def restore(
 
     Raises:
         UserError: for settings that contradict each other, images that are missing or unreadable, an output that
-            already exists, or images or settings that the pipeline refuses.
+            already exists, images or settings that the pipeline refuses, or if memory runs out for a single image.
 
     Example:
         >>> noisy = ddpm_hf.sample("runs/digits", 2, "ddim", num_inference_steps=10)
@@ -138,15 +141,16 @@ def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size
     several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
     images = list(images) if several else [images]
     mask = read_masks_in_memory(mask)
-    restored = []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        generators = image_generators(seed, range(start, start + len(batch)))
-        of_batch = mask[start : start + batch_size] if isinstance(mask, (list, tuple)) else mask
-        masks = {} if mask is None else {"mask": of_batch}
+
+    def restore_batch(batch: range) -> list:
+        rows = slice(batch.start, batch.stop)
+        masks = {} if mask is None else {"mask": mask[rows] if isinstance(mask, (list, tuple)) else mask}
+        options = settings | masks | {"generator": image_generators(seed, batch), "output_type": output_type}
         with refused_as_user_error("images"):
-            restored += pipeline(batch, **masks, **settings, generator=generators, output_type=output_type).images
-    return restored
+            return list(pipeline(images[rows], **options).images)
+
+    batches = ranges(len(images), batch_size)
+    return [image for _, restored in in_batches(restore_batch, batches) for image in restored]
 
 
 def restore_files(
@@ -365,11 +369,16 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
             "--pixel_range.",
             flush=True,
         )
-    for item in first.values():
+
+    def try_step(batch: list[Item]):
+        (item,) = batch
         image, mask = read_for(pipeline, item, options["task"])
         with contextlib.suppress(Accepted), refused_as_user_error(item.path.name):
             generators = image_generators(seed, [item.index])
             pipeline(image[None], **stack_masks([mask]), **options, generator=generators, callback_on_step_end=accept)
+
+    for _ in in_batches(try_step, [[item] for item in first.values()]):
+        pass
     return digest.hexdigest()
 
 
@@ -414,25 +423,35 @@ def restore_items(
     items: list[Item], pipeline, options: dict, seed: int, batch_size: int, *, pixels: PixelFormat
 ) -> list[float]:
     """Restore the images in batches of one size, write the results, and return the noise level of each image."""
-    options = options | {"output_type": "pil" if pixels.suffix == ".png" else "pt"}
+    is_png = pixels.suffix == ".png"
+    options = options | {"output_type": "pil" if is_png else "pt"}
+
+    def restore_batch(batch: list[Item]):
+        images, masks = zip(*(read_for(pipeline, item, options["task"]) for item in batch))
+        generators = image_generators(seed, [item.index for item in batch])
+        with refused_as_user_error(batch[0].path.name):
+            done = pipeline(torch.stack(images), **stack_masks(masks), **options, generator=generators)
+        arrays = list(map(np.atleast_3d, done.images)) if is_png else pixels.encode(2 * done.images - 1)
+        return arrays, done.noise_levels.tolist()
+
+    def save(batch: list[Item], arrays):
+        for item, array in zip(batch, arrays):
+            with writing("the image", item.output):
+                pixels.save(array, item.output)
+
     noise_levels = []
     batches = []
     for size in sorted({item.size for item in items}):
         same = [item for item in items if item.size == size]
         batches += [same[start : start + batch_size] for start in range(0, len(same), batch_size)]
     pipeline.set_progress_bar_config(desc="Steps of a batch", leave=False, position=1)
-    with tqdm(desc=f"Restoring {len(items):,} images", total=len(items), unit="image") as bar:
-        for batch in batches:
-            images, masks = zip(*(read_for(pipeline, item, options["task"]) for item in batch))
-            generators = image_generators(seed, [item.index for item in batch])
-            with refused_as_user_error(batch[0].path.name):
-                done = pipeline(torch.stack(images), **stack_masks(masks), **options, generator=generators)
-            is_png = pixels.suffix == ".png"
-            arrays = map(np.atleast_3d, done.images) if is_png else pixels.encode(2 * done.images - 1)
-            for item, array in zip(batch, arrays):
-                with writing("the image", item.output):
-                    pixels.save(array, item.output)
-            noise_levels += done.noise_levels.tolist()
+    with (
+        tqdm(desc=f"Restoring {len(items):,} images", total=len(items), unit="image") as bar,
+        writer_thread() as write,
+    ):
+        for batch, (arrays, levels) in in_batches(restore_batch, batches):
+            write(save, batch, arrays)
+            noise_levels += levels
             bar.update(len(batch))
     return noise_levels
 

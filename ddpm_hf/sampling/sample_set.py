@@ -11,7 +11,6 @@ import re
 import shutil
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +23,13 @@ from ..data.decode import opacity, open_image, use_path
 from ..errors import UserError
 from ..files import check_output, parse_json, read_json, read_npz, write_json, write_npz, writing
 from ..locks import LOCK, check_unlocked, locked
+from ..memory import in_batches, ranges
 from ..models.pretrained import Pretrained
+from .batches import batch_size_of, draw_in_batches
 from .pixels import PixelFormat, is_format, pixel_format, recorded_format
 from .samplers import autocast, class_arguments, image_shape
 from .settings import DTYPES, Sampler
+from .writer import writer_thread
 
 
 SAMPLES_SCHEMA = "ddpm_hf.samples/1"
@@ -265,10 +267,10 @@ def file_name(k: int, suffix: str = ".png") -> str:
     return f"{k:06d}{suffix}"
 
 
-def check_counts(num_images: int, batch_size: int):
-    """Raise a UserError for a number of images or a batch size that is impossible."""
-    if num_images < 1 or batch_size < 1:
-        raise UserError(f"--num_images is {num_images} and --batch_size {batch_size}; both must be at least 1.")
+def check_count(num_images: int):
+    """Raise a UserError for a number of images that is impossible."""
+    if num_images < 1:
+        raise UserError(f"--num_images is {num_images}; it must be at least 1.")
     if num_images > MAX_IMAGES:
         raise UserError(f"--num_images is {num_images}; a set of samples has at most {MAX_IMAGES:,} images.")
 
@@ -279,25 +281,28 @@ def draw_samples(
     num_images: int,
     output: str | Path,
     *,
-    batch_size: int = 64,
+    batch_size: int | str = 64,
     pixel_type: str | None = "uint8",
 ) -> Path:
     """Draw images 0..num_images-1 into a folder or an .npz file, and return its path.
 
     Every process must call this function. Image k belongs to block k // batch_size. If an image of a block is missing,
     the whole block is drawn, in one batch on one process. A job that was killed and started again therefore ends with
-    the same bytes, on any number of processes.
+    the same bytes, on any number of processes. If memory runs out, a block is drawn in several batches, and pixels
+    may differ by round-off.
 
     Args:
         sampler: a resolved `Sampler`.
+        batch_size: images per batch, or "auto", as in `sample`.
         output: a folder, which may hold some of these images already, or a file that ends in .npz.
         pixel_type: see `pixel_format`.
 
     Raises:
         UserError: if `output` holds other samples or other files, if another process is writing to it, if it cannot be
-            written, or if an image has pixels that are not finite.
+            written, if an image has pixels that are not finite, or if memory runs out for a single image.
     """
-    check_counts(num_images, batch_size)
+    check_count(num_images)
+    batch_size = batch_size_of(batch_size, num_images)
     output = check_output("--output", output)
     state = PartialState()
     folder = output.with_name(output.name + ".parts") if output.suffix == ".npz" else output
@@ -314,9 +319,9 @@ def draw_samples(
     if len(drawn) >= num_images:
         return output
     model.unet.to(state.device)
-    size = min(batch_size, num_images)
-    # Time one call on every process. It also shows, before anything is written, that the model can draw.
-    one_image = step_seconds(sampler.network(model), size, DTYPES[sampler.dtype], sampler.size) / size
+    # Time one call on every process. It also shows, before anything is written, that the model can draw, and how many
+    # images fit into memory.
+    first, seconds = _time_call(model, sampler, min(batch_size, num_images))
     state.wait_for_everyone()  # the main process must not write to the folder before all processes have read it
     with contextlib.ExitStack() as lock:
         if state.is_main_process:
@@ -328,7 +333,7 @@ def draw_samples(
                     pixels.save(image, folder / file_name(k, pixels.suffix))
                 write_json(folder / "samples.json", record)
         state.wait_for_everyone()
-        blocks = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)]
+        blocks = ranges(num_images, batch_size)
         mine = [
             block
             for block in blocks[state.process_index :: state.num_processes]
@@ -336,8 +341,8 @@ def draw_samples(
         ]
         if mine:
             if state.is_main_process:
-                _print_estimate(sampler, mine, one_image)
-            _draw_blocks(model, sampler, mine, folder, pixels)
+                _print_estimate(sampler, mine, seconds / first)
+            _draw_blocks(model, sampler, mine, folder, pixels, most=first)
         state.wait_for_everyone()
         if output.suffix == ".npz" and state.is_main_process:
             _pack(folder, output, record)
@@ -361,28 +366,39 @@ def _read_drawn(output: Path, folder: Path, record: dict) -> np.ndarray:
     return drawn
 
 
+def _time_call(model: Pretrained, sampler: Sampler, batch_size: int) -> tuple[int, float]:
+    """Return how many images fit into memory, at most `batch_size`, and the seconds of one step of them together."""
+
+    def time_call(batch: range) -> float:
+        return step_seconds(sampler.network(model), len(batch), DTYPES[sampler.dtype], sampler.size)
+
+    batch, seconds = next(in_batches(time_call, [range(batch_size)]))
+    return len(batch), seconds
+
+
 def _print_estimate(sampler: Sampler, blocks: list[range], one_image: float):
     """Print an estimate of how long drawing all these blocks takes. `one_image`: seconds of one step of an image."""
     left = sum(map(len, blocks))
     cost = duration(one_image * sampler.num_inference_steps * left)
-    print(f"{left:,} images of {sampler.name} in {sampler.num_inference_steps} steps: about {cost}.", flush=True)
+    steps = f"{sampler.num_inference_steps} steps in {sampler.dtype}"
+    print(f"{left:,} images of {sampler.name} in {steps}: about {cost}.", flush=True)
 
 
-def _draw_blocks(model: Pretrained, sampler: Sampler, blocks: list[range], folder: Path, pixels: PixelFormat):
-    """Draw these blocks, and write the images that are not in the folder yet."""
-    num_images = sum(map(len, blocks))
-    hidden = not PartialState().is_main_process
-    with tqdm(desc=f"Sampling {num_images:,} images", total=num_images, unit="image", disable=hidden) as bar:
+def _draw_blocks(
+    model: Pretrained, sampler: Sampler, blocks: list[range], folder: Path, pixels: PixelFormat, *, most: int
+):
+    """Draw these blocks, at most `most` images together, and write the images that are not in the folder yet."""
 
-        def count(size, i, num_steps, *step):
-            bar.update(round(size * (i + 1) / num_steps) - round(size * i / num_steps))
+    def save(numbers, images):
+        with writing("samples", folder):
+            for k, image in zip(numbers, images):
+                if not (folder / file_name(k, pixels.suffix)).is_file():
+                    pixels.save(image, folder / file_name(k, pixels.suffix))
 
-        for block in blocks:
-            images = sampler.draw(model, block, partial(count, len(block)))
-            with writing("samples", folder):
-                for k, image in zip(block, pixels.encode(images)):
-                    if not (folder / file_name(k, pixels.suffix)).is_file():
-                        pixels.save(image, folder / file_name(k, pixels.suffix))
+    options = {"most": most, "progress": PartialState().is_main_process}
+    with writer_thread() as write:
+        for batch in draw_in_batches(model, sampler, blocks, pixels.encode, **options):
+            write(save, *batch)
 
 
 def _pack(folder: Path, output: Path, record: dict):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from ..errors import UserError, no_such
@@ -12,6 +13,7 @@ from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.judge import MAX_SIDE
 from ..models.pretrained import Pretrained, weights_hash
+from ..processes import has_bfloat16
 from ..sizes import read_size
 from .guidance import guide
 from .samplers import (
@@ -47,7 +49,8 @@ class Sampler:
         eta: for ddim, how much fresh noise is added: from 0 (none) to 1 (as much as ddpm).
         variance_type: for ddpm, fixed_small, fixed_large or learned_range. None: the variance type of the model on
             all T steps. On fewer steps: learned_range if the model has it, else fixed_small.
-        dtype: float32, bfloat16 or float16. The UNet computes in this dtype, and the rest stays float32.
+        dtype: float32, bfloat16, float16 or auto. The UNet computes in this dtype, and the rest stays float32. auto is
+            bfloat16 where the device of this process multiplies bfloat16 matrices in hardware, else float32.
         seed: image k is drawn from a random generator seeded with seed + k. Two sets of N images share no noise if
             their seeds are at least N apart.
         class_labels: one class, by its name or number, or a list of classes. With a list, image k gets the label
@@ -81,8 +84,11 @@ class Sampler:
         Raises:
             UserError: for settings that contradict each other or that the model does not support.
         """
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype is {self.dtype!r}; choose {', '.join(DTYPES)}.")
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if has_bfloat16(PartialState().device) else "float32"
+        if dtype not in DTYPES:
+            raise UserError(f"--dtype is {dtype!r}; choose {', '.join(DTYPES)} or auto.")
         check_seed(self.seed)
         check_settings(self.name, self.eta, self.variance_type, model.unet)
         self.network(model)  # raises a UserError if the model does not support the guidance
@@ -99,6 +105,7 @@ class Sampler:
             num_inference_steps=steps or len(taken),
             timesteps=timesteps if isinstance(timesteps, str) else tuple(timesteps),
             variance_type=variance_type if "variance_type" in settings_of(self.name) else None,
+            dtype=dtype,
             class_labels=self.classes(model).numbers(self.class_labels),
             size=None if self.size is None else size_to_draw(self.size, model.unet),
         )
