@@ -155,7 +155,8 @@ def test_a_second_writer_of_a_sample_set_is_a_sentence_and_changes_nothing(model
 @pytest.mark.parametrize("named", [True, False])
 def test_evaluations_at_the_same_time_write_records_of_their_own(tiny_run, tmp_path, monkeypatch, named, capsys):
     """The second one begins and ends while the first one scores. Both have pictures of pairs."""
-    run = shutil.copytree(tiny_run, tmp_path / "run")
+    # Other tests may have evaluated the shared run.
+    run = shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation*"))
     words = ["evaluate", run, "--suite=smoke", "--num_images=40", "--num_inference_steps=2", "--metrics=memorization"]
     words += [f"--output={tmp_path / 'run' / 'evaluations' / 'mine.json'}"] * named
     scoring, evaluations = evaluate.score, []
