@@ -19,7 +19,7 @@ MAX_NAME = 230  # bytes; file systems allow 255, and we add suffixes such as .sh
 MAX_UNPACKED = 100  # largest ratio of unpacked to packed size; images and features stay below 20, zeros reach 1,000
 MAX_JSON_BYTES = 16_000_000
 MAX_DIGITS = 40  # of a whole number in JSON; seeds have up to 20
-MAX_JSON_DEPTH = 64  # no file of ours, and no config of diffusers, is nested more than a few levels deep
+MAX_JSON_DEPTH = 64  # files of ddpm_hf and configs of diffusers are nested only a few levels deep
 # What to do if writing fails for a reason other than a full disk or a missing permission.
 ADVICE = dict.fromkeys(
     [errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG], "give another path"

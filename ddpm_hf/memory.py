@@ -20,7 +20,7 @@ def in_batches(
 ) -> Iterator[tuple[Sequence, object]]:
     """Yield (batch, work(batch)) for each batch. If memory runs out, halve this batch until it fits.
 
-    A smaller size is kept for the batches after it, and the main process prints it.
+    Later batches keep the smaller size. The main process prints this size.
 
     Args:
         work: what to do with a batch. After a failure it is called again with the first half of the batch, so it must
@@ -52,7 +52,7 @@ def _attempt(work: Callable, batch: Sequence) -> tuple | None:
     try:
         return (work(batch),)
     except RuntimeError as error:
-        # accelerate's function also knows the messages of processors and devices that raise only a RuntimeError.
+        # Some devices raise only a RuntimeError. accelerate's function recognizes their messages.
         if not isinstance(error, torch.OutOfMemoryError) and not should_reduce_batch_size(error):
             raise
         if len(batch) == 1:

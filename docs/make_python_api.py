@@ -131,7 +131,7 @@ def signature(name: str, value) -> str:
 
 def fields() -> str:
     """Return a table of the fields of TrainingConfig: the flags of `ddpm_hf train`."""
-    lines = ["Every field is also a flag of `ddpm_hf train`. [ours] marks flags that diffusers' example script lacks."]
+    lines = ["Every field is also a flag of `ddpm_hf train`. diffusers' example script lacks those marked [added]."]
     lines += ["A preset overrides these defaults. `config.learning_rate` and so on are the values that the run uses."]
     lines += ["", "| field | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(ddpm_hf.TrainingConfig):

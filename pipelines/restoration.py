@@ -311,7 +311,7 @@ class RestorationPipeline(DiffusionPipeline):
         return (masks <= masks.amax((1, 2, 3), True) / 2).float().expand(N, -1, -1, -1)
 
     def _read(self, image, task, noise_level, *, scale_factor=1, blur_sigma=1.0, is_degraded=True):
-        """Check the arguments. Return the image (N, C, H, W) in [-1, 1], and its noise (N,) there or None."""
+        """Check the arguments. Return the image (N, C, H, W) in [-1, 1], and its noise level (N,) there, or None."""
         _check(task in OPERATORS, f"task is {task!r}; choose {', '.join(OPERATORS)}.")
         fits = task != "colorize" or self.unet.config.in_channels == 3
         _check(fits, "colorize needs a model of RGB images, and this one draws other images; give another model.")

@@ -128,7 +128,7 @@ class BoundedRequests:
     """ASGI middleware that bounds the size and the duration of requests, and the disk space of uploads.
 
     It refuses requests of more than MAX_BODY bytes, even without a content-length, and requests that do not arrive in
-    time. Before it answers an upload, it deletes the oldest uploads if all together are too large.
+    time. Before it answers an upload, it deletes the oldest uploads if their total size is too large.
     """
 
     def __init__(self, app):
@@ -148,7 +148,7 @@ class BoundedRequests:
 
             try:
                 await self.app(scope, bounded_body(receive, MAX_BODY) if scope["type"] == "http" else receive, answer)
-            finally:  # also after an interrupted upload, because its part is on the disk
+            finally:  # also after an interrupted upload, because a part of it is on the disk
                 if is_upload:
                     await run_in_threadpool(uploads.delete_oldest, UPLOADS)
 

@@ -59,7 +59,7 @@ def read_image(file) -> Image.Image:
 
 
 def _as_8_bit(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # 65535 becomes 255 in 16-bit images, the maximum in others
+    if image.mode[0] in "IF":  # in 16-bit images, 65535 becomes 255; in others, the largest value
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         top = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
         if values.max() < top * DARK:

@@ -57,8 +57,8 @@ class Model:
     def class_numbers(self, class_name: str, number: int) -> list[int] | None:
         """Return the class numbers with which to draw `number` images of the class that a visitor chose.
 
-        For "each class in turn", the numbers count through the classes. For "no class", or if the model has no
-        classes, return None instead of a list.
+        For "each class in turn", the numbers are 0, 1, ..., and begin again after the last class. For "no class", or
+        if the model has no classes, return None instead of a list.
         """
         if not self.labels or class_name == NO_CLASS:
             return None
@@ -87,7 +87,7 @@ class Model:
         return max(1, min(wanted, self.T, self.max_evaluations // number))
 
     def quick_steps(self, number: int) -> int:
-        """Return DDIM steps in which `number` images take about QUICK_SECONDS: 10 to 50, or fewer if one may not."""
+        """Return the DDIM steps in which `number` images take about QUICK_SECONDS: 10 to 50, or what is affordable."""
         steps = int(QUICK_SECONDS * self.speed / number)
         return self.affordable_steps(number, min(50, max(10, steps)))
 
@@ -98,7 +98,7 @@ class Model:
 
     @property
     def is_fast(self) -> bool:
-        """Whether an image takes less than 5 s in 50 steps, so that the page can draw some before anybody asks."""
+        """Whether an image takes less than 5 s in 50 steps, so that the page can draw images when it opens."""
         return self.speed > 10
 
     def draw(self, seeds, sampler: str, steps: int, labels=None, guidance_scale=1.0) -> Iterator[torch.Tensor]:
@@ -139,9 +139,9 @@ class Model:
     def is_unfamiliar(self, x_0: torch.Tensor) -> bool:
         """Return whether an image (1, C, H, W) in [-1, 1] looks like nothing that the model has learned.
 
-        The network denoises the image from a noise as strong as the image. If the mean squared error is more than
-        twice the largest one of four images of the model's own, the image is unfamiliar. Slow models are not
-        asked, nor models that always need a class.
+        The image gets noise with alpha_bar near 1/2, and the network predicts the clean image. The image is unfamiliar
+        if the mean squared error is more than 0.003 above twice the largest error of four images that the model drew.
+        For a slow model, or one that always needs a class, the result is False.
         """
         if self.restoration is None or not self.is_fast:
             return False

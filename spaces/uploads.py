@@ -12,7 +12,7 @@ from checks import Refused
 
 MAX_KEPT = 100_000_000  # bytes of all uploads and zips together
 MAX_FILES = 1_000
-NOT_AN_UPLOAD = "This is not an image that was uploaded here in the last half hour: give it again as an upload."
+NOT_AN_UPLOAD = "This is not an image that was uploaded here in the last half hour: upload it again."
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 

@@ -82,7 +82,7 @@ def two_buttons(first: str, second: str, primary: str) -> list[gr.Button]:
 
 
 def seed_box(value: int = 0) -> gr.Number:
-    """Return a box for the seed, with a dice that sets a random one."""
+    """Return a box for the seed, with a button that sets a random one."""
     with gr.Row(elem_classes="seed"):
         seed = gr.Number(value, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, scale=3)
         dice = gr.Button("Another", min_width=90, scale=1, size="sm")
@@ -147,13 +147,13 @@ def share_button(name: str, settings: dict[str, gr.components.Component], status
 
 
 def restore_from_link(page: gr.Blocks, tabs: gr.Tabs, settings: dict[str, dict], highest: dict[str, int]):
-    """Open the tab that a link names, with its settings, when the page loads. Values out of range are bounded.
+    """Open the tab that a link names, with its settings, when the page loads.
 
-    The server checks all values again.
+    A value out of range becomes the nearest bound. The server checks all values again.
 
     Args:
         settings: the settings that each tab returned, by its name.
-        highest: bounds of settings whose slider ends lower at first.
+        highest: the upper bounds of settings whose slider ends lower when the page loads.
     """
     about = {
         name: {key: _range(one, highest.get(key)) for key, one in part.items()} for name, part in settings.items()
@@ -186,7 +186,7 @@ def mark_stale(name: str, inputs: list, status: gr.HTML, triggers: list, *, agai
 def publish(function, *, model: Model, inputs: list, outputs: list, **options):
     """Offer `function(model, *inputs)` in the API, under its name. A refusal is an error there.
 
-    A button that is never shown carries the event.
+    The event belongs to a hidden button, because gradio needs a component for it.
     """
     event = gr.Button(visible=False).click
     event(partial(function, model), inputs, outputs, api_name=function.__name__, **options)
@@ -210,7 +210,7 @@ def answer(trigger, function, *, model: Model, inputs: list, outputs: list, refu
 
 
 def _with_reason(function, count: int, refused: tuple):
-    """Return a generator function that yields what `function` returns or yields, or at a failure its reason."""
+    """Return a generator function that yields what `function` returns or yields, or the reason why it failed."""
 
     @functools.wraps(function)  # gradio looks for a gr.Progress() in the signature
     def page(*inputs):
@@ -229,7 +229,7 @@ def _with_reason(function, count: int, refused: tuple):
 
 
 def reason(error: Exception) -> str:
-    """Return one sentence in HTML that tells a visitor why something failed. Log what was not foreseen."""
+    """Return one sentence in HTML that tells a visitor why something failed. Log every error but Refused."""
     if isinstance(error, Refused):
         return html.escape(str(error))
     if isinstance(error, ValueError):

@@ -176,7 +176,7 @@ def test_a_unet_of_another_kind_or_shape_is_refused(sources, tmp_path):
             opened(sources / "cifar10", tmp_path, *flags)
     with pytest.raises(UserError, match="--objective classify cannot use --init_from"):
         TrainingConfig(dataset_name="digits", objective="classify", init_from="x")
-    with pytest.raises(UserError, match="has no name, so that it exists only for its 12 timesteps"):
+    with pytest.raises(UserError, match="has no name, so it exists only for its 12 timesteps"):
         opened(sources / "own-betas", tmp_path, "--ddpm_num_steps=30", "--ddpm_num_inference_steps=5")
     with pytest.raises(UserError, match="cannot be used with these flags: --ddpm_num_inference_steps is 100, but"):
         opened(sources / "own-betas", tmp_path, "--ddpm_num_inference_steps=100")

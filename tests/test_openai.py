@@ -100,7 +100,7 @@ REFUSED = [
     ("cifar10", "{} --num_heads 3", dict, "does not divide the 64 channels of input_blocks.3.1"),
     ("cifar10", "{} --class_cond True", dict, "lacks label_emb.weight"),
     ("cifar10", "{} --learn_sigma False", dict, "out.2.weight makes a conv_out.weight of shape (6"),
-    ("cifar10", "{} --diffusion_steps 500", dict, "time_embed.0 is given t 1000/500"),
+    ("cifar10", "{} --diffusion_steps 500", dict, "time_embed.0 is given 1000 t/500"),
     ("cifar10", "{} --noise_schedule cosin", dict, "give linear or cosine"),
     ("cifar10", "{} --image_size 48", dict, "--image_size is 48"),
     ("cifar10", "{}", without("middle_block.1.qkv.bias"), "lacks middle_block.1.qkv.bias"),

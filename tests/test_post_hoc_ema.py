@@ -137,7 +137,7 @@ def test_what_cannot_be_averaged_is_refused(trained, tiny_run, tmp_path, capsys)
         f"{trained} {tmp_path}/new --length=0.5": "--length has 0.5, but must be from 0.005 to 0.28",
         f"{trained} {tmp_path}/new --length=short": "is not a list of numbers: write --length 0.05,0.1",
         f"{trained} {tmp_path}/new --length=,": "--length is empty",
-        f"{trained} {tmp_path}/new --step=1": "has no snapshot of step 1: the nearest is --step 2",
+        f"{trained} {tmp_path}/new --step=1": "has no snapshot of step 1: give --step 2, the nearest",
         f"{trained} {tmp_path}/new --by=validation_los": "did you mean validation_loss?",
         f"{trained} {trained}": "already exists",
         f"{cut} {tmp_path}/new --length=0.1": "ema_snapshots cannot be loaded",

@@ -60,8 +60,8 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
         "--seed",
         type=int,
         default=0,
-        help="image k uses the generator seeded with seed + k. So N images of seed 0 and N of seed 1 have all but "
-        "one in common, and N of seed 0 and N of seed N have none. Default: 0",
+        help="image k uses the generator seeded with seed + k, so image 1 of seed 0 is image 0 of seed 1. To draw N "
+        "other images, give a seed that is at least N higher. Default: 0",
     )
     add("--class_labels", type=names, help="classes to draw in turn, e.g. cat,dog or 0,1,2; default: all")
     add(

@@ -26,8 +26,8 @@ def add_flags(parser):
     add(
         "--mask",
         metavar="FILE|FOLDER",
-        help="for inpaint: a mask image, white in the areas to paint (if it has transparent parts: opaque in "
-        "these areas, in any color), or a folder that has a mask of the same name for each input",
+        help="for inpaint: a mask image, or a folder that has a mask of the same name for each input. A mask is white "
+        "in the areas to paint. If it has transparent parts, it is opaque in these areas instead, in any color",
     )
     add(
         "--scale_factor",
@@ -39,8 +39,8 @@ def add_flags(parser):
     add(
         "--num_samples",
         type=int,
-        help="number of restorations to average. 1 gives the sharpest result, but results of different seeds vary "
-        "less than all images that fit the input. Default: 1 for one step, else 4",
+        help="number of restorations to average. 1 gives the sharpest result. Do not measure uncertainty by the "
+        "spread of results from different seeds: it is too small. Default: 1 for one step, else 4",
     )
     add("--batch_size", type=int, default=16, help="images restored together; halved if memory runs out; default: 16")
     add(

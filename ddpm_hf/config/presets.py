@@ -35,7 +35,7 @@ HO_UNET = dict(attention_head_dim=0, flip_sin_to_cos=False, freq_shift=1, downsa
 # - improved-diffusion multiplies the timestep by 1000 / T (`rescale_timesteps`). A stock UNet2DModel cannot do this.
 #   Here the timesteps go from 0 to 3999.
 # - improved-diffusion has torch's default initial weights. We use Ho's.
-# - improved-diffusion starts the moving average at the initial weights. For ours, see CONSTANT_EMA.
+# - improved-diffusion starts the moving average at the initial weights. Here it starts later, see CONSTANT_EMA.
 NICHOL_UNET = dict(attention_head_dim=64, resnet_time_scale_shift="scale_shift")
 # Decay 0.9999 (Ho `tpu_utils.py: make_ema`, Nichol `train_util.py`), without warm-up. As in Ho's code, the average
 # starts as the weights after the first step. In Nichol's code, the average starts as the initial weights.

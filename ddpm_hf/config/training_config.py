@@ -1,6 +1,6 @@
 """Define every setting of a training run. Each field is a command-line flag and an entry of `train_config.json`.
 
-A flag overrides the preset, and the preset overrides the default. This package adds the fields marked [ours]. The
+A flag overrides the preset, and the preset overrides the default. This package adds the fields marked [added]. The
 other 45 have the names, types and defaults of diffusers' example script
 `examples/unconditional_image_generation/train_unconditional.py`.
 This file does not import torch, because `--help` has to answer quickly.
@@ -23,19 +23,19 @@ from .presets import find_preset
 class RecipeOptions:
     _argument_group_name = "recipe"
 
-    preset: str | None = flag(None, "Recipe to start from; `ddpm_hf presets` lists them [ours]")
+    preset: str | None = flag(None, "Recipe to start from; `ddpm_hf presets` lists them [added]")
     seed: int = flag(
         0,
-        "Seed of the weights, the order of images, timesteps, noise and previews [ours]",
+        "Seed of the weights, the order of images, timesteps, noise and previews [added]",
         at_least=0,
         at_most=2**32 - 1,
     )
     dry_run: bool = flag(
         False,
-        "Take a few steps to measure what the run would take, print it, draw what the network would see in "
-        "OUTPUT_DIR.dry_run.png, then stop [ours]",
+        "Take a few steps, and print the time, memory and disk that the run would take; draw what the network would "
+        "see, in OUTPUT_DIR.dry_run.png; then stop [added]",
     )
-    verbose: bool = flag(False, "With --dry_run: also print all flags and the config of the network [ours]")
+    verbose: bool = flag(False, "With --dry_run: also print all flags and the config of the network [added]")
 
 
 @dataclass(kw_only=True)
@@ -50,48 +50,51 @@ class DataOptions:
         None, "Folder of images, or folder with one subfolder per class; ignored with --dataset_name"
     )
     cache_dir: str | None = flag(None, "Folder for downloads, instead of the HuggingFace cache")
-    image_column: str | None = flag(None, "Column with the images; default: the first image column [ours]")
-    label_column: str | None = flag(None, "Column with the classes; default: the first class column [ours]")
-    class_names: list[str] | None = flag(None, "Keep only these classes, e.g. `cat` or `cat,dog`; default: all [ours]")
+    image_column: str | None = flag(None, "Column with the images; default: the first image column [added]")
+    label_column: str | None = flag(None, "Column with the classes; default: the first class column [added]")
+    class_names: list[str] | None = flag(
+        None,
+        "Keep only these classes, e.g. `cat` or `cat,dog`; default: all [added]",
+    )
     resolution: int | str = flag(
         64, "Height and width in pixels that images are resized to, e.g. 64, or 48x64 (height x width) for rectangles"
     )
     center_crop: bool = flag(False, "Crop images in their middle, instead of at a random place")
     random_flip: bool = flag(False, "Mirror each image left to right with probability 1/2")
     balance_classes: bool = flag(
-        False, "Use all classes equally often in each epoch, instead of each image once; labels may be missing [ours]"
+        False, "Use all classes equally often in each epoch, instead of each image once; labels may be missing [added]"
     )
     augment_probability: float = flag(
         0.0,
-        "Share of images to rotate, scale, stretch, shift and mirror at random; the model is told, so that it draws "
-        "no such images [ours]",
+        "Share of images to rotate, scale, stretch, shift and mirror at random; a label tells the UNet which, so that "
+        "the drawn images are not changed [added]",
         fraction=True,
     )
     preserve_input_precision: bool = flag(False, "Keep 16 and 32 bit images exact, instead of rounding them to 8 bit")
     channels: int | None = flag(
         None,
-        "Channels of the images: 1 (grey), 2 (grey and opacity), 3 (RGB), 4 (RGBA), or as many as arrays have; "
-        "default: 1 if their files are grey, as many as arrays (.npy, .npz) have, else 3 [ours]",
+        "Channels of the images: 1 (grey), 2 (grey and opacity), 3 (RGB), 4 (RGBA), or the number in arrays; default: "
+        "the number in arrays (.npy, .npz), 1 for grey pictures, 3 for other pictures [added]",
         at_least=1,
         at_most=1024,
     )
     pixel_range: list[str] | None = flag(
         None,
         "Values of black and white in images of more than 8 bits, e.g. --pixel_range=0,4095 for 12 bits; "
-        "default: 0,65535 for integers, 0,1 for floats [ours]",
+        "default: 0,65535 for integers, 0,1 for floats [added]",
     )
     on_bad_image: Literal["refuse", "skip"] = flag(
         "refuse",
-        "What to do with unreadable images. refuse: stop; skip: check all images first, leave these out [ours]",
+        "What to do with unreadable images. refuse: stop; skip: check all images first, leave these out [added]",
     )
     pages: Literal["first", "all", "channels"] = flag(
         "first",
         "Which pages of a TIFF, or frames of a GIF, WebP or PNG, are images. all: read all files first, and use each "
-        "page as an image of the file's class; channels: use all pages as the channels of one image [ours]",
+        "page as an image of the file's class; channels: use all pages as the channels of one image [added]",
     )
-    streaming: bool = flag(False, "Read the dataset as a stream, without storing it on disk [ours]")
+    streaming: bool = flag(False, "Read the dataset as a stream, without storing it on disk [added]")
     validation_split: str | None = flag(
-        None, "Held-out images: a split's name, or a count (500) or share (0.05) of the training images [ours]"
+        None, "Held-out images: a split's name, or a count (500) or share (0.05) of the training images [added]"
     )
     dataloader_num_workers: int = flag(
         0, "Extra processes that decode images, for datasets that do not fit in memory", at_least=0
@@ -108,51 +111,51 @@ class ModelOptions:
     init_from: str | None = flag(
         None,
         "Model whose weights to start from: Hub id, or folder of a pipeline, a checkpoint or a UNet; its schedule, "
-        "prediction type, size and architecture are used too, unless their flags are given [ours]",
+        "prediction type, size and architecture are used too, unless their flags are given [added]",
     )
-    base_channels: int | None = flag(None, "Channels of the first level; default: 128 [ours]", at_least=1)
+    base_channels: int | None = flag(None, "Channels of the first level; default: 128 [added]", at_least=1)
     channel_mults: list[str] | None = flag(
-        None, "Channels of each level, as multiples of --base_channels; default: up to 1,1,2,2,4,4 [ours]"
+        None, "Channels of each level, as multiples of --base_channels; default: up to 1,1,2,2,4,4 [added]"
     )
-    layers_per_block: int | None = flag(None, "Residual blocks per level; default: 2 [ours]", at_least=1, at_most=32)
+    layers_per_block: int | None = flag(None, "Residual blocks per level; default: 2 [added]", at_least=1, at_most=32)
     attention_resolutions: list[str] | None = flag(
         None,
         "Sizes in pixels of the levels with attention, e.g. 16,8 (for rectangles, their shorter sides); default: the "
-        "last level but one [ours]",
+        "last level but one [added]",
     )
-    dropout: float | None = flag(None, "Dropout in the residual blocks; default: 0 [ours]", fraction=True)
+    dropout: float | None = flag(None, "Dropout in the residual blocks; default: 0 [added]", fraction=True)
     attention_head_dim: int = flag(
-        8, "Channels of each attention head; 0: one head over all channels [ours]", at_least=0
+        8, "Channels of each attention head; 0: one head over all channels [added]", at_least=0
     )
     norm_num_groups: int = flag(
-        32, "Groups in a GroupNorm; halved until the number divides the channels of every level [ours]", at_least=1
+        32, "Groups in a GroupNorm; halved until the number divides the channels of every level [added]", at_least=1
     )
-    norm_eps: float = flag(1e-5, "Added to the variance in a GroupNorm [ours]", positive="e.g. 1e-5")
+    norm_eps: float = flag(1e-5, "Added to the variance in a GroupNorm [added]", positive="e.g. 1e-5")
     resnet_time_scale_shift: Literal["default", "scale_shift"] = flag(
         "default",
-        "How a residual block uses the timestep: default adds it, scale_shift scales and shifts by it [ours]",
+        "How a residual block uses the timestep: default adds it, scale_shift scales and shifts by it [added]",
     )
-    flip_sin_to_cos: bool = flag(True, "Put the cosines of the timestep embedding before the sines [ours]")
+    flip_sin_to_cos: bool = flag(True, "Put the cosines of the timestep embedding before the sines [added]")
     freq_shift: int = flag(
         0,
-        "The timestep embedding has the frequencies 10000^(-k/(n - freq_shift)), k = 0, ..., n-1 [ours]",
+        "The timestep embedding has the frequencies 10000^(-k/(n - freq_shift)), k = 0, ..., n-1 [added]",
         at_least=0,
         at_most=1,
     )
     downsample_padding: int = flag(
         1,
-        "Padding before downsampling. 1: on all four sides; 0: right and bottom only [ours]",
+        "Padding before downsampling. 1: on all four sides; 0: right and bottom only [added]",
         at_least=0,
         at_most=1,
     )
-    class_conditional: bool = flag(False, "Condition the UNet on the class of each image [ours]")
+    class_conditional: bool = flag(False, "Condition the UNet on the class of each image [added]")
     label_dropout: float = flag(
-        0.1, "Share of images whose class is hidden in training, for classifier-free guidance [ours]", fraction=True
+        0.1, "Share of images whose class is hidden in training, for classifier-free guidance [added]", fraction=True
     )
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use xformers' attention, which saves memory")
-    torch_compile: bool = flag(False, "Compile the UNet; this takes a minute or two before the first step [ours]")
+    torch_compile: bool = flag(False, "Compile the UNet; this takes a minute or two before the first step [added]")
     cudnn_benchmark: bool = flag(
-        True, "On NVIDIA GPUs, let cuDNN measure which of its kernels is fastest for each convolution [ours]"
+        True, "On NVIDIA GPUs, let cuDNN measure which of its kernels is fastest for each convolution [added]"
     )
 
 
@@ -171,26 +174,26 @@ class DiffusionOptions:
         "weights the error by the SNR, and this one does not (to do so, add --snr_gamma 1e9)",
     )
     rescale_betas_zero_snr: bool = flag(
-        False, "Change the noise schedule so that its last timestep is pure noise; not for epsilon prediction [ours]"
+        False, "Change the noise schedule so that its last timestep is pure noise; not for epsilon prediction [added]"
     )
     variance_type: Literal["fixed_small", "fixed_large", "learned_range"] = flag(
-        "fixed_small", "Variance of the reverse process; with learned_range the UNet predicts it [ours]"
+        "fixed_small", "Variance of the reverse process; with learned_range the UNet predicts it [added]"
     )
     objective: str | None = flag(
         None,
         "Loss to train with: simple (Ho et al.), hybrid (Nichol & Dhariwal), vlb (the variational bound), or classify "
         "(trains a classifier of noisy images, for guidance, instead of a UNet); default: hybrid with "
-        "--variance_type learned_range, else simple [ours]",
+        "--variance_type learned_range, else simple [added]",
     )
     timestep_sampling: Literal["uniform", "loss_second_moment"] = flag(
-        "uniform", "How timesteps are drawn; loss_second_moment draws timesteps with large losses more often [ours]"
+        "uniform", "How timesteps are drawn; loss_second_moment draws timesteps with large losses more often [added]"
     )
     loss_type: Literal["l2", "l1", "huber"] = flag(
-        "l2", "Distance between the prediction and its target; huber is smooth L1 with beta 1 [ours]"
+        "l2", "Distance between the prediction and its target; huber is smooth L1 with beta 1 [added]"
     )
     snr_gamma: float | None = flag(
         None,
-        "Weight the loss by Min-SNR with this gamma, e.g. 5; default: no weights [ours]",
+        "Weight the loss by Min-SNR with this gamma, e.g. 5; default: no weights [added]",
         positive="e.g. 5; for no weights, leave it out",
     )
 
@@ -202,7 +205,7 @@ class OptimisationOptions:
     train_batch_size: int = flag(16, "Images per process in one forward pass", at_least=1)
     gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step", at_least=1)
     num_epochs: int = flag(100, "Passes over the training images", at_least=1)
-    max_train_steps: int | None = flag(None, "Optimizer steps, instead of --num_epochs [ours]", at_least=1)
+    max_train_steps: int | None = flag(None, "Optimizer steps, instead of --num_epochs [added]", at_least=1)
     learning_rate: float = flag(1e-4, "Highest learning rate, after warm-up", at_least=0)
     lr_scheduler: str = flag("cosine", "Learning-rate schedule of diffusers, e.g. constant_with_warmup or cosine")
     lr_warmup_steps: int = flag(500, "Optimizer steps of linear warm-up", at_least=0)
@@ -210,7 +213,7 @@ class OptimisationOptions:
     adam_beta2: float = flag(0.999, "Decay of Adam's second moment", fraction=True)
     adam_weight_decay: float = flag(1e-6, "Decoupled weight decay", at_least=0)
     adam_epsilon: float = flag(1e-08, "Added to Adam's denominator", positive="e.g. 1e-8")
-    max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0: do not clip [ours]", at_least=0)
+    max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0: do not clip [added]", at_least=0)
     use_ema: bool = flag(False, "Publish an exponential moving average of the weights")
     ema_inv_gamma: float = flag(
         1.0, "The decay after s steps is 1 - (1 + s/inv_gamma)^-power; with 0 it is always --ema_max_decay", at_least=0
@@ -218,7 +221,8 @@ class OptimisationOptions:
     ema_power: float = flag(0.75, "The power in the formula of --ema_inv_gamma", at_least=0)
     ema_max_decay: float = flag(0.9999, "Highest decay of the moving average", fraction=True)
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = flag(
-        "no", "Precision inside the UNet; the rest is float32. auto [ours]: bf16 if the processor supports it, else no"
+        "no",
+        "Precision inside the UNet; the rest is float32. auto [added]: bf16 if the processor supports it, else no",
     )
     local_rank: int = flag(-1, "Rank of this process on its machine; older launchers set this flag")
 
@@ -237,20 +241,20 @@ class OutputOptions:
     save_images_epochs: int = flag(10, "Epochs between sheets of preview images", at_least=1)
     save_model_epochs: int = flag(10, "Epochs between saves of the pipeline", at_least=1)
     eval_batch_size: int = flag(16, "Images on each sheet of previews", at_least=1)
-    validation_epochs: int = flag(1, "Epochs between measurements of the validation loss [ours]", at_least=1)
+    validation_epochs: int = flag(1, "Epochs between measurements of the validation loss [added]", at_least=1)
     ema_snapshots: int = flag(
         0,
         "Number of snapshots to save, spread evenly over the run, e.g. 32. Each holds two averages of the weights, "
-        "from which `ddpm_hf ema` makes averages of other lengths, and takes twice the space of the weights [ours]",
+        "from which `ddpm_hf ema` makes averages of other lengths, and takes twice the space of the weights [added]",
         at_least=0,
         at_most=1000,
     )
-    save_best: bool = flag(False, "Also save the best pipeline so far in best/, chosen by --best_by [ours]")
+    save_best: bool = flag(False, "Also save the best pipeline so far in best/, chosen by --best_by [added]")
     logger: Literal["tensorboard", "wandb", "trackio", "none"] = flag(
         "tensorboard", "Experiment tracker to log to, in addition to metrics.jsonl"
     )
     logging_dir: str = flag("logs", "The tracker's folder inside --output_dir")
-    logging_steps: int = flag(10, "Optimizer steps averaged in each line of metrics.jsonl [ours]", at_least=1)
+    logging_steps: int = flag(10, "Optimizer steps averaged in each line of metrics.jsonl [added]", at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -258,17 +262,17 @@ class EvaluationOptions:
     _argument_group_name = "evaluation"
 
     eval_metrics: list[str] | None = flag(
-        None, "Metrics to compute during training, e.g. fid,kid; the samples are drawn by DDIM in 50 steps [ours]"
+        None, "Metrics to compute during training, e.g. fid,kid; the samples are drawn by DDIM in 50 steps [added]"
     )
-    eval_epochs: int = flag(10, "Epochs between computations of --eval_metrics [ours]", at_least=1)
+    eval_epochs: int = flag(10, "Epochs between computations of --eval_metrics [added]", at_least=1)
     eval_num_images: int = flag(
-        2000, "Images to draw for --eval_metrics, from the same noise each time [ours]", at_least=40
+        2000, "Images to draw for --eval_metrics, from the same noise each time [added]", at_least=40
     )
     eval_inception: str | None = flag(
-        None, "File with the weights of FID's Inception network; default: pytorch-fid's [ours]"
+        None, "File with the weights of FID's Inception network; default: pytorch-fid's [added]"
     )
     best_by: str = flag(
-        "validation_loss", "How to choose best/: by validation_loss or by one of --eval_metrics [ours]"
+        "validation_loss", "How to choose best/: by validation_loss or by one of --eval_metrics [added]"
     )
 
 

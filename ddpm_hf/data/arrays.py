@@ -109,7 +109,7 @@ def open_npz(path) -> datasets.Dataset:
         images = "arr_0" if "arr_0" in names else next((name for name in names if name not in LABELS), None)
         return [*([images] if images else []), *[name for name in LABELS if name in names and name != images][:1]]
 
-    advice = "give images (N, H, W, C) as arr_0, and perhaps their classes (N,) as label"
+    advice = "give images (N, H, W, C) as arr_0, and, if they have classes, the numbers (N,) of these as label"
     arrays = list(read_npz(path, choose, advice).values())
     images, labels = (arrays + [None, None])[:2]
     is_stack = images is not None and images.ndim in (3, 4) and images.size and images.dtype.kind in "buif"

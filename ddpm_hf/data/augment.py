@@ -1,8 +1,8 @@
 """Change the geometry of a share of the training images (--augment_probability).
 
-The model is told which images are changed (see models/augmented.py), so that the images that it draws are not. This is
-the idea of Karras et al. 2020, https://huggingface.co/papers/2006.06676, as applied to diffusion models by Karras et
-al. 2022, https://huggingface.co/papers/2206.00364, appendix F.2. The ranges of the changes are from there.
+A label tells the UNet which images are changed (see models/augmented.py), so that the drawn images are not. The idea
+is from Karras et al. 2020, https://huggingface.co/papers/2006.06676. Karras et al. 2022,
+https://huggingface.co/papers/2206.00364, appendix F.2, apply it to diffusion models, with these ranges of the changes.
 """
 
 import math
@@ -18,7 +18,7 @@ SHIFT = 1 / 8  # standard deviation of a shift, as a share of the side
 
 
 def augment(batch: dict, probability: float, seed: int) -> dict:
-    """Return a batch in which each image is changed with this probability, and "augmented" (B,) bool tells which.
+    """Return a batch in which each image is changed with this probability, and "augmented" (B,) bool marks them.
 
     The draw for an image is keyed by (seed, ordinal). A changed image is computed alone, so that its pixels do not
     depend on the batch.
@@ -36,7 +36,7 @@ def augment(batch: dict, probability: float, seed: int) -> dict:
 def draw_matrix(generator: torch.Generator, size: tuple[int, int]) -> torch.Tensor:
     """Return a random affine map (2, 3) of an image of height and width `size`, for `torch.nn.functional.affine_grid`.
 
-    It mirrors with probability 1/2, scales all sides by 2^N(0, 0.2^2), stretches one direction by 2^N(0, 0.2^2) and
+    It mirrors with probability 1/2, scales both sides by 2^N(0, 0.2^2), stretches one direction by 2^N(0, 0.2^2) and
     shrinks the direction across it as much, rotates by any angle, and shifts by N(0, (1/8)^2) of each side.
     """
     mirror, turn, direction = torch.rand(3, generator=generator).tolist()
@@ -52,7 +52,7 @@ def draw_matrix(generator: torch.Generator, size: tuple[int, int]) -> torch.Tens
 
 
 def transform(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return images (B, C, H, W) under an affine map (2, 3). Outside its borders, an image is continued mirrored."""
+    """Return images (B, C, H, W) under an affine map (2, 3). Beyond its borders, an image is reflected."""
     grid = F.affine_grid(matrix.expand(len(images), 2, 3), images.shape, align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 

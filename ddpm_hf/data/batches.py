@@ -53,7 +53,7 @@ def _collate(batch, config, complete):
 
 
 def _with_plain_errors(batches):
-    """Yield the batches of a DataLoader. A UserError of a worker process has only its own sentence."""
+    """Yield the batches of a DataLoader. Raise a UserError of a worker process again, with its own sentence only."""
     while True:
         try:
             batch = next(batches)
@@ -95,8 +95,8 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> torch.Tensor:
 def balanced_order(seed: int, epoch: int, num_images: int, labels: torch.Tensor) -> torch.Tensor:
     """Return the order of an epoch of `num_images` images in which all classes are equally frequent.
 
-    The images without a class keep their number. The others are shared out among the classes, and the classes that get
-    one more are drawn. Within a class, each image is used equally often, and those that are used once more are drawn.
+    The number of images without a class stays the same. The other places are divided equally among the classes, and
+    within a class equally among its images. What remains is given to random classes, and to random images of a class.
 
     Args:
         labels: (num_images,) int64, -1 for images without a class.

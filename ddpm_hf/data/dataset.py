@@ -113,7 +113,7 @@ def _describe(source, held_out, rows, classes, several):
 
     Args:
         rows: the training rows.
-        several: how many of the files have several pages that are used.
+        several: the number of files of which several pages are used.
     """
     is_stream = isinstance(rows, datasets.IterableDataset)
     parts = [source.note or ("a stream of images" if is_stream else f"{len(rows):,} images")]

@@ -142,9 +142,9 @@ def _to_scale(array, exact, pixel_range):
 def read_image(item, channels, resolution, exact, *, pixel_range=None, pages=None):
     """Decode an item with `to_array`, and resize it with antialiasing to the smallest size that covers `resolution`.
 
-    One of its sides becomes the height or the width of `resolution`, and the other one is at least as long as it has
-    to be. The ends of a very long or very wide image are cut off first, because to resize all of it could need
-    gigabytes. At `resolution` 256, for example, an image of 60,000 x 1 pixels would become 4 billion pixels.
+    One of its sides becomes as long as the same side of `resolution`, and the other becomes at least as long. The ends
+    of a very long or very wide image are cut off first, because to resize all of it could need gigabytes. At
+    `resolution` 256, for example, an image of 60,000 x 1 pixels would become 4 billion pixels.
     """
 
     def decode(file):

@@ -1,6 +1,6 @@
 """Find near duplicates in the training images, so that a user can remove them before training.
 
-Copies count several times in training, and the model learns them by heart first. Identical files never get onto both
+Copies count several times in training, so the model memorizes them first. Identical files never get onto both
 sides of a split (see dataset.py), but other near duplicates may.
 """
 
@@ -13,7 +13,7 @@ SMALL = 8  # height and width at which images are compared first
 # length. A copy as JPEG of quality 75 differs by less. In MNIST, no two images are this close. In CIFAR-10, one pair
 # is, which shows the same ship (measured on the training images, 2026-11-27).
 DISTANCE = 0.1
-MAX_IMAGES = 100_000  # only the first ones are compared, which takes less than a minute
+MAX_IMAGES = 100_000  # so many are compared in less than a minute, and no further ones
 MAX_CANDIDATES = 200_000
 LISTED = 100  # pairs in train_config.json
 BLOCK = 512
@@ -36,7 +36,7 @@ def near_duplicates(pixels: torch.Tensor) -> list[tuple[int, int]]:
     chunk = max(1, CHUNK_VALUES // pixels[0].numel())
     small = torch.cat([_small(part) for part in pixels.split(chunk)])
     usable = small.norm(dim=1) > 0.5
-    candidates = _close_pairs(small[usable], 2 * DISTANCE)  # averaging keeps most of a difference's relative length
+    candidates = _close_pairs(small[usable], 2 * DISTANCE)  # twice, because averaging changes the distance
     rows = usable.nonzero()[:, 0][candidates]
     near = [_distance(pixels[pair[:, 0]], pixels[pair[:, 1]]) <= DISTANCE for pair in rows.split(chunk)]
     pairs = rows[torch.cat(near)].sort(dim=1).values.tolist()

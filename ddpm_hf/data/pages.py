@@ -18,9 +18,9 @@ IN_PNG = {"1", "L", "LA", "I;16", "I;16B", "P", "RGB", "RGBA"}  # the modes that
 def split_pages(rows, cache_dir) -> tuple[datasets.Dataset, int]:
     """Return rows with one row for each page, and the number of files that have several pages.
 
-    All pages of a file keep its row number and its label. They are stored without a loss in the cache of `datasets`,
-    one at a time, because to reach the last frame of a GIF, all frames before it must be decoded. If no file has
-    several pages, `rows` itself is returned.
+    All pages of a file keep its row number and its label. They are stored without a loss in the cache of `datasets`.
+    Reading them from the file each time would be slow, because to reach the last frame of a GIF, all frames before it
+    must be decoded. If no file has several pages, `rows` itself is returned.
 
     Args:
         rows: a `datasets.Dataset` with undecoded images.
@@ -37,7 +37,7 @@ def split_pages(rows, cache_dir) -> tuple[datasets.Dataset, int]:
         _each_page,
         features=rows.features,
         cache_dir=cache_dir,
-        gen_kwargs={"rows": rows, "numbers": tuple(numbers)},  # `datasets` would take a list for a list of shards
+        gen_kwargs={"rows": rows, "numbers": tuple(numbers)},  # a tuple, because `datasets` splits lists into shards
         fingerprint=f"pages-{rows._fingerprint}",
     )
     return split, sum(len(pages) > 1 for pages in numbers)
@@ -62,7 +62,7 @@ def _each_page(rows, numbers):
 
 
 def _encoded_pages(row, encoded, pages):
-    """Yield each page as an encoded image. A page that cannot be decoded has no bytes, so that it is noticed later."""
+    """Yield each page as an encoded image. A page that cannot be decoded gets no bytes, and is refused later."""
     name = encoded["path"] or f"image {row}"
     opened = Image.open(io.BytesIO(use_file(lambda file: file.read(), (row, encoded))))
     for number in pages:

@@ -61,7 +61,7 @@ def survey(items, channels, pixel_range, size, pages=None) -> tuple[int, list[st
 
     Args:
         items: a sample of the images, see decode.py.
-        channels: the number that is wanted. None: 1 if all of these images are grey, as many as arrays have, else 3.
+        channels: the number that is wanted. None: the number in arrays, 1 if all pictures are grey, else 3.
         pixel_range: see `decode.to_array`.
         size: (H, W) that images are cropped to.
         pages: see `decode.open_image`.

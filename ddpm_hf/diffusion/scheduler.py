@@ -342,6 +342,6 @@ def _pairs(rising_timesteps) -> list[tuple[int, int]]:
 
 
 def _like(coefficient: Tensor, sample: Tensor) -> Tensor:
-    """Return float64 coefficients, one per image, cast once (at least to float32) and shaped to multiply `sample`."""
+    """Return float64 coefficients, one per image, in the dtype (at least float32) and number of axes of `sample`."""
     dtype = torch.promote_types(sample.dtype, torch.float32)
     return coefficient.to(dtype).to(sample.device, non_blocking=True).reshape(-1, *[1] * (sample.ndim - 1))

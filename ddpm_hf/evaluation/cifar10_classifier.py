@@ -21,7 +21,7 @@ from .small_classifier import SmallClassifier, load_weights, shift_randomly
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 SHA256 = "5fcd42545724bbbda734a6d67827c05a2194e8efe448da4b120ff77a66998de5"  # of the file WEIGHTS
 MAX_SHIFT = 4  # pixels, in training
-CUT = 8  # pixels, the side of the square that training images lose
+CUT = 8  # pixels, the side of the square that is cut out of training images
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)  # of CIFAR-10's training images, with pixels from 0 to 1
 DEVIATION = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 
@@ -88,7 +88,7 @@ class Cifar10Classifier(SmallClassifier):
         center = torch.randint(32, (2, len(images), 1), generator=generator)
         rows, columns = (torch.arange(32) - center + CUT // 2).div(CUT, rounding_mode="floor") == 0
         images = images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
-        return images.contiguous(memory_format=torch.channels_last)  # in training on a CPU, a quarter faster
+        return images.contiguous(memory_format=torch.channels_last)  # makes training on a CPU a quarter faster
 
 
 def _block(channels_in: int, channels: int) -> list[nn.Module]:

@@ -90,8 +90,8 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
             f"the records were measured in different ways ({'; '.join(unlike)}): evaluate all of them in the same "
             f"way, or add --vary {fields}."
         )
-    # Also show how the models differ, and what else was asked for. These fields are not part of the protocol, so they
-    # may differ.
+    # Also show the fields in which the models differ, and the fields in `vary`. They are not part of the protocol, so
+    # they may differ.
     shown = {name: flat[name] | protocols[name] for name in records}
     more = [field for fields in flat.values() for field in fields if is_below(field, vary)]
     for field in dict.fromkeys(["model.name", "model.weights", "model.train_step", *more]):

@@ -184,7 +184,7 @@ def evaluate(
             inception.
         weights: published or raw, see `load`.
         batch_size: how many images are drawn, or given to a network, together. "auto": up to 512 on a GPU, 64
-            elsewhere. If memory runs out, batches are halved. It changes scores only by rounding.
+            elsewhere. If memory runs out, batches are halved. The batch size changes scores only by rounding.
         sampler: how to draw images, a name or a `Sampler`. None: the sampler of the suite.
         resolution: the size of the images that `calibrate` compares, in pixels: 64, or "48x64" (height x width).
         inception: a file with the weights of Inception. None: the weights that pytorch-fid released.

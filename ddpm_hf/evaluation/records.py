@@ -216,7 +216,7 @@ def number(value) -> str:
 def table(rows: list[list[str]], markdown: bool = False) -> str:
     """Return rows as aligned text or as a Markdown table. The first row is the head of the table."""
     if markdown:
-        # Escape each bar, because it ends a cell, even in code. Drop backslashes before it: they would undo ours.
+        # Escape each bar, because it ends a cell, even in code. Drop backslashes before it, which undo the escape.
         lines = ["| " + " | ".join(re.sub(r"\\*\|", r"\\|", cell) for cell in row) + " |" for row in rows]
         return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]

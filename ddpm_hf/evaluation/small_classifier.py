@@ -1,4 +1,4 @@
-"""What the small classifiers share. Their weights come with the package, and train_classifier.py made them."""
+"""Define what the small classifiers share. Their weights come with the package. train_classifier.py trained them."""
 
 import hashlib
 from pathlib import Path
@@ -17,7 +17,7 @@ from .features import Extractor
 class SmallClassifier(Extractor):
     """A classifier of small images. The features are what its last linear layer takes.
 
-    A subclass sets the attributes, `body` (images to features) and `head` (features to logits).
+    A subclass sets the attributes below, and the modules `body` (images to features) and `head` (features to logits).
 
     Attributes:
         class_names: the names of the classes, in the order of the logits.

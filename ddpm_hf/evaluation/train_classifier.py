@@ -1,4 +1,4 @@
-"""Train a classifier that scores use. Anyone can make the weights that come with the package again:
+"""Train a classifier that scores use. These commands train the weights that come with the package:
 
 python -m ddpm_hf.evaluation.train_classifier digits --dataset_name ylecun/mnist --output digits.safetensors
 python -m ddpm_hf.evaluation.train_classifier cifar10 --dataset_name uoft-cs/cifar10 --output cifar10.safetensors

@@ -1,10 +1,10 @@
-"""Tell a UNet which training images are augmented, and make the UNet to publish, which draws no such images.
+"""Label augmented training images for the UNet, and make a UNet to publish that draws images without augmentation.
 
-A stock UNet2DModel has no input for this, so a UNet that is trained with --augment_probability has class embeddings
-for it: twice as many as it has classes, or two without classes. The first half is for images as they are, and the
-second half for augmented ones. To publish the UNet, only the first half is kept. Without classes, the first half is
-one vector. It is added to the bias of the layer that it would be added to anyway (time_embedding.linear_2), so a stock
-unconditional UNet2DModel remains.
+A stock UNet2DModel has no input for this, so a UNet that is trained with --augment_probability uses class embeddings.
+It has twice as many as for its classes alone, or two if it has no classes. The first half is for images as they are,
+and the second half for augmented images. The published UNet keeps only the first half. Without classes, this half is
+one vector, which the UNet adds to the output of time_embedding.linear_2. Adding it to the bias of this layer instead
+gives the same output, and leaves a stock unconditional UNet2DModel.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torch import nn
 
 
 def labels_with_augmentation(class_labels: torch.Tensor | None, augmented: torch.Tensor, num_embeddings: int):
-    """Return the labels (B,) int64 of a batch for a UNet of this kind.
+    """Return the labels (B,) int64 of a batch for a UNet that is trained with --augment_probability.
 
     Args:
         class_labels: (B,) int64, the result of `training_labels`; None without classes.
@@ -27,7 +27,7 @@ def labels_with_augmentation(class_labels: torch.Tensor | None, augmented: torch
 
 @torch.no_grad()
 def without_augmentation(unet, is_conditional: bool):
-    """Return a copy of a UNet of this kind as a stock UNet2DModel that draws images as they are.
+    """Return a copy of a UNet that was trained with --augment_probability, without its embeddings of augmented images.
 
     Args:
         is_conditional: whether the UNet has classes.

@@ -90,7 +90,7 @@ def open_base_model(config: TrainingConfig, saved: dict | None) -> BaseModel | N
 def follow(config: TrainingConfig, base: BaseModel | None, saved: dict | None) -> TrainingConfig:
     """Return the config of a run in which every flag of FOLLOWING that was not given follows the base model.
 
-    A preset counts less than the base model.
+    The base model wins over a preset.
 
     Args:
         saved: the train_config.json of the checkpoint to resume, or None. Its flags then replace those of the model.
@@ -134,7 +134,7 @@ def _values_of(config: TrainingConfig, base: BaseModel) -> dict:
     changes_length = "ddpm_num_steps" in config.given_flags and config.ddpm_num_steps != T
     if name is None and changes_length and "ddpm_beta_schedule" not in config.given_flags:
         raise UserError(
-            f"the noise schedule of --init_from {config.init_from} has no name, so that it exists only for its {T} "
+            f"the noise schedule of --init_from {config.init_from} has no name, so it exists only for its {T} "
             "timesteps: leave --ddpm_num_steps out, or add --ddpm_beta_schedule."
         )
     return values | {
@@ -207,9 +207,9 @@ def copy_weights(unet: UNet2DModel, base: BaseModel, classes: Classes) -> dict:
     """Copy every layer of `base` that has the same name and shapes in `unet`.
 
     If only `unet` has class embeddings, they become zeros, so that its output is the same for every class. If both
-    have, each class starts from the class with its name, or from the same number if there are no names. Every other
-    class starts from "no class", or from the mean of all classes if there is no such embedding. If only `base` has
-    class embeddings, the bias of the timestep embedding takes "no class" in.
+    have them, each class starts from the class of the same name, or of the same number if there are no names. Every
+    other class starts from "no class", or from the mean of all classes if there is no such embedding. If only `base`
+    has class embeddings, that of "no class" is added to the bias of the timestep embedding.
 
     Args:
         classes: the classes of `unet`.
@@ -294,10 +294,10 @@ def describe_start(base: BaseModel, copied: dict) -> str:
         parts.append(f"These layers of that model are not used: {', '.join(copied['unused_layers'])}.")
     if copied["new_classes"] and not base.classes:
         parts.append(
-            "The class embeddings are new and start as zeros, so that its output is the same for every class."
+            "The class embeddings are new and start as zeros, so that every class has the same output at first."
         )
     elif copied["new_classes"]:
         names = [printable(name) for name in copied["new_classes"]]
         more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
-        parts.append(f"These classes are new to it: {', '.join(names[:10])}{more}.")
+        parts.append(f"That model does not have these classes: {', '.join(names[:10])}{more}.")
     return " ".join(parts)

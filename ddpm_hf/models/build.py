@@ -262,7 +262,7 @@ def unet_channels(config) -> int | None:
 def ignored_weights_warning(config) -> list[str]:
     """Return a list with one warning if --model_config_name_or_path names a model whose weights are ignored, else [].
 
-    Whether a Hub repository has weights is not asked.
+    A Hub id always gives a warning, because this function does not ask the Hub whether the repository has weights.
     """
     name = config.model_config_name_or_path
     if name is None or (Path(name).exists() and not any(Path(name).glob(WEIGHT_FILES))):

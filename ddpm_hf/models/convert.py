@@ -1,4 +1,4 @@
-"""Convert models that `load_pretrained` refuses: pickled weights, bare UNets, checkpoints of other programs."""
+"""Convert models that `load_pretrained` refuses: pickles, UNets without a scheduler, checkpoints of other programs."""
 
 import re
 import tempfile
@@ -71,7 +71,7 @@ def convert_checkpoint(
 ):
     """Convert a checkpoint (.pt) of OpenAI's improved-diffusion or guided-diffusion to a stock pipeline.
 
-    The new model computes the same function. A model of 4,000 timesteps with --rescale_timesteps becomes its chain of
+    The new model computes the same function. Of a model of 4,000 timesteps with --rescale_timesteps, the new model has
     every fourth timestep. A classifier becomes a folder that `load_classifier` reads.
 
     Args:
@@ -134,7 +134,7 @@ def _new_scheduler(schedule: dict) -> PaperDDPMScheduler:
 
 
 def _read_unet(folder: Path, config: dict) -> UNet2DModel:
-    """Return the UNet in a folder. Pickles become safetensors, so that diffusers reads and renames old weights."""
+    """Return the UNet in a folder. Pickles become safetensors first, so that diffusers reads and renames weights."""
     check_shards(folder)
     if any(folder.glob("*.safetensors")):
         return read_network(UNet2DModel, folder)

@@ -225,9 +225,9 @@ def _classifier_flags(flags: dict) -> dict:
 def _scheduler(flags: dict) -> PaperDDPMScheduler:
     """Return the scheduler of a model.
 
-    With --rescale_timesteps, the network is given t 1000/T. A scheduler of diffusers gives it whole timesteps. So for
-    T = 4000, the scheduler gets every 4th timestep of the chain, with the betas that make abar the same at each of
-    them (Nichol & Dhariwal 2021, eq. 19). The network then gets 0 to 999, exactly what it was trained with.
+    With --rescale_timesteps, the network was trained with the timesteps 1000 t/T. A scheduler of diffusers has only
+    whole timesteps. So for T = 4000, the new scheduler has every 4th timestep of the chain, with the betas that make
+    abar the same at each of them (Nichol & Dhariwal 2021, eq. 19). The network then gets 1000 t/T = 0, 1, ..., 999.
     """
     T, name = flags["diffusion_steps"], flags["noise_schedule"]
     if name not in SCHEDULES:
@@ -242,7 +242,7 @@ def _scheduler(flags: dict) -> PaperDDPMScheduler:
         return scheduler
     if T % 1000:
         raise ValueError(
-            f"its time_embed.0 is given t 1000/{T} (--rescale_timesteps True), but diffusers gives a UNet2DModel "
+            f"its time_embed.0 is given 1000 t/{T} (--rescale_timesteps True), but diffusers gives a UNet2DModel "
             "whole timesteps, so --diffusion_steps must be a multiple of 1000: give such a model"
         )
     alpha_bar = scheduler.alphas_cumprod64[:: T // 1000]
@@ -356,8 +356,8 @@ def _names(flags: dict, attended: list[bool], is_classifier: bool) -> dict[str, 
     names = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
     names |= {"label_emb": "class_embedding", "input_blocks.0.0": "conv_in"}
 
-    def add(theirs: str, ours: str, parts: dict):
-        names.update({f"{theirs}.{part}": f"{ours}.{name}" for part, name in parts.items()})
+    def add(source: str, target: str, parts: dict):
+        names.update({f"{source}.{part}": f"{target}.{name}" for part, name in parts.items()})
 
     block = 1
     for level, has_attention in enumerate(attended):
@@ -373,8 +373,8 @@ def _names(flags: dict, attended: list[bool], is_classifier: bool) -> dict[str, 
                 RESNET if is_resnet else {"op": "conv"},
             )
             block += 1
-    for part, ours in enumerate(["resnets.0", "attentions.0", "resnets.1"]):
-        add(f"middle_block.{part}", f"mid_block.{ours}", ATTENTION if part == 1 else RESNET)
+    for part, target in enumerate(["resnets.0", "attentions.0", "resnets.1"]):
+        add(f"middle_block.{part}", f"mid_block.{target}", ATTENTION if part == 1 else RESNET)
     if is_classifier:
         return names | {"out.0": "norm_out"} | POOLS.get(flags["pool"], {})
     for level, has_attention in enumerate(reversed(attended)):
@@ -384,8 +384,8 @@ def _names(flags: dict, attended: list[bool], is_classifier: bool) -> dict[str, 
             if has_attention:
                 add(f"output_blocks.{block}.1", f"up_blocks.{level}.attentions.{layer}", ATTENTION)
         if level < last:
-            theirs = f"output_blocks.{block}.{1 + has_attention}"
-            add(theirs, f"up_blocks.{level}.upsamplers.0", RESNET if is_resnet else {"conv": "conv"})
+            source = f"output_blocks.{block}.{1 + has_attention}"
+            add(source, f"up_blocks.{level}.upsamplers.0", RESNET if is_resnet else {"conv": "conv"})
     return names | {"out.0": "conv_norm_out", "out.2": "conv_out"}
 
 
@@ -398,17 +398,17 @@ def _converted(
         layer, _, parameter = full_name.rpartition(".")
         if layer not in names:
             raise ValueError(f"its {full_name} has no place in the network of these flags: give the right flags")
-        ours = names[layer]
-        if ours.endswith(".qkv"):
+        target = names[layer]
+        if target.endswith(".qkv"):
             parts = _split_qkv(full_name, tensor.float(), flags, head_dim)
-            ours = ours.removesuffix("qkv")
-            converted |= {f"{ours}to_{one}.{parameter}": (full_name, part) for one, part in zip("qkv", parts)}
+            target = target.removesuffix("qkv")
+            converted |= {f"{target}to_{one}.{parameter}": (full_name, part) for one, part in zip("qkv", parts)}
         elif parameter == "positional_embedding":
-            converted[f"{ours}.positions"] = (full_name, tensor.float().T)
+            converted[f"{target}.positions"] = (full_name, tensor.float().T)
         else:
-            is_linear = ours.endswith(("to_out.0", "head", "head.to_qkv", "head.to_out"))  # a convolution of size 1
+            is_linear = target.endswith(("to_out.0", "head", "head.to_qkv", "head.to_out"))  # a convolution of size 1
             flat = tensor.flatten(1) if is_linear and parameter == "weight" else tensor
-            converted[f"{ours}.{parameter}"] = (full_name, flat.float())
+            converted[f"{target}.{parameter}"] = (full_name, flat.float())
     return converted
 
 
@@ -434,18 +434,18 @@ def _network(kind: type, config: dict, tensors: dict[str, tuple[str, Tensor]], n
     judge.check_sizes(config)
     with judge.quiet_diffusers(), torch.device("meta"):
         network = kind(**config)
-    layers = {ours: theirs for theirs, ours in names.items()}
+    layers = {target: source for source, target in names.items()}
     for name, expected in network.state_dict().items():
         if name not in tensors:
             layer, _, parameter = re.sub(r"\.to_[qkv]\b", ".qkv", name).rpartition(".")
             raise ValueError(f"it lacks {layers[layer]}.{parameter}: give the right flags")
-        theirs, tensor = tensors[name]
+        source, tensor = tensors[name]
         if tensor.shape != expected.shape:
             raise ValueError(
-                f"its {theirs} makes a {name} of shape {tuple(tensor.shape)}, but these flags give "
+                f"its {source} makes a {name} of shape {tuple(tensor.shape)}, but these flags give "
                 f"{tuple(expected.shape)}: give the right flags"
             )
-    if extra := [theirs for name, (theirs, _) in tensors.items() if name not in network.state_dict()]:
+    if extra := [source for name, (source, _) in tensors.items() if name not in network.state_dict()]:
         raise ValueError(f"its {extra[0]} has no place in the network of these flags: give the right flags")
     network.load_state_dict({name: tensor for name, (_, tensor) in tensors.items()}, assign=True)
     judge.check_weights(network)

@@ -1,11 +1,12 @@
-"""Averages of the weights whose length is chosen after training (post-hoc EMA).
+"""Average the weights over a length that is chosen after training (post-hoc EMA).
 
-Karras et al. 2024, https://huggingface.co/papers/2312.02696, section 3 and appendix C. During training, two averages
-with power functions as weights are kept, and snapshots of both are saved now and then. A weighted sum of snapshots is
-then almost exactly the average of any other length, at any step.
+Karras et al. 2024, https://huggingface.co/papers/2312.02696, section 3 and appendix C. A run keeps two averages of its
+weights, and saves snapshots of both at regular steps. After training, a sum of snapshots with suitable factors is
+almost exactly the average of any other length, at any step.
 
-The average after t steps gives the weights of step s the share proportional to s^gamma. Its `length` (sigma_rel in the
-paper) is the standard deviation of s under these shares, divided by t: 0.05 is an average over about the last tenth.
+In the average after t steps, the weights of step s have a share proportional to s^gamma. The `length` of the average
+(sigma_rel in the paper) is the standard deviation of s under these shares, divided by t. An average of length 0.05 is
+mostly over the last tenth of the steps.
 """
 
 import copy
@@ -29,7 +30,7 @@ SHORTEST, LONGEST = 0.005, 0.28  # with gamma = 0, the plain mean of all steps, 
 FOLDER = "ema_snapshots"
 
 
-@functools.cache  # a step asks for it
+@functools.cache  # each training step calls it
 def gamma_of(length: float) -> float:
     """Return the exponent gamma of an average of this length.
 
@@ -104,14 +105,14 @@ def end_of_average(output_dir, step: int | None) -> int:
         raise UserError(f"{output_dir} has no {FOLDER}: train with --ema_snapshots, e.g. 32.")
     if step not in (None, *found):
         near = min(found, key=lambda each: abs(each - step))
-        raise UserError(f"{output_dir} has no snapshot of step {step}: the nearest is --step {near}.")
+        raise UserError(f"{output_dir} has no snapshot of step {step}: give --step {near}, the nearest.")
     return found[-1] if step is None else step
 
 
 def inner_products(steps: np.ndarray, gammas: np.ndarray, others: np.ndarray, their_gammas: np.ndarray) -> np.ndarray:
-    """Return the integral of p q over time for each pair of averages, shape (n, m), in float64.
+    """Return the integral over time of the product of the shares of two averages, for each pair, float64 (n, m).
 
-    p(s) = (gamma + 1) s^gamma / t^(gamma + 1) for s < t, and 0 after t, is the share of step s in the average at t.
+    The share of step s in the average at step t is (gamma + 1) s^gamma / t^(gamma + 1) for s < t, and 0 after t.
     """
     t, u, g, h = steps[:, None], others[None], gammas[:, None], their_gammas[None]
     common = np.minimum(t, u)
@@ -119,11 +120,11 @@ def inner_products(steps: np.ndarray, gammas: np.ndarray, others: np.ndarray, th
 
 
 def mixture(steps: list[int], gammas: list[float], step: int, gamma: float) -> tuple[np.ndarray, float]:
-    """Return the factors of the snapshots whose sum is the average (step, gamma), and the relative error of the sum.
+    """Return the factors of snapshots in the sum that approximates the average (step, gamma), and its relative error.
 
-    The factors are the least squares solution for the shares p(s) of the steps (section 3.2 of the paper), under the
-    condition that they sum to 1, which keeps weights that do not change exact. The error is the root of the integral
-    of the squared difference of the shares, divided by that of the wanted shares.
+    The factors are the least squares solution for the shares of the steps (section 3.2 of the paper). They must sum to
+    1, so that weights that never change stay exact. The error is the L2 norm of the difference from the wanted shares,
+    divided by the L2 norm of the wanted shares.
     """
     t, g = np.array(steps, dtype=np.float64), np.array(gammas, dtype=np.float64)
     wanted = np.array([step], dtype=np.float64), np.array([gamma], dtype=np.float64)

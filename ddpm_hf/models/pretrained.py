@@ -259,7 +259,7 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
 
 
 def _scheduler_of_checkpoint(saved: dict) -> PaperDDPMScheduler:
-    """Return the scheduler of a checkpoint's train_config.json. Earlier versions saved only the flags."""
+    """Return the scheduler of a checkpoint. Checkpoints of earlier versions have its flags, but not its config."""
     flags, config = saved["flags"], saved.get("scheduler")
     if config is not None:
         judge.check_scheduler(config)

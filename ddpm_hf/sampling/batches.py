@@ -14,11 +14,14 @@ from .settings import Sampler
 
 
 AUTO = 64  # images of a batch by --batch_size auto
-AUTO_ON_GPU = 512  # for a small UNet, issuing its kernels takes most of the time; for a large one, see `in_batches`
+# Many, because issuing the kernels of a small UNet takes most of the time. For a large UNet, `in_batches` halves it.
+AUTO_ON_GPU = 512
 
 
 def batch_size_of(batch_size: int | str, num_images: int) -> int:
-    """Return a batch size as a number. "auto" is AUTO, but on a CUDA device the share of a process, up to AUTO_ON_GPU.
+    """Return a batch size as a number.
+
+    "auto" is AUTO. On a CUDA device it is the number of images that each process draws, from AUTO to AUTO_ON_GPU.
 
     Args:
         num_images: how many images all processes draw together.

@@ -42,7 +42,7 @@ def sample(
         pixel_type: for `output`: uint8, or uint16 or float32 in the --pixel_range of the training. None: float32 for
             a model that was trained with --preserve_input_precision, else uint8.
         batch_size: images per batch, at least 1. "auto": up to 512 on a GPU, 64 elsewhere. If memory runs out, batches
-            are halved. It changes the images only by round-off.
+            are halved. The batch size changes the images only by round-off.
         settings: the other fields of `Sampler`: num_inference_steps, seed, eta, class_labels, size, ...
 
     Returns:

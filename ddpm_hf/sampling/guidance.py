@@ -56,7 +56,7 @@ class ClassifierGuided(Guided):
     """An unconditional UNet under classifier guidance (Dhariwal & Nichol 2021, Algorithm 2, which is for DDIM).
 
     Every sampler is guided in this way, DDPM too. For DDPM, Dhariwal & Nichol have another rule, Algorithm 1, which
-    shifts the mean of each step. It is the limit of the rule here for small steps. With 1,000 linear timesteps, the
+    shifts the mean of each step. For small steps, the rule here becomes Algorithm 1. With 1,000 linear timesteps, the
     shift here is 1 % larger for t from 300 to 990 and 16 % larger at t = 10.
 
     eps = eps(x_t) - scale sqrt(1 - abar_t) grad log p(y | x_t). The factor sqrt(1 - abar_t) converts a gradient to the

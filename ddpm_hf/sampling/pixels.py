@@ -115,7 +115,7 @@ def recorded_format(record: dict | None) -> PixelFormat | None:
 
 
 def is_format(pixels) -> bool:
-    """Return whether the entry `pixels` of a record is one that we write."""
+    """Return whether the entry `pixels` of a record is valid."""
     if not isinstance(pixels, dict) or pixels.get("type") not in PIXEL_TYPES or not _is_range(pixels.get("range")):
         return False
     return type(pixels.get("channels")) is int and pixels["channels"] >= 1

@@ -103,8 +103,8 @@ def restore(
         mask: for inpaint, a mask image, white in the areas to paint. If it has transparent parts, its opaque parts are
             the areas to paint, in any color. Give one mask for all images, or a list with one per image. With
             `output`: the path of one mask, or of a folder where each mask has the name of its image.
-        batch_size: images per batch, at least 1. If memory runs out, batches are halved. It changes the results only
-            by round-off.
+        batch_size: images per batch, at least 1. If memory runs out, batches are halved. The batch size changes the
+            results only by round-off.
         seed: the noise of image k comes from a random generator seeded with seed + k.
         overwrite: replace results that are already in `output`.
         settings: noise_level (standard deviation on pixels in [0, 1]), scale_factor, blur_sigma (pixels),

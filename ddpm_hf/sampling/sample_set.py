@@ -204,8 +204,8 @@ def find_pngs(folder: Path) -> list[Path]:
         nested = []
     if direct and nested:
         raise UserError(
-            f"{folder} has PNG files, and its subfolder {nested[0].parent.name} has others: give a folder without PNG "
-            "files in one of these places."
+            f"{folder} has PNG files directly in it and in its subfolder {nested[0].parent.name}: give a folder that "
+            "has them in only one of these places."
         )
     if sets := [path.parent for path in nested if (path.parent / "samples.json").exists()]:
         raise UserError(f"{folder} has sets of samples in its subfolders: give one of them, e.g. {sets[0]}.")
@@ -367,7 +367,7 @@ def _read_drawn(output: Path, folder: Path, record: dict) -> np.ndarray:
 
 
 def _time_call(model: Pretrained, sampler: Sampler, batch_size: int) -> tuple[int, float]:
-    """Return how many images fit into memory, at most `batch_size`, and the seconds of one step of them together."""
+    """Return how many images fit into memory, at most `batch_size`, and the seconds that one step of so many takes."""
 
     def time_call(batch: range) -> float:
         return step_seconds(sampler.network(model), len(batch), DTYPES[sampler.dtype], sampler.size)

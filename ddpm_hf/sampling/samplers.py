@@ -224,7 +224,7 @@ def default_variance(scheduler: PaperDDPMScheduler, num_steps: int) -> str:
 
 
 def autocast(unet: nn.Module, dtype: torch.dtype):
-    """Return an autocast context for the UNet's device. For float32 it does nothing, and an outer one stays on."""
+    """Return an autocast context for the UNet's device. For float32, leave autocast as it is."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(unet.device.type, dtype)
 
 

@@ -87,7 +87,7 @@ def write_card(folder: str | Path, name: str | None = None, place: str | Path | 
             scores in evaluations/, and how to call the pipeline files in the folder.
         name: the repository's name, e.g. "me/ddpm-cifar10". None: the repository to which the folder was last pushed,
             else the run's --hub_model_id, else the folder's name.
-        place: where the folder will be, which the card tells to load from. None: where it is.
+        place: the path from which the card loads a model without a repository. None: the path of `folder`.
 
     Raises:
         UserError: if a file of the folder cannot be read, or README.md cannot be written.
@@ -198,7 +198,7 @@ def images_used(entry: dict) -> float:
 
 
 def is_quick_check(entry: dict, record: dict) -> bool:
-    """Return whether a score was measured on no more images than the suite "smoke" takes, and not on all there are."""
+    """Return whether a score was measured on no more images than in the suite "smoke", and not on all held-out."""
     smoke, held_out = SUITES["smoke"], (record["data"].get("held_out") or {}).get("n")
     if entry["n_gen"] is not None:
         return entry["n_gen"] <= smoke["num_images"]

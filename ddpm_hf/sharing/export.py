@@ -57,7 +57,8 @@ def export(
     conditional = model.unet.config.num_class_embeds is not None
     if not is_utf_8(output.absolute()):
         raise UserError(
-            f"{str(output)!r} is in a path that is not UTF-8, and safetensors cannot load from it: give another path."
+            f"{str(output)!r} is in a path that is not UTF-8, and safetensors cannot load files from there: give "
+            "another folder."
         )
     if classifier is not None:
         check_classifier(classifier, model.unet, model.scheduler)

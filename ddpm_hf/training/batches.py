@@ -36,8 +36,8 @@ class Batch(NamedTuple):
 def draw_batches(run) -> Iterator[Batch]:
     """Yield the batches of this process from the run's next image on, without end.
 
-    A thread draws them ahead. Every random number is keyed by the seed and an image's ordinal, so the thread changes
-    only when a batch is drawn. An image that cannot be read raises its error when its batch is due. Closing the
+    A thread draws them ahead. Every random number is keyed by the seed and an image's ordinal, so drawing ahead does
+    not change the batches. An image that cannot be read raises its error when its batch is due. Closing the
     iterator stops the thread.
 
     Raises:
@@ -69,7 +69,7 @@ def draw_batches(run) -> Iterator[Batch]:
             batch = ahead.popleft().result()
             ahead.append(thread.submit(next, batches))
             others = batch.pop("uniform", None), batch.pop("dropout_seed"), batch.pop("position", None)
-            # Copy in the background of the GPU's work. Pinned memory makes that possible.
+            # Copy while the GPU computes. Pinned memory makes that possible.
             tensors = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
             yield Batch(tensors, *others)
     finally:
@@ -77,11 +77,11 @@ def draw_batches(run) -> Iterator[Batch]:
 
 
 def prepare_thread(device: torch.device):
-    """Prepare the thread that draws batches. It calls this first."""
-    torch.get_num_threads()  # torch sets the number at the first use in a thread, so the next line comes second
+    """Prepare the thread that draws batches: limit it to one core, and set its GPU. The thread itself calls this."""
+    torch.get_num_threads()  # the first use of torch in a thread sets the number, so the next line must come later
     torch.set_num_threads(1)  # leave the other cores to the step
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # a new thread would pin memory through the first GPU
+        torch.cuda.set_device(device)  # else a new thread uses the first GPU to pin memory
 
 
 def add_draws(batch: dict, config, class_names: list[str] | None, num_embeddings: int | None) -> dict:

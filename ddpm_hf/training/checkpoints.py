@@ -162,7 +162,7 @@ def is_run(folder: Path) -> bool:
 
 
 def can_start_again(folder: Path, logging_dir: str) -> bool:
-    """Return whether `latest` may start a new run, because the run before was killed before its first checkpoint.
+    """Return whether `latest` may start a new run, because the previous run was killed before its first checkpoint.
 
     Before train_config.json, a run writes only the lock and the folder of its tracker. Before its first checkpoint, it
     writes no network.

@@ -105,7 +105,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
 def rehearse(config: TrainingConfig):
     """Print what a run would take, and draw what its network would see. No run folder is made or changed.
 
-    The first steps are taken in memory, to measure them, and then forgotten.
+    The first steps are taken in memory, to measure them, and their results are discarded.
 
     Raises:
         UserError: if the input cannot be trained on, or if the picture cannot be written.

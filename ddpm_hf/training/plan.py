@@ -1,4 +1,4 @@
-"""Say what a run takes: disk, time and memory. Draw what its network sees."""
+"""Estimate the disk space, time and memory of a run, and draw the images that its network sees."""
 
 import time
 from dataclasses import replace
@@ -30,7 +30,7 @@ def disk(run: Run) -> str:
     # float32: the weights, the two moments of Adam, and the moving averages
     checkpoint = parameters * 4 * (3 + (run.ema is not None) + len(run.power_averages))
     every = config.checkpointing_steps
-    count = run.total_steps // every + count_tasks(run)["pipeline"]  # at most, because some are written for both
+    count = run.total_steps // every + count_tasks(run)["pipeline"]  # or fewer, because one may serve both
     count = min(count, config.checkpoints_total_limit or count)
     published = parameters * 4 * (1 + config.save_best)
     snapshots = parameters * 4 * len(run.power_averages) * config.ema_snapshots
@@ -43,9 +43,10 @@ def disk(run: Run) -> str:
 
 
 def forward_passes(run: Run) -> dict[str, float]:
-    """Return what a run does apart from training steps, as the number of images that pass through the network once.
+    """Return how many images pass through the network apart from training steps, for each kind of work.
 
-    The number is that of one process. Images of figures are drawn by one process, other work is shared by all.
+    An image counts once for each pass. The numbers are for one process, the main process, which draws all images of
+    figures. All processes share the other work.
     """
     config, processes, count = run.config, run.accelerator.num_processes, count_tasks(run)
     measured = 1 + (run.ema is not None) + (config.objective == "classify")
@@ -71,12 +72,12 @@ def seconds_left(run: Run, seconds_per_step: float) -> tuple[float, float]:
     """Return the seconds of the steps that are left, and those of everything else, e.g. of sample sheets."""
     steps = (run.total_steps - run.state.step) * seconds_per_step
     images = run.global_batch / run.accelerator.num_processes
-    # A forward pass takes about a third of a training step, in which the backward pass takes twice as long.
+    # A forward pass takes about a third of a training step, because the backward pass takes about twice as long.
     return steps, sum(forward_passes(run).values()) * seconds_per_step / images / 3
 
 
 def time_and_memory(run: Run, seconds_per_step: float) -> str:
-    """Return two lines: the time of a step and of the whole run, with its end, and the memory used so far."""
+    """Return two lines: the time of a step and of the rest of the run, with its end, and the memory used so far."""
     count = run.total_steps - run.state.step
     steps, rest = seconds_left(run, seconds_per_step)
     end = time.strftime("%H:%M on %A, %d %B", time.localtime(time.time() + steps + rest))
@@ -88,7 +89,7 @@ def time_and_memory(run: Run, seconds_per_step: float) -> str:
 
 
 def memory_used(device: torch.device) -> str:
-    """Return the memory of this process, or on a GPU of CUDA the most that its tensors have taken so far."""
+    """Return the memory of this process, or on a CUDA device the most memory that its tensors have taken so far."""
     if device.type == "cuda":
         return f"{format_bytes(torch.cuda.max_memory_allocated(device))} of the GPU"
     return format_bytes(psutil.Process().memory_info().rss)
@@ -112,10 +113,9 @@ def format_seconds(seconds: float) -> str:
 
 
 def draw_preview(run: Run) -> Path:
-    """Draw 16 training images as cropped and mirrored, and below each the same image with the noise of four timesteps.
+    """Draw the first 16 training images, cropped and mirrored, with their noise at four timesteps below them.
 
-    The images and their noise are the first ones of the training. The file is next to the run folder, which a dry run
-    does not create. Return its path.
+    The file is next to the run folder, which a dry run does not create. Return the path of the file.
     """
     config, T = run.config, run.config.ddpm_num_steps
     batch = next(training_batches(run.train_set, replace(config, train_batch_size=16), 0, 0, 1))

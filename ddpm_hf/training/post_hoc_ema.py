@@ -20,7 +20,7 @@ from .validation import validation_loss
 
 
 SWEEP = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25)
-INEXACT = 0.1  # a larger relative error of the shares is printed as a warning
+INEXACT = 0.1  # if the relative error of the shares is larger, a warning is printed
 
 
 def average_after_training(
@@ -97,7 +97,7 @@ def _note(error: float) -> str:
     """Return a warning about an average that the snapshots do not determine well, or an empty text."""
     if error <= INEXACT:
         return ""
-    return f"  (the snapshots give this average only to {error:.0%} of its shares: train with more --ema_snapshots)"
+    return f"  (approximate, with a relative error of {error:.0%}: train with more --ema_snapshots)"
 
 
 def _loss_measure(model: Pretrained):

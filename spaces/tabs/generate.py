@@ -1,4 +1,4 @@
-"""Generate: draw images with a chosen sampler, steps, seed, class and guidance, show them form, and offer files."""
+"""Generate: draw images with a chosen sampler, steps, seed, class and guidance, show each step, and offer files."""
 
 import html
 import time
@@ -88,7 +88,7 @@ def files(images: list, formation: list[list], seeds: list[int], settings: dict)
 
 
 def first_sheet(model: Model, number: int, steps: int, guidance: float) -> list[dict]:
-    """Return the gallery that the page opens with: the images from seed 0, or nothing if they take long."""
+    """Return the gallery that the page opens with: the images from seed 0, or nothing if the model is slow."""
     if not model.is_fast:
         return []
     seeds, labels = list(range(number)), model.class_numbers(IN_TURN, number)

@@ -1,4 +1,4 @@
-"""How it works: move a slider through the forward process of an image."""
+"""How it works: add the noise of a chosen timestep to an image, and show what the network predicts from it."""
 
 from functools import partial
 
