@@ -1,4 +1,4 @@
-"""Escape untrusted text for Markdown, so that it is only shown."""
+"""Escape untrusted text for Markdown, so that it is shown as text and not as markup."""
 
 import re
 

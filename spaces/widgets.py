@@ -22,7 +22,7 @@ alt="${one.caption}"></a><figcaption>${one.caption}</figcaption></figure>`).join
 # the tabs check their inputs themselves. They have many positional parameters, because Gradio passes them by position.
 BUSY = {"preprocess": False, "concurrency_id": "model", "concurrency_limit": 1, "show_progress": "minimal"}
 QUICK = {"preprocess": False, "concurrency_id": "quick", "concurrency_limit": 2, "show_progress": "hidden"}
-# A click shows the results, on a phone by scrolling to them, and remembers the settings that they are drawn with.
+# A click shows the results, on a phone by scrolling to them, and stores the settings that they are drawn with.
 SHOW = """(...settings) => {
     const results = document.getElementById("results-NAME");
     results.dataset.drawn = JSON.stringify(settings);

@@ -574,7 +574,7 @@ def test_grey_samples_of_other_programs_are_read_as_grey(digits, digit_folder, t
         (lambda folder: folder_of(folder, Image.new("L", (28, 28)), suffix=".jpg"), "lossy"),
         (lambda folder: folder_of(folder, Image.new("RGBA", (28, 28))), "has the mode RGBA"),
         (lambda folder: folder_of(folder, Image.new("RGB", (28, 28), "red")), "samples are 3x28x28"),
-        (lambda folder: nested(folder, "cat/1.png", "2.PNG"), "its subfolder cat has others"),
+        (lambda folder: nested(folder, "cat/1.png", "2.PNG"), "directly in it and in its subfolder cat: give"),
         (lambda folder: nested(folder, "a/1.png", "a/samples.json"), "has sets of samples in its subfolders"),
         (lambda folder: nested(folder, "samples/1.png", "train_config.json"), "has no PNG files"),
         (lambda folder: nested(folder, "a/1.png", "a/2.jpg"), "lossy format (2.jpg)"),

@@ -261,7 +261,7 @@ def test_deep_images_are_read_with_the_scale_of_the_training(tiny_run, tmp_path,
         main(
             ["restore", str(model), str(tmp_path / f"{name}.png"), str(tmp_path / f"{name}-out.png"), "--task=denoise"]
         )
-        said = "of white, so the model takes them for almost black images" in capsys.readouterr().out
+        said = "of white, so they are almost black for the model" in capsys.readouterr().out
         assert said == (tmp_path / "first.png").exists()  # only the last model does not know the scale of the values
     assert np.array_equal(pixels(tmp_path / "eight-out.png"), pixels(tmp_path / "first.png"))
 

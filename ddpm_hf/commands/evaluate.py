@@ -72,7 +72,12 @@ def add_measurement_flags(parser):
         type=int,
         help="number of random timesteps per image for bits_per_dim; 0: all; default: the suite's number",
     )
-    add("--require", type=names, default=[], help="metrics that must not be skipped: if one is, the exit code is 1")
+    add(
+        "--require",
+        type=names,
+        default=[],
+        help="metrics that must not be skipped; if one of them is skipped, the exit code is 1",
+    )
 
 
 def add_data_flags(parser):

@@ -385,8 +385,8 @@ class TrainingConfig(*reversed(GROUPS)):
             raise UserError("--objective vlb cannot be combined with --snr_gamma or --loss_type: leave them out.")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise UserError(
-                "--rescale_betas_zero_snr leaves no image at the last timestep, so that predicting the noise there "
-                "says nothing about the image: give --prediction_type v_prediction."
+                "--rescale_betas_zero_snr leaves no image at the last timestep, so predicting the noise there says "
+                "nothing about the image: give --prediction_type v_prediction."
             )
         if self.objective == "classify":
             unused = ["class_conditional", "eval_metrics", "model_config_name_or_path", "init_from", "snr_gamma"]

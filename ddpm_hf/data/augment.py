@@ -2,7 +2,8 @@
 
 A label tells the UNet which images are changed (see models/augmented.py), so that the drawn images are not. The idea
 is from Karras et al. 2020, https://huggingface.co/papers/2006.06676. Karras et al. 2022,
-https://huggingface.co/papers/2206.00364, appendix F.2, apply it to diffusion models, with these ranges of the changes.
+https://huggingface.co/papers/2206.00364, appendix F.2, apply it to diffusion models. The ranges of the changes are
+from this second paper.
 """
 
 import math

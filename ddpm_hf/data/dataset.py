@@ -143,7 +143,7 @@ def _describe(source, held_out, rows, classes, several):
 
 
 def _unused_classes(features, is_listed):
-    """Return a list with one phrase about a column that has the name of classes but is not used; else []."""
+    """Return a list with one phrase about a column that is named like classes but is not used, or []."""
     for name in sorted(LABEL_NAMES & set(features or {})):
         dtype = getattr(features[name], "dtype", "")
         if is_listed and _can_be_classes(dtype):

@@ -13,7 +13,7 @@ SMALL = 8  # height and width at which images are compared first
 # length. A copy as JPEG of quality 75 differs by less. In MNIST, no two images are this close. In CIFAR-10, one pair
 # is, which shows the same ship (measured on the training images, 2026-11-27).
 DISTANCE = 0.1
-MAX_IMAGES = 100_000  # so many are compared in less than a minute, and no further ones
+MAX_IMAGES = 100_000  # only the first ones are compared, so that the comparison takes less than a minute
 MAX_CANDIDATES = 200_000
 LISTED = 100  # pairs in train_config.json
 BLOCK = 512

@@ -27,5 +27,5 @@ def make_ema(config, network: torch.nn.Module) -> torch.nn.Module | None:
 @torch.no_grad()
 def update_ema(ema: torch.nn.Module, network: torch.nn.Module, decay: float):
     """Update the moving average in place: its weights become decay * average + (1 - decay) * weights of `network`."""
-    # The decay is a number of the host. A tensor would have to be read, for which a GPU would have to wait.
+    # The decay is a Python number, because reading a tensor would make a GPU wait.
     torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), 1 - decay)

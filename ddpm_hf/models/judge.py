@@ -91,7 +91,7 @@ def check_unet(config: dict, index: dict | None = None):
 
 @functools.lru_cache(maxsize=64)
 def _output_shape(config: str, channels: int, height: int, width: int) -> torch.Size:
-    """Return the shape of the output of a UNet2DModel with this config, given as JSON, for one image of this shape."""
+    """Return the shape of a UNet2DModel's output for one image of this shape. `config` is its config as JSON text."""
     with quiet_diffusers(), torch.device("meta"), torch.no_grad():
         unet = UNet2DModel.from_config(json.loads(config))
         classes = None if unet.config.num_class_embeds is None else torch.zeros(1, dtype=torch.long)

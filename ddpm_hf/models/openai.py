@@ -286,7 +286,7 @@ def _head_dim(flags: dict, widths: list[int], attended: list[bool]) -> int | Non
                 )
         return head_dim
     heads, heads_up = flags["num_heads"], flags["num_heads_upsample"]
-    step = flags["num_res_blocks"] + 1  # of the numbers of the input blocks, from level to level
+    step = flags["num_res_blocks"] + 1  # how many input blocks a level has
     layers = {f"input_blocks.{step * level + 1}.1": w for level, w in enumerate(widths) if attended[level]}
     layers["middle_block.1"] = widths[-1]
     if heads_up not in (-1, heads) and any(attended):
@@ -351,7 +351,7 @@ def _classifier_config(flags: dict, config: dict, scheduler: PaperDDPMScheduler)
 
 
 def _names(flags: dict, attended: list[bool], is_classifier: bool) -> dict[str, str]:
-    """Return the name of each layer in our network by its name in the checkpoint."""
+    """Return a dict from the names of layers in the checkpoint to their names in our network."""
     is_resnet, layers, last = flags.get("resblock_updown", False), flags["num_res_blocks"], len(attended) - 1
     names = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}
     names |= {"label_emb": "class_embedding", "input_blocks.0.0": "conv_in"}
@@ -392,7 +392,7 @@ def _names(flags: dict, attended: list[bool], is_classifier: bool) -> dict[str, 
 def _converted(
     tensors: dict, names: dict[str, str], flags: dict, head_dim: int | None
 ) -> dict[str, tuple[str, Tensor]]:
-    """Return, by the names of our tensors, the layer in the checkpoint and the tensor."""
+    """Return a dict from the names of tensors in our network to pairs (name in the checkpoint, tensor)."""
     converted = {}
     for full_name, tensor in tensors.items():
         layer, _, parameter = full_name.rpartition(".")

@@ -364,9 +364,8 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
             deep.append(image.max().item())
     if deep and max(deep) < DARK:
         print(
-            f"Warning: no pixel of the images of more than 8 bits is brighter than {max(deep):.1%} of white, so the "
-            "model takes them for almost black images: rescale them, or give a model that was trained with their "
-            "--pixel_range.",
+            f"Warning: no pixel of the images of more than 8 bits is brighter than {max(deep):.1%} of white, so they "
+            "are almost black for the model: rescale them, or give a model that was trained with their --pixel_range.",
             flush=True,
         )
 
@@ -413,7 +412,7 @@ def begin_output(items: list[Item], output: Path, record: dict, *, is_file: bool
         return [item for item in items if not item.output.exists()]
     with writing("the images", output):
         output.mkdir(parents=True, exist_ok=True)
-        for item in items:  # remove old files, because a later call would take them for results
+        for item in items:  # remove old files, because a later call would count them as results
             item.output.unlink(missing_ok=True)
         write_json(output / RECORD, record)
     return items

@@ -2,7 +2,7 @@
 
 A folder holds `000000.png`, `000001.png`, ... and `samples.json`, a record of how these images were drawn. An .npz
 file holds the images as `arr_0`, uint8 (N, H, W, C), the format of ADM's evaluator. Its `meta` is the same record.
-Images that PNG cannot store are `000000.npy`, ..., and other pixels than 8-bit ones are stored as pixels.py says.
+Images that PNG cannot store are `000000.npy`, `000001.npy`, ... See pixels.py for 16-bit and float pixels.
 """
 
 import contextlib

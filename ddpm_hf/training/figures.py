@@ -26,7 +26,7 @@ from ..sampling.samplers import draw, image_generators
 
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
-# A contrast of at least 3 with white, and lighter the noisier.
+# Each has a contrast of at least 3 with white. Noisier timesteps are lighter.
 BANDS = {"0 to T/4": "#12355b", "T/4 to T/2": "#2a78b8", "T/2 to 3T/4": "#2a9188", "3T/4 to T": "#c27a1c"}
 FRAMES = 40  # more frames would make the GIF smoother, but the file larger
 DDIM_STEPS = (5, 10, 20, 50)  # divisors of 1000, so that trailing spacing is even

@@ -119,7 +119,7 @@ def rehearse(config: TrainingConfig):
         print(plan.disk(run), "Measuring a few steps ...", sep="\n", flush=True)
     step = run.state.step
     seconds = seconds_per_step(run)
-    run.state.step = step  # forget the measured steps
+    run.state.step = step  # discard the measured steps
     if is_main:
         preview = plan.draw_preview(run)
         print(plan.time_and_memory(run, seconds), f"What the network sees is in {preview}.", sep="\n", flush=True)
@@ -270,7 +270,7 @@ def catching_signals(caught: list[int]):
 def all_agree_to_stop(run: Run, due: set) -> bool:
     """Return whether to stop after this step, because a process caught a signal.
 
-    Several processes exchange this only when a log line is due, because an exchange after every step would be slow.
+    Several processes exchange their signals only when a log line is due, because an exchange after every step is slow.
     """
     accelerator, count = run.accelerator, len(run.state.signals)
     if accelerator.num_processes == 1:

@@ -34,10 +34,10 @@ def average_after_training(
 ) -> dict:
     """Write a pipeline whose weights are averaged over another length than during training, and return its facts.
 
-    With several lengths, each is measured, and the best one is written, with a plot ema_sweep.png beside it. The facts
-    are also written, as ema.json: the chosen "length", the "step", "by" (None for one length), and a list "lengths"
-    with the "length" and the "error" of each, and, if it was measured, its "value" and whether "lower_is_better". The
-    error says how far the shares of the steps are from those of an exact average.
+    With several lengths, each is measured. The best one is written, with a plot ema_sweep.png beside it. The facts are
+    also written to ema.json. They are the chosen "length", the "step", "by" (None for one length), and "lengths", a
+    list of dicts. Each dict has the "length" and the "error": how far the shares of the steps are from those of an
+    exact average. If the length was measured, its dict also has the "value" and whether "lower_is_better".
 
     Args:
         folder: a run with --ema_snapshots.
