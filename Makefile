@@ -11,6 +11,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(VENV)/bin/pip install --quiet -c constraints.txt torch
 	$(VENV)/bin/pip install --quiet -c constraints.txt -e ".[eval,demo,dev]"
 	touch $(READY)
+	@echo "Installed. Now type: source $(VENV)/bin/activate"
 
 setup: $(READY)
 

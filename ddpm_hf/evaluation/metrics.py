@@ -391,7 +391,8 @@ class Metric:
 
     Example:
         >>> def brightness(look):  # look.images: uint8 (N, C, H, W)
-        ...     real = (look.evaluation.train.get(range(100)) + 1) * 127.5
+        ...     train = look.evaluation.train
+        ...     real = (train.get(range(min(100, len(train)))) + 1) * 127.5
         ...     floor, mean = real.mean().item(), look.images.double().mean().item()
         ...     return [look.entry("brightness", mean, lower_is_better=False, floor=floor)]
         >>> ddpm_hf.METRICS["brightness"] = ddpm_hf.Metric(brightness)

@@ -39,7 +39,8 @@ def add(model: Model) -> dict[str, gr.components.Component]:
     """Build the tab. Return the inputs that a link restores, by their names in the link."""
     with gr.Tab("Compare", id="compare"), gr.Row(elem_classes="sides"):
         with widgets.inputs_column():
-            gr.Markdown("Draw images from the same noise, with DDIM in 5, 10, 20 and 50 steps, and with DDPM.")
+            what = "Draw images from the same noise, with DDIM in 5, 10, 20 and 50 steps, and with DDPM in many."
+            gr.Markdown(f"{what} They are drawn without guidance." if model.labels else what)
             class_name, seed = widgets.class_box(model), widgets.seed_box()
             start, stop = widgets.two_buttons("Compare", "Stop", primary="Compare")
         with widgets.outputs_column("compare"):
