@@ -32,6 +32,8 @@ def test_its_folder_has_its_record_its_scores_and_at_most_4_mb():
     files = [path for path in MNIST.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 4_000_000
     assert json.loads((MNIST / "train_config.json").read_text())["flags"]["dataset_name"] == "ylecun/mnist"
+    # The folder of a model has its own copy of the pipeline, so that it can be loaded from there.
+    assert (MNIST / "class_guided.py").read_text() == (ROOT / "pipelines" / "class_guided.py").read_text()
     card = (MNIST / "README.md").read_text()
     metrics = [json.loads(path.read_text())["metrics"] for path in MNIST.glob("evaluations/*.json")]
     assert any(metrics) and "Not scored yet" not in card
