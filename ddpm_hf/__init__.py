@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "TrainingConfig": ("config.training_config", "TrainingConfig"),
     "PRESETS": ("config.presets", "PRESETS"),
+    "Preset": ("config.presets", "Preset"),
     "train": ("training.loop", "train"),
     "FinishedRun": ("training.loop", "FinishedRun"),
     "load": ("models.pretrained", "load_pretrained"),
@@ -37,6 +38,7 @@ _PUBLIC = {
     "Sampler": ("sampling.settings", "Sampler"),
     "Classes": ("models.classes", "Classes"),
     "guide": ("sampling.guidance", "guide"),
+    "BETA_SCHEDULES": ("diffusion.scheduler", "BETA_SCHEDULES"),
     "OBJECTIVES": ("diffusion.losses", "OBJECTIVES"),
     "SAMPLERS": ("sampling.samplers", "SAMPLERS"),
     "METRICS": ("evaluation.metrics", "METRICS"),

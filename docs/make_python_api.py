@@ -11,24 +11,28 @@ import ddpm_hf
 
 PAGE = Path(__file__).with_name("python_api.md")
 TITLES = {
-    "Train": ["TrainingConfig", "PRESETS", "train", "FinishedRun"],
+    "Train": ["TrainingConfig", "PRESETS", "Preset", "train", "FinishedRun"],
     "Load and sample": ["load", "load_classifier", "sample", "Sampler", "Classes", "guide"],
     "Score and restore": ["evaluate", "Evaluated", "compare", "restore", "Restored"],
     "Share": ["export", "push"],
     "Mathematics": ["PaperDDPMScheduler"],
-    "Tables to add to": ["SAMPLERS", "METRICS", "Metric", "Look", "OBJECTIVES"],
+    "Tables to add to": ["SAMPLERS", "METRICS", "Metric", "Look", "OBJECTIVES", "BETA_SCHEDULES"],
     "Errors": ["UserError"],
 }
 # The texts for the public dicts, because a dict has no docstring.
 TABLES = {
     "PRESETS": "The recipes: name -> `Preset(about, flags)`. `TrainingConfig.from_preset(name)` and `--preset` read "
     "this table. Add an entry to define your own preset.",
-    "SAMPLERS": "Name -> `function(scheduler, step, *, settings)` that returns the mean of the next image and its "
-    "standard deviation (None: no noise is drawn). `ddpm_hf/sampling/samplers.py` defines `Step` and the samplers "
-    "ddpm, ddim and dpmsolver++.",
+    "SAMPLERS": "Name -> `function(scheduler, step, *, settings)` that returns a tuple: the mean of the next image "
+    "and its standard deviation (None: no noise is drawn). `ddpm_hf/sampling/samplers.py` defines `Step`, and the "
+    "samplers ddpm, ddim and dpmsolver++. `sample`, `evaluate` and `Sampler.own_settings` give a function its keyword-only "
+    "arguments, and the records hold them, with a hash of the file that defines the function.",
     "METRICS": "Name -> `Metric`. `evaluate(metrics=[name])` and `--metrics name` use this table.",
     "OBJECTIVES": "Name -> `function(scheduler, *, loss_type, snr_gamma)` that returns a loss. `loss(model, batch)` "
     "gives one number per image. See `ddpm_hf/diffusion/losses.py`.",
+    "BETA_SCHEDULES": "Name -> `function(T, **config)` that returns a `PaperDDPMScheduler` with T timesteps. "
+    "`--ddpm_beta_schedule` takes these names. For betas of your own, return "
+    "`PaperDDPMScheduler(num_train_timesteps=T, trained_betas=[...], **config)`: stock diffusers reads them too.",
 }
 INTRODUCTION = """# ddpm_hf in Python
 

@@ -74,7 +74,7 @@ BAD = {
         "polynomial cannot",
     ),
     "unknown loss": ([*TINY, "--loss_type=l9"], "there is no --loss_type 'l9': choose from"),
-    "unknown betas": ([*TINY, "--ddpm_beta_schedule=cosine"], "'cosine'; choose one of ho_linear, nichol_cosine"),
+    "unknown betas": ([*TINY, "--ddpm_beta_schedule=cosine"], "'cosine': did you mean nichol_cosine?"),
     "too few steps for ho": ([*TINY, "--ddpm_beta_schedule=ho_linear"], "take at least 21 timesteps"),
     "more steps than T": ([*TINY, "--ddpm_num_inference_steps=11"], "--ddpm_num_inference_steps is 11"),
     "unknown lr schedule": ([*TINY, "--lr_scheduler=wave"], "--lr_scheduler wave is not known: choose from linear"),

@@ -1,11 +1,13 @@
 """What others may want to add: each is one function or file and one row in a table, and works end to end."""
 
+import importlib.util
 import json
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from diffusers import DDPMPipeline
 from PIL import Image
 
 import ddpm_hf
@@ -40,6 +42,80 @@ def test_a_sampler(tiny_run, tmp_path, monkeypatch):
     assert np.array_equal(np.array(Image.open(output / "000001.png")), np.array(ours[1]))
 
 
+SHIFT = """
+def shift_step(scheduler, step, *, shift=0.0, eta=0.0):
+    return step.pred_original_sample + {sign}shift, None
+"""
+
+
+def load_shift_step(file, sign):
+    """Return the function of a script, as a script of one's own that was edited and started again has it."""
+    file.write_text(SHIFT.format(sign=sign))
+    spec = importlib.util.spec_from_file_location("my_samplers", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.shift_step
+
+
+def test_settings_of_a_sampler(tiny_run, tmp_path, monkeypatch):
+    """They reach the function, are in the record, and are refused if the function does not have them."""
+    monkeypatch.setitem(SAMPLERS, "shift", load_shift_step(tmp_path / "mine.py", "+"))
+    plain, brighter = (ddpm_hf.sample(tiny_run, 1, "shift", num_inference_steps=1, shift=s)[0] for s in (0.0, 0.5))
+    wanted = np.clip(np.array(plain, dtype=float) + 0.5 * 127.5, 0, 255)
+    assert np.abs(wanted - np.array(brighter)).max() <= 1
+    model = ddpm_hf.load(tiny_run)
+    sampler = ddpm_hf.Sampler(name="shift", own_settings={"shift": 0.5}).resolve(model)
+    assert sampler.record(model)["own_settings"] == {"shift": 0.5}
+    assert ddpm_hf.Sampler(name="shift").resolve(model).record(model)["own_settings"] == {"shift": 0.0}
+    for wrong in ({"shif": 1}, {"shift": [1]}):
+        with pytest.raises(ddpm_hf.UserError, match="shif"):
+            ddpm_hf.sample(tiny_run, 1, "shift", num_inference_steps=1, **wrong)
+    with pytest.raises(ddpm_hf.UserError, match="shift"):
+        ddpm_hf.sample(tiny_run, 1, "ddim", num_inference_steps=1, shift=1)
+
+
+def test_samples_of_a_sampler_before_an_edit_are_not_scored_again(tiny_run, tmp_path, monkeypatch):
+    """The name is the same, but the function is not: the images are drawn anew, into another folder."""
+    few = {"metrics": ["memorization"], "num_images": 40, "num_inference_steps": 1, "shift": 0.5}
+    monkeypatch.chdir(tmp_path)
+    hashes, codes = [], []
+    for sign in "+-+":
+        monkeypatch.setitem(SAMPLERS, "shift", load_shift_step(tmp_path / "mine.py", sign))
+        record = ddpm_hf.evaluate(tiny_run, sampler="shift", output=f"{len(hashes)}.json", **few).record
+        hashes.append(record["samples"]["sha256"])
+        codes.append(record["sampler"]["code"])
+    assert hashes[0] == hashes[2] != hashes[1] and codes[0] == codes[2] != codes[1]
+    output = tmp_path / "drawn"
+    ddpm_hf.sample(tiny_run, 2, "shift", num_inference_steps=1, output=output)
+    monkeypatch.setitem(SAMPLERS, "shift", load_shift_step(tmp_path / "mine.py", "-"))
+    with pytest.raises(ddpm_hf.UserError, match="other samples .code"):
+        ddpm_hf.sample(tiny_run, 2, "shift", num_inference_steps=1, output=output)
+
+
+@pytest.mark.parametrize("result", [lambda x: x, lambda x: (x[:1], None), lambda x: [x, None], lambda x: None])
+def test_a_sampler_that_returns_something_else(tiny_run, monkeypatch, result):
+    monkeypatch.setitem(SAMPLERS, "wrong", lambda scheduler, step: result(step.sample))
+    with pytest.raises(ddpm_hf.UserError, match="the sampler wrong returned .* but must return a tuple"):
+        ddpm_hf.sample(tiny_run, 2, "wrong", num_inference_steps=2)
+
+
+def test_a_beta_schedule(tmp_path, monkeypatch):
+    """Stock diffusers reads its betas, and a checkpoint continues with them."""
+
+    def squares(T, **config):
+        betas = [0.1 * ((t + 1) / T) ** 2 for t in range(T)]
+        return ddpm_hf.PaperDDPMScheduler(num_train_timesteps=T, trained_betas=betas, **config)
+
+    monkeypatch.setitem(ddpm_hf.BETA_SCHEDULES, "squares", squares)
+    flags = [*TINY, "--ddpm_beta_schedule=squares", f"--output_dir={tmp_path / 'run'}"]
+    main(["train", *flags, "--max_train_steps=1"])
+    stock = DDPMPipeline.from_pretrained(tmp_path / "run").scheduler
+    T = len(stock)
+    assert stock.betas.tolist() == pytest.approx([0.1 * ((t + 1) / T) ** 2 for t in range(T)])
+    main(["train", *flags, "--max_train_steps=2", "--resume_from_checkpoint=latest"])
+    assert ddpm_hf.load(tmp_path / "run").scheduler.betas64.tolist() == pytest.approx(stock.betas.tolist())
+
+
 def test_a_metric(tiny_run, digit_folder, tmp_path, monkeypatch):
     """It is scored by the command, and while a run trains, where it chooses the best pipeline."""
 
@@ -57,6 +133,35 @@ def test_a_metric(tiny_run, digit_folder, tmp_path, monkeypatch):
     main(["train", *flags, "--best_by=brightness", f"--output_dir={tmp_path / 'run'}"])
     (record,) = records(tmp_path / "run" / "evaluations")
     assert record["metrics"][0]["id"] == "brightness" and (tmp_path / "run" / "best" / "unet").is_dir()
+
+
+WRONG = {
+    "it fails": (lambda look: 1 / 0, "ZeroDivisionError: division by zero"),
+    "no list": (lambda look: look.entry("wrong", 1.0, lower_is_better=True), "a list of `look.entry"),
+    "a tensor": (lambda look: [look.entry("wrong", look.images.sum(), lower_is_better=True)], "ints, floats or None"),
+}
+
+
+@pytest.mark.parametrize(["function", "reason"], WRONG.values(), ids=WRONG)
+def test_a_metric_that_fails(function, reason, tiny_run, tmp_path, monkeypatch, capsys):
+    """The other scores are kept, and the exit code says that something failed."""
+    monkeypatch.setitem(METRICS, "wrong", Metric(function))
+    few = ["--num_images", "40", "--num_inference_steps", "2", "--samples_dir", str(tmp_path / "samples")]
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", str(tiny_run), "--metrics=wrong,memorization", *few, "--output", str(tmp_path / "one.json")])
+    assert end.value.code == 1
+    failed, *others = json.loads((tmp_path / "one.json").read_text())["metrics"]
+    assert failed["id"] == "wrong" and reason in failed["reason"] and others[0]["id"].startswith("memorization")
+    said = capsys.readouterr()
+    assert reason in said.out and "wrong failed" in said.err
+
+
+def test_a_training_goes_on_without_a_metric_that_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(METRICS, "wrong", Metric(lambda look: 1 / 0))
+    flags = [*TINY, "--max_train_steps=2", "--eval_metrics=wrong", "--eval_num_images=40", "--save_best"]
+    main(["train", *flags, "--best_by=wrong", f"--output_dir={tmp_path / 'run'}"])
+    assert "the metric wrong is left out at step 2: it failed, ZeroDivisionError" in "".join(capsys.readouterr())
+    assert (tmp_path / "run" / "checkpoint-2" / "state.pt").is_file() and not (tmp_path / "run" / "best").exists()
 
 
 def test_an_objective(tmp_path, monkeypatch):
@@ -108,6 +213,15 @@ def test_a_preset(tmp_path, monkeypatch, capsys):
     saved = json.loads((tmp_path / "run" / "train_config.json").read_text())
     assert saved["flags"]["preset"] == "mine" and saved["total_steps"] == 2
     assert "Two steps on digits" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_preset_with_a_typing_error(monkeypatch):
+    monkeypatch.setitem(PRESETS, "mine", ddpm_hf.Preset("A typing error", {"learning_rat": 1e-3}))
+    with pytest.raises(ddpm_hf.UserError, match="in the preset mine, there is no flag 'learning_rat': did you mean"):
+        ddpm_hf.TrainingConfig.from_preset("mine")
+    monkeypatch.setitem(PRESETS, "mine", {"learning_rate": 1e-3})
+    with pytest.raises(ddpm_hf.UserError, match="is a dict, but must be a Preset"):
+        ddpm_hf.TrainingConfig.from_preset("mine")
 
 
 def test_a_command(tmp_path, monkeypatch, capsys):

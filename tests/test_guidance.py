@@ -131,6 +131,18 @@ def tiny_classifier(unet):
         ).requires_grad_(False)
 
 
+def test_a_classifier_of_other_betas_with_the_same_name_is_refused():
+    """At T = 100, "linear" (1e-4 to 0.02) and ho_linear (1e-3 to 0.2) have the same name in a config of diffusers."""
+    unet, trained, other = tiny_unet(), make_scheduler("ho_linear", 100), make_scheduler("linear", 100)
+    shape = dict(block_out_channels=(8,), down_block_types=("DownBlock2D",), layers_per_block=1, norm_num_groups=4)
+    shape |= dict(in_channels=unet.config.in_channels, num_train_timesteps=100, beta_schedule="linear")
+    classifier = NoisyClassifier(**shape, quarters=trained.quarters)
+    assert guide(unet, trained, Classes(), 2.0, classifier).scale == 2
+    with pytest.raises(UserError, match="the classifier was trained with abar = 0.50.*, but the model has 0.93"):
+        guide(unet, other, Classes(), 2.0, classifier)
+    assert guide(unet, other, Classes(), 2.0, NoisyClassifier(**shape)).scale == 2  # of an earlier version
+
+
 def test_what_cannot_be_guided_is_refused():
     plain, classes, scheduler = tiny_unet(), tiny_unet(num_class_embeds=3), make_scheduler("nichol_cosine", 5)
     of_two, of_three = Classes(("a", "b"), 3), Classes(("a", "b", "c"), 3)

@@ -155,7 +155,8 @@ def run(arguments):
     """Evaluate, print the scores, and write the run's model card again, unless the run is still training.
 
     Raises:
-        SystemExit: with code 1, if a metric of --require was skipped. The record is written all the same.
+        SystemExit: with code 1, if a metric failed, or if a metric of --require was skipped. The record is written all
+            the same.
     """
     from ..evaluation.evaluate import evaluate
     from ..evaluation.inputs import check_metrics
@@ -187,4 +188,7 @@ def run(arguments):
             f"ddpm_hf evaluate: {', '.join(missing)} is required, but was skipped: see the reason above.",
             file=sys.stderr,
         )
+    if evaluated.failed:
+        print(f"ddpm_hf evaluate: {', '.join(evaluated.failed)} failed: see the error above.", file=sys.stderr)
+    if missing or evaluated.failed:
         sys.exit(1)

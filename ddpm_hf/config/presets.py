@@ -19,7 +19,14 @@ from ..errors import UserError, no_such
 
 
 class Preset(NamedTuple):
-    """A preset: its description in one line, and the flags that differ from the defaults of TrainingConfig."""
+    """A preset: its description in one line, and the flags that differ from the defaults of TrainingConfig.
+
+    Example:
+        >>> flags = ddpm_hf.PRESETS["mnist-cpu"].flags | {"base_channels": 24}
+        >>> ddpm_hf.PRESETS["mine"] = ddpm_hf.Preset("mnist-cpu with more channels", flags)
+        >>> ddpm_hf.TrainingConfig.from_preset("mine").base_channels
+        24
+    """
 
     about: str
     flags: dict
@@ -317,8 +324,14 @@ def find_preset(name: str) -> Preset:
     """Return the preset of this name.
 
     Raises:
-        UserError: if there is no such preset. The message suggests a name.
+        UserError: if there is no such preset, or if its entry of PRESETS is not a Preset.
     """
     if name not in PRESETS:
         raise UserError(no_such("preset", name, PRESETS))
-    return PRESETS[name]
+    preset = PRESETS[name]
+    if not isinstance(preset, Preset):
+        given = type(preset).__name__
+        raise UserError(
+            f'PRESETS["{name}"] is a {given}, but must be a Preset: write Preset("its text", {{its flags}}).'
+        )
+    return preset

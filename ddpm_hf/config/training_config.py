@@ -166,7 +166,9 @@ class DiffusionOptions:
     ddpm_num_steps: int = flag(1000, "Timesteps T of the forward process", at_least=1, at_most=100_000)
     ddpm_num_inference_steps: int = flag(1000, "Sampling steps of the preview images", at_least=1)
     ddpm_beta_schedule: str = flag(
-        "linear", "Noise schedule: ho_linear (scaled by 1000/T), nichol_cosine, or a beta_schedule of diffusers"
+        "linear",
+        "Noise schedule: ho_linear (scaled by 1000/T), nichol_cosine, a beta_schedule of diffusers, or another name "
+        "in BETA_SCHEDULES",
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
         "epsilon",
@@ -348,6 +350,9 @@ class TrainingConfig(*reversed(GROUPS)):
             if name not in known:
                 raise UserError(no_such_flag(name, known))
         values = dict(find_preset(preset).flags) if preset is not None else {}
+        for name in values:
+            if name not in known:
+                raise UserError(f"in the preset {preset}, {no_such_flag(name, known)}")
         if "num_epochs" in flags:
             values.pop("max_train_steps", None)
         config = cls(preset=preset, **values | flags)

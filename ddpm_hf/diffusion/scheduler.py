@@ -13,7 +13,7 @@ Timesteps count from 0, as in diffusers: our t is t+1 in the papers, and t = -1 
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from numbers import Integral
@@ -23,10 +23,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ..errors import UserError
+from ..errors import UserError, no_such
 
 
-BETA_SCHEDULES = ("ho_linear", "nichol_cosine", "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 Timesteps = Tensor | int  # a LongTensor of shape (B,), or one timestep for all images
 
 
@@ -110,6 +109,12 @@ class PaperDDPMScheduler(DDPMScheduler):
     def alphas_cumprod64(self) -> Tensor:
         """abar_t = prod_{s <= t} (1 - beta_s) in float64, shape (T,)."""
         return torch.cumprod(1 - self.betas64, dim=0)
+
+    @property
+    def quarters(self) -> list[float]:
+        """abar at a quarter, a half and three quarters of T. They tell whether two schedules are the same."""
+        T = len(self)
+        return [round(float(self.alphas_cumprod64[k * T // 4]), 6) for k in (1, 2, 3)]
 
     def alphas_cumprod_at(self, timesteps: Timesteps) -> Tensor:
         """Return abar_t in float64, in the shape and on the device of `timesteps`; 1 at t = -1."""
@@ -296,8 +301,29 @@ class PaperDDPMScheduler(DDPMScheduler):
         return _like(alpha_bar.sqrt(), sample), _like((1 - alpha_bar).sqrt(), sample)
 
 
+def _of_diffusers(beta_schedule: str) -> Callable[..., PaperDDPMScheduler]:
+    """Return the function that BETA_SCHEDULES has for a `beta_schedule` of diffusers."""
+
+    def schedule(num_train_timesteps: int, **config) -> PaperDDPMScheduler:
+        _check_num_timesteps(num_train_timesteps)
+        # Write these defaults into the config, because e.g. HeunDiscreteScheduler has other defaults.
+        config = {"beta_start": 1e-4, "beta_end": 0.02, **config}
+        return PaperDDPMScheduler(num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule, **config)
+
+    return schedule
+
+
+# Each schedule is a function of T and of further arguments of DDPMScheduler. It returns a PaperDDPMScheduler.
+# A schedule of your own can give its betas as `trained_betas`, a list of T numbers, which stock diffusers reads too.
+BETA_SCHEDULES = {
+    "ho_linear": PaperDDPMScheduler.ho_linear,
+    "nichol_cosine": PaperDDPMScheduler.nichol_cosine,
+    **{name: _of_diffusers(name) for name in ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")},
+}
+
+
 def make_scheduler(beta_schedule: str, num_train_timesteps: int = 1000, **config) -> PaperDDPMScheduler:
-    """Return the scheduler with a named beta schedule: ho_linear, nichol_cosine, or a `beta_schedule` of diffusers.
+    """Return the scheduler with a named beta schedule of BETA_SCHEDULES.
 
     `config` holds further arguments of DDPMScheduler.
 
@@ -305,15 +331,8 @@ def make_scheduler(beta_schedule: str, num_train_timesteps: int = 1000, **config
         UserError: for an unknown name, or for T < 1 (with ho_linear: T < 21).
     """
     if beta_schedule not in BETA_SCHEDULES:
-        raise UserError(f"beta_schedule is {beta_schedule!r}; choose one of {', '.join(BETA_SCHEDULES)}.")
-    if beta_schedule == "ho_linear":
-        return PaperDDPMScheduler.ho_linear(num_train_timesteps, **config)
-    if beta_schedule == "nichol_cosine":
-        return PaperDDPMScheduler.nichol_cosine(num_train_timesteps, **config)
-    _check_num_timesteps(num_train_timesteps)
-    # Write these defaults into the config, because e.g. HeunDiscreteScheduler has other defaults.
-    config = {"beta_start": 1e-4, "beta_end": 0.02, **config}
-    return PaperDDPMScheduler(num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule, **config)
+        raise UserError(no_such("--ddpm_beta_schedule", beta_schedule, BETA_SCHEDULES))
+    return BETA_SCHEDULES[beta_schedule](num_train_timesteps, **config)
 
 
 def _check_num_timesteps(num_train_timesteps: int) -> None:

@@ -5,6 +5,7 @@ This file puts the steps of an evaluation in order. `inputs.py` opens its inputs
 
 import secrets
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from ..files import check_output
 from ..models.pretrained import Pretrained
 from ..randomness import keyed_generator
@@ -26,7 +27,7 @@ from .extractor import load_extractor
 from .features import extract, images_at
 from .inception import MissingWeights
 from .metrics import FEWEST, METRICS, Look, default_features, has_floor
-from .records import by_reason, make_record, record_table, scores_of, write_new_record
+from .records import by_reason, is_entry, make_record, record_table, scores_of, write_new_record
 from .reference import Reference, read_reference, reference_of
 
 
@@ -132,6 +133,11 @@ class Evaluated:
     def skipped(self) -> dict[str, str]:
         """The reason for each skipped metric, by the name of the metric."""
         return {entry["id"]: entry["reason"] for entry in self.record["metrics"] if "reason" in entry}
+
+    @property
+    def failed(self) -> list[str]:
+        """The names of the metrics that raised an error. They are in `skipped` too."""
+        return [entry["id"] for entry in self.record["metrics"] if entry.get("failed")]
 
     def __str__(self) -> str:
         return record_table(self.record)
@@ -319,7 +325,7 @@ def score(evaluation: Evaluation, images: torch.Tensor) -> list[dict]:
         if reason := evaluation.why_skipped(name):
             entries.append({"id": name, "status": "skipped", "reason": reason})
         elif extractor_name is None:
-            entries += METRICS[name].function(Look(evaluation, images))
+            entries += entries_of(name, Look(evaluation, images))
         else:
             extractor = evaluation.extractors[extractor_name]
             # All processes extract features, and the main process computes the score from them.
@@ -329,8 +335,25 @@ def score(evaluation: Evaluation, images: torch.Tensor) -> list[dict]:
                 generated[extractor_name] = extract(extractor, images, None, size, "generated images")
             if PartialState().is_main_process:
                 look = Look(evaluation, images, extractor, generated[extractor_name], train, held_out)
-                entries += METRICS[name].function(look)
+                entries += entries_of(name, look)
     return list({entry["id"]: entry for entry in entries}.values())  # keep one entry per id: two metrics can share one
+
+
+def entries_of(name: str, look: Look) -> list[dict]:
+    """Return the entries of a metric. If the metric fails, print why, and return an entry that says so.
+
+    The other scores are kept, and a training goes on, because the images took long to draw.
+    """
+    try:
+        entries = METRICS[name].function(look)
+        if not isinstance(entries, list) or not all(map(is_entry, entries)):
+            raise UserError("a metric must return a list of `look.entry(...)`, whose numbers are ints, floats or None")
+        return entries
+    except Exception as error:  # a metric of one's own may raise anything
+        if PartialState().is_main_process and not isinstance(error, UserError):
+            traceback.print_exc()
+        reason = f"it failed, {type(error).__name__}: {reason_of(error)}"
+        return [{"id": name, "status": "skipped", "failed": True, "reason": reason}]
 
 
 def _real_features(evaluation: Evaluation, name: str) -> tuple[Reference, Reference | None]:

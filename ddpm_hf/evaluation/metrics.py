@@ -37,7 +37,7 @@ ENOUGH_TO_EXTRAPOLATE = 5000  # images; with fewer images, FID at infinity is mo
 class Look:
     """The input of a metric. The last four attributes are None for a metric without an extractor.
 
-    `look.entry(id, value, lower_is_better=..., floor=...)` makes an entry. The floor is the value of real images.
+    `look.entry(id, value, lower_is_better=..., se=..., floor=...)` makes an entry.
 
     Attributes:
         evaluation: `evaluation.train` and `evaluation.held_out` are the real images (`get(rows)` returns float32
@@ -56,13 +56,31 @@ class Look:
     train: Reference | None = None
     held_out: Reference | None = None
 
-    def entry(self, id: str, value: float, *, lower_is_better: bool, floor=None, n_gen=None, n_ref=None) -> dict:
-        """Return an entry for the record, without a standard error. `n_gen` defaults to the number of images."""
+    def entry(
+        self,
+        id: str,
+        value: float,
+        *,
+        lower_is_better: bool,
+        se: float | None = None,
+        se_method: str | None = None,
+        floor: float | None = None,
+        n_gen: int | None = None,
+        n_ref: int | None = None,
+    ) -> dict:
+        """Return an entry for the record.
+
+        Args:
+            se, se_method: the standard error of the value, and in a few words how it was computed.
+            floor: the value of real images.
+            n_gen, n_ref: the numbers of images that the value was computed from, generated and real. None for `n_gen`:
+                the number of images.
+        """
         return {
             "id": id,
             "value": value,
-            "se": None,
-            "se_method": None,
+            "se": se,
+            "se_method": se_method,
             "floor": floor,
             "n_gen": len(self.images) if n_gen is None else n_gen,
             "n_ref": n_ref,
@@ -143,8 +161,8 @@ def class_accuracy(look: Look) -> dict:
         numbers = class_numbers(real.class_names, known)[real.labels]
         comparable = torch.isin(numbers, requested) & (real.labels >= 0)
         floor = (look.held_out.logits.argmax(dim=1) == numbers)[comparable].double().mean().item()
-    entry = look.entry("class_accuracy", value, lower_is_better=False, floor=floor)
-    return entry | {"se": (value * (1 - value) / n) ** 0.5, "se_method": "binomial"}
+    error = (value * (1 - value) / n) ** 0.5
+    return look.entry("class_accuracy", value, lower_is_better=False, se=error, se_method="binomial", floor=floor)
 
 
 def knows(known: tuple[str, ...], names: list[str] | None) -> bool:
@@ -187,8 +205,8 @@ def kid(look: Look) -> list[dict]:
     if look.held_out is not None:
         floor = distance(random_rows(look.held_out.features, len(look.generated.features)))[0]
     id = f"kid{look.count}_full" + ("" if name == "inception" else f"_{name}")
-    entry = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=len(train))
-    return [entry | {"se": error, "se_method": "U-statistic"}]
+    error = {"se": error, "se_method": "U-statistic"}
+    return [look.entry(id, value, lower_is_better=True, **error, floor=floor, n_ref=len(train))]
 
 
 def precision_recall(look: Look) -> list[dict]:
@@ -217,8 +235,9 @@ def inception_score(look: Look) -> list[dict]:
     if look.held_out is not None:
         logits = random_rows(look.held_out.logits, len(look.generated.logits))
         floor = statistics.inception_score(logits, SPLITS)[0]
-    entry = look.entry(f"is{look.count}", value, lower_is_better=False, floor=floor)
-    return [entry | {"se": deviation / SPLITS**0.5, "se_method": "splits", "extra": {"std_over_splits": deviation}}]
+    error = {"se": deviation / SPLITS**0.5, "se_method": "splits"}
+    entry = look.entry(f"is{look.count}", value, lower_is_better=False, **error, floor=floor)
+    return [entry | {"extra": {"std_over_splits": deviation}}]
 
 
 def frechet(look: Look, stem: str, tail: str = "", train: Reference | None = None) -> list[dict]:
@@ -245,9 +264,10 @@ def frechet(look: Look, stem: str, tail: str = "", train: Reference | None = Non
         if len(features) >= ENOUGH_TO_EXTRAPOLATE:
             extra["at_infinity"] = statistics.frechet_at_infinity(features, *target)
         id = f"{stem}_{kind}{tail}"
-        entry = look.entry(id, value, lower_is_better=True, floor=floor, n_ref=reference.num_samples)
         error = statistics.frechet_standard_error(features, *target)
-        entries.append(entry | {"se": error, "se_method": "jackknife, 20 blocks", "extra": extra})
+        error = {"se": error, "se_method": "jackknife, 20 blocks"}
+        entry = look.entry(id, value, lower_is_better=True, **error, floor=floor, n_ref=reference.num_samples)
+        entries.append(entry | {"extra": extra})
     return entries
 
 
@@ -287,7 +307,8 @@ def bits_per_dim(look: Look) -> list[dict]:
         bounds = [{name: values[k] for name, values in result.items()} for k in range(len(share))]
     bounds = gather_in_order(share, bounds)
     summary = likelihood.summarise({name: torch.stack([one[name] for one in bounds]) for name in bounds[0]})
-    entry = look.entry("bits_per_dim", summary["bits_per_dim"], lower_is_better=True, n_ref=count)
+    error = {"se": summary["standard_error"], "se_method": "over images"}
+    entry = look.entry("bits_per_dim", summary["bits_per_dim"], lower_is_better=True, **error, n_ref=count)
     extra = {
         **{name: summary[name] for name in ("L0", "L1_to_last", "prior")},
         "floored_share": summary["floored"],
@@ -297,8 +318,7 @@ def bits_per_dim(look: Look) -> list[dict]:
         "decoder": "tanh",
         "bound": "upper" if summary["floored"] == 0 else "none: some pixels are at the decoder's floor",
     }
-    error = {"se": summary["standard_error"], "se_method": "over images"}
-    return [entry | {"n_gen": None, **error, "unit": "bits/dim", "extra": extra}]
+    return [entry | {"n_gen": None, "unit": "bits/dim", "extra": extra}]
 
 
 def memorization(look: Look) -> list[dict]:

@@ -230,6 +230,7 @@ def build_classifier(config, channels: int, class_names: list[str], saved: dict 
             id2label=dict(enumerate(class_names)),
             num_train_timesteps=config.ddpm_num_steps,
             beta_schedule=scheduler.config.beta_schedule,
+            quarters=scheduler.quarters,
             **{name: kwargs[name] for name in names},
         )
 

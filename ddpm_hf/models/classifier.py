@@ -46,10 +46,10 @@ class AttentionPool(Module):
 class NoisyClassifier(ModelMixin, ConfigMixin):
     """A classifier of images at any noise level of a schedule with `num_train_timesteps` steps.
 
-    Arguments with the names of UNet2DModel's arguments have the same meaning. `sample_size` and `beta_schedule` record
-    what the classifier was trained on. `pool` is "mean" or "attention" (see `AttentionPool`); a classifier with
-    attention takes images of `sample_size` only. `id2label` is None or names every class: {0: "cat", ...}, with ints
-    or strings as keys.
+    Arguments with the names of UNet2DModel's arguments have the same meaning. `sample_size`, `beta_schedule` and
+    `quarters` record what the classifier was trained on. `pool` is "mean" or "attention" (see `AttentionPool`); a
+    classifier with attention takes images of `sample_size` only. `id2label` is None or names every class:
+    {0: "cat", ...}, with ints or strings as keys.
 
     Raises:
         ValueError: if `down_block_types` and `block_out_channels` differ in length, if `id2label` does not name each
@@ -80,6 +80,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         pool: str = "mean",
         num_train_timesteps: int = 1000,
         beta_schedule: str | None = None,  # diffusers' name of the schedule
+        quarters: tuple[float, ...] | None = None,  # abar at a quarter, a half and three quarters of the schedule
     ):
         super().__init__()
         if len(down_block_types) != len(block_out_channels):

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from diffusers import UNet2DModel
 
-from ..diffusion.scheduler import BETA_SCHEDULES, PaperDDPMScheduler, make_scheduler
+from ..diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ..errors import UserError, no_such
 from ..files import check_new_output, new_folder, read_json, write_json, writing
 from . import judge
@@ -124,8 +124,6 @@ def _read_scheduler(name: str, folder: Path, schedule: dict) -> PaperDDPMSchedul
 def _new_scheduler(schedule: dict) -> PaperDDPMScheduler:
     """Return a scheduler for a UNet that has none."""
     T, beta_schedule, prediction_type = (SCHEDULE | schedule).values()
-    if beta_schedule not in BETA_SCHEDULES:
-        raise UserError(no_such("--ddpm_beta_schedule", beta_schedule, BETA_SCHEDULES))
     if prediction_type not in judge.PREDICTION_TYPES:
         raise UserError(no_such("--prediction_type", prediction_type, judge.PREDICTION_TYPES))
     if not 1 <= T <= judge.MAX_T:

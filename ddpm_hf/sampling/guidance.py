@@ -15,6 +15,9 @@ from ..models.classifier import NoisyClassifier
 from .samplers import clipped
 
 
+SAME_SIGNAL = 0.01  # if abar differs by less, a classifier of one schedule also fits the other
+
+
 class Guided(nn.Module):
     """A base class of networks that take the place of `unet` in a sampler, with its call, device and dtype."""
 
@@ -168,3 +171,11 @@ def check_classifier(classifier: NoisyClassifier, unet: UNet2DModel, scheduler: 
                 f"the {what} of the classifier are {of_classifier}, but those of the model are {of_model}: give a "
                 "classifier that was trained on the same data and with the same schedule as the model."
             )
+    # The name of a schedule is not enough: "linear" may have any two ends. Earlier classifiers have only the name.
+    of_classifier, of_model = classifier.config.quarters or scheduler.quarters, scheduler.quarters
+    if any(abs(one - other) > SAME_SIGNAL for one, other in zip(of_classifier, of_model)):
+        raise UserError(
+            "at a quarter, a half and three quarters of the timesteps, the classifier was trained with abar = "
+            f"{', '.join(map(str, of_classifier))}, but the model has {', '.join(map(str, of_model))}: give a "
+            "classifier that was trained with the betas of the model."
+        )

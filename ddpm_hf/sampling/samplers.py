@@ -7,16 +7,20 @@ image, up to round-off of 1e-5 in [-1, 1]. This occasionally changes an 8-bit pi
 """
 
 import contextlib
+import functools
+import hashlib
 import inspect
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.scheduler import PaperDDPMScheduler
-from ..errors import UserError
+from ..errors import UserError, no_such
 
 
 @dataclass
@@ -90,7 +94,7 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
 
 # Each sampler is a function of (scheduler, step, *, settings). It returns the mean of x_t' and the standard deviation
 # of the noise to add. The second is None if no noise is added.
-# The settings of a sampler are its keyword-only arguments, such as eta and variance_type.
+# The settings of a sampler are its keyword-only arguments. All except eta and variance_type are its own settings.
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmsolver++": dpmsolver_step}
 
 
@@ -123,6 +127,7 @@ def draw(
     size: tuple[int, int] | None = None,  # (H, W) of the images; None: the size that the UNet was trained on
     clip: bool = True,  # clip or threshold the predicted x_0 as the scheduler's config says
     dtype: torch.dtype = torch.float32,  # the UNet computes in this dtype, by autocast; the rest stays float32
+    own_settings: dict | None = None,  # the settings of the sampler except eta and variance_type
     on_step: Callable[[int, int, Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Draw one image per CPU generator, and return float32 (B, C, H, W) in [-1, 1] on the UNet's device.
@@ -143,7 +148,7 @@ def draw(
     scheduler = scheduler.in_stock_precision()
     timesteps = distinct_steps(scheduler, num_inference_steps, spacing)
     settings = {"eta": eta, "variance_type": variance_type or default_variance(scheduler, len(timesteps))}
-    settings = {name: value for name, value in settings.items() if name in settings_of(sampler)}
+    settings = {name: value for name, value in settings.items() if name in settings_of(sampler)} | (own_settings or {})
 
     shape = image_shape(unet, size)
     x = _noise(generators, shape, unet.device)
@@ -165,7 +170,7 @@ def draw(
             # Step from x_t to x_t'. Add fresh noise, unless x_t' is the clean image.
             previous = step and replace(step, previous=None)
             step = Step(t, prev_t, x, pred_original_sample, epsilon, predicted_variance, previous)
-            x, sigma = SAMPLERS[sampler](scheduler, step, **settings)
+            x, sigma = checked_step(sampler, SAMPLERS[sampler](scheduler, step, **settings), step)
             if prev_t >= 0 and sigma is not None:
                 x = x + sigma * _noise(generators, shape, unet.device)
             if on_step is not None:
@@ -181,10 +186,65 @@ def distinct_steps(scheduler, num_inference_steps: int | None, spacing) -> list[
     return [(t, prev_t) for t, prev_t in scheduler.subsequence(num_inference_steps, spacing) if t != prev_t]
 
 
-def settings_of(sampler: str) -> set[str]:
-    """Return the names of the settings of a sampler. They are the keyword-only arguments of its function."""
+def checked_step(sampler: str, result, step: Step) -> tuple[Tensor, Tensor | float | None]:
+    """Return what the function of a sampler returned. Raise a UserError if this is not a mean and a deviation.
+
+    Without this check, a lone tensor of two images would be taken for a mean and a deviation.
+    """
+    if isinstance(result, tuple) and len(result) == 2:
+        mean = result[0]
+        if isinstance(mean, Tensor) and mean.shape == step.sample.shape:
+            return result
+    given = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+    raise UserError(
+        f"the sampler {sampler} returned {given}, but must return a tuple: the mean of x_t', a tensor of shape "
+        f"{tuple(step.sample.shape)}, and the standard deviation of the noise to add, or None."
+    )
+
+
+def settings_of(sampler: str) -> dict:
+    """Return the settings of a sampler and their defaults: the keyword-only arguments of its function."""
     arguments = inspect.signature(SAMPLERS[sampler]).parameters.values()
-    return {argument.name for argument in arguments if argument.kind == argument.KEYWORD_ONLY}
+    return {argument.name: argument.default for argument in arguments if argument.kind == argument.KEYWORD_ONLY}
+
+
+def own_settings_of(sampler: str, given: dict) -> dict:
+    """Return the settings of a sampler except eta and variance_type: those that are given, and the other defaults.
+
+    Raises:
+        UserError: for a setting that the sampler does not have, a missing one, or one that a record cannot hold.
+    """
+    known = {name: value for name, value in settings_of(sampler).items() if name not in ("eta", "variance_type")}
+    if unknown := set(given) - set(known):
+        raise UserError(no_such(f"setting of the sampler {sampler}", min(unknown), sorted(known)))
+    settings = known | given
+    for name, value in settings.items():
+        if value is inspect.Parameter.empty:
+            raise UserError(f"the sampler {sampler} needs the setting {name}, which has no default: give {name}=...")
+        if not isinstance(value, int | float | str | None):
+            raise UserError(
+                f"the setting {name} of the sampler {sampler} is {value!r}, which a record cannot hold: give a "
+                "number, a text, True, False or None."
+            )
+    return settings
+
+
+@functools.cache
+def code_of(function: Callable) -> str | None:
+    """Return 8 digits that change if the code of a sampler changes. None for a sampler of this package.
+
+    They are a hash of the file that defines the function, so that a change of a function it calls is noticed too. In
+    a notebook, they are a hash of the function's own text. Without a text, nobody knows whether two functions are
+    equal, so the digits are random.
+    """
+    if function.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        return None
+    try:
+        file = Path(inspect.getsourcefile(function) or "")
+        text = file.read_text() if file.is_file() else inspect.getsource(function)
+    except (OSError, TypeError):
+        return secrets.token_hex(4)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def check_settings(sampler: str, eta: float, variance_type: str | None, unet: nn.Module):

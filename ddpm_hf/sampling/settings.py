@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import PartialState
@@ -20,12 +20,14 @@ from .samplers import (
     SAMPLERS,
     check_seed,
     check_settings,
+    code_of,
     default_steps,
     default_variance,
     distinct_steps,
     draw,
     image_generators,
     image_shape,
+    own_settings_of,
     settings_of,
 )
 
@@ -57,6 +59,8 @@ class Sampler:
             `class_labels[k % len(class_labels)]`. None: all classes in turn.
         guidance_scale: how closely images follow the class. 1 is the conditional model itself. See `guidance.guide`.
         classifier: guides an unconditional model towards a class.
+        own_settings: the settings of a sampler of your own, e.g. {"order": 3} for a function with the keyword-only
+            argument `order`. `sample` and `evaluate` also take them as keywords: order=3.
         size: height and width of the images in pixels, e.g. "48x64" or (48, 64). Both must be multiples of
             2^(levels of the UNet - 1). None: the size that the model was trained on.
 
@@ -77,6 +81,7 @@ class Sampler:
     guidance_scale: float = 1.0
     classifier: NoisyClassifier | None = None
     size: int | str | Sequence[int] | None = None
+    own_settings: dict = field(default_factory=dict)
 
     def resolve(self, model: Pretrained) -> "Sampler":
         """Return these settings with every default filled in for `model`.
@@ -108,6 +113,7 @@ class Sampler:
             dtype=dtype,
             class_labels=self.classes(model).numbers(self.class_labels),
             size=None if self.size is None else size_to_draw(self.size, model.unet),
+            own_settings=own_settings_of(self.name, self.own_settings),
         )
 
     def classes(self, model: Pretrained) -> Classes:
@@ -148,6 +154,7 @@ class Sampler:
             class_labels=self.labels(indices),
             size=self.size,
             dtype=DTYPES[self.dtype],
+            own_settings=self.own_settings,
             on_step=on_step,
         )
         if not images.isfinite().all():
@@ -183,6 +190,10 @@ class Sampler:
             record |= {"guidance_scale": self.guidance_scale, "classifier": classifier}
         if self.size is not None:
             record["size"] = list(self.size)
+        if self.own_settings:
+            record["own_settings"] = self.own_settings
+        if (code := code_of(SAMPLERS[self.name])) is not None:
+            record["code"] = code
         return record
 
     def warnings(self, model: Pretrained) -> list[str]:
@@ -228,11 +239,13 @@ def sampler_named(sampler: "str | Sampler", settings: dict) -> Sampler:
     Raises:
         UserError: for a name or a setting that does not exist.
     """
-    known = set(Sampler.__dataclass_fields__) - {"name"}
-    if unknown := set(settings) - known:
-        raise UserError(no_such("setting of a sampler", min(unknown), sorted(known)))
-    if isinstance(sampler, Sampler):
-        return replace(sampler, **settings)
-    if sampler not in SAMPLERS:
-        raise UserError(no_such("sampler", sampler, SAMPLERS))
-    return Sampler(name=sampler, **settings)
+    name = sampler.name if isinstance(sampler, Sampler) else sampler
+    if name not in SAMPLERS:
+        raise UserError(no_such("sampler", name, SAMPLERS))
+    fields = set(Sampler.__dataclass_fields__) - {"name"}
+    own = {key: value for key, value in settings.items() if key in set(settings_of(name)) - fields}
+    if unknown := set(settings) - fields - set(own):
+        raise UserError(no_such("setting of a sampler", min(unknown), sorted({*fields, *settings_of(name)})))
+    settings = {key: value for key, value in settings.items() if key in fields}
+    sampler = sampler if isinstance(sampler, Sampler) else Sampler(name=name)
+    return replace(sampler, **{"own_settings": sampler.own_settings | own} | settings)

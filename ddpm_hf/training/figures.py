@@ -179,7 +179,8 @@ def loss_figure(metrics_path, path) -> Path | None:
 
 def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
     """Plot beta, abar and log-SNR over t/T. A dashed line shows Ho's linear or Nichol's cosine schedule."""
-    T, own = len(scheduler), scheduler.config.beta_schedule
+    T, config = len(scheduler), scheduler.config
+    own = config.beta_schedule if config.trained_betas is None else "its own betas"
     other, name = PaperDDPMScheduler.nichol_cosine(T), "Nichol's cosine"
     if own == "squaredcos_cap_v2":
         other, name = PaperDDPMScheduler.ho_linear(max(T, 21)), "Ho's linear"

@@ -8,6 +8,8 @@ for that noise.
 from dataclasses import replace
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from ..errors import UserError
 from ..evaluation.evaluate import Evaluation, open_extractors, run_evaluation
 from ..evaluation.metrics import default_features
@@ -75,8 +77,11 @@ def score_run(run, on_step) -> tuple[dict[str, float], float | None]:
     if record is None:
         return {}, None
     write_record(record, path)
+    for entry in record["metrics"]:
+        if entry.get("failed"):
+            tqdm.write(f"Warning: the metric {entry['id']} is left out at step {step}: {entry['reason']}")
     compared = None
-    if config.best_by in config.eval_metrics:
-        first = record["metrics"][0]
+    first = record["metrics"][0]
+    if config.best_by in config.eval_metrics and "value" in first:
         compared = first["value"] if first["lower_is_better"] else -first["value"]
     return scores_of(record), compared
