@@ -25,8 +25,8 @@ TABLES = {
     "this table. Add an entry to define your own preset.",
     "SAMPLERS": "Name -> `function(scheduler, step, *, settings)` that returns a tuple: the mean of the next image "
     "and its standard deviation (None: no noise is drawn). `ddpm_hf/sampling/samplers.py` defines `Step`, and the "
-    "samplers ddpm, ddim and dpmsolver++. `sample`, `evaluate` and `Sampler.own_settings` give a function its keyword-only "
-    "arguments, and the records hold them, with a hash of the file that defines the function.",
+    "samplers ddpm, ddim and dpmsolver++. `sample`, `evaluate` and `Sampler.own_settings` give a function its "
+    "keyword-only arguments, and the records hold them, with a hash of the file that defines the function.",
     "METRICS": "Name -> `Metric`. `evaluate(metrics=[name])` and `--metrics name` use this table.",
     "OBJECTIVES": "Name -> `function(scheduler, *, loss_type, snr_gamma)` that returns a loss. `loss(model, batch)` "
     "gives one number per image. See `ddpm_hf/diffusion/losses.py`.",
@@ -73,6 +73,9 @@ pipeline = DDPMPipeline.from_pretrained(run.folder)
 To train for a shorter time, give `num_epochs=10, base_channels=16` to `from_preset`. `ddpm_num_inference_steps` and
 `eval_batch_size` change only the pictures that a run draws. In a notebook, `overwrite_output_dir=True` lets you run
 the cell again. The loss curve is `figures/loss.png` in `run.folder`; `metrics.jsonl` has one line for every 10 steps.
+
+A mistake raises a `ddpm_hf.UserError`, a `ValueError` of one sentence. It names an argument as the flag of the command line:
+`--seed` is `seed=`.
 
 The metrics `bits_per_dim` and `memorization` need no download, nor does `fd_mnist` for MNIST. The others are `fid`,
 `kid`, `precision_recall`, `inception_score` and `fd_dinov2`. `result.scores` holds the numbers under the names in the

@@ -52,7 +52,8 @@ def test_examples_give_what_they_say(name, folder, monkeypatch):
         results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
         assert not results.failed, "".join(said)
     shutil.rmtree(folder / "my-export", ignore_errors=True)
-    ddpm_hf.METRICS.pop("brightness", None)  # an example adds it
+    ddpm_hf.METRICS.pop("brightness", None)  # an example adds it, and another adds a preset
+    ddpm_hf.PRESETS.pop("mine", None)
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

@@ -220,7 +220,9 @@ def build_classifier(config, channels: int, class_names: list[str], saved: dict 
         UserError: if such a UNet or classifier cannot be built. The message says which flag to change.
     """
     kwargs = unet_kwargs(config, channels, saved)
-    scheduler = make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps)
+    with torch.device("cpu"):  # the plan of a run calls this function on the meta device, which has no numbers
+        scheduler = make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps)
+        quarters = scheduler.quarters
     names = ["sample_size", "in_channels", "layers_per_block", "block_out_channels", "down_block_types", "dropout"]
     names += ["norm_num_groups", "attn_norm_num_groups", "attention_head_dim", "resnet_time_scale_shift"]
     names += ["add_attention"]
@@ -230,7 +232,7 @@ def build_classifier(config, channels: int, class_names: list[str], saved: dict 
             id2label=dict(enumerate(class_names)),
             num_train_timesteps=config.ddpm_num_steps,
             beta_schedule=scheduler.config.beta_schedule,
-            quarters=scheduler.quarters,
+            quarters=quarters,
             **{name: kwargs[name] for name in names},
         )
 

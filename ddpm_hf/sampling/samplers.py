@@ -170,7 +170,8 @@ def draw(
             # Step from x_t to x_t'. Add fresh noise, unless x_t' is the clean image.
             previous = step and replace(step, previous=None)
             step = Step(t, prev_t, x, pred_original_sample, epsilon, predicted_variance, previous)
-            x, sigma = checked_step(sampler, SAMPLERS[sampler](scheduler, step, **settings), step)
+            result = SAMPLERS[sampler](scheduler, step, **settings)
+            x, sigma = checked_step(sampler, result, step)
             if prev_t >= 0 and sigma is not None:
                 x = x + sigma * _noise(generators, shape, unet.device)
             if on_step is not None:
