@@ -74,8 +74,8 @@ To train for a shorter time, give `num_epochs=10, base_channels=16` to `from_pre
 `eval_batch_size` change only the pictures that a run draws. In a notebook, `overwrite_output_dir=True` lets you run
 the cell again. The loss curve is `figures/loss.png` in `run.folder`; `metrics.jsonl` has one line for every 10 steps.
 
-A mistake raises a `ddpm_hf.UserError`, a `ValueError` of one sentence. It names an argument as the flag of the command line:
-`--seed` is `seed=`.
+A mistake raises a `ddpm_hf.UserError`, a `ValueError` of one sentence. It names an argument as the flag of the command
+line: `--seed` is `seed=`.
 
 The metrics `bits_per_dim` and `memorization` need no download, nor does `fd_mnist` for MNIST. The others are `fid`,
 `kid`, `precision_recall`, `inception_score` and `fd_dinov2`. `result.scores` holds the numbers under the names in the
