@@ -137,7 +137,9 @@ def make_run(folder, data, seed=0, **scheduler):
 def model_of(unet, scheduler, names=None):
     """A model in memory, as `load_pretrained` returns one."""
     classes = Classes.of_model(unet.config.num_class_embeds, dict(enumerate(names)) if names else None)
-    return Pretrained(unet, scheduler, {"name": "it", "revision": None, "unet_sha256": "0"}, {}, Path(), classes)
+    return Pretrained(
+        unet, scheduler, {"name": "it", "revision": None, "unet_sha256": "0", "schedule": "0"}, {}, Path(), classes
+    )
 
 
 def command(*arguments, code=0, **kwargs):

@@ -17,6 +17,7 @@ from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.errors import UserError
 from ddpm_hf.evaluation.records import read_record
+from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.models.saving import save_pipeline
 from ddpm_hf.provenance import command, hide_paths, without_paths
 from ddpm_hf.run_folder import PUBLISHED
@@ -28,7 +29,7 @@ from ddpm_hf.training.loop import train
 def enough(record):
     """Return a record as if it were of 1,000 images, because a card leaves out quick checks."""
     entries = [entry | {"n_gen": entry["n_gen"] and 1000, "n_ref": 1000} for entry in record["metrics"]]
-    return record | {"metrics": entries}
+    return record | {"metrics": entries, "model": {"name": "any"}}
 
 
 RECORD = enough(json.loads((ROOT / "tests/fixtures/run_5c3000a/run/evaluations/finished.json").read_text()))
@@ -202,6 +203,59 @@ def test_each_metric_is_shown_once_by_its_best_record_and_quick_checks_never(tmp
     rows = [line for line in card.text.splitlines() if line.startswith("| FID")]
     assert len(rows) == 1 and "(`fid50000_full`) | ↓ lower is better | 6.25 ±" in rows[0]
     assert [result.metric_value for result in card.data.eval_results] == [6.25]
+
+
+def test_only_scores_of_the_published_weights_are_shown(tmp_path):
+    """--eval_metrics leaves records of earlier steps, whose scores may be better."""
+    card_of(tmp_path)
+    hash = load_pretrained(tmp_path).facts["unet_sha256"]
+    (tmp_path / "evaluations").mkdir()
+    for step, value, sha256 in [(500, 1.25, "0" * 64), (1000, 6.5, hash)]:
+        entry = ENTRY | {"id": "fid2k_full", "value": value, "n_gen": 2000}
+        record = RECORD | {"metrics": [entry], "model": {"name": "any", "unet_sha256": sha256}}
+        (tmp_path / "evaluations" / f"step_{step:07d}.json").write_text(json.dumps(record))
+    assert [result.metric_value for result in card_of(tmp_path).data.eval_results] == [6.5]
+    (tmp_path / "evaluations" / "step_0001000.json").unlink()
+    card = card_of(tmp_path)
+    assert "Not scored yet" in card.text and not card.data.eval_results
+
+
+def test_the_card_of_a_model_that_started_from_another_one(tmp_path):
+    base = {"base_model": {"name": "me/ddpm-afhq-cat", "revision": "0"}}
+    card = card_of(tmp_path, "--dataset_name=ylecun/mnist", record=base)
+    assert "license" not in card.data.to_dict() and "last trained on `ylecun/mnist`" in card.text
+    assert "The licence of the model that the training started from applies too." in card.text
+    assert card_of(tmp_path, "--dataset_name=huggan/AFHQ", record=base).data.license == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize("flag", ["--train_data_dir=/home/me/digits", "--dataset_name=/home/me/digits"])
+def test_a_folder_of_ones_own_is_not_taken_for_a_known_data_set(tmp_path, flag):
+    folder = "--dataset_name=" if "train_data" in flag else "--resolution=8"
+    card = card_of(tmp_path, folder, flag)
+    assert "scikit-learn" not in card.text and "trained on `digits`" in card.text
+    assert "license" not in card.data.to_dict() and "datasets" not in card.data.to_dict()
+    card = card_of(tmp_path, "--dataset_name=", "--train_data_dir=photos/mnist")
+    assert "license" not in card.data.to_dict() and "datasets" not in card.data.to_dict()
+
+
+def test_bits_per_dim_of_training_images_is_called_so(tmp_path):
+    card_of(tmp_path)
+    (tmp_path / "evaluations").mkdir()
+    for split, published in [("train", "train"), ("held_out", "test")]:
+        entry = ENTRY | {"id": "bits_per_dim", "n_gen": None, "n_ref": 1000, "extra": {"split": split}}
+        (tmp_path / "evaluations" / "bound.json").write_text(json.dumps(RECORD | {"metrics": [entry]}))
+        card = card_of(tmp_path)
+        assert [result.dataset_split for result in card.data.eval_results] == [published]
+        assert ("bits per dimension, on training images" in card.text) == (split == "train")
+
+
+def test_the_usage_of_a_converted_conditional_model_gives_a_class(tmp_path):
+    """It has no names, and therefore no embedding that is known to mean "no class"."""
+    save_pipeline(tmp_path, tiny_unet(num_class_embeds=3), PaperDDPMScheduler.nichol_cosine(10))
+    shutil.copyfile(ROOT / "pipelines" / "class_guided.py", tmp_path / "class_guided.py")
+    assert write_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "class_labels=[0]" in text and "guidance_scale" not in text
 
 
 def test_the_model_is_loaded_by_its_path_before_a_push_and_by_its_id_after_it(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from processes import ended, launch, start_together
 from sklearn.datasets import load_sample_images
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+import ddpm_hf
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.config.training_config import TrainingConfig
@@ -459,6 +461,57 @@ def test_all_that_differs_is_named_at_once(record):
     other["sampler"] |= {"num_inference_steps": 50, "timesteps": "quad"}
     with pytest.raises(UserError, match="--vary sampler.num_inference_steps,sampler.timesteps"):
         comparison({"a": one, "b": other})
+
+
+def test_images_of_another_noise_schedule_are_drawn_anew(tiny_run, tmp_path, monkeypatch):
+    """The weights are the same, but the images are not, e.g. after a mended conversion."""
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_run, model)
+    few = ["--metrics=memorization", "--num_images=40", "--num_inference_steps=2", "--sampler=ddim"]
+    path = model / "scheduler" / "scheduler_config.json"
+    first = json.loads(path.read_text())
+    hashes = []
+    for change in ({}, {"prediction_type": "sample"}, {"beta_schedule": "linear"}, {}):
+        path.write_text(json.dumps(first | change))
+        main(["evaluate", str(model), *few, f"--output={len(hashes)}.json"])
+        hashes.append(read_record(f"{len(hashes)}.json")["samples"]["sha256"])
+    assert hashes[0] == hashes[3] and len(set(hashes)) == 3
+    main(["sample", str(model), "--num_images=2", "--num_inference_steps=2", "--output=drawn"])
+    path.write_text(json.dumps(first | {"prediction_type": "sample"}))
+    for words in (
+        ["sample", str(model), "--num_images=2", "--num_inference_steps=2", "--output=drawn"],
+        ["evaluate", str(model), "--from_samples=drawn", "--metrics=memorization"],
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"num_inferense_steps": 3}, "num_inference_steps"),
+        ({"num_inference_steps": 3}, "applies only to images that are drawn now"),
+        ({"sampler": "ddim"}, "applies only to images that are drawn now"),
+    ],
+)
+def test_settings_of_a_sampler_are_refused_for_samples(tiny_run, tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    samples = ddpm_hf.sample(tiny_run, 40, "ddim", num_inference_steps=1, output="drawn")
+    with pytest.raises(UserError, match=said):
+        ddpm_hf.evaluate(tiny_run, samples=samples, metrics=["memorization"], **given)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == []
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    config = TrainingConfig(dataset_name="digits", resolution=32)
+    train, _ = load_images(config, 1)
+    extractor = load_digit_classifier()
+    first = reference_of(extractor, train, "images", cache_dir=tmp_path)
+    (path,) = (tmp_path / "references").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(reference_of(extractor, train, "images", cache_dir=tmp_path).mean, first.mean)
+    assert len(read_reference(path).mean) == len(first.mean)
 
 
 def test_other_weights_are_no_other_protocol(record, capsys):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 import zlib
@@ -19,11 +20,13 @@ from PIL import Image
 from space_server import save_model
 from test_space_model import UNUSABLE, edited
 
+import ddpm_hf
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.evaluation import inputs
 from ddpm_hf.files import parse_json
+from ddpm_hf.models import judge
 from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.models.saving import save_pipeline
 from ddpm_hf.sampling.sample_set import read_samples
@@ -147,6 +150,33 @@ def test_a_space_has_its_own_copy_of_the_judge(tmp_path, monkeypatch):
     monkeypatch.setattr(of_space, "HERE", tmp_path)
     assert of_space.shared_module("judge").__file__ == str(tmp_path / "judge.py")
     of_space.open_model(str(save_model(tmp_path / "model", 10)))
+
+
+def test_a_space_has_the_files_of_the_repository_and_no_others(tmp_path):
+    """A clone may hold notes of its user beside them."""
+    from ddpm_hf.sharing.space import write_space
+
+    write_space(tmp_path, "me/x")
+    written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    files = subprocess.run(["git", "ls-files", "spaces", "pipelines"], cwd=ROOT, capture_output=True, text=True).stdout
+    known = {name.removeprefix("spaces/") for name in files.split() if name != "pipelines/README.md"}
+    assert known and written == known | {"judge.py", "hub_requests.py"}
+
+
+def test_a_pipeline_of_dpm_solver_draws_by_ddpm(tmp_path):
+    """Its scheduler has no variance type."""
+    folder = save_model(tmp_path / "model", 10)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"variance_type": None}))
+    assert len(ddpm_hf.sample(folder, 1)) == 1
+    assert load_pretrained(folder).scheduler.config.variance_type == "fixed_small"
+
+
+def test_names_of_a_part_of_the_classes_are_refused(tmp_path):
+    """With 2 names and 4 embeddings, nobody knows which embedding means "no class"."""
+    unet = {"sample_size": 8, "num_class_embeds": 4}
+    with pytest.raises(ValueError, match="names 2 classes, but its num_class_embeds is 4"):
+        judge.check_unet(unet, {"id2label": {"0": "a", "1": "b"}})
 
 
 @pytest.mark.parametrize("channels", [2, 4, 5])

@@ -14,7 +14,7 @@ from test_samplers import tiny_unet
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.diffusion.scheduler import make_scheduler
-from ddpm_hf.evaluation import metrics
+from ddpm_hf.evaluation import metrics, reference
 from ddpm_hf.models.classes import Classes
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.pretrained import load_pretrained
@@ -248,6 +248,20 @@ def test_class_accuracy_is_of_the_names_that_were_asked_for(of_train):
     one = metrics.class_accuracy(look)
     assert one["value"] == pytest.approx(4 / 6) and one["se"] == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
     assert one["floor"] == (0.5 if of_train[0] == "0" else None)
+
+
+def test_class_accuracy_of_more_held_out_images_than_are_kept(monkeypatch):
+    """Of five held-out images, three rows are kept: 0, 2 and 4. If none is of a requested class, there is no floor."""
+    monkeypatch.setattr(reference, "MAX_FEATURES", 3)
+    seen = torch.nn.functional.one_hot(torch.tensor([3, 3]), 10).float()
+    held_out = SimpleNamespace(logits=torch.nn.functional.one_hot(torch.tensor([3, 3, 1]), 10).float())
+    extractor = SimpleNamespace(name="digits", pipeline="28px", sha256="0", class_names=tuple("0123456789"))
+    for labels, floor in [([3, 9, 5, 9, 3], 0.5), ([5, 3, 5, 3, 5], None)]:
+        real = SimpleNamespace(class_names=list("0123456789"), labels=torch.tensor(labels))
+        evaluation = SimpleNamespace(requested_classes=["3"], held_out=real)
+        generated = SimpleNamespace(logits=seen)
+        look = metrics.Look(evaluation, torch.zeros(2, 1, 28, 28), extractor, generated, None, held_out)
+        assert metrics.class_accuracy(look)["floor"] == floor
 
 
 @pytest.mark.parametrize(

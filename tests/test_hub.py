@@ -214,7 +214,7 @@ attempt("unreachable", "digits-run")
 """,
     )
     log_in = "log in with `hf auth login`, or give a --hub_token with write access to this repository."
-    later = "check the network, or train without a push and push later."
+    later = "check the network, or push later."
     assert printed == [
         f"unknown token: cannot push to 'me/a' on {hub.url} (401 Unauthorized): {log_in}",
         f"reader: cannot push to 'me/public' on {hub.url} (403 Forbidden): {log_in}",
@@ -576,3 +576,12 @@ def test_a_model_whose_weights_would_not_go_up_is_refused(run, kind, caplog):
     assert (run / "README.md").read_text() == card
     assert ddpm_hub.push_in_background(run, "me/x", None, "a message").result() is False  # as training does
     assert "Nothing was pushed to me/x: " in caplog.text and not list(run.glob(".push-*"))
+
+
+def test_a_model_whose_card_cannot_be_made_creates_no_repository(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": {"7": "seven"}}))
+    monkeypatch.setattr(ddpm_hub.API, "create_repo", lambda *_, **__: pytest.fail("a repository was created"))
+    with pytest.raises(UserError, match="the card of .* cannot be written"):
+        ddpm_hf.push(tmp_path / "model", "me/new")

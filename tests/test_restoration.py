@@ -204,6 +204,26 @@ def test_what_is_painted_is_said_and_nothing_else_changes(tiny_run, images, tmp_
 
 
 @pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"noise_levl": 0.1}, "did you mean noise_level"),
+        ({"batch_size": 2.5}, "must be a whole number of at least 1"),
+        ({"output": "out"}, "give the path of an image or a folder, or leave the output out"),
+        ({"task": "inpaint", "mask": [Image.new("L", (28, 28))]}, "1 masks for 2 images"),
+    ],
+    ids=["typing error", "batch size", "images and an output", "masks"],
+)
+def test_wrong_arguments_in_python_are_one_sentence(tiny_run, tmp_path, monkeypatch, change, said):
+    monkeypatch.chdir(tmp_path)
+    image = Image.new("L", (28, 28), 128)
+    if mask := change.get("mask"):
+        mask[0].paste(255, (4, 4, 9, 9))
+    with pytest.raises(UserError, match=said):
+        restore(tiny_run, [image, image], **{"task": "denoise"} | change)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
     ("color", "why"),
     [
         ((0, 0, 0, 255), "is black everywhere"),

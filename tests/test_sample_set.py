@@ -13,6 +13,7 @@ from conftest import make_run
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
+import ddpm_hf
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.models.pretrained import load_pretrained
@@ -204,7 +205,7 @@ def test_images_that_are_not_finite_are_refused(tmp_path, tiny_run, monkeypatch)
     "flags, wanted",
     [
         ("--num_images 0", "must be at least 1"),
-        ("--batch_size 0", "must be at least 1"),
+        ("--batch_size 0", "must be a whole number of at least 1"),
         ("--batch_size many", "argument --batch_size: 'many' is neither a whole number nor auto"),
         ("--dtype int8", "choose float32, bfloat16, float16 or auto"),
         ("--eta 0.5", "eta applies only to ddim"),
@@ -329,3 +330,21 @@ def test_auto_takes_the_precision_that_the_device_is_fast_in(tiny_run, tmp_path,
 
 def test_durations():
     assert [duration(s) for s in (0.2, 8, 700, 12_600)] == ["a second", "8 s", "12 min", "3.5 h"]
+
+
+def test_arguments_in_python_are_read_or_refused_in_a_sentence(tiny_run, guidance_models):
+    for wrong in ({"num_inference_steps": 2.5}, {"batch_size": 2.5}):
+        with pytest.raises(UserError, match="whole number"):
+            ddpm_hf.sample(tiny_run, 1, "ddim", **{"num_inference_steps": 2} | wrong)
+    few = {"num_images": 2, "sampler": "ddim", "num_inference_steps": 2}
+    by_list, by_tensor = (
+        ddpm_hf.sample(guidance_models / "conditional", class_labels=labels, **few)
+        for labels in ([3, 7], torch.tensor([3, 7]))
+    )
+    assert all(np.array_equal(one, other) for one, other in zip(by_list, by_tensor))
+    classifier = guidance_models / "classifier"
+    loaded, named = (
+        ddpm_hf.sample(guidance_models / "plain", classifier=one, guidance_scale=5.0, **few)
+        for one in (ddpm_hf.load_classifier(classifier), classifier)
+    )
+    assert all(np.array_equal(one, other) for one, other in zip(loaded, named))

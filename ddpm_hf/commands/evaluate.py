@@ -9,6 +9,7 @@ ddpm_hf evaluate samples/mnist --dataset_name ylecun/mnist --validation_split te
 """
 
 import sys
+from pathlib import Path
 
 from .flags import add_sampler_flags, names, sampler_settings
 
@@ -173,7 +174,7 @@ def run(arguments):
     if evaluated is None:  # this is not the main process
         return
     print(f"{evaluated}\n\nThe record is {evaluated.path}.")
-    if arguments.output not in (None, str(evaluated.path)):
+    if arguments.output is not None and Path(arguments.output).resolve() != evaluated.path.resolve():
         print(
             f"Warning: another evaluation wrote {arguments.output} meanwhile, so this record has another name.",
             file=sys.stderr,

@@ -48,7 +48,8 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
     add(
         "--variance_type",
         choices=["fixed_small", "fixed_large", "learned_range"],
-        help="variance of ddpm's noise; default: the model's own if all T steps are taken, else fixed_small",
+        help="variance of ddpm's noise; default: the model's own if all T steps are taken, else fixed_small "
+        "(learned_range is kept)",
     )
     add(
         "--dtype",
@@ -68,7 +69,8 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
         "--guidance_scale",
         type=float,
         default=1.0,
-        help="strength of guidance towards the class; default: 1, no guidance",
+        help="strength of guidance towards the class; default: 1, which is no guidance without a --classifier, and "
+        "Bayes' rule with one. 0 switches a classifier off",
     )
     add("--classifier", help="classifier to guide a model without classes: run of --objective classify, or Hub id")
     add_weights_flag(group)
@@ -103,10 +105,6 @@ def add_repository_flags(parser, name: str):
 
 
 def sampler_settings(arguments) -> dict:
-    """Return the flags of the sampler as fields of `Sampler`, with the classifier loaded."""
-    from ..models.pretrained import load_classifier
-
+    """Return the flags of the sampler as fields of `Sampler`."""
     names = ["num_inference_steps", "timesteps", "eta", "variance_type", "dtype", "seed", "class_labels"]
-    settings = {name: getattr(arguments, name) for name in [*names, "guidance_scale"]}
-    classifier = None if arguments.classifier is None else load_classifier(arguments.classifier)
-    return settings | {"classifier": classifier}
+    return {name: getattr(arguments, name) for name in [*names, "guidance_scale", "classifier"]}

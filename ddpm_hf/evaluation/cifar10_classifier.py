@@ -68,8 +68,9 @@ class Cifar10Classifier(SmallClassifier):
         if images.dtype != torch.uint8 or images.shape[1] != 3 or height != width or height % 32 or not height:
             given = f"{str(images.dtype).removeprefix('torch.')} images of {'x'.join(map(str, images.shape[1:]))}"
             raise UserError(
-                f"fd_cifar10 was given {given}, but its classifier takes only uint8 images of 3x32x32, 3x64x64 and "
-                "other multiples of 32: leave fd_cifar10 out."
+                f"the CIFAR-10 classifier was given {given}, but takes only uint8 images of 3x32x32, 3x64x64 and "
+                "other multiples of 32: leave fd_cifar10 out, or choose other "
+                "--features than cifar10."
             )
         with full_precision(images.device):
             images = F.avg_pool2d(scale(images), height // 32)

@@ -60,8 +60,9 @@ class DigitClassifier(SmallClassifier):
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) not in [(1, 28, 28), (1, 32, 32)]:
             given = f"{str(images.dtype).removeprefix('torch.')} images of {'x'.join(map(str, images.shape[1:]))}"
             raise UserError(
-                f"fd_mnist was given {given}, but its digit classifier takes only uint8 images of 1x28x28, or of "
-                "1x32x32 with a border: leave fd_mnist out."
+                f"the digit classifier was given {given}, but takes only uint8 images of 1x28x28, or of "
+                "1x32x32 with a border: leave fd_mnist out, or choose other "
+                "--features than digits."
             )
         border = (images.shape[-1] - 28) // 2
         with full_precision(images.device):

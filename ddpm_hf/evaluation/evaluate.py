@@ -186,8 +186,8 @@ def evaluate(
             least 40.
         bound_images, bound_timesteps: bits_per_dim uses this many held-out images (at least 1), and this many
             timesteps of each image (at least 2). 0 means all.
-        features: the extractor of kid and precision_recall: inception, dinov2 or digits. None: digits for MNIST, else
-            inception.
+        features: the extractor of kid and precision_recall: inception, dinov2, digits or cifar10. None: digits for
+            MNIST, else inception.
         weights: published or raw, see `load`.
         batch_size: how many images are drawn, or given to a network, together. "auto": up to 512 on a GPU, 64
             elsewhere. If memory runs out, batches are halved. The batch size changes scores only by rounding.
@@ -204,8 +204,8 @@ def evaluate(
             `evaluations`.
         cache_dir: the folder that keeps features of real images. None: the folder ddpm_hf in HuggingFace's cache.
         flags: fields of the sampler (num_inference_steps, seed, ...), and flags that choose the real images as in
-            training: dataset_name, dataset_config_name, image_column, label_column, validation_split, class_names.
-            They override the flags in the train_config.json of the model.
+            training: dataset_name, dataset_config_name, image_column, label_column, validation_split, class_names,
+            channels, pixel_range, on_bad_image, pages. They override the flags in the train_config.json of the model.
 
     Returns:
         The record, its path and its scores on the main process. None on other processes.
@@ -230,6 +230,7 @@ def evaluate(
         rows = torch.randperm(len(held_out), generator=keyed_generator(0, "floor"))[: numbers["num_images"]]
         found = SampleSet(images_at(held_out, rows), {"method": "real", "split": "held_out"}, {})
     if found is not None:
+        inputs.check_without_sampler(sampler, flags)
         found.images = inputs.match_channels(found.images, train)
         inputs.check_shapes(found.images, train)
     resolved = None if found is not None else inputs.choose_sampler(model, sampler, flags, numbers)
@@ -437,6 +438,11 @@ def warnings_about(evaluation: Evaluation) -> list[str]:
             "hold out more with --validation_split."
         )
     count = evaluation.num_images
+    if has_floor(evaluation) and len(evaluation.held_out) < count:
+        lines.append(
+            f"Warning: only {len(evaluation.held_out):,} images are held out, fewer than the {count:,} generated, "
+            "so the floors of distances are too high: the distance of fewer images is larger."
+        )
     if "fid" in evaluation.metrics and not evaluation.why_skipped("fid") and count < FEW_FOR_FID:
         lines.append(f"Warning: FID of {count} images is mostly bias: compare it only with its floor at the same N.")
     return lines

@@ -29,9 +29,10 @@ SUITES = {
     "standard": dict(num_images=10_000, sampler="ddim", steps=50, bound_images=10_000, bound_timesteps=20),
     "paper": dict(num_images=50_000, sampler="ddpm", steps=None, bound_images=0, bound_timesteps=0),
 }
-DATA_FLAGS = ["dataset_name", "dataset_config_name", "image_column", "label_column", "validation_split", "class_names"]
 PIXEL_FLAGS = ["channels", "pixel_range", "on_bad_image", "pages"]
-DATA_FLAGS += PIXEL_FLAGS
+COLUMN_FLAGS = ["dataset_name", "dataset_config_name", "image_column", "label_column"]
+DATA_FLAGS = [*COLUMN_FLAGS, "validation_split", "class_names", *PIXEL_FLAGS]
+IDENTITY = ["unet_sha256", "schedule"]  # the facts of a model that determine its images
 SAME_IN_A_COPY = ["validation_split", "class_names", "center_crop", *PIXEL_FLAGS]
 
 
@@ -93,6 +94,19 @@ def choose_sampler(model: Pretrained, sampler: str | Sampler | None, settings: d
     return resolved
 
 
+def check_without_sampler(sampler, settings: dict):
+    """Raise a UserError if settings of a sampler are given, but the images were drawn earlier.
+
+    Values that are the defaults are accepted, because the command always gives them.
+    """
+    sampler_named(sampler or "ddpm", settings)  # refuses settings that do not exist
+    changed = [name for name, value in settings.items() if value != getattr(Sampler, name, None)]
+    if given := changed + ["sampler"] * (sampler is not None):
+        raise UserError(
+            f"--{min(given)} applies only to images that are drawn now, but samples are given: leave it out."
+        )
+
+
 def open_subject(
     subject, samples, *, calibrate: bool, weights: str, num_images: int | None
 ) -> tuple[Pretrained | None, SampleSet | None]:
@@ -132,7 +146,7 @@ def open_subject(
                 "--num_images."
             )
         found.images = found.images[:num_images]
-    if model is not None and found.model.get("unet_sha256") not in (None, model.facts["unet_sha256"]):
+    if model is not None and any(found.model.get(key) not in (None, model.facts[key]) for key in IDENTITY):
         raise UserError(
             f"{samples} was drawn from another model than {subject}: give the model of these samples, or the samples "
             "alone."
@@ -256,11 +270,11 @@ def run_subfolder(model: Pretrained | None, name: str) -> Path:
 def name_of_sampler(model: Pretrained | None, sampler: dict) -> str:
     """Return a short name for a sampler's record, e.g. ddim50-1a2b3c.
 
-    The last 6 digits are a hash of all settings in the record and of the weights. Without a model or a record, the
-    name is "samples".
+    The last 6 digits are a hash of all settings in the record, of the weights and of the noise schedule. Without a
+    model or a record, the name is "samples".
     """
     if model is None or not sampler:
         return "samples"
-    all_settings = json.dumps([sampler, model.facts["unet_sha256"]], sort_keys=True)
+    all_settings = json.dumps([sampler, *(model.facts[key] for key in IDENTITY)], sort_keys=True)
     digits = hashlib.sha256(all_settings.encode()).hexdigest()[:6]
     return f"{sampler['method']}{sampler['num_inference_steps']}-{digits}"

@@ -23,7 +23,7 @@ from . import statistics
 from .extractor import CLASSIFIERS, extractor_id
 from .features import Features, images_at
 from .memorization import memorization_report, pairs_sheet
-from .reference import Reference, read_reference
+from .reference import Reference, kept_rows, read_reference
 from .statistics import mean_and_covariance
 
 
@@ -98,11 +98,16 @@ class Look:
 def fid(look: Look) -> list[dict]:
     """Return the Fréchet Inception distances (Heusel et al. 2017) to the training images and to the held-out ones."""
     evaluation = look.evaluation
-    pipeline = look.extractor.pipeline
     train = look.train
     if evaluation.reference_file is not None:
         train = read_reference(evaluation.reference_file, look.extractor, evaluation.reference_pipeline)
-    return frechet(look, f"fid{look.count}", "" if pipeline == "tf1" else f"_{pipeline}", train)
+    return frechet(look, f"fid{look.count}", tail_of(look), train)
+
+
+def tail_of(look: Look) -> str:
+    """Return the end of an id that names how Inception's images are resized. It is empty for tf1, the default."""
+    extractor = look.extractor
+    return f"_{extractor.pipeline}" if extractor.name == "inception" and extractor.pipeline != "tf1" else ""
 
 
 def fd_dinov2(look: Look) -> list[dict]:
@@ -158,9 +163,11 @@ def class_accuracy(look: Look) -> dict:
     real = look.evaluation.held_out
     if look.held_out is not None and knows(known, real.class_names):
         # The floor is the accuracy on real images of the requested classes.
-        numbers = class_numbers(real.class_names, known)[real.labels]
-        comparable = torch.isin(numbers, requested) & (real.labels >= 0)
-        floor = (look.held_out.logits.argmax(dim=1) == numbers)[comparable].double().mean().item()
+        labels = real.labels[kept_rows(len(real.labels))]
+        numbers = class_numbers(real.class_names, known)[labels]
+        comparable = torch.isin(numbers, requested) & (labels >= 0)
+        if comparable.any():
+            floor = (look.held_out.logits.argmax(dim=1) == numbers)[comparable].double().mean().item()
     error = (value * (1 - value) / n) ** 0.5
     return look.entry("class_accuracy", value, lower_is_better=False, se=error, se_method="binomial", floor=floor)
 
@@ -204,7 +211,7 @@ def kid(look: Look) -> list[dict]:
     floor = None
     if look.held_out is not None:
         floor = distance(random_rows(look.held_out.features, len(look.generated.features)))[0]
-    id = f"kid{look.count}_full" + ("" if name == "inception" else f"_{name}")
+    id = f"kid{look.count}_full" + ("" if name == "inception" else f"_{name}") + tail_of(look)
     error = {"se": error, "se_method": "U-statistic"}
     return [look.entry(id, value, lower_is_better=True, **error, floor=floor, n_ref=len(train))]
 
@@ -222,7 +229,7 @@ def precision_recall(look: Look) -> list[dict]:
         floors = statistics.precision_recall(real, held_out, NEIGHBOURS)
     entries = []
     for key, value in statistics.precision_recall(real, features, NEIGHBOURS).items():
-        id = f"{key}{format_count(len(features))}_k{NEIGHBOURS}_{look.extractor.name}"
+        id = f"{key}{format_count(len(features))}_k{NEIGHBOURS}_{look.extractor.name}{tail_of(look)}"
         sizes = {"n_gen": len(features), "n_ref": len(real)}
         entries.append(look.entry(id, value, lower_is_better=False, floor=floors.get(key), **sizes))
     return entries
@@ -236,7 +243,7 @@ def inception_score(look: Look) -> list[dict]:
         logits = random_rows(look.held_out.logits, len(look.generated.logits))
         floor = statistics.inception_score(logits, SPLITS)[0]
     error = {"se": deviation / SPLITS**0.5, "se_method": "splits"}
-    entry = look.entry(f"is{look.count}", value, lower_is_better=False, **error, floor=floor)
+    entry = look.entry(f"is{look.count}{tail_of(look)}", value, lower_is_better=False, **error, floor=floor)
     return [entry | {"extra": {"std_over_splits": deviation}}]
 
 

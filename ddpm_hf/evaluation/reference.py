@@ -4,6 +4,7 @@ A file has `mu` and `sigma` (float64), in the format of pytorch-fid, EDM, TTUR a
 `num_samples`, `features` (of at most 10,000 images spread over the set) and `meta` (JSON about extractor and data).
 """
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -60,10 +61,11 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
     state = PartialState()
     state.wait_for_everyone()  # no process may look for the file while another one writes it
     if path.is_file():
-        return read_reference(path)
+        with contextlib.suppress(UserError):  # a damaged file is made anew
+            return read_reference(path)
     found = extract(extractor, image_set, None, batch_size, what)
     mean, covariance = mean_and_covariance(found.features)
-    rows = torch.linspace(0, len(image_set) - 1, min(MAX_FEATURES, len(image_set))).round().long()
+    rows = kept_rows(len(image_set))
     logits = None if found.logits is None else found.logits[rows]
     meta = {
         "extractor": extractor_id(extractor),
@@ -76,6 +78,11 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
     if state.is_main_process:
         save_reference(reference, path)
     return reference
+
+
+def kept_rows(count: int) -> torch.Tensor:
+    """Return which of `count` images have rows in `features` and `logits`, int64 (N,): at most MAX_FEATURES."""
+    return torch.linspace(0, count - 1, min(MAX_FEATURES, count)).round().long()
 
 
 def save_reference(reference: Reference, path: Path):

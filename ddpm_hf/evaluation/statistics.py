@@ -167,8 +167,8 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, f
     """Return precision, recall, density and coverage of generated features (M, d) for real ones (N, d).
 
     Each point has a ball around it. The radius is the distance to the k-th nearest other point of the same set.
-    - precision: the share of generated points inside a real ball (Kynkäänniemi et al. 2019, eq. 1);
-    - recall: the share of real points inside a generated ball (eq. 2);
+    - precision: the share of generated points inside a real ball (Kynkäänniemi et al. 2019, eq. 2);
+    - recall: the share of real points inside a generated ball (eq. 2 too);
     - density: the mean number of real balls around a generated point, divided by k (Naeem et al. 2020);
     - coverage: the share of real balls with a generated point inside.
 

@@ -94,6 +94,7 @@ class Classes:
         """
         if labels is None:
             return list(range(len(self))) or None
+        labels = labels.tolist() if hasattr(labels, "tolist") else labels  # of a tensor or an array
         labels = [labels] if isinstance(labels, (int, str)) else list(labels)
         if not labels:
             raise UserError("--class_labels is empty: give names or numbers of classes, or leave it out.")

@@ -15,7 +15,17 @@ from ..files import check_new_output, new_folder, read_json, write_json, writing
 from . import judge
 from .classes import Classes
 from .openai import read_checkpoint
-from .pretrained import PIPELINE_FILES, check_is_ddpm, check_shards, find_folder, opening, part_folder, read_network
+from .pretrained import (
+    PIPELINE_FILES,
+    WEIGHTS,
+    check_is_ddpm,
+    check_shards,
+    find_folder,
+    opening,
+    part_folder,
+    read_network,
+    read_scheduler,
+)
 from .saving import save_classifier, save_pipeline
 
 
@@ -104,6 +114,12 @@ def convert_checkpoint(
 def _unet_folder(name: str, folder: Path, weights: str) -> Path:
     """Return the folder with the UNet to convert."""
     averaged = folder / "unet_ema"
+    if weights not in WEIGHTS:
+        raise UserError(f"--weights is {weights!r}; choose {' or '.join(WEIGHTS)}.")
+    if weights == "raw" and not averaged.is_dir():
+        raise UserError(
+            f"{name} has no unet_ema, so nobody knows whether its weights are averages: leave --weights out."
+        )
     found = averaged if weights == "published" and averaged.is_dir() else part_folder(folder, "unet")
     if not (found / "config.json").is_file():
         raise UserError(
@@ -116,9 +132,7 @@ def _read_scheduler(name: str, folder: Path, schedule: dict) -> PaperDDPMSchedul
     """Return the scheduler of a pipeline. Raise a UserError if flags describe another one."""
     if schedule:
         raise UserError(f"{name} has a scheduler of its own: leave --{min(schedule)} out.")
-    config = read_json(part_folder(folder, "scheduler") / "scheduler_config.json")
-    judge.check_scheduler(config)
-    return PaperDDPMScheduler.from_config(config)
+    return read_scheduler(folder)
 
 
 def _new_scheduler(schedule: dict) -> PaperDDPMScheduler:

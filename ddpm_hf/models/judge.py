@@ -72,8 +72,12 @@ def check_unet(config: dict, index: dict | None = None):
             "num_class_embeds, are supported"
         )
     labels = (index or {}).get("id2label")
-    if labels and config.get("num_class_embeds") and len(labels) > config["num_class_embeds"]:
-        raise ValueError(f"it names {len(labels)} classes, but its num_class_embeds is {config['num_class_embeds']}")
+    embeddings = config.get("num_class_embeds")
+    if labels and embeddings and embeddings - len(labels) not in (0, 1):
+        raise ValueError(
+            f"it names {len(labels)} classes, but its num_class_embeds is {embeddings}, and only the last one "
+            'may have no name, for "no class"'
+        )
     channels = config.get("in_channels", 3)
     try:
         output_shape = _output_shape(json.dumps(config), channels, height, width)
@@ -119,6 +123,11 @@ def check_sizes(config: dict):
         value = config.get(name, 1)
         if not _is_whole(value, 1, high) and not (value is None and name in may_be_null):
             raise ValueError(f"its {name} is {_short(value)}, but must be a whole number from 1 to {high:,}")
+    quarters = config.get("quarters")  # of a classifier
+    if quarters is not None and not (
+        isinstance(quarters, (list, tuple)) and len(quarters) == 3 and all(_is_number(one, 0, 1) for one in quarters)
+    ):
+        raise ValueError(f"its quarters is {_short(quarters)}, but must be three numbers from 0 to 1")
     for name, low in {"norm_eps": 0, "mid_block_scale_factor": 1e-6, "dropout": 0, "downsample_padding": 0}.items():
         if not _is_number(config.get(name, low), low, 1000):
             raise ValueError(f"its {name} is {_short(config[name])}, but must be a number of at least {low}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from .judge import quiet_diffusers
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler")
 PARTS = ("unet", "scheduler", "classifier")
 WEIGHTS = ("published", "raw")
+# The arguments of a scheduler that do not change what we draw: our samplers choose the timesteps and the variance.
+CHOSEN_BY_SAMPLERS = ("timestep_spacing", "steps_offset", "variance_type")
 # The files to download from the Hub. Some old repositories have all files in the top folder.
 PIPELINE_FILES = ["model_index.json", "train_config.json", "config.json", "scheduler_config.json"]
 PIPELINE_FILES += ["diffusion_pytorch_model*.safetensors*", "unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
@@ -42,9 +45,9 @@ class Pretrained:
 
     Attributes:
         facts: entries for records: "name" (a Hub id or the folder's name), "revision" (the commit on the Hub),
-            "weights" ("published", or "raw" for weights before averaging), "unet_sha256" (a hash of the
-            weights), "parameters" (their number), "train_step" (of a checkpoint) and "commit" (of the ddpm_hf source
-            that trained the model). Unknown facts are None.
+            "weights" ("published", or "raw" for weights before averaging), "unet_sha256" (a hash of the weights),
+            "schedule" (a hash of the scheduler), "parameters" (their number), "train_step" (of a checkpoint) and
+            "commit" (of the ddpm_hf source that trained the model). Unknown facts are None.
         run: the content of train_config.json, or {}.
         folder: the folder that the model was read from.
         classes: the classes that can be requested. It is empty, and therefore falsy, for an unconditional UNet.
@@ -136,13 +139,11 @@ def opening(what, advice: str):
 
 def _read_parts(name: str, folder: Path, index: dict) -> tuple[UNet2DModel, PaperDDPMScheduler]:
     """Return the UNet and the scheduler of a pipeline folder. Their configs are checked first."""
-    unet_folder, scheduler_folder = part_folder(folder, "unet"), part_folder(folder, "scheduler")
-    config, schedule = read_json(unet_folder / "config.json"), read_json(scheduler_folder / "scheduler_config.json")
+    unet_folder = part_folder(folder, "unet")
+    config = read_json(unet_folder / "config.json")
     judge.check_index(index)
     judge.check_unet(config, index)
-    judge.check_scheduler(schedule)
-    scheduler = PaperDDPMScheduler.from_config(schedule)
-    judge.check_schedule(scheduler)
+    scheduler = read_scheduler(folder)
     check_shards(unet_folder)
     if not any(unet_folder.glob("*.safetensors")):
         raise UserError(
@@ -152,6 +153,17 @@ def _read_parts(name: str, folder: Path, index: dict) -> tuple[UNet2DModel, Pape
     unet = read_network(UNet2DModel, unet_folder)
     judge.check_together(unet.config, scheduler.config)
     return unet, scheduler
+
+
+def read_scheduler(folder: Path) -> PaperDDPMScheduler:
+    """Return the scheduler of a pipeline folder. Raise a ValueError for a config or a schedule that cannot be used."""
+    config = read_json(part_folder(folder, "scheduler") / "scheduler_config.json")
+    judge.check_scheduler(config)
+    # The config of DPM-Solver has no variance type. Give it the default of DDPM.
+    config |= {"variance_type": config.get("variance_type") or "fixed_small"}
+    scheduler = PaperDDPMScheduler.from_config(config)
+    judge.check_schedule(scheduler)
+    return scheduler
 
 
 def read_network(kind: type, folder: Path):
@@ -275,7 +287,8 @@ def _pretrained(unet, scheduler, facts: dict, *, run: dict, folder: Path, classe
     """Return a `Pretrained` with the UNet in eval mode. Add commit, hash and number of parameters to `facts`."""
     unet = unet.eval().requires_grad_(False)
     facts = {"train_step": None, **facts, "commit": run.get("git_commit")}
-    facts |= {"unet_sha256": weights_hash(unet), "parameters": sum(each.numel() for each in unet.parameters())}
+    facts |= {"unet_sha256": weights_hash(unet), "schedule": schedule_hash(scheduler)}
+    facts |= {"parameters": sum(each.numel() for each in unet.parameters())}
     return Pretrained(unet, scheduler, facts, run, folder, classes)
 
 
@@ -300,13 +313,35 @@ def load_classifier(name: str | Path) -> NoisyClassifier:
     return classifier.eval().requires_grad_(False)
 
 
+def schedule_hash(scheduler: PaperDDPMScheduler) -> str:
+    """Return 8 digits that differ for schedulers with which the same weights draw other images.
+
+    They are a hash of the scheduler's arguments, without those that a sampler chooses itself.
+    """
+    arguments = {key: value for key, value in scheduler.arguments.items() if key not in CHOSEN_BY_SAMPLERS}
+    return hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def published_hash(folder: Path) -> str | None:
+    """Return the `weights_hash` of the UNet in a folder that ddpm_hf wrote. None if its file cannot be read."""
+    try:
+        return tensors_hash(safetensors.torch.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+    except (OSError, safetensors.SafetensorError):
+        return None
+
+
 def weights_hash(module: torch.nn.Module) -> str:
     """Return the SHA-256 of a module's tensors, as float32 in the order of their names.
 
     Equal weights have equal hashes, whatever file they were read from.
     """
+    return tensors_hash(module.state_dict())
+
+
+def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the `weights_hash` of a module with this state dict."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

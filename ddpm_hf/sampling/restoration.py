@@ -43,6 +43,7 @@ MAX_BLUR = 1000  # pixels, of --blur_sigma; the blur of each row is a matrix wit
 MAX_PIXELS = 2048**2  # of a result; a UNet keeps hundreds of numbers for each pixel
 SHEET_IMAGES = 16
 SHEET_COLUMNS = 8
+SETTINGS = ["noise_level", "scale_factor", "blur_sigma", "num_inference_steps", "num_samples"]
 TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": "deblur"}  # settings of a single task
 
 
@@ -125,6 +126,11 @@ def restore(
     settings = {name: value for name, value in settings.items() if value is not None} | {"task": task}
     check_task_settings(settings, mask, batch_size)
     check_seed(seed)
+    if output is not None and not isinstance(images, (str, os.PathLike)):
+        raise UserError(
+            f"images are given as {type(images).__name__}, but an output is given too: give the path of an image or a "
+            "folder, or leave the output out."
+        )
     items = None if output is None else find_items(Path(images), check_output("OUTPUT", output), mask)
     if not isinstance(model, Pretrained):
         model = load_pretrained(model)
@@ -141,6 +147,8 @@ def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size
     several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
     images = list(images) if several else [images]
     mask = read_masks_in_memory(mask)
+    if isinstance(mask, (list, tuple)) and len(mask) != len(images):
+        raise UserError(f"there are {len(mask)} masks for {len(images)} images: give one mask, or one for each image.")
 
     def restore_batch(batch: range) -> list:
         rows = slice(batch.start, batch.stop)
@@ -213,6 +221,8 @@ def open_pipeline(model: Pretrained) -> DiffusionPipeline:
 def check_task_settings(settings: dict, mask, batch_size: int):
     """Raise a UserError for an unknown task, or for settings that belong to another task or are out of range."""
     task = settings["task"]
+    if unknown := set(settings) - {*SETTINGS, "task"}:
+        raise UserError(no_such("setting of a restoration", min(unknown), SETTINGS))
     tasks = pipeline_module("restoration").OPERATORS
     if task not in tasks:
         raise UserError(no_such("task", task, tasks))
@@ -230,8 +240,8 @@ def check_task_settings(settings: dict, mask, batch_size: int):
         raise UserError(f"--num_samples is {settings['num_samples']}; it must be at most {MAX_SAMPLES:,}.")
     if settings.get("blur_sigma", 1) > MAX_BLUR:
         raise UserError(f"--blur_sigma is {settings['blur_sigma']:g}; it must be at most {MAX_BLUR:,} pixels.")
-    if batch_size < 1:
-        raise UserError(f"--batch_size is {batch_size}; it must be at least 1.")
+    if type(batch_size) is not int or batch_size < 1:
+        raise UserError(f"--batch_size is {batch_size}; it must be a whole number of at least 1.")
 
 
 def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]:

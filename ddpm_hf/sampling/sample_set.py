@@ -61,6 +61,8 @@ def check_same_samples(place: Path, found: dict | None, wanted: dict):
             raise UserError(f"{place} already exists and is not a set of samples of ddpm_hf: give another --output.")
         return
     pairs = [("the weights", found["model"]["unet_sha256"], wanted["model"]["unet_sha256"])]
+    if "schedule" in found["model"]:  # samples of earlier versions do not say it
+        pairs += [("the noise schedule", found["model"]["schedule"], wanted["model"]["schedule"])]
     pairs += [("the pixels", found.get("pixels"), wanted.get("pixels"))]
     keys = found["sampler"] | wanted["sampler"]  # a record without guidance has no guidance_scale
     pairs += [(key, found["sampler"].get(key), wanted["sampler"].get(key)) for key in keys]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -12,7 +13,7 @@ from ..errors import UserError, no_such
 from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.judge import MAX_SIDE
-from ..models.pretrained import Pretrained, weights_hash
+from ..models.pretrained import Pretrained, load_classifier, weights_hash
 from ..processes import has_bfloat16
 from ..sizes import read_size
 from .guidance import guide
@@ -58,7 +59,7 @@ class Sampler:
         class_labels: one class, by its name or number, or a list of classes. With a list, image k gets the label
             `class_labels[k % len(class_labels)]`. None: all classes in turn.
         guidance_scale: how closely images follow the class. 1 is the conditional model itself. See `guidance.guide`.
-        classifier: guides an unconditional model towards a class.
+        classifier: guides an unconditional model towards a class. What `load_classifier` returned or takes.
         own_settings: the settings of a sampler of your own, e.g. {"order": 3} for a function with the keyword-only
             argument `order`. `sample` and `evaluate` also take them as keywords: order=3.
         size: height and width of the images in pixels, e.g. "48x64" or (48, 64). Both must be multiples of
@@ -79,7 +80,7 @@ class Sampler:
     seed: int = 0
     class_labels: int | str | Sequence[int | str] | None = None
     guidance_scale: float = 1.0
-    classifier: NoisyClassifier | None = None
+    classifier: NoisyClassifier | str | Path | None = None
     size: int | str | Sequence[int] | None = None
     own_settings: dict = field(default_factory=dict)
 
@@ -89,6 +90,8 @@ class Sampler:
         Raises:
             UserError: for settings that contradict each other or that the model does not support.
         """
+        if isinstance(self.classifier, (str, Path)):
+            return replace(self, classifier=load_classifier(self.classifier)).resolve(model)
         dtype = self.dtype
         if dtype == "auto":
             dtype = "bfloat16" if has_bfloat16(PartialState().device) else "float32"
@@ -99,6 +102,8 @@ class Sampler:
         self.network(model)  # raises a UserError if the model does not support the guidance
         timesteps = self.timesteps
         steps = self.num_inference_steps
+        if steps is not None and type(steps) is not int:
+            raise UserError(f"--num_inference_steps is {steps!r}, but must be a whole number: give another one.")
         if isinstance(timesteps, str) and re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", timesteps):
             timesteps = [int(t) for t in timesteps.split(",")]
         if isinstance(timesteps, str) and steps is None:

@@ -25,10 +25,12 @@ from ..evaluation.records import data_name, number, read_record, table
 from ..files import read_json, write_beside, writing
 from ..markdown import code, code_block, literal
 from ..models import judge
+from ..models.classes import Classes
+from ..models.pretrained import published_hash
 from ..provenance import without_paths
 from ..run_folder import files_in, read_metrics
 from .hub import is_hub_id
-from .licences import LICENCES, UNKNOWN_LICENCE
+from .licences import licence_of
 from .published import is_ours
 
 
@@ -99,16 +101,8 @@ def write_card(folder: str | Path, name: str | None = None, place: str | Path | 
         before = MARKER.search(readme.read_text(encoding="utf-8", errors="replace")) if is_file else None
         if before is None and os.path.lexists(readme):
             return False
-        try:
-            pushed_to = before[1] if before is not None and "/" in before[1] else None
-            text = card_text(folder, name, pushed_to=pushed_to, place=None if place is None else Path(place))
-        except UserError:
-            raise
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # JSON from elsewhere may hold anything
-            raise UserError(
-                f"the model card of {folder} cannot be made, because one of its JSON files has unexpected content "
-                f"({type(error).__name__}: {error}): give a folder that ddpm_hf wrote."
-            ) from error
+        pushed_to = before[1] if before is not None and "/" in before[1] else None
+        text = checked_text(folder, name, pushed_to=pushed_to, place=None if place is None else Path(place))
         # The name of a folder need not be UTF-8.
         write_beside(readme, lambda partial: partial.write_text(text, encoding="utf-8", errors="replace"))
     return True
@@ -122,7 +116,24 @@ def write_card_or_warn(folder: str | Path, name: str | None = None):
         logger.warning("%s has no up-to-date model card: %s", folder, error)
 
 
-def card_text(folder: Path, name: str | None, *, pushed_to: str | None, place: Path | None = None) -> str:
+def checked_text(folder: Path, name: str | None = None, **options) -> str:
+    """Return the text of the card of a folder. Its arguments are those of `card_text`.
+
+    Raises:
+        UserError: if a file of the folder cannot be read, or has unexpected content.
+    """
+    try:
+        return card_text(folder, name, **options)
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # JSON from elsewhere may hold anything
+        raise UserError(
+            f"the model card of {folder} cannot be made, because one of its JSON files has unexpected content "
+            f"({type(error).__name__}: {error}): give a folder that ddpm_hf wrote."
+        ) from error
+
+
+def card_text(folder: Path, name: str | None, *, pushed_to: str | None = None, place: Path | None = None) -> str:
     """Return the text of the card of a folder; see `write_card`."""
     index = read_json(folder / "model_index.json", missing={})
     try:
@@ -131,17 +142,20 @@ def card_text(folder: Path, name: str | None, *, pushed_to: str | None, place: P
         raise UserError(f"the card of {folder} cannot be written ({error}): repair its model_index.json.") from error
     run = without_paths(read_run(folder))
     flags = run.get("flags", {})
+    dataset_name = flags.get("dataset_name")
+    if dataset_name == "digits" and read_run(folder)["flags"]["dataset_name"] != "digits":
+        dataset_name = None  # somebody's own folder of this name
     name = name or pushed_to or flags.get("hub_model_id") or folder.resolve().name
     records = {path.name: read_record(path) for path in files_in(folder, ["evaluations/*.json"]) if is_ours(path)}
+    fitting = of_these_weights(records, folder)
     data = flags.get("dataset_name") or flags.get("train_data_dir")
-    on_hub = data is not None and is_hub_id(data)
-    known = (entry for pattern, entry in LICENCES.items() if re.fullmatch(pattern, str(data), re.IGNORECASE))
-    licence, about_data = next(known, UNKNOWN_LICENCE)
+    on_hub = dataset_name is not None and is_hub_id(dataset_name)
     base = run.get("base_model") or {}
+    licence, about_data = licence_of(dataset_name, base)
     on_hub_before = base.get("revision") is not None and is_hub_id(str(base.get("name")))
     is_classifier = flags.get("objective") == "classify"
     task = "image-classification" if is_classifier else "unconditional-image-generation"
-    chosen = best_scores(records)
+    chosen = best_scores(fitting)
     results = [eval_result(records[file], entry) for file, entry in chosen if is_headline(entry["id"])]
     metadata = ModelCardData(
         license=licence,
@@ -157,16 +171,29 @@ def card_text(folder: Path, name: str | None, *, pushed_to: str | None, place: P
     parts = [
         f"---\n{metadata.to_yaml()}\n---",
         f"<!-- ddpm_hf: {quote(name, errors='replace')} -->\n# {literal(name.rpartition('/')[2])}",
-        introduction(folder, flags, data, on_hub, base),
+        introduction(folder, flags, data, dataset_name, base),
         *pictures(folder),
         "## Use\n\n" + "\n\n".join(classifier_usage(where) if is_classifier else usage(where, folder)),
         "## Scores\n\n" + scores(records, chosen),
         *training(folder, run, flags),
-        "## Limits\n\n" + limits(flags, data, [entry for _, entry in chosen]),
+        "## Limits\n\n" + limits(flags, data, [entry for _, entry in chosen], is_started=bool(base)),
         data_and_licence(about_data, licence) if data else "",
         CITATION,
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def of_these_weights(records: dict[str, dict], folder: Path) -> dict[str, dict]:
+    """Return the records whose scores are of the weights in the folder.
+
+    A run also has records of earlier steps (--eval_metrics), and perhaps of --weights raw.
+    """
+    published = published_hash(folder)
+    return {
+        file: record
+        for file, record in records.items()
+        if published is None or record["model"].get("unet_sha256", published) == published
+    }
 
 
 def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
@@ -219,12 +246,17 @@ def eval_result(record: dict, entry: dict) -> EvalResult:
         task_type="unconditional-image-generation",
         dataset_type=data["name"],
         dataset_name=data["name"],
-        dataset_split="test" if "_test" in entry["id"] or kind == "bits_per_dim" else "train",
+        dataset_split="test" if "_test" in entry["id"] or is_on_held_out(entry) else "train",
         metric_type=kind,
         metric_name=entry["id"],
         metric_value=entry["value"],
         metric_args=without_none(protocol if entry["n_gen"] is not None else {"num_images": entry["n_ref"]}) or None,
     )
+
+
+def is_on_held_out(entry: dict) -> bool:
+    """Return whether bits/dim was measured on held-out images. Without any, it is measured on training images."""
+    return hub_name(entry["id"]) == "bits_per_dim" and entry.get("extra", {}).get("split") != "train"
 
 
 def path_here(folder: Path) -> str:
@@ -247,10 +279,12 @@ def without_none(values: dict) -> dict:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool, base: dict) -> str:
+def introduction(folder: Path, flags: dict, data: str | None, dataset_name: str | None, base: dict) -> str:
     """Return the introduction of the card: what the model is, its data, the model it started from, its classes.
 
     Args:
+        data: --dataset_name or --train_data_dir.
+        dataset_name: --dataset_name. None for images of the user.
         base: the "base_model" of train_config.json; {} without --init_from.
     """
     unet = read_json(folder / "unet" / "config.json", missing={}) or read_json(
@@ -262,10 +296,10 @@ def introduction(folder: Path, flags: dict, data: str | None, on_hub: bool, base
         kind = "A classifier of noisy images, to guide a DDPM of the same data and schedule,"
     elif unet.get("num_class_embeds") is not None:
         kind = "A class-conditional denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239))"
-    if on_hub:
+    if dataset_name is not None and is_hub_id(dataset_name):
         data = f"[{data}](https://huggingface.co/datasets/{data})"
     elif data is not None:
-        data = "scikit-learn's handwritten digits" if data == "digits" else code(data_name(data))
+        data = "scikit-learn's handwritten digits" if dataset_name == "digits" else code(data_name(data))
     named = [literal(classes[k]) for k in sorted(classes, key=int)]
     of_classes = f" Its classes: {', '.join(named[:20])}{' and more' * (len(named) > 20)}." if named else ""
     size = unet.get("sample_size")
@@ -325,7 +359,8 @@ image = pipeline(num_inference_steps={steps}).images[0]"""
         parts.append("Stock diffusers loads this model without `ddpm_hf`:")
         parts.append(code_block("python", call))
         parts.append(fewer_steps(name, scheduler))
-    needs_class = bool(unet.get("num_class_embeds")) and unet.get("num_class_embeds") <= len(index.get("id2label", {}))
+    classes = Classes.of_model(unet.get("num_class_embeds"), index.get("id2label"))
+    needs_class = bool(classes) and classes.no_class is None
     for pipeline in EARLIER_PIPELINES | PIPELINES:
         if (folder / f"{pipeline}.py").is_file():
             parts.append(pipeline_usage(name, pipeline, is_default=named[0] == pipeline, needs_class=needs_class))
@@ -402,6 +437,8 @@ def scores(records: dict[str, dict], chosen: list[tuple[str, dict]]) -> str:
     rows = [["score", "", "value", "real images", "images", "measured"]]
     for file, entry in chosen:
         words, error = in_words(entry["id"]), number(entry["se"])
+        if words and entry.get("extra", {}).get("split") == "train":
+            words += ", on training images"
         direction = {True: "↓ lower is better", False: "↑ higher is better"}.get(entry.get("lower_is_better"), "")
         rows.append(
             [
@@ -414,7 +451,8 @@ def scores(records: dict[str, dict], chosen: list[tuple[str, dict]]) -> str:
             ]
         )
     what = (
-        "The column “real images” has the score of as many real, held-out images. A good model comes close to it. "
+        "The column “real images” has the score of as many real, held-out images, or of all if fewer are held out. A "
+        "good model comes close to it. "
         "“images” is how many were scored. “measured” links to the record, which has every detail:"
     )
     ways = [f"{k}. {measured(records[file])}" for k, file in enumerate(files, 1)]
@@ -472,11 +510,16 @@ def training(folder: Path, run: dict, flags: dict) -> list[str]:
     ]
 
 
-def limits(flags: dict, data: str | None, entries: list[dict]) -> str:
-    """Return sentences on what the model cannot do, and on what was not measured."""
-    sentences = (
-        [f"The model was trained on {code(data_name(data))} alone and does not suit other images."] if data else []
-    )
+def limits(flags: dict, data: str | None, entries: list[dict], *, is_started: bool) -> str:
+    """Return sentences on what the model cannot do, and on what was not measured.
+
+    Args:
+        is_started: whether the training started from the weights of another model.
+    """
+    sentences = []
+    if data:
+        how = "last trained on" if is_started else "trained on"
+        sentences.append(f"The model was {how} {code(data_name(data))} and does not suit other images.")
     copies = next((entry for entry in entries if entry["id"] == "memorization_exact_copies"), None)
     if copies is None or copies["value"] is None:
         sentences.append("Whether the model copies training images was not measured.")

@@ -54,7 +54,7 @@ def create_repository(name: str, private: bool = False, token: str | None = None
     except HFValidationError:
         raise UserError(f"{name!r} cannot name a repository: give --hub_model_id NAME or USER/NAME.") from None
     except HUB_ERRORS as error:
-        remedy = LOG_IN if is_denied(error) else "check the network, or train without a push and push later"
+        remedy = LOG_IN if is_denied(error) else "check the network, or push later"
         raise UserError(f"cannot push to {name!r} on {API.endpoint} ({short_reason(error)}): {remedy}.") from None
     if private and is_private is not True:
         raise UserError(f"{repo_id} exists and is public: make it private, or choose another --hub_model_id.")

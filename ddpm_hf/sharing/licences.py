@@ -1,10 +1,14 @@
-"""Licences of the data sets that the presets name."""
+"""The licences of models that are trained on the data sets of the presets."""
 
-# A pattern of the data's name -> (licence, sentence about the data). A model gets the licence of its data:
-# for example, a model trained on AFHQ is not for commercial use.
+import re
+
+
+# A pattern of the data's name -> (licence of the model, sentence about the data). The licence is that of the data if
+# the data restricts use (AFHQ is not for commercial use), else Apache-2.0.
+NON_COMMERCIAL = "cc-by-nc-4.0"
 LICENCES = {
     r"(huggan/)?afhq.*": (
-        "cc-by-nc-4.0",
+        NON_COMMERCIAL,
         "Animal Faces-HQ by Choi et al., NAVER Corp. ([StarGAN v2](https://arxiv.org/abs/1912.01865), CVPR 2020), "
         "[CC BY-NC 4.0](https://creativecommons.org/licenses/by-nc/4.0/): credit its authors, no commercial use. The "
         "same holds for this model.",
@@ -21,3 +25,20 @@ UNKNOWN_LICENCE = (
     None,
     "their licence is not known here. Find out where the images are from before you build on this model.",
 )
+
+
+def licence_of(dataset_name: str | None, base_model: dict) -> tuple[str | None, str]:
+    """Return the licence of a model (None if it is not known here), and a sentence about its data.
+
+    Args:
+        dataset_name: --dataset_name of the training: a Hub id, or the name of a folder with a copy. None for other
+            images, because the name of a folder of somebody's own images says nothing.
+        base_model: the "base_model" of train_config.json; {} without --init_from.
+    """
+    name = dataset_name or ""
+    known = (entry for pattern, entry in LICENCES.items() if re.fullmatch(pattern, name, re.IGNORECASE))
+    licence, about_data = next(known, UNKNOWN_LICENCE)
+    if not base_model:
+        return licence, about_data
+    about_data += " The licence of the model that the training started from applies too."
+    return (licence if licence == NON_COMMERCIAL else None), about_data

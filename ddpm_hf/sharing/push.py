@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from ..errors import UserError
-from .card import check_has_model, write_card
+from .card import check_has_model, checked_text, write_card
 from .hub import API, create_repository, push_in_background
 from .published import check_weights
 
@@ -31,6 +31,7 @@ def push(folder: str | Path, name: str | None = None, *, private: bool = False, 
     folder = Path(folder)
     check_has_model(folder)
     check_weights(folder)
+    checked_text(folder)  # raises an error before anything is created on the Hub
     repo_id = create_repository(name or folder.resolve().name, private, token)
     if not write_card(folder, repo_id):
         logger.warning("%s was not written by ddpm_hf and is pushed as it is.", folder / "README.md")

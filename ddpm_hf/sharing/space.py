@@ -12,7 +12,11 @@ from ..models import judge
 from .hub import create_repository, is_hub_id, retry
 
 
-SUFFIXES = [".py", ".md", ".txt", ".css", ".html", ".js"]  # the files to upload to a Space
+# The files of spaces/ and pipelines/ to upload. A list, because a clone may hold other files beside them.
+SPACE = ["README.md", "app.py", "checks.py", "compare.html", "compare.js", "connections.py", "images.py", "model.py"]
+SPACE += ["page.css", "requirements.txt", "sketch.html", "sketch.js", "uploads.py", "widgets.py", "tabs/__init__.py"]
+SPACE += ["tabs/compare.py", "tabs/generate.py", "tabs/how_it_works.py", "tabs/restore.py"]
+PIPELINES = ["class_guided.py", "reconstruction.py", "restoration.py"]
 
 
 def push_space(model: str, name: str | None = None, *, private: bool = False, token: str | None = None) -> str:
@@ -40,9 +44,9 @@ def push_space(model: str, name: str | None = None, *, private: bool = False, to
             f"{model} is not a pipeline on {API.endpoint}, or your token cannot read it: push it first, or log in."
         )
     name = name or f"{model.rpartition('/')[2]}-demo"
-    space_id = create_repository(name, private, token, repo_type="space", space_sdk="gradio")
     with tempfile.TemporaryDirectory() as folder:
         write_space(Path(folder), model)
+        space_id = create_repository(name, private, token, repo_type="space", space_sdk="gradio")
 
         def upload():
             API.add_space_variable(space_id, "DDPM_MODEL", model, token=token)
@@ -59,14 +63,12 @@ def push_space(model: str, name: str | None = None, *, private: bool = False, to
 
 def write_space(folder: Path, model: str):
     """Write the files of the Space that shows `model` into an empty folder."""
-    (folder / "pipelines").mkdir()
-    for path in shipped("pipelines").glob("*.py"):
-        shutil.copyfile(path, folder / "pipelines" / path.name)
-    for path in shipped("spaces").rglob("*"):
-        if path.suffix in SUFFIXES:
-            target = folder / path.relative_to(shipped("spaces"))
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
+    for part in ("pipelines", "tabs"):
+        (folder / part).mkdir()
+    for name in PIPELINES:
+        shutil.copyfile(shipped("pipelines") / name, folder / "pipelines" / name)
+    for name in SPACE:
+        shutil.copyfile(shipped("spaces") / name, folder / name)
     for module in (judge, hub_requests):
         shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
     card = folder / "README.md"

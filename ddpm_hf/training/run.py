@@ -40,7 +40,7 @@ from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.ema import make_ema
 from ..models.post_hoc_ema import make_power_averages
-from ..models.pretrained import Pretrained
+from ..models.pretrained import Pretrained, schedule_hash
 from ..processes import check_processes, has_bfloat16
 from ..provenance import PACKAGES, command, git_commit, version
 from ..sharing.hub import create_repository
@@ -98,6 +98,7 @@ class Run:
             "name": Path(self.config.output_dir).resolve().name,
             "revision": None,
             "weights": "published",
+            "schedule": schedule_hash(self.scheduler),
             "parameters": self.facts["parameters"],
             "commit": self.facts["git_commit"],
         }
