@@ -365,6 +365,13 @@ def test_the_times_of_the_readme_are_those_of_the_presets():
         assert f"{minutes} minutes on {hardware}" in PRESETS[preset].about, preset
 
 
+def test_make_setup_says_what_it_does_and_how_long_that_takes():
+    command = ["make", "-n", "VENV=none", "setup"]
+    first, *rest = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert "2 GB" in first and "minutes" in first and sum("pip install" in line for line in rest) == 2
+    assert not any("--quiet" in line for line in rest)  # pip shows its progress
+
+
 def test_the_address_of_the_repository_is_written_everywhere_at_once(tmp_path):
     script = runpy.run_path(str(ROOT / "docs" / "set_address.py"))
     for remote in (

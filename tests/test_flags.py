@@ -265,14 +265,17 @@ def test_the_sheets_step_count_changes_the_sheet(ran, tmp_path):
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
 
 
-def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
+def test_overwrite_replaces_the_run_and_nothing_else_and_says_so_first(tmp_path, capsys):
     folder = finished(tmp_path / "run")
     (folder / "notes.txt").write_text("mine")
     (folder / "draft.tmp").touch()
     (folder / "samples" / "epoch_0009.png").touch()
     (folder / "samples" / "holiday.jpg").touch()
     (folder / "README.md").write_text("my own words")
+    assert "Removing" not in capsys.readouterr().out
     finished(folder, "--overwrite_output_dir", "--max_train_steps=2")
+    said = rf"Removing what this run replaces in {folder}: checkpoint-4, \d+ other files. Your own files there stay."
+    assert re.search(said, capsys.readouterr().out)
     assert (folder / "samples" / "holiday.jpg").exists() and (folder / "README.md").read_text() == "my own words"
     assert (folder / "draft.tmp").exists()
     assert (folder / "notes.txt").read_text() == "mine" and not (folder / "samples" / "epoch_0009.png").exists()

@@ -264,6 +264,8 @@ def prepare_folder(run: Run, checkpoint: Path | None):
         output_dir = Path(config.output_dir)
         replaced = checkpoints.replaced_by(config, checkpoint)  # listed before the tracker adds its new files
         start_tracker(config, accelerator)
+        for sentence in checkpoints.describe_replaced(output_dir, replaced):
+            print(sentence, flush=True)
         checkpoints.remove_replaced(output_dir, replaced)
         if checkpoint is not None:
             for sentence in checkpoints.set_damaged_aside(output_dir, checkpoint):
