@@ -629,7 +629,12 @@ def test_what_is_no_npz_is_one_sentence(tmp_path, digit_folder, capsys, content)
         ("{run} --require beauty", "there is no metric 'beauty'"),
         ("{run} --reference nosuch.npz --metrics fd_mnist", "--reference is only for fid"),
         ("{run} --metrics beauty", "there is no metric 'beauty'"),
-        ("{run} --dataset_name nowhere/none", "cannot be loaded"),
+        ("{run} --dataset_name nowhere/none", "the Hub cannot be reached"),
+        ("{run} --dataset_name nowhere/none", "give --dataset_name a Hub dataset"),
+        (
+            "{run} --dataset_name digits",
+            "; --validation_split test comes from the model's train_config.json, and the flag replaces it.",
+        ),
         ("{run} --num_images 0", "at least 1"),
         ("--calibrate {run}", "only real images"),
         ("--calibrate --dataset_name {data}/train", "--validation_split"),

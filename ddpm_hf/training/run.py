@@ -24,9 +24,11 @@ from accelerate.utils import (
 from diffusers import UNet2DModel
 from torch import nn
 
+from ..config.presets import PRESETS
 from ..config.training_config import TrainingConfig
 from ..data.dataset import load_images
 from ..data.duplicates import LISTED, describe_duplicates
+from ..data.origins import naming_origin
 from ..diffusion.losses import OBJECTIVES
 from ..diffusion.scheduler import PaperDDPMScheduler
 from ..diffusion.timestep_sampling import new_history
@@ -175,7 +177,8 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
     with accelerator.local_main_process_first():
         base = open_base_model(config, saved)
         config = follow(config, base, saved)
-        train_set, validation_set = load_images(config, unet_channels(config))
+        with naming_origin(flags_of_preset(config), f"--preset {config.preset}"):
+            train_set, validation_set = load_images(config, unet_channels(config))
     check_skipped(config, train_set)
     check_classes(config, train_set)
     network, start = build_network(config, train_set, base, saved)
@@ -211,6 +214,13 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
     warnings += ignored_folder_warning(config) + ignored_weights_warning(config)
     warnings += [*train_set.warnings, *ema_warning(config, total_steps), *skipped]
     return replace(run, evaluation=evaluation), warnings
+
+
+def flags_of_preset(config) -> dict:
+    """Return the flags of the preset that the user did not give, with their values."""
+    if config.preset is None:
+        return {}
+    return {name: value for name, value in PRESETS[config.preset].flags.items() if name not in config.given_flags}
 
 
 def ignored_folder_warning(config) -> list[str]:
