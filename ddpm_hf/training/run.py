@@ -48,7 +48,7 @@ from ..provenance import PACKAGES, command, git_commit, version
 from ..sharing.hub import create_repository
 from . import checkpoints
 from .checkpoints import SECOND_RUN, TrainState
-from .schedule import count_steps, ema_warning, learning_rate_schedule
+from .schedule import count_steps, ema_warning, learning_rate_schedule, warmup_warning
 from .scoring import open_evaluation
 from .trackers import start_tracker
 
@@ -212,7 +212,7 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
     evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
     warnings = [describe_start(base, start)] if start else []
     warnings += ignored_folder_warning(config) + ignored_weights_warning(config)
-    warnings += [*train_set.warnings, *ema_warning(config, total_steps), *skipped]
+    warnings += [*train_set.warnings, *warmup_warning(config, total_steps), *ema_warning(config, total_steps), *skipped]
     return replace(run, evaluation=evaluation), warnings
 
 
