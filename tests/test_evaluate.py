@@ -27,7 +27,7 @@ from ddpm_hf.evaluation.extractor import EXTRACTORS
 from ddpm_hf.evaluation.features import extract, images_at
 from ddpm_hf.evaluation.inputs import match_channels
 from ddpm_hf.evaluation.metrics import class_counts, in_words
-from ddpm_hf.evaluation.records import read_record, record_table
+from ddpm_hf.evaluation.records import COPYING, NOTHING_KNOWN, read_record, record_table
 from ddpm_hf.evaluation.reference import read_reference, reference_of
 from ddpm_hf.evaluation.statistics import frechet_distance, mean_and_covariance
 from ddpm_hf.sampling.sample_set import read_samples
@@ -106,13 +106,16 @@ def test_a_picture_that_cannot_be_written_loses_no_scores(record, tiny_run, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
-def test_missing_weights_skip_a_metric_and_say_so(record, tiny_run, tmp_path, capsys):
+def test_missing_weights_skip_a_metric_and_say_why_once(record, tiny_run, tmp_path, capsys):
     (skipped,) = [entry for entry in read_record(record)["metrics"] if entry.get("status") == "skipped"]
     assert skipped["id"] == "fid" and "--inception" in skipped["reason"]
     with pytest.raises(SystemExit) as exit:
         flags = ["--from_samples", record.parent / "samples", "--metrics", "fid,memorization", "--require", "fid"]
         evaluate(tiny_run, *flags, "--output", tmp_path / "r.json")
-    assert exit.value.code == 1 and "fid is required" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert exit.value.code == 1 and "fid is required" in said.err
+    assert said.out.count("Warning: fid will be skipped: ") == said.out.count(skipped["reason"]) == 1
+    assert "\nskipped: fid. The warning above and the record say why.\n" in said.out
     assert (tmp_path / "r.json").is_file()
 
 
@@ -451,6 +454,16 @@ def test_the_table_says_in_words_what_is_better(record):
     better = {line.split()[0]: {"lower", "higher"} & set(line.split()) for line in shown[1:] if " 40 " in line}
     assert better["fd_mnist-9ea1c6a6_40_full"] == {"lower"} and better["class_confidence"] == {"higher"}
     assert sum(line.startswith("+-: standard error. better: ") for line in shown) == 1
+    # The scores about copying stand apart, without a direction that would be better.
+    question = shown.index(COPYING)
+    below = [line.startswith("memorization_") for line in shown[question + 1 :]]
+    assert (
+        below[:5] == [True] * 5
+        and sum(below) == 5
+        and not any(line.startswith("memorization_") for line in shown[:question])
+    )
+    assert not any(words for id, words in better.items() if id.startswith("memorization_"))
+    assert NOTHING_KNOWN in shown and any(line.startswith("bits_per_dim ") for line in shown[:question])
 
 
 def test_all_that_differs_is_named_at_once(record):

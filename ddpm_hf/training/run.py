@@ -212,8 +212,8 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
     evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
     warnings = [describe_start(base, start)] if start else []
     warnings += ignored_folder_warning(config) + ignored_weights_warning(config)
-    warnings += [*train_set.warnings, *warmup_warning(config, total_steps), *ema_warning(config, total_steps), *skipped]
-    return replace(run, evaluation=evaluation), warnings
+    warnings += [*train_set.warnings, *warmup_warning(config, total_steps), *ema_warning(config, total_steps)]
+    return replace(run, evaluation=evaluation), warnings + skipped
 
 
 def flags_of_preset(config) -> dict:

@@ -59,8 +59,8 @@ def warmup_warning(config, total_steps: int) -> list[str]:
         return []
     share = "all" if config.lr_warmup_steps >= total_steps else "most"
     return [
-        f"Warning: --lr_warmup_steps {config.lr_warmup_steps} takes {share} of the {total_steps:,} steps, and until then "
-        f"the learning rate is below --learning_rate: give e.g. --lr_warmup_steps {total_steps // 10}."
+        f"Warning: --lr_warmup_steps {config.lr_warmup_steps} takes {share} of the {total_steps:,} steps, and until "
+        f"then the learning rate is below --learning_rate: give e.g. --lr_warmup_steps {total_steps // 10}."
     ]
 
 
