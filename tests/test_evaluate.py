@@ -474,6 +474,25 @@ def test_all_that_differs_is_named_at_once(record):
         comparison({"a": one, "b": other})
 
 
+def test_of_other_data_the_error_names_the_data_and_a_short_list_that_compare_accepts(record):
+    one = read_record(record)
+    other = json.loads(json.dumps(one))
+    other["data"] = {**other["data"], "name": "else", "resolution": 8, "train": {"n": 3, "fingerprint": "0"}}
+    other["sampler"]["num_inference_steps"] = 50
+    for entry in other["metrics"]:
+        entry |= {"n_ref": 3, "n_gen": 7} if "n_ref" in entry else {}
+    with pytest.raises(UserError) as refused:
+        comparison({"a": one, "b": other})
+    said = str(refused.value)
+    assert re.search(
+        r"ways \(data.name is \S+ and else; sampler.num_inference_steps is 3 and 50; .*; and \d+ more\)", said
+    )
+    assert len(said) < 400
+    vary = said.rpartition("--vary ")[2].rstrip(".").split(",")
+    assert set(vary) == {"data", "sampler", "n_ref", "n_gen"}
+    assert "n_gen" in comparison({"a": one, "b": other}, vary=vary)
+
+
 def test_other_weights_are_no_other_protocol(record, capsys):
     one = read_record(record)
     other = one | {"model": one["model"] | {"weights": "raw", "unet_sha256": "0"}}
