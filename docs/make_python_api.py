@@ -45,7 +45,7 @@ from diffusers.utils import make_image_grid
 
 import ddpm_hf
 
-# Train: take a preset and change some flags. `digits` needs no network and takes two minutes on a CPU.
+# Train: take a preset and change some flags. `digits` needs no network and takes three minutes on a CPU.
 config = ddpm_hf.TrainingConfig.from_preset("digits", output_dir="runs/digits")
 run = ddpm_hf.train(config)
 print(run.losses["loss"], run.folder)

@@ -16,7 +16,7 @@ from ddpm_hf.__main__ import main
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.errors import UserError
-from ddpm_hf.evaluation.records import read_record
+from ddpm_hf.evaluation.records import COPYING, NOTHING_KNOWN, read_record
 from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.models.saving import save_pipeline
 from ddpm_hf.provenance import command, hide_paths, without_paths
@@ -76,8 +76,11 @@ def test_every_number_of_the_card_is_in_a_record(scored):
         for entry in json.loads(path.read_text())["metrics"]:
             if entry.get("status") != "skipped":
                 (row,) = [line for line in card.text.splitlines() if f"(`{entry['id']}`)" in line]
-                direction = "lower" if entry["lower_is_better"] else "higher"
-                assert f" {direction} is better | {entry['value']:.4g} ".replace(" 0.0 ", " 0 ") in row
+                direction = f" {'lower' if entry['lower_is_better'] else 'higher'} is better"
+                about_copying = entry["id"].startswith("memorization_")
+                assert ("is better" in row) != about_copying and (direction in row) != about_copying
+                assert f" | {entry['value']:.4g} ".replace(" 0.0 ", " 0 ") in row
+    assert card.text.index(COPYING) > card.text.index("(`bits_per_dim`)") and NOTHING_KNOWN in card.text
 
 
 def test_the_card_of_a_scored_run_is_valid_metadata(scored):
@@ -194,7 +197,12 @@ def test_each_metric_is_shown_once_by_its_best_record_and_quick_checks_never(tmp
 
     fid("smoke.json", 256, 1.5)
     card = card_of(tmp_path)
-    assert "Not scored yet" in card.text and "quick check" in card.text and not card.data.eval_results
+    command = f"`python -m ddpm_hf evaluate {tmp_path.name}` scores 2,000 images"
+    too_small = "Only a quick check was made (`--suite smoke`), which is too small for its scores to be shown: "
+    assert too_small + command in card.text and "more than 256 are enough" in card.text
+    assert not card.data.eval_results
+    (tmp_path / "evaluations" / "smoke.json").unlink()
+    assert f"Not scored yet: {command}" in card_of(tmp_path).text
     fid("few.json", 2000, 7.5)
     fid("many.json", 50000, 6.25)
     fid("many-worse.json", 50000, 8.5)

@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 
 from ddpm_hf import UserError
+from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.batches import training_batches
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.data.decode import to_array
 from ddpm_hf.data.stream import StreamedSet
+from ddpm_hf.training.run import open_run
 
 
 def encode(image, **options):
@@ -856,6 +858,20 @@ def test_odd_models_are_refused(make, numbered):
         UserError, match="is a picture of mode L, but images of 5 channels are wanted: give .npy files"
     ):
         load_images(make(numbered), channels=5)
+
+
+@pytest.mark.parametrize(
+    "typed, end",
+    [
+        ([], "and 1; --validation_split test comes from --preset mnist-cpu, and the flag replaces it."),
+        (["--validation_split=test"], "and 1."),
+    ],
+)
+def test_an_error_says_where_a_flag_comes_from_that_was_not_typed(tmp_path, typed, end):
+    flags = ["--preset=mnist-cpu", "--dataset_name=digits", f"--output_dir={tmp_path / 'run'}", *typed]
+    with pytest.raises(UserError, match="--validation_split test is impossible") as refused:
+        open_run(parse_config(flags))
+    assert str(refused.value).endswith(end)
 
 
 def test_datasets_of_several_configurations_are_refused(make, numbered):

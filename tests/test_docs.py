@@ -32,6 +32,7 @@ from ddpm_hf import __main__ as package
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.presets import PRESETS
 from ddpm_hf.config.training_config import TrainingConfig
+from ddpm_hf.evaluation.records import record_table
 from ddpm_hf.training.loop import train
 
 
@@ -363,6 +364,20 @@ def test_the_times_of_the_readme_are_those_of_the_presets():
     assert len(rows) >= 4
     for hardware, preset, minutes in rows:
         assert f"{minutes} minutes on {hardware}" in PRESETS[preset].about, preset
+
+
+def test_the_scores_of_the_readme_are_laid_out_as_evaluate_prints_them():
+    entry = {"value": 1.0, "se": None, "floor": None, "n_gen": 40, "n_ref": 40, "lower_is_better": True}
+    record = {"metrics": [entry | {"id": id} for id in ("fid", "memorization_authpct")]}
+    head, _, question = record_table(record).splitlines()[:3]
+    assert " ".join(head.split()) in " ".join(README.split()) and f"\n{question}\nmemorization_" in README
+
+
+def test_make_setup_says_what_it_does_and_how_long_that_takes():
+    command = ["make", "-n", "VENV=none", "setup"]
+    first, *rest = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    assert "2 GB" in first and "minutes" in first and sum("pip install" in line for line in rest) == 2
+    assert not any("--quiet" in line for line in rest)  # pip shows its progress
 
 
 def test_the_address_of_the_repository_is_written_everywhere_at_once(tmp_path):

@@ -29,7 +29,7 @@ from ddpm_hf.evaluation.extractor import EXTRACTORS
 from ddpm_hf.evaluation.features import extract, images_at
 from ddpm_hf.evaluation.inputs import match_channels
 from ddpm_hf.evaluation.metrics import class_counts, in_words
-from ddpm_hf.evaluation.records import read_record, record_table
+from ddpm_hf.evaluation.records import COPYING, NOTHING_KNOWN, read_record, record_table
 from ddpm_hf.evaluation.reference import read_reference, reference_of
 from ddpm_hf.evaluation.statistics import frechet_distance, mean_and_covariance
 from ddpm_hf.sampling.sample_set import read_samples
@@ -108,13 +108,16 @@ def test_a_picture_that_cannot_be_written_loses_no_scores(record, tiny_run, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
 
-def test_missing_weights_skip_a_metric_and_say_so(record, tiny_run, tmp_path, capsys):
+def test_missing_weights_skip_a_metric_and_say_why_once(record, tiny_run, tmp_path, capsys):
     (skipped,) = [entry for entry in read_record(record)["metrics"] if entry.get("status") == "skipped"]
     assert skipped["id"] == "fid" and "--inception" in skipped["reason"]
     with pytest.raises(SystemExit) as exit:
         flags = ["--from_samples", record.parent / "samples", "--metrics", "fid,memorization", "--require", "fid"]
         evaluate(tiny_run, *flags, "--output", tmp_path / "r.json")
-    assert exit.value.code == 1 and "fid is required" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert exit.value.code == 1 and "fid is required" in said.err
+    assert said.out.count("Warning: fid will be skipped: ") == said.out.count(skipped["reason"]) == 1
+    assert "\nskipped: fid. The warning above and the record say why.\n" in said.out
     assert (tmp_path / "r.json").is_file()
 
 
@@ -453,6 +456,16 @@ def test_the_table_says_in_words_what_is_better(record):
     better = {line.split()[0]: {"lower", "higher"} & set(line.split()) for line in shown[1:] if " 40 " in line}
     assert better["fd_mnist-9ea1c6a6_40_full"] == {"lower"} and better["class_confidence"] == {"higher"}
     assert sum(line.startswith("+-: standard error. better: ") for line in shown) == 1
+    # The scores about copying stand apart, without a direction that would be better.
+    question = shown.index(COPYING)
+    below = [line.startswith("memorization_") for line in shown[question + 1 :]]
+    assert (
+        below[:5] == [True] * 5
+        and sum(below) == 5
+        and not any(line.startswith("memorization_") for line in shown[:question])
+    )
+    assert not any(words for id, words in better.items() if id.startswith("memorization_"))
+    assert NOTHING_KNOWN in shown and any(line.startswith("bits_per_dim ") for line in shown[:question])
 
 
 def test_all_that_differs_is_named_at_once(record):
@@ -512,6 +525,25 @@ def test_a_damaged_cache_is_made_anew(tmp_path):
     path.write_bytes(path.read_bytes()[:100])
     assert torch.equal(reference_of(extractor, train, "images", cache_dir=tmp_path).mean, first.mean)
     assert len(read_reference(path).mean) == len(first.mean)
+
+
+def test_of_other_data_the_error_names_the_data_and_a_short_list_that_compare_accepts(record):
+    one = read_record(record)
+    other = json.loads(json.dumps(one))
+    other["data"] = {**other["data"], "name": "else", "resolution": 8, "train": {"n": 3, "fingerprint": "0"}}
+    other["sampler"]["num_inference_steps"] = 50
+    for entry in other["metrics"]:
+        entry |= {"n_ref": 3, "n_gen": 7} if "n_ref" in entry else {}
+    with pytest.raises(UserError) as refused:
+        comparison({"a": one, "b": other})
+    said = str(refused.value)
+    assert re.search(
+        r"ways \(data.name is \S+ and else; sampler.num_inference_steps is 3 and 50; .*; and \d+ more\)", said
+    )
+    assert len(said) < 400
+    vary = said.rpartition("--vary ")[2].rstrip(".").split(",")
+    assert set(vary) == {"data", "sampler", "n_ref", "n_gen"}
+    assert "n_gen" in comparison({"a": one, "b": other}, vary=vary)
 
 
 def test_other_weights_are_no_other_protocol(record, capsys):
@@ -682,7 +714,12 @@ def test_what_is_no_npz_is_one_sentence(tmp_path, digit_folder, capsys, content)
         ("{run} --require beauty", "there is no metric 'beauty'"),
         ("{run} --reference nosuch.npz --metrics fd_mnist", "--reference is only for fid"),
         ("{run} --metrics beauty", "there is no metric 'beauty'"),
-        ("{run} --dataset_name nowhere/none", "cannot be loaded"),
+        ("{run} --dataset_name nowhere/none", "the Hub cannot be reached"),
+        ("{run} --dataset_name nowhere/none", "give --dataset_name a Hub dataset"),
+        (
+            "{run} --dataset_name digits",
+            "; --validation_split test comes from the model's train_config.json, and the flag replaces it.",
+        ),
         ("{run} --num_images 0", "at least 1"),
         ("--calibrate {run}", "only real images"),
         ("--calibrate --dataset_name {data}/train", "--validation_split"),

@@ -11,7 +11,7 @@ import processes
 import pytest
 import torch
 from accelerate.utils import DynamoBackend
-from conftest import TINY, steps
+from conftest import TINY, TWO_DIGITS, steps
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,7 +24,7 @@ from ddpm_hf.data.dataset import load_images
 from ddpm_hf.pictures import to_uint8
 from ddpm_hf.run_folder import checkpoints
 from ddpm_hf.training.loop import seconds_per_step, train
-from ddpm_hf.training.run import make_accelerator, open_run
+from ddpm_hf.training.run import check_run, make_accelerator, open_run
 
 
 # Flags that change the trajectory: the weights after four steps differ from those of the same run without them.
@@ -265,18 +265,37 @@ def test_the_sheets_step_count_changes_the_sheet(ran, tmp_path):
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
 
 
-def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
+def test_overwrite_replaces_the_run_and_nothing_else_and_says_so_first(tmp_path, capsys):
     folder = finished(tmp_path / "run")
     (folder / "notes.txt").write_text("mine")
     (folder / "draft.tmp").touch()
     (folder / "samples" / "epoch_0009.png").touch()
     (folder / "samples" / "holiday.jpg").touch()
     (folder / "README.md").write_text("my own words")
+    assert "Removing" not in capsys.readouterr().out
     finished(folder, "--overwrite_output_dir", "--max_train_steps=2")
+    said = rf"Removing what this run replaces in {folder}: checkpoint-4, \d+ other files. Your own files there stay."
+    assert re.search(said, capsys.readouterr().out)
     assert (folder / "samples" / "holiday.jpg").exists() and (folder / "README.md").read_text() == "my own words"
     assert (folder / "draft.tmp").exists()
     assert (folder / "notes.txt").read_text() == "mine" and not (folder / "samples" / "epoch_0009.png").exists()
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    "flags, share",
+    [
+        (["--lr_warmup_steps=500"], "all"),
+        (["--lr_warmup_steps=51"], "most"),
+        (["--lr_warmup_steps=50"], None),
+        (["--lr_warmup_steps=500", "--lr_scheduler=constant"], None),
+    ],
+)
+def test_a_warm_up_of_more_than_half_of_the_run_is_mentioned(flags, share, tmp_path, capsys):
+    check_run(parse_config([*TWO_DIGITS, "--max_train_steps=100", f"--output_dir={tmp_path / 'run'}", *flags]))
+    said = capsys.readouterr().out
+    assert ("Warning: --lr_warmup_steps" in said) == (share is not None)
+    assert share is None or f" takes {share} of the 100 steps" in said and "give e.g. --lr_warmup_steps 10." in said
 
 
 @pytest.mark.parametrize("streams", [False, True])

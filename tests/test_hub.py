@@ -518,9 +518,26 @@ from ddpm_hf.training.loop import train
 
 flags = {TINY} + ["--dataset_name=user/mnist", "--resolution=16", "--max_train_steps=3", "--train_batch_size=4"]
 train(parse_config([*flags, "--output_dir={tmp_path}/run", "--push_to_hub"]))
+
+# Nobody answers at this address. The dataset in the cache is found at once, another one is refused at once.
+import time, datasets
+from ddpm_hf.data.dataset import load_images
+from ddpm_hf.errors import UserError
+from ddpm_hf.hub_requests import API
+
+API.endpoint = datasets.config.HF_ENDPOINT = "http://127.0.0.1:9"
+started = time.monotonic()
+print("from the cache:", load_images(parse_config(flags))[0].num_images)
+try:
+    load_images(parse_config([*flags, "--dataset_name=user/else"]))
+except UserError as error:
+    print(error)
+print("seconds:", time.monotonic() - started)
 """
-    printed, _ = client(hub, tmp_path, script, token=WRITE_TOKEN)
-    assert any(line.startswith("12 images of 16x16x3") for line in printed)
+    printed, warned = client(hub, tmp_path, script, token=WRITE_TOKEN)
+    assert any(line.startswith("12 images of 16x16x3") for line in printed) and "Retry" not in str(warned)
+    assert "from the cache: 12" in printed and float(printed[-1].removeprefix("seconds: ")) < 8
+    assert "user/else cannot be loaded (the Hub cannot be reached" in printed[-2] and "--dataset_name" in printed[-2]
     assert b"datasets:\n- user/mnist" in hub.repos["me/run"].files["README.md"]
 
 

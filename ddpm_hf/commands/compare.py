@@ -16,7 +16,8 @@ def add_flags(parser):
         "--vary",
         type=names,
         default=[],
-        help="settings that may differ, e.g. sampler, or sampler.num_inference_steps,model.weights; default: none",
+        help="settings that may differ, e.g. sampler, or sampler.num_inference_steps,model.weights, or n_gen; "
+        "default: none",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 

@@ -1,6 +1,6 @@
 """Train a DDPM and save a pipeline that stock diffusers loads.
 
-ddpm_hf train --preset digits                                   # two minutes on a CPU, no network
+ddpm_hf train --preset digits                                   # three minutes on a CPU, no network
 accelerate launch -m ddpm_hf train --preset cifar10 --push_to_hub         # on any number of GPUs
 accelerate launch -m ddpm_hf train --preset mnist --dataset_name FOLDER   # a local copy of the dataset
 ddpm_hf train --train_data_dir IMAGES --resolution 64 --use_ema --output_dir out

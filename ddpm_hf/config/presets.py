@@ -143,7 +143,7 @@ COLOR_CPU = dict(
 )
 PRESETS = {
     "digits": Preset(
-        "scikit-learn's 1,797 digits of 8x8 px, bundled: a complete trial run, 2 minutes on 2 CPU cores",
+        "scikit-learn's 1,797 digits of 8x8 px, bundled: a complete trial run, 3 minutes on 1 CPU core",
         dict(
             dataset_name="digits",
             resolution=8,

@@ -14,6 +14,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..errors import UserError
 from ..files import read_json
+from ..hub_requests import API, HUB_ERRORS, HfHubHTTPError, ask_hub, short_reason
 from .arrays import open_npz
 from .decode import CHUNK
 from .folders import examples, holds_tables, list_files, open_image_folder, printable, tables_in
@@ -59,7 +60,7 @@ def open_source(config) -> Source:
     if not folder.is_dir():
         if not config.dataset_name:
             raise UserError(f"--train_data_dir {name} cannot be loaded (it is not a folder): give a folder of images.")
-        with loading(name):
+        with loading(name), offline_if_unreachable(name):
             options = {"cache_dir": config.cache_dir, "streaming": config.streaming}
             splits = dict(datasets.load_dataset(name, config.dataset_config_name, **options))
         return Source(splits, places=_caches(config))
@@ -146,6 +147,34 @@ def _load_copy(folder, tables, config):
 
 
 @contextlib.contextmanager
+def offline_if_unreachable(name):
+    """If the Hub cannot be reached, let `datasets` look only in its cache, inside a `with` block that loads `name`.
+
+    Otherwise `datasets` asks six times within 23 seconds, also for what is in its cache, and prints every attempt.
+
+    Raises:
+        ConnectionError: if the Hub cannot be reached and the dataset is not in the cache.
+    """
+    before, reason = datasets.config.HF_HUB_OFFLINE, ""
+    try:
+        ask_hub(lambda: API.dataset_info(name))
+    except TimeoutError:  # a slow Hub may answer `datasets`, which waits longer
+        pass
+    except HUB_ERRORS as error:
+        # The Hub has answered an HfHubHTTPError, which `datasets` explains.
+        reason = "" if isinstance(error, HfHubHTTPError) else short_reason(error)
+    datasets.config.HF_HUB_OFFLINE = before or bool(reason)
+    try:
+        yield
+    except ConnectionError as error:
+        if not reason:
+            raise
+        raise ConnectionError(f"the Hub cannot be reached, {reason}, and it is not in the cache") from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
 def loading(source):
     """Turn the errors of `datasets` into a UserError, inside a `with` block that loads `source`, a name or a path."""
     try:
@@ -154,7 +183,7 @@ def loading(source):
         raise
     except Exception as error:  # a broken or odd file may raise anything
         reason = _reason_of(error)
-        advice = "give a Hub dataset, a folder of images, or a folder with a copy of a Hub dataset"
+        advice = "give --dataset_name a Hub dataset, a folder of images, or a folder with a copy of a Hub dataset"
         if "Config" in reason:
             advice = "give one of these as --dataset_config_name"
         raise UserError(f"{source} cannot be loaded ({reason}): {advice}.") from error

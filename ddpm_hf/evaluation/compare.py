@@ -22,6 +22,7 @@ NOT_PROTOCOL = [
     "metrics",
     "sampler.seed",
 ]
+SHOWN = 4  # at most so many differences are named
 
 
 def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
@@ -60,8 +61,8 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
 
     Args:
         records: the records, by the heading of their column.
-        vary: dotted names of fields that may differ, e.g. `sampler.eta`. `sampler` stands for all fields below it.
-            Those that differ become rows at the top.
+        vary: dotted names of fields that may differ, e.g. `sampler.eta`. `sampler` stands for all fields below it, and
+            `n_gen` or `n_ref` for those of all metrics. Those that differ become rows at the top.
         markdown: return Markdown instead of aligned text.
 
     Raises:
@@ -72,24 +73,20 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     ids = [entry["id"] for record in records.values() for entry in record["metrics"]]
     is_metric = {field: is_below(field, ids) for fields in protocols.values() for field in fields}
     first = next(iter(records))
-    check_vary(vary, [*is_metric, *(field for fields in flat.values() for field in fields)])
+    check_vary(vary, [*is_metric, *map(group_of, is_metric), *(field for fields in flat.values() for field in fields)])
     varied = []
-    unlike = []
+    unlike = {}
     for field in is_metric:
         values = {name: fields.get(field) for name, fields in protocols.items()}
         other = next((name for name, value in values.items() if value != values[first]), None)
         if other is None or is_metric[field] and None in values.values():
             continue  # a metric that a record lacks becomes a gap in the table
-        if is_below(field, vary):
+        if is_below(field, vary) or group_of(field) in vary:
             varied.append(field)
         else:
-            unlike.append(f"{field} is {values[first]} and {values[other]}")
+            unlike[field] = f"{field} is {values[first]} and {values[other]}"
     if unlike:
-        fields = ",".join(field.partition(" is ")[0] for field in unlike)
-        raise UserError(
-            f"the records were measured in different ways ({'; '.join(unlike)}): evaluate all of them in the same "
-            f"way, or add --vary {fields}."
-        )
+        raise UserError(describe_unlike(unlike))
     # Also show the fields in which the models differ, and the fields in `vary`. They are not part of the protocol, so
     # they may differ.
     shown = {name: flat[name] | protocols[name] for name in records}
@@ -108,6 +105,30 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
         if len(floors) == 1:
             rows[-1][0] += f" (floor {floors.pop()})"
     return "\n\n".join([table(rows, markdown), *shared_images(records)])
+
+
+def describe_unlike(unlike: dict[str, str]) -> str:
+    """Return the sentence that refuses records whose protocols differ. It names up to SHOWN settings.
+
+    Args:
+        unlike: for each field that differs, a phrase with both values.
+    """
+    # Name the data first, because most other differences follow from it.
+    fields = sorted(unlike, key=lambda field: (field != "data.name", not is_below(field, ["sampler"])))
+    phrases, vary = [unlike[field] for field in fields], list(unlike)
+    if len(fields) > SHOWN:
+        phrases = [*phrases[:SHOWN], f"and {len(fields) - SHOWN} more"]
+        vary = dict.fromkeys(group_of(field) for field in fields)
+    return (
+        f"the records were measured in different ways ({'; '.join(phrases)}): evaluate all of them in the same way, "
+        f"or add --vary {','.join(vary)}."
+    )
+
+
+def group_of(field: str) -> str:
+    """Return "sampler" or "data" for a field below it, and for the field of a metric its last part, e.g. "n_gen"."""
+    start, _, rest = field.partition(".")
+    return start if start in ("sampler", "data") else rest.rpartition(".")[2] or start
 
 
 def check_vary(vary: list[str], fields: list[str]):

@@ -353,7 +353,7 @@ def entries_of(name: str, look: Look) -> list[dict]:
     except Exception as error:  # a metric of one's own may raise anything
         if PartialState().is_main_process and not isinstance(error, UserError):
             traceback.print_exc()
-        reason = f"it failed, {type(error).__name__}: {reason_of(error)}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         return [{"id": name, "status": "skipped", "failed": True, "reason": reason}]
 
 

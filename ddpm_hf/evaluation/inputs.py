@@ -11,6 +11,7 @@ from accelerate import PartialState
 from ..config.training_config import DataOptions, TrainingConfig
 from ..data.dataset import load_images
 from ..data.image_set import ImageSet
+from ..data.origins import naming_origin
 from ..errors import UserError, no_such
 from ..files import check_output
 from ..models.pretrained import Pretrained, load_pretrained
@@ -179,6 +180,7 @@ def open_data(
     if "dataset_name" in data and data["dataset_name"] != flags.get("dataset_name"):
         # A different --dataset_name is taken to be another copy of the same data.
         flags = {key: flags[key] for key in SAME_IN_A_COPY if key in flags}
+    inherited = {key: value for key, value in flags.items() if key not in data}
     flags |= data
     source = flags.get("dataset_name") or flags.get("train_data_dir")
     if not source:
@@ -195,7 +197,7 @@ def open_data(
     else:
         flags.setdefault("resolution", resolution)
     flags |= {"streaming": False, "random_flip": False, "resume_from_checkpoint": None}
-    with PartialState().local_main_process_first():
+    with PartialState().local_main_process_first(), naming_origin(inherited, "the model's train_config.json"):
         train, held_out = load_images(TrainingConfig(**flags), channels)
     for warning in train.warnings:
         PartialState().print(warning, flush=True)

@@ -16,6 +16,10 @@ from ..sizes import write_size
 
 
 EVALUATION_SCHEMA = "ddpm_hf.eval/1"
+COPYING = (
+    "Is it copying? Yes, if authpct or median_ratio is far below that of real images, or another score far above."
+)
+NOTHING_KNOWN = "The bits_per_dim of a model that knows nothing about the images is 8, because its pixels have 8 bits."
 PACKAGES = ["ddpm_hf", "torch", "diffusers", "transformers", "numpy", "pillow"]
 
 
@@ -179,20 +183,38 @@ def is_value(value) -> bool:
 
 
 def record_table(record: dict) -> str:
-    """Return a record as text: a table of the scores, what its columns mean, then the skipped metrics."""
+    """Return a record as text: a table of the scores, what its columns mean, then the skipped metrics.
+
+    The scores about copying are at the end of the table, below the line COPYING, without a better direction.
+    """
     rows = [["metric", "value", "+-", "better", "real images", "N", "N real"]]
-    for entry in record["metrics"]:
-        if entry.get("status") != "skipped":
-            value, error, *rest = (number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))
-            rows.append([entry["id"], value, error, "lower" if entry.get("lower_is_better") else "higher", *rest])
-    lines = [table(rows)]
-    if len(rows) > 1:
+    measured = [entry for entry in record["metrics"] if entry.get("status") != "skipped"]
+    measured.sort(key=lambda entry: is_about_copying(entry["id"]))
+    for entry in measured:
+        value, error, *rest = (number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))
+        better = "lower" if entry.get("lower_is_better") else "higher"
+        rows.append([entry["id"], value, error, "" if is_about_copying(entry["id"]) else better, *rest])
+    lines = table(rows).splitlines()
+    if copying := sum(is_about_copying(entry["id"]) for entry in measured):
+        lines.insert(len(lines) - copying, COPYING)
+    if measured:
         lines += [
             "+-: standard error. better: whether lower or higher values are better. N: the number of images.",
             "real images: the value of held-out real images, the floor, which a perfect model would reach.",
         ]
-    reasons = by_reason({entry["id"]: entry.get("reason") for entry in record["metrics"]})
-    return "\n".join([*lines, *(f"skipped: {ids} ({reason})" for ids, reason in reasons)])
+    if any(entry["id"] == "bits_per_dim" for entry in measured):
+        lines.append(NOTHING_KNOWN)
+    missing = [entry for entry in record["metrics"] if entry.get("status") == "skipped"]
+    lines += [f"failed: {entry['id']} ({entry['reason']})" for entry in missing if entry.get("failed")]
+    if skipped := [entry["id"] for entry in missing if not entry.get("failed")]:
+        # `evaluate` has printed the reasons as warnings before.
+        lines.append(f"skipped: {', '.join(skipped)}. The warning above and the record say why.")
+    return "\n".join(lines)
+
+
+def is_about_copying(id: str) -> bool:
+    """Return whether the score with this id says if images are copies of training images, not how good they are."""
+    return id.startswith("memorization_")
 
 
 def scores_of(record: dict) -> dict[str, float]:

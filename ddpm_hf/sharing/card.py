@@ -21,7 +21,7 @@ from ..config.training_config import GROUPS, EvaluationOptions, HubOptions, Outp
 from ..errors import UserError
 from ..evaluation.inputs import SUITES
 from ..evaluation.metrics import METRICS, in_words
-from ..evaluation.records import data_name, number, read_record, table
+from ..evaluation.records import COPYING, NOTHING_KNOWN, data_name, is_about_copying, number, read_record, table
 from ..files import read_json, write_beside, writing
 from ..markdown import code, code_block, literal
 from ..models import judge
@@ -174,7 +174,7 @@ def card_text(folder: Path, name: str | None, *, pushed_to: str | None = None, p
         introduction(folder, flags, data, dataset_name, base),
         *pictures(folder),
         "## Use\n\n" + "\n\n".join(classifier_usage(where) if is_classifier else usage(where, folder)),
-        "## Scores\n\n" + scores(records, chosen),
+        "## Scores\n\n" + scores(fitting, chosen, where),
         *training(folder, run, flags),
         "## Limits\n\n" + limits(flags, data, [entry for _, entry in chosen], is_started=bool(base)),
         data_and_licence(about_data, licence) if data else "",
@@ -234,7 +234,7 @@ def is_quick_check(entry: dict, record: dict) -> bool:
 
 def is_headline(id: str) -> bool:
     """Return whether a score belongs in the card's metadata: a distance or a likelihood, not a detail."""
-    return not id.startswith(("memorization_", "class_", "density", "coverage"))
+    return not is_about_copying(id) and not id.startswith(("class_", "density", "coverage"))
 
 
 def eval_result(record: dict, entry: dict) -> EvalResult:
@@ -428,22 +428,40 @@ pipeline({arguments}).images[0].save("result.png")"""
     return f"{what}:\n\n{code_block('python', call)}"
 
 
-def scores(records: dict[str, dict], chosen: list[tuple[str, dict]]) -> str:
-    """Return Markdown with a table of the chosen scores, and how each of their records was measured."""
+def no_scores(records: dict[str, dict], name: str) -> str:
+    """Return Markdown that says why no scores are shown, and how to get some."""
+    entries = [entry for record in records.values() for entry in record["metrics"]]
+    command = code(f"python -m ddpm_hf evaluate {shlex.quote(name)}")
+    scored = f"{SUITES['fast']['num_images']:,} images"
+    if all(entry.get("value") is None for entry in entries):
+        return f"Not scored yet: {command} scores {scored}, and adds the scores here."
+    most = SUITES["smoke"]["num_images"]
+    return (
+        f"Only a quick check was made (`--suite smoke`), which is too small for its scores to be shown: {command} "
+        f"scores {scored}, and more than {most} are enough."
+    )
+
+
+def scores(records: dict[str, dict], chosen: list[tuple[str, dict]], name: str) -> str:
+    """Return Markdown with tables of the chosen scores, and how each of their records was measured.
+
+    The scores about copying have a table of their own, because neither direction is better.
+    """
     if not chosen:
-        quick = " A quick check was made, whose scores are too uncertain to be shown." if records else ""
-        return f"Not scored yet: `python -m ddpm_hf evaluate` adds the scores here.{quick}"
+        return no_scores(records, name)
     files = list(dict.fromkeys(file for file, _ in chosen))
-    rows = [["score", "", "value", "real images", "images", "measured"]]
+    quality = [["score", "", "value", "real images", "images", "measured"]]
+    copying = [["about copying", *quality[0][2:]]]
     for file, entry in chosen:
         words, error = in_words(entry["id"]), number(entry["se"])
         if words and entry.get("extra", {}).get("split") == "train":
             words += ", on training images"
         direction = {True: "↓ lower is better", False: "↑ higher is better"}.get(entry.get("lower_is_better"), "")
-        rows.append(
+        is_copying = is_about_copying(entry["id"])
+        (copying if is_copying else quality).append(
             [
                 f"{words} ({code(entry['id'])})" if words else code(entry["id"]),
-                direction,
+                *([] if is_copying else [direction]),
                 number(entry["value"]) + (f" ± {error}" if error else ""),
                 number(entry["floor"]),
                 number(images_used(entry)),
@@ -455,10 +473,14 @@ def scores(records: dict[str, dict], chosen: list[tuple[str, dict]]) -> str:
         "good model comes close to it. "
         "“images” is how many were scored. “measured” links to the record, which has every detail:"
     )
+    if any(entry["id"] == "bits_per_dim" for _, entry in chosen):
+        what = f"{NOTHING_KNOWN} {what}"
+    tables = [table(quality, markdown=True)] if len(quality) > 1 else []
+    tables += [COPYING, table(copying, markdown=True)] if len(copying) > 1 else []
     ways = [f"{k}. {measured(records[file])}" for k, file in enumerate(files, 1)]
     commands = "\n".join(records[file]["command"] for file in files if records[file].get("command"))
     details = f"<details><summary>Commands</summary>\n\n{code_block('bash', commands)}\n\n</details>"
-    return "\n\n".join([table(rows, markdown=True), what, "\n".join(ways), *([details] if commands else [])])
+    return "\n\n".join([*tables, what, "\n".join(ways), *([details] if commands else [])])
 
 
 def measured(record: dict) -> str:

@@ -235,6 +235,16 @@ def logs(config) -> list[Path]:
     return [*tensorboard, *wandb]
 
 
+def describe_replaced(output_dir: Path, replaced: list[Path]) -> list[str]:
+    """Return a list with one sentence about the files that will be removed, or [] if there are none."""
+    if not replaced:
+        return []
+    folders = [path.name for path in replaced if path in checkpoint_folders(output_dir)]
+    others = len(replaced) - len(folders)
+    parts = [*sorted(folders, key=len), *([f"{others:,} other file{'s' * (others != 1)}"] if others else [])]
+    return [f"Removing what this run replaces in {output_dir}: {', '.join(parts)}. Your own files there stay."]
+
+
 def remove_replaced(output_dir: Path, replaced: list[Path]):
     """Remove the files that `replaced_by` listed, then the subfolders that have become empty.
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..config.training_config import TrainingConfig
 from ..data.dataset import load_images
+from ..data.origins import naming_origin
 from ..diffusion.scheduler import PaperDDPMScheduler
 from ..errors import UserError
 from ..locks import check_unlocked
@@ -307,5 +308,6 @@ def redraw_figures(folder: str | Path):
     check_unlocked(folder, "wait until it ends; it draws the figures itself")
     model = load_pretrained(str(folder))
     config = config_of(model)
-    train_set, _ = load_images(config, model.unet.config.in_channels)
+    with naming_origin(model.run["flags"], f"{folder / 'train_config.json'}", "so put its data back there"):
+        train_set, _ = load_images(config, model.unet.config.in_channels)
     figures_of_run(folder, model, train_set, config)

@@ -24,9 +24,11 @@ from accelerate.utils import (
 from diffusers import UNet2DModel
 from torch import nn
 
+from ..config.presets import PRESETS
 from ..config.training_config import TrainingConfig
 from ..data.dataset import load_images
 from ..data.duplicates import LISTED, describe_duplicates
+from ..data.origins import naming_origin
 from ..diffusion.losses import OBJECTIVES
 from ..diffusion.scheduler import PaperDDPMScheduler
 from ..diffusion.timestep_sampling import new_history
@@ -46,7 +48,7 @@ from ..provenance import PACKAGES, command, git_commit, version
 from ..sharing.hub import create_repository
 from . import checkpoints
 from .checkpoints import SECOND_RUN, TrainState
-from .schedule import count_steps, ema_warning, learning_rate_schedule
+from .schedule import count_steps, ema_warning, learning_rate_schedule, warmup_warning
 from .scoring import open_evaluation
 from .trackers import start_tracker
 
@@ -176,7 +178,8 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
     with accelerator.local_main_process_first():
         base = open_base_model(config, saved)
         config = follow(config, base, saved)
-        train_set, validation_set = load_images(config, unet_channels(config))
+        with naming_origin(flags_of_preset(config), f"--preset {config.preset}"):
+            train_set, validation_set = load_images(config, unet_channels(config))
     check_skipped(config, train_set)
     check_classes(config, train_set)
     network, start = build_network(config, train_set, base, saved)
@@ -210,8 +213,15 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
     evaluation, skipped = open_evaluation(config, run.pretrained, train_set, validation_set)
     warnings = [describe_start(base, start)] if start else []
     warnings += ignored_folder_warning(config) + ignored_weights_warning(config)
-    warnings += [*train_set.warnings, *ema_warning(config, total_steps), *skipped]
-    return replace(run, evaluation=evaluation), warnings
+    warnings += [*train_set.warnings, *warmup_warning(config, total_steps), *ema_warning(config, total_steps)]
+    return replace(run, evaluation=evaluation), warnings + skipped
+
+
+def flags_of_preset(config) -> dict:
+    """Return the flags of the preset that the user did not give, with their values."""
+    if config.preset is None:
+        return {}
+    return {name: value for name, value in PRESETS[config.preset].flags.items() if name not in config.given_flags}
 
 
 def ignored_folder_warning(config) -> list[str]:
@@ -265,6 +275,8 @@ def prepare_folder(run: Run, checkpoint: Path | None):
         output_dir = Path(config.output_dir)
         replaced = checkpoints.replaced_by(config, checkpoint)  # listed before the tracker adds its new files
         start_tracker(config, accelerator)
+        for sentence in checkpoints.describe_replaced(output_dir, replaced):
+            print(sentence, flush=True)
         checkpoints.remove_replaced(output_dir, replaced)
         if checkpoint is not None:
             for sentence in checkpoints.set_damaged_aside(output_dir, checkpoint):

@@ -53,6 +53,17 @@ def learning_rate_schedule(config, optimizer, total_steps: int):
     return lambda step: config.learning_rate * factor(step)
 
 
+def warmup_warning(config, total_steps: int) -> list[str]:
+    """Return a list with one warning if the warm-up takes more than half of the steps, else []."""
+    if config.lr_scheduler == "constant" or 2 * config.lr_warmup_steps <= total_steps:  # "constant" has no warm-up
+        return []
+    share = "all" if config.lr_warmup_steps >= total_steps else "most"
+    return [
+        f"Warning: --lr_warmup_steps {config.lr_warmup_steps} takes {share} of the {total_steps:,} steps, and until "
+        f"then the learning rate is below --learning_rate: give e.g. --lr_warmup_steps {total_steps // 10}."
+    ]
+
+
 def ema_warning(config, total_steps: int) -> list[str]:
     """Return a list with one warning if the final EMA still has 5 % or more of random initial weights, else []."""
     if not config.use_ema or config.init_from is not None or ema_decay(config, 1) == 0:

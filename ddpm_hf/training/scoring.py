@@ -79,7 +79,7 @@ def score_run(run, on_step) -> tuple[dict[str, float], float | None]:
     write_record(record, path)
     for entry in record["metrics"]:
         if entry.get("failed"):
-            tqdm.write(f"Warning: the metric {entry['id']} is left out at step {step}: {entry['reason']}")
+            tqdm.write(f"Warning: the metric {entry['id']} failed at step {step} and is left out: {entry['reason']}")
     compared = None
     first = record["metrics"][0]
     if config.best_by in config.eval_metrics and "value" in first:
