@@ -29,6 +29,14 @@ SHOW = """(...settings) => {
     delete results.dataset.stale;
     if (window.innerWidth < 700) results.scrollIntoView({ block: "start" });
 }"""
+# A press draws what the page shows. If that is drawn already, it first goes on to the next seeds, unless the visitor
+# has typed the seed. FIRST are the settings of the images that the page opens with.
+NEXT = """(...settings) => {
+    const results = document.getElementById("results-NAME"), seed = settings[PLACE];
+    const drawn = results.dataset.drawn ?? JSON.stringify(FIRST);
+    if ("typed" in results.dataset || drawn !== JSON.stringify(settings)) return seed;
+    return seed + COUNT > MAX_SEED ? 0 : seed + COUNT;
+}"""
 STALE = """(...settings) => {
     const results = document.getElementById("results-NAME"), status = results.querySelector(".status").innerHTML;
     if (results.dataset.drawn === JSON.stringify(settings)) {
@@ -81,13 +89,36 @@ def two_buttons(first: str, second: str, primary: str) -> list[gr.Button]:
         return [gr.Button(name, variant=variant, min_width=90) for name, variant in variants.items()]
 
 
-def seed_box(value: int = 0) -> gr.Number:
-    """Return a box for the seed, with a button that sets a random one."""
+def seed_box(name: str | None = None) -> gr.Number:
+    """Return a box for the seed, with a button that sets a random one.
+
+    Args:
+        name: the tab whose presses go on to the next seeds, see `next_seeds`. None: they do not.
+    """
+    info = None if name is None else "each press takes the next seeds; one that you type stays"
     with gr.Row(elem_classes="seed"):
-        seed = gr.Number(value, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120, scale=3)
+        limits = dict(precision=0, minimum=0, maximum=MAX_SEED)
+        seed = gr.Number(0, label="Seed", info=info, min_width=120, scale=3, **limits)
         dice = gr.Button("Another", min_width=90, scale=1, size="sm")
-    dice.click(None, None, seed, js=f"() => Math.floor(Math.random() * {MAX_SEED})", api_visibility="private")
+    results = f'document.getElementById("results-{name}")'
+    forget = f"delete {results}.dataset.typed;" if name is not None else ""
+    js = f"() => {{ {forget} return Math.floor(Math.random() * {MAX_SEED}); }}"
+    dice.click(None, None, seed, js=js, api_visibility="private")
+    if name is not None:
+        seed.input(None, None, None, js=f'() => {{ {results}.dataset.typed = ""; }}', api_visibility="private")
     return seed
+
+
+def next_seeds(name: str, trigger, inputs: list, seed: gr.Number, *, count: str, first: list | None = None):
+    """Go on to the next seeds if the shown settings are drawn already. Return the event that comes after it.
+
+    Args:
+        count: JavaScript for the number of seeds that a press takes, from `settings`, the values of the inputs.
+        first: the values of the inputs for the images that the page opens with. None: there are none.
+    """
+    js = NEXT.replace("NAME", name).replace("PLACE", str(inputs.index(seed))).replace("COUNT", f"({count})")
+    js = with_data(js.replace("MAX_SEED", str(MAX_SEED)), "FIRST", first)
+    return trigger(None, inputs, seed, js=js, api_visibility="private").then
 
 
 def class_box(model: Model) -> gr.Dropdown:

@@ -76,7 +76,7 @@ def test_the_same_seed_is_the_same_image_in_any_number(client, sampler):
 def test_compare_has_every_sampler(client):
     shown, status = client.predict(0, "", api_name="/compare")
     names = [f"DDIM, {steps} steps" for steps in (5, 10, 20, 50)] + [f"DDPM, {T} steps"]
-    assert [one["caption"].partition(" · ")[0] for one in shown] == names and status.startswith("Done")
+    assert [one["caption"].partition(", drawn in ")[0] for one in shown] == names and status.startswith("Done")
     assert len({one["image"] for one in shown}) == 5
 
 

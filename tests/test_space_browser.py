@@ -159,6 +159,11 @@ def test_images_form_and_can_be_downloaded(page):
     assert status(page).get_attribute("aria-live") == "polite" and "Ready" in status(page).inner_text()
     first = pictures(page)
     assert len(set(first)) == 8 and not is_stale(page)  # there is something to see
+    seed = page.get_by_label("Seed").first
+    assert seed.input_value() == "0"
+    press(page, "Generate")  # what is shown is drawn already, so this takes the next seeds
+    done(page)
+    assert seed.input_value() == "8" and not set(pictures(page)) & set(first) and "seed 8" in status(page).inner_text()
     page.locator("label:visible:has-text('DDPM')").click()
     steps = page.get_by_label("number input for Steps")
     wait_for(lambda: int(steps.input_value()) > 50, "DDPM does not take many steps")
@@ -177,6 +182,17 @@ def test_images_form_and_can_be_downloaded(page):
         with page.expect_download() as download:
             page.get_by_role("button", name=name).click()
         assert download.value.suggested_filename == f"images_seed_8.{suffix}"
+    steps.fill("2")
+    for typed, shown in (("", "8"), ("", "16"), ("5", "5"), ("", "5")):  # a typed seed stays
+        if typed:
+            seed.fill(typed)
+        before = pictures(page)
+        press(page, "Generate")
+        page.wait_for_timeout(300)  # the status may say of the last press that it is done
+        done(page)
+        assert f"2 steps, seed {shown}," in status(page).inner_text()
+        assert seed.input_value() == shown and not is_stale(page)
+        assert (pictures(page) != before) == bool(typed or shown != "5")
 
 
 def test_the_sliders_end_where_a_request_would_be_refused_and_a_link_restores_all_settings(page, space):
@@ -188,9 +204,11 @@ def test_the_sliders_end_where_a_request_would_be_refused_and_a_link_restores_al
     scripts = " ".join(str(one["js"]) for one in httpx.get(f"{space.url}/config").json()["dependencies"])
     most = int(re.search(r'"most": (\d+)', scripts)[1])
     wait_for(lambda: slider.get_attribute("max") == str(min(T, most // 16)), "the slider does not end there")
+    if most // 16 < T:
+        assert page.get_by_text(f"at most {most // 16} for 16 images: a request may take").is_visible()
     press(page, "Another")
     seed = page.get_by_label("Seed").first
-    wait_for(lambda: seed.input_value() != "8", "the seed stays")
+    wait_for(lambda: seed.input_value() != "0", "the seed stays")
     press(page, "Link to these settings")
     link = page.locator(".status:visible a")
     link.wait_for()

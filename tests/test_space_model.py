@@ -32,7 +32,7 @@ from checks import Refused, default_model
 from images import read_image, to_images, to_tensor
 from model import Model, open_model, shared_module
 from tabs.compare import compare
-from tabs.generate import generate
+from tabs.generate import captioned, generate
 from tabs.how_it_works import forward
 from tabs.restore import damages, degrade, restore
 
@@ -98,8 +98,10 @@ def test_learned_variance_and_ddim(folder):
 def test_classes_in_turn_one_class_and_none(conditional):
     assert conditional.classes == ["each class in turn", *CLASSES, "no class"]
     *_, (shown, *_) = generate(conditional, 4, "DDIM", 2, 0, "each class in turn", 1.0)
-    names = ["zero · seed 0", "one · seed 1", "&lt;two&gt; · seed 2", "zero · seed 3"]  # no markup of a model's
+    names = ["zero, seed 0", "one, seed 1", "&lt;two&gt;, seed 2", "zero, seed 3"]  # no markup of a model's
     assert [one["caption"] for one in shown] == names
+    numbered = SimpleNamespace(labels=["0", "1"])  # a bare number would not read as a class
+    assert captioned(numbered, [Image.new("L", (2, 2))], [3], [1])[0]["caption"] == "class 1, seed 3"
     *_, (plain, *_) = generate(conditional, 1, "DDIM", 2, 0, "no class", 5.0)
     *_, (guided, *_) = generate(conditional, 1, "DDIM", 2, 0, "zero", 5.0)
     assert plain[0]["caption"] == "seed 0" and plain[0]["image"] != guided[0]["image"]
@@ -116,7 +118,7 @@ def test_a_request_is_bounded_and_guidance_counts_twice(conditional, monkeypatch
 
 def test_compare_takes_what_one_request_may_cost(conditional, monkeypatch):
     *_, (shown, _) = compare(conditional, 0, "")
-    assert [one["caption"].partition(" ·")[0] for one in shown] == [
+    assert [one["caption"].partition(", drawn in ")[0] for one in shown] == [
         "DDIM, 5 steps",
         "DDIM, 10 steps",
         "DDPM, 10 steps",

@@ -9,11 +9,14 @@ from images import contact_sheet, enlarge, picture, to_images
 from model import HERE, Model
 
 
+MOST_IMAGES = 4
+
+
 def compare(model: Model, seed, class_name):
     """Yield (gallery, status) while each sampler draws four images, or fewer if the model is large."""
     seed = whole("seed", seed, 0, MAX_SEED)
     class_name = one_of("class", class_name or model.classes[0], model.classes)
-    number = next((n for n in (4, 2) if n * (85 + model.T) <= model.max_evaluations), 1)
+    number = next((n for n in (MOST_IMAGES, 2) if n * (85 + model.T) <= model.max_evaluations), 1)
     ways, left = [], model.max_evaluations // number
     for steps in (5, 10, 20, 50):
         if steps <= min(left, model.T):
@@ -29,7 +32,7 @@ def compare(model: Model, seed, class_name):
                 sheet = contact_sheet([enlarge(image) for image in to_images(x_0)], columns=min(2, number))
             if is_due and i < steps:
                 yield [*shown, picture(sheet, name)], f"{name}: step {i}, {time_left(begin, before + i, total)}."
-        shown.append(picture(sheet, f"{name} · {seconds_since(start)}"))
+        shown.append(picture(sheet, f"{name}, drawn in {seconds_since(start)}"))
         before += steps
     what = f"seed{'s' * (number > 1)} {', '.join(map(str, seeds))}"
     yield shown, f"Done: {what} in {seconds_since(begin)}. Every sheet starts from the same noise."
@@ -41,7 +44,7 @@ def add(model: Model) -> dict[str, gr.components.Component]:
         with widgets.inputs_column():
             what = "Draw images from the same noise, with DDIM in 5, 10, 20 and 50 steps, and with DDPM in many."
             gr.Markdown(f"{what} They are drawn without guidance." if model.labels else what)
-            class_name, seed = widgets.class_box(model), widgets.seed_box()
+            class_name, seed = widgets.class_box(model), widgets.seed_box("compare")
             start, stop = widgets.two_buttons("Compare", "Stop", primary="Compare")
         with widgets.outputs_column("compare"):
             status = widgets.status_line("Ready: press Compare, then move the slider over the steps.")
@@ -60,7 +63,8 @@ def add(model: Model) -> dict[str, gr.components.Component]:
                 "show_progress_on": status,
             }
             widgets.publish(compare, **options, **widgets.BUSY)
-    event = widgets.answer(start.click, compare, **options, **widgets.BUSY)
+    pressed = widgets.next_seeds("compare", start.click, options["inputs"], seed, count=str(MOST_IMAGES))
+    event = widgets.answer(pressed, compare, **options, **widgets.BUSY)
     stop.click(None, cancels=[event], api_visibility="private")
-    widgets.mark_stale("compare", [seed, class_name], status, [start.click], again="press Compare")
+    widgets.mark_stale("compare", [seed, class_name], status, [pressed], again="press Compare")
     return {"seed": seed, "class": class_name}

@@ -5,7 +5,18 @@ import time
 
 import gradio as gr
 import widgets
-from checks import MAX_IMAGES, MAX_SEED, Refused, between, one_of, plural, seconds_since, time_left, whole
+from checks import (
+    MAX_IMAGES,
+    MAX_SEED,
+    Refused,
+    between,
+    one_of,
+    plural,
+    request_seconds,
+    seconds_since,
+    time_left,
+    whole,
+)
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from images import animation, bundle, enlarged_sheet, picture, thumbnail, to_images
@@ -18,7 +29,7 @@ GIF_FRAMES = 24
 COST = "number * (model.guides && guidance !== 1 && class_name !== model.no_class ? 2 : 1)"
 CLAMP = f"""(number, guidance, class_name, steps) => {{
     const model = MODEL, most = Math.max(1, Math.min(model.T, Math.floor(model.most / ({COST}))));
-    const info = most < model.T ? `at most ${{most}} for ${{number}} images` : "";
+    const info = most < model.T ? model.info.replace("MOST", most).replace("NUMBER", number) : "";
     return {{ __type__: "update", maximum: Math.max(2, most), value: Math.min(steps, most), info }};
 }}"""
 SAMPLER = f"""(number, guidance, class_name, sampler) => {{
@@ -72,7 +83,8 @@ def captioned(model: Model, images: list, seeds: list[int], labels: list[int] | 
     """Return a gallery of the images. The captions name the class, if there is one, and the seed."""
     captions = [f"seed {one}" for one in seeds]
     if labels is not None:
-        captions = [f"{html.escape(model.labels[label])} · {caption}" for label, caption in zip(labels, captions)]
+        names = [name if not name.isdecimal() else f"class {name}" for name in model.labels]
+        captions = [f"{html.escape(names[label])}, {caption}" for label, caption in zip(labels, captions)]
     return [picture(image, caption) for image, caption in zip(images, captions)]
 
 
@@ -120,7 +132,9 @@ def add(model: Model) -> dict[str, gr.components.Component]:
             number = gr.Slider(1, MAX_IMAGES, value=first_number, step=1, label="Images")
             sampler = gr.Radio(SAMPLERS, value="DDIM", label="Sampler", info="DDIM needs few steps, DDPM many")
             most = model.affordable_steps(first_number * (2 if has_guidance else 1), model.T)
-            count = gr.Slider(1, max(2, most), value=first_steps, step=1, label="Steps")
+            limit = f"at most MOST for NUMBER images: a request may take {request_seconds():g} s"
+            info = limit.replace("MOST", str(most)).replace("NUMBER", str(first_number)) if most < model.T else None
+            count = gr.Slider(1, max(2, most), value=first_steps, step=1, label="Steps", info=info)
             class_name = widgets.class_box(model)
             guidance = gr.Slider(
                 0,
@@ -131,11 +145,11 @@ def add(model: Model) -> dict[str, gr.components.Component]:
                 info="1: no guidance; more: clearer, but less varied",
                 visible=has_guidance,
             )
-            seed = widgets.seed_box(first_number)
+            seed = widgets.seed_box("generate")
             start, stop = widgets.two_buttons("Generate", "Stop", primary="Generate")
         with widgets.outputs_column("generate"):
             sheet = first_sheet(model, first_number, first_steps, first_guidance)
-            drawn = f"Ready: these are seeds 0 to {first_number - 1}. Press Generate to draw the next ones."
+            drawn = f"Ready: these are seeds 0 to {first_number - 1}. Press Generate for new images."
             ready = drawn if sheet else "Ready: press Generate."
             status, shown = widgets.status_line(ready), widgets.gallery("Images", columns=4, value=sheet)
             with gr.Row(elem_classes="downloads"):
@@ -149,14 +163,16 @@ def add(model: Model) -> dict[str, gr.components.Component]:
             options = {"model": model, "inputs": inputs, "outputs": results, "show_progress_on": status}
             widgets.publish(generate, **options, **widgets.BUSY)
     facts = {"T": model.T, "most": model.max_evaluations, "steps": first_steps}
-    facts |= {"guides": has_guidance, "no_class": NO_CLASS}
+    facts |= {"guides": has_guidance, "no_class": NO_CLASS, "info": limit}
     about, private = [number, guidance, class_name], {"api_visibility": "private"}
     sampler.input(None, [*about, sampler], count, js=widgets.with_data(SAMPLER, "MODEL", facts), **private)
     changed = [number.change, guidance.change, class_name.change, count.change]
     gr.on(changed, None, [*about, count], count, js=widgets.with_data(CLAMP, "MODEL", facts), **private)
-    events = [widgets.answer(one, generate, **options, **widgets.BUSY) for one in (start.click, *chosen)]
+    first = [one.value for one in inputs] if sheet else None
+    pressed = widgets.next_seeds("generate", start.click, inputs, seed, count="settings[0]", first=first)
+    events = [widgets.answer(one, generate, **options, **widgets.BUSY) for one in (pressed, *chosen)]
     for event in events:
         event.success(None, None, downloads, js=ENABLE, **private)
     stop.click(None, cancels=events, **private)
-    widgets.mark_stale("generate", inputs, status, [start.click, *chosen], again="press Generate")
+    widgets.mark_stale("generate", inputs, status, [pressed, *chosen], again="press Generate")
     return settings
