@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
