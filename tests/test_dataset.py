@@ -817,9 +817,9 @@ def test_a_stream_is_dealt_to_processes(make, numbered):
         ({"dataset_name": None}, "nothing to train on: give --dataset_name"),
         (
             {"dataset_name": "./nowhere"},
-            r"\./nowhere cannot be loaded .*: give a Hub dataset, a folder of images",
+            r"\./nowhere cannot be loaded .*: give --dataset_name a Hub dataset",
         ),
-        ({"dataset_name": "no/such"}, "no/such cannot be loaded .*: give a Hub dataset, a folder of images"),
+        ({"dataset_name": "no/such"}, "no/such cannot be loaded .*: give --dataset_name a Hub dataset"),
         ({"dataset_name": None, "train_data_dir": "nowhere"}, "nowhere cannot be loaded .*: give"),
         (
             {"dataset_config_name": "nope"},

@@ -14,7 +14,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ..errors import UserError
 from ..files import read_json
-from ..hub_requests import API, HUB_ERRORS, HfHubHTTPError, ask_hub, short_reason
+from ..hub_requests import API, HUB_ERRORS, HfHubHTTPError, HFValidationError, ask_hub, short_reason
 from .arrays import open_npz
 from .decode import CHUNK
 from .folders import examples, holds_tables, list_files, open_image_folder, printable, tables_in
@@ -158,7 +158,7 @@ def offline_if_unreachable(name):
     before, reason = datasets.config.HF_HUB_OFFLINE, ""
     try:
         ask_hub(lambda: API.dataset_info(name))
-    except TimeoutError:  # a slow Hub may answer `datasets`, which waits longer
+    except (HFValidationError, TimeoutError):  # a slow Hub may answer `datasets`, which waits longer
         pass
     except HUB_ERRORS as error:
         # The Hub has answered an HfHubHTTPError, which `datasets` explains.
