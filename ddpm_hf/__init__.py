@@ -41,6 +41,7 @@ _PUBLIC = {
     "BETA_SCHEDULES": ("diffusion.scheduler", "BETA_SCHEDULES"),
     "OBJECTIVES": ("diffusion.losses", "OBJECTIVES"),
     "SAMPLERS": ("sampling.samplers", "SAMPLERS"),
+    "Step": ("sampling.samplers", "Step"),
     "METRICS": ("evaluation.metrics", "METRICS"),
     "Metric": ("evaluation.metrics", "Metric"),
     "Look": ("evaluation.metrics", "Look"),

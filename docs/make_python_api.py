@@ -16,7 +16,7 @@ TITLES = {
     "Score and restore": ["evaluate", "Evaluated", "compare", "restore", "Restored"],
     "Share": ["export", "push"],
     "Mathematics": ["PaperDDPMScheduler"],
-    "Tables to add to": ["SAMPLERS", "METRICS", "Metric", "Look", "OBJECTIVES", "BETA_SCHEDULES"],
+    "Tables to add to": ["SAMPLERS", "Step", "METRICS", "Metric", "Look", "OBJECTIVES", "BETA_SCHEDULES"],
     "Errors": ["UserError"],
 }
 # The texts for the public dicts, because a dict has no docstring.
@@ -24,8 +24,8 @@ TABLES = {
     "PRESETS": "The recipes: name -> `Preset(about, flags)`. `TrainingConfig.from_preset(name)` and `--preset` read "
     "this table. Add an entry to define your own preset.",
     "SAMPLERS": "Name -> `function(scheduler, step, *, settings)` that returns a tuple: the mean of the next image "
-    "and its standard deviation (None: no noise is drawn). `ddpm_hf/sampling/samplers.py` defines `Step`, and the "
-    "samplers ddpm, ddim and dpmsolver++. `sample`, `evaluate` and `Sampler.own_settings` give a function its "
+    "and its standard deviation (None: no noise is drawn). `ddpm_hf/sampling/samplers.py` has ddpm, ddim "
+    "and dpmsolver++. `sample`, `evaluate` and `Sampler.own_settings` give a function its "
     "keyword-only arguments, and the records hold them, with a hash of the file that defines the function.",
     "METRICS": "Name -> `Metric`. `evaluate(metrics=[name])` and `--metrics name` use this table.",
     "OBJECTIVES": "Name -> `function(scheduler, *, loss_type, snr_gamma)` that returns a loss. `loss(model, batch)` "

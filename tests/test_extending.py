@@ -1,7 +1,7 @@
 """What others may want to add: each is one function or file and one row in a table, and works end to end."""
 
-import importlib.util
 import json
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -48,13 +48,16 @@ def shift_step(scheduler, step, *, shift=0.0, eta=0.0):
 """
 
 
+def load(file):
+    """Return a script as a module, as Python has it after the script was edited and started again."""
+    module = ModuleType("mine")
+    exec(compile(file.read_text(), file, "exec"), module.__dict__)  # an import could use the bytecode of the old file
+    return module
+
+
 def load_shift_step(file, sign):
-    """Return the function of a script, as a script of one's own that was edited and started again has it."""
     file.write_text(SHIFT.format(sign=sign))
-    spec = importlib.util.spec_from_file_location("my_samplers", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.shift_step
+    return load(file).shift_step
 
 
 def test_settings_of_a_sampler(tiny_run, tmp_path, monkeypatch):
@@ -114,6 +117,39 @@ def test_a_beta_schedule(tmp_path, monkeypatch):
     assert stock.betas.tolist() == pytest.approx([0.1 * ((t + 1) / T) ** 2 for t in range(T)])
     main(["train", *flags, "--max_train_steps=2", "--resume_from_checkpoint=latest"])
     assert ddpm_hf.load(tmp_path / "run").scheduler.betas64.tolist() == pytest.approx(stock.betas.tolist())
+
+
+@pytest.mark.parametrize(
+    ("betas", "said"),
+    [
+        (lambda T: [0.1] * (T - 1), "a scheduler of 10 timesteps and 9 betas"),
+        (None, "returned list: return a PaperDDPMScheduler of 10 timesteps"),
+        (lambda T: [0.1] * (T - 1) + [1.0], "leaves no signal at the end"),
+    ],
+    ids=["too few", "a list", "a beta of 1"],
+)
+def test_a_beta_schedule_that_cannot_be_trained(betas, said, tmp_path, monkeypatch, capsys):
+    def mine(T, **config):
+        return [0.1] * T if betas is None else ddpm_hf.PaperDDPMScheduler(T, trained_betas=betas(T), **config)
+
+    monkeypatch.setitem(ddpm_hf.BETA_SCHEDULES, "mine", mine)
+    with pytest.raises(SystemExit) as refused:
+        main(["train", *TINY, "--ddpm_beta_schedule=mine", f"--output_dir={tmp_path / 'run'}"])
+    assert refused.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_records_of_a_metric_that_was_edited_are_not_compared(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records = []
+    for factor in (1.0, 2.0):
+        (tmp_path / "metric.py").write_text(
+            f"def metric(look):\n    return [look.entry('mine', {factor}, lower_is_better=True)]\n"
+        )
+        monkeypatch.setitem(METRICS, "mine", Metric(load(tmp_path / "metric.py").metric))
+        few = {"num_images": 40, "num_inference_steps": 1, "output": f"{factor}.json"}
+        records.append(ddpm_hf.evaluate(tiny_run, metrics=["mine"], sampler="ddim", **few))
+    with pytest.raises(ddpm_hf.UserError, match="mine.code is"):
+        ddpm_hf.compare(*records)
 
 
 def test_a_metric(tiny_run, digit_folder, tmp_path, monkeypatch):

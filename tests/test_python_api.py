@@ -54,6 +54,7 @@ def test_examples_give_what_they_say(name, folder, monkeypatch):
     shutil.rmtree(folder / "my-export", ignore_errors=True)
     ddpm_hf.METRICS.pop("brightness", None)  # an example adds it, and another adds a preset
     ddpm_hf.PRESETS.pop("mine", None)
+    ddpm_hf.SAMPLERS.pop("faded", None)
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)

@@ -328,11 +328,21 @@ def make_scheduler(beta_schedule: str, num_train_timesteps: int = 1000, **config
     `config` holds further arguments of DDPMScheduler.
 
     Raises:
-        UserError: for an unknown name, or for T < 1 (with ho_linear: T < 21).
+        UserError: for an unknown name, for T < 1 (with ho_linear: T < 21), or if the function of a schedule does not
+            return a scheduler with T betas.
     """
     if beta_schedule not in BETA_SCHEDULES:
         raise UserError(no_such("--ddpm_beta_schedule", beta_schedule, BETA_SCHEDULES))
-    return BETA_SCHEDULES[beta_schedule](num_train_timesteps, **config)
+    scheduler = BETA_SCHEDULES[beta_schedule](num_train_timesteps, **config)
+    given = type(scheduler).__name__
+    if isinstance(scheduler, PaperDDPMScheduler):
+        if len(scheduler) == len(scheduler.betas) == num_train_timesteps:
+            return scheduler
+        given = f"a scheduler of {len(scheduler)} timesteps and {len(scheduler.betas)} betas"
+    raise UserError(
+        f"the function of the beta schedule {beta_schedule} returned {given}: return a PaperDDPMScheduler of "
+        f"{num_train_timesteps} timesteps, with as many betas."
+    )
 
 
 def _check_num_timesteps(num_train_timesteps: int) -> None:

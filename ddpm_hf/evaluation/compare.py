@@ -171,7 +171,7 @@ def protocol(record: dict) -> dict:
     """
     fields = {key: value for key, value in flatten(record).items() if not is_below(key, NOT_PROTOCOL)}
     for entry in record["metrics"]:
-        how = {key: entry.get(key) for key in ("n_gen", "n_ref", "extractor", "se_method")}
+        how = {key: entry.get(key) for key in ("n_gen", "n_ref", "extractor", "se_method", "code")}
         how |= {key: entry.get("extra", {}).get(key) for key in ("mode", "split")}
         fields |= {f"{entry['id']}.{key}": value for key, value in how.items() if value is not None}
     return fields

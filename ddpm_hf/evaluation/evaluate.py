@@ -21,6 +21,7 @@ from ..randomness import keyed_generator
 from ..sampling.batches import batch_size_of
 from ..sampling.generate import sample_together
 from ..sampling.sample_set import SampleSet, draw_samples, read_samples
+from ..sampling.samplers import code_of
 from ..sampling.settings import Sampler
 from . import inputs
 from .extractor import load_extractor
@@ -349,7 +350,8 @@ def entries_of(name: str, look: Look) -> list[dict]:
         entries = METRICS[name].function(look)
         if not isinstance(entries, list) or not all(map(is_entry, entries)):
             raise UserError("a metric must return a list of `look.entry(...)`, whose numbers are ints, floats or None")
-        return entries
+        code = code_of(METRICS[name].function)
+        return [entry if code is None else entry | {"code": code} for entry in entries]
     except Exception as error:  # a metric of one's own may raise anything
         if PartialState().is_main_process and not isinstance(error, UserError):
             traceback.print_exc()

@@ -172,7 +172,15 @@ def run_scheduler(config: TrainingConfig, base: BaseModel | None, saved: dict | 
         is_same_length = config.ddpm_num_steps == base.scheduler["num_train_timesteps"]
         if saved is not None or (is_same_length and "ddpm_beta_schedule" not in config.given_flags):
             return PaperDDPMScheduler.from_config({**base.scheduler, **settings})
-    return make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps, **settings)
+    scheduler = make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps, **settings)
+    try:
+        judge.check_schedule(scheduler)
+    except ValueError as error:
+        raise UserError(
+            f"--ddpm_beta_schedule {config.ddpm_beta_schedule} cannot be trained ({error}): give another schedule, or "
+            "--prediction_type v_prediction if only the last beta is 1."
+        ) from error
+    return scheduler
 
 
 def unet_arguments(config: TrainingConfig, base: BaseModel, needed: dict) -> dict:

@@ -27,6 +27,8 @@ from ..errors import UserError, no_such
 class Step:
     """The input of a sampler for one step from x_t to x_t'. Tensors are float32 (B, C, H, W).
 
+    The network is evaluated once in each step. Methods of higher order can use the step before, see dpmsolver_step.
+
     Attributes:
         timestep: t.
         prev_timestep: t', the timestep that the step leads to. It is -1 for the clean image.
@@ -35,6 +37,15 @@ class Step:
         pred_epsilon: the predicted noise, which clipping does not change (as in stock diffusers).
         predicted_variance: the second half of the output channels of a UNet that learns a variance; None for others.
         previous: the step before this one, with its own `previous` set to None. None for the first step.
+
+    Example:
+        >>> def faded(scheduler, step, *, contrast=1.0):  # DDIM with less contrast
+        ...     alpha_bar = float(scheduler.alphas_cumprod_at(step.prev_timestep))
+        ...     image = contrast * step.pred_original_sample
+        ...     return alpha_bar**0.5 * image + (1 - alpha_bar) ** 0.5 * step.pred_epsilon, None
+        >>> ddpm_hf.SAMPLERS["faded"] = faded
+        >>> len(ddpm_hf.sample("runs/digits", 2, "faded", num_inference_steps=5, contrast=0.5))
+        2
     """
 
     timestep: int
@@ -232,7 +243,7 @@ def own_settings_of(sampler: str, given: dict) -> dict:
 
 @functools.cache
 def code_of(function: Callable) -> str | None:
-    """Return 8 digits that change if the code of a sampler changes. None for a sampler of this package.
+    """Return 8 digits that change if the code of a sampler or metric changes. None for one of this package.
 
     They are a hash of the file that defines the function, so that a change of a function it calls is noticed too. In
     a notebook, they are a hash of the function's own text. Without a text, nobody knows whether two functions are

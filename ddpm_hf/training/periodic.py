@@ -113,7 +113,8 @@ def add_scores(run: Run, due: set[str], line: dict):
         keep_best(run, f"{config.best_by} {config.eval_num_images}", score)
         if run.accelerator.is_main_process:
             numbers = ", ".join(f"{id} {value:.4g}" for id, value in line["scores"].items())
-            tqdm.write(f"Step {run.state.step}: {numbers}")
+            if numbers:
+                tqdm.write(f"Step {run.state.step}: {numbers}")
 
 
 def keep_best(run: Run, measure: str, value: float | None):
