@@ -1,5 +1,6 @@
 """A checkpoint is what its run saved, or it is refused; and a resumed run says what has changed."""
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -13,9 +14,10 @@ from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.manifest import MANIFEST
 from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.run_folder import checkpoints
+from ddpm_hf.training.batches import draw_batches
 from ddpm_hf.training.changes import DECIDE, FIXED, FREE
 from ddpm_hf.training.checkpoints import check_same_run, load_checkpoint
-from ddpm_hf.training.loop import train
+from ddpm_hf.training.loop import step, train
 from ddpm_hf.training.run import open_run
 
 
@@ -210,6 +212,19 @@ def test_the_flags_of_adam_act_after_a_resume(ran):
     (group,) = open_at(ran, "checkpoint-2", *flags).optimizer.param_groups
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.9), 0.3, 0.1)
     assert json.loads((ran / "train_config.json").read_text())["flags"]["adam_beta1"] == 0.5
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (2, 4)])
+def test_a_step_has_whole_batches_after_a_change_of_the_accumulation(ran, monkeypatch, batch, accumulation):
+    flags = [f"--train_batch_size={batch}", f"--gradient_accumulation_steps={accumulation}"]
+    run = open_at(ran, "checkpoint-1", *flags)  # one step of one micro-batch was taken
+    counted = [run.accelerator.step]
+    take, synced = run.optimizer.step, []
+    monkeypatch.setattr(run.optimizer, "step", lambda: [synced.append(run.accelerator.sync_gradients), take()])
+    run.model.train()
+    with contextlib.closing(draw_batches(run)) as batches:
+        step(run, batches)
+    assert synced == [False] * (accumulation - 1) + [True] and counted == [accumulation]
 
 
 @pytest.mark.parametrize("name", ["latest", "checkpoint-2"])

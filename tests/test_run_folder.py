@@ -188,6 +188,20 @@ def test_part_of_a_checkpoint_is_not_listed_and_not_in_the_way(ran):
     assert (ran / "checkpoint-3" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_latest_does_not_start_again_over_incomplete_checkpoints(ran, pipeline):
+    for checkpoint in checkpoints(ran):
+        (checkpoint / "optimizer.bin").unlink()
+    if not pipeline:  # as a run leaves it that was killed before its first pipeline
+        shutil.rmtree(ran / "unet")
+        (ran / "model_index.json").unlink()
+    before = listing(ran)
+    wanted = "found no complete checkpoint in .*, but parts of checkpoint-3: give --overwrite_output_dir instead"
+    with pytest.raises(UserError, match=wanted):
+        train(config(ran, "--use_ema", "--resume_from_checkpoint=latest"))
+    assert listing(ran) == before
+
+
 def test_a_damaged_later_checkpoint_is_kept_under_another_name(tmp_path, capsys):
     flags = [*TWO_DIGITS, "--checkpointing_steps=2", f"--output_dir={tmp_path / 'run'}"]
     train(parse_config([*flags, "--max_train_steps=4"]))

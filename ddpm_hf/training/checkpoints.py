@@ -111,8 +111,15 @@ def find_checkpoint(config) -> Path | None:
                 "empty --output_dir."
             )
         return checkpoint
-    if config.resume_from_checkpoint == "latest" and (found := checkpoints(output_dir)):
-        return found[-1]
+    if config.resume_from_checkpoint == "latest":
+        if found := checkpoints(output_dir):
+            return found[-1]
+        if parts := checkpoint_folders(output_dir):  # they may hold work, so a new start does not remove them
+            raise UserError(
+                f"--resume_from_checkpoint latest found no complete checkpoint in {output_dir}, but parts of "
+                f"{parts[-1].name}: give --overwrite_output_dir instead to remove these and start again, or another "
+                "--output_dir."
+            )
     taken = in_use(output_dir)
     if taken and config.resume_from_checkpoint == "latest":
         taken = not can_start_again(output_dir, config.logging_dir)
@@ -414,6 +421,9 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema, power
         for name, value in read_state(checkpoint).items():
             if name in SAVED:
                 setattr(state, name, value)
+    # accelerate counts micro-batches, and also restored this count. Set it for the number of micro-batches in a step
+    # of this run. Otherwise every optimizer step after a change of that number would begin inside a batch.
+    accelerator.step = state.step * accelerator.gradient_accumulation_steps
     # Each row is already a sum over all processes, so only the main process keeps it. The others keep zeros.
     device, keep = accelerator.device, accelerator.is_main_process
     state.pending = [(row if keep else torch.zeros_like(row)).to(device) for row in state.pending]
