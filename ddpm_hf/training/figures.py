@@ -167,14 +167,17 @@ def loss_figure(metrics_path, path) -> Path | None:
         axes[name].xaxis.set_major_formatter("{x:,.0f}")
     for name in "AB":
         # Fit the axis without the first fiftieth, where the loss falls from 1, because that would flatten the rest.
-        late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 50 :] for line in axes[name].lines])
-        low, high = late.min() / 1.1, late.max() * 1.1
-        if name == "B" or high > 5 * low:
-            axes[name].set_yscale("log", subs=[2, 5])
-            axes[name].yaxis.set_minor_formatter("{x:g}")
+        late = [line.get_ydata()[len(line.get_ydata()) // 50 :] for line in axes[name].lines]
+        late = np.concatenate([values[values > 0] for values in late]) if late else np.empty(0)
+        if len(late):  # a logarithmic axis and its limits need losses above 0
+            low, high = late.min() / 1.1, late.max() * 1.1
+            if name == "B" or high > 5 * low:
+                axes[name].set_yscale("log", subs=[2, 5])
+                axes[name].yaxis.set_minor_formatter("{x:g}")
+            axes[name].set_ylim(low, high if name == "A" else high * (high / low) ** 0.35)  # room for B's legend
         axes[name].yaxis.set_major_formatter("{x:g}")
-        axes[name].set_ylim(low, high if name == "A" else high * (high / low) ** 0.35)  # room for B's legend
-        axes[name].legend(edgecolor="none", loc="upper right", ncols="AB".index(name) + 1)
+        if axes[name].lines:
+            axes[name].legend(edgecolor="none", loc="upper right", ncols="AB".index(name) + 1)
     return save_picture(figure.savefig, path)
 
 
