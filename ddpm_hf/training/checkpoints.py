@@ -214,18 +214,18 @@ def replaced_by(config, checkpoint: Path | None) -> list[Path]:
         return []
     found = [path for path in output_dir.iterdir() if HALF_WRITTEN.fullmatch(path.name)]
     if resumed_here:
-        return found + abandoned(checkpoint)
+        return found + abandoned(output_dir, checkpoint)
     files = files_in(output_dir, RUN_FILES)
     return found + checkpoint_folders(output_dir)[::-1] + files + records(output_dir) + logs(config)
 
 
-def abandoned(checkpoint: Path) -> list[Path]:
+def abandoned(output_dir: Path, checkpoint: Path) -> list[Path]:
     """Return what a run wrote after the step of its checkpoint. All of this belongs to steps that it takes again.
 
     Raises:
         UserError: if the checkpoint cannot be read.
     """
-    output_dir, step = checkpoint.parent, step_of(checkpoint)
+    step = step_of(checkpoint)
     # List the newest checkpoints first, so that a kill during their removal leaves no gap.
     found = [path for path in checkpoints(output_dir) if step_of(path) > step][::-1]
     found += [path for number, path in find_snapshots(output_dir).items() if number > step]
