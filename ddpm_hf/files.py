@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 import zipfile
 from pathlib import Path
@@ -59,7 +60,8 @@ def write_beside(path: Path, write):
     """
     partial = path.with_name(f".{path.name}.tmp")
     try:
-        if partial.is_symlink():  # writing to it would overwrite another file
+        # Writing to a link would overwrite another file, and opening a pipe would wait for ever.
+        if os.path.lexists(partial) and not stat.S_ISREG(partial.lstat().st_mode):
             partial.unlink()
         write(partial)
         partial.replace(path)

@@ -87,7 +87,8 @@ FIGURES = ["figures/" + name for name in FIGURES]
 FIGURES += ["figures/ddim_#.png"]  # earlier versions wrote one for each number of steps
 # The files that a run replaces in a folder of an earlier run: all that it writes, apart from checkpoints, records, the
 # tracker's files, train_config.json, the card and the pipeline's code.
-RUN_FILES = [*PIPELINE, *CLASSIFIER, *("best/" + name for name in (*PIPELINE, *CLASSIFIER, "class_guided.py"))]
+BEST = ["best/" + name for name in (*PIPELINE, *CLASSIFIER, "class_guided.py", "best.json")]
+RUN_FILES = [*PIPELINE, *CLASSIFIER, *BEST]
 RUN_FILES += ["metrics.jsonl", "samples/epoch_#.png", "figures/forward.png", *FIGURES]
 RUN_FILES += ["ema_snapshots/step_#.safetensors"]
 # These files say how the model was trained and how good it is. An export copies them, but not best/. Pictures of

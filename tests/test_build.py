@@ -77,6 +77,14 @@ def test_a_unet_config_may_come_from_a_file_or_a_folder(tmp_path):
         assert build_unet(config, 1).config.block_out_channels == [8, 16]
 
 
+def test_what_a_unet_config_leaves_out_is_the_default(tmp_path):
+    levels = {"block_out_channels": [8, 8], "down_block_types": ["DownBlock2D"] * 2, "norm_num_groups": 4}
+    levels |= {"up_block_types": ["UpBlock2D"] * 2, "sample_size": 8, "_class_name": "UNet2DModel"}
+    (tmp_path / "config.json").write_text(json.dumps(levels))
+    config = parse_config([*TINY[:2], f"--model_config_name_or_path={tmp_path}"])
+    assert unet_channels(config) == 3 == build_unet(config, 3).config.out_channels
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -213,6 +213,23 @@ def test_each_metric_is_shown_once_by_its_best_record_and_quick_checks_never(tmp
     assert [result.metric_value for result in card.data.eval_results] == [6.25]
 
 
+def test_scores_of_two_ways_of_drawing_are_not_mixed(tmp_path):
+    """The record with more metrics is shown. bits/dim does not depend on how images are drawn."""
+    card_of(tmp_path)
+    (tmp_path / "evaluations").mkdir()
+    fid, accuracy = ENTRY | {"id": "fid2k_full", "n_gen": 2000}, ENTRY | {"id": "class_accuracy", "n_gen": 2000}
+    bound = ENTRY | {"id": "bits_per_dim", "value": 1.5, "n_gen": None, "n_ref": 1000}
+    for name, sampler, entries in [
+        ("plain", {}, [fid | {"value": 1.25}, bound]),
+        ("guided", {"guidance_scale": 2.0}, [fid | {"value": 6.5}, accuracy | {"value": 0.75}]),
+    ]:
+        record = RECORD | {"metrics": entries, "sampler": RECORD["sampler"] | sampler}
+        (tmp_path / "evaluations" / f"{name}.json").write_text(json.dumps(record))
+    card = card_of(tmp_path)
+    assert sorted(result.metric_value for result in card.data.eval_results) == [1.5, 6.5]
+    assert "| 0.75 ±" in card.text and "1.25" not in card.text
+
+
 def test_only_scores_of_the_published_weights_are_shown(tmp_path):
     """--eval_metrics leaves records of earlier steps, whose scores may be better."""
     card_of(tmp_path)

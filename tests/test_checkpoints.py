@@ -1,5 +1,6 @@
 """A checkpoint is what its run saved, or it is refused; and a resumed run says what has changed."""
 
+import contextlib
 import json
 import pickle
 import shutil
@@ -13,9 +14,10 @@ from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.manifest import MANIFEST
 from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.run_folder import checkpoints
-from ddpm_hf.training.changes import DECIDE, FIXED, FREE
-from ddpm_hf.training.checkpoints import check_same_run, load_checkpoint
-from ddpm_hf.training.loop import train
+from ddpm_hf.training.batches import draw_batches
+from ddpm_hf.training.changes import DECIDE, FIXED, FREE, facts_to_compare
+from ddpm_hf.training.checkpoints import check_same_run, load_checkpoint, save_checkpoint
+from ddpm_hf.training.loop import step, train
 from ddpm_hf.training.run import open_run
 
 
@@ -199,6 +201,31 @@ def test_images_added_to_the_folder_are_noticed(image_folder, tmp_path, capsys):
     assert "num_images 12 -> 13" in said[1] and "data_fingerprint" in said[1] and "train_data_dir" in said[1]
 
 
+@pytest.mark.parametrize("flag", ["--class_conditional", "--balance_classes", "--random_flip"])
+def test_other_labels_of_the_same_images_are_noticed_by_a_run_that_uses_them(image_folder, tmp_path, capsys, flag):
+    paths = sorted(image_folder.rglob("*.png"))
+    said = []
+    for turn in range(2):
+        data = tmp_path / f"data{turn}"
+        data.mkdir()
+        labels = [["a", "b"][(k + turn) % 2] for k in range(len(paths))]
+        for k, path in enumerate(paths):
+            shutil.copy(path, data / f"{k:02}.png")
+        text = "".join(f"{k:02}.png,{label}\n" for k, label in enumerate(labels))
+        (data / "metadata.csv").write_text(f"file_name,label\n{text}")
+        flags = [*TWO_DIGITS, f"--output_dir={tmp_path / 'run'}", "--dataset_name=", "--class_names=", flag]
+        flags += [f"--train_data_dir={data}", "--max_train_steps=1", "--resume_from_checkpoint=latest"]
+        run = open_run(parse_config(flags))
+        said.append(capsys.readouterr().out)
+        run.lock.close()
+        if turn == 0:
+            run.state.step = 1
+            facts = {"unet": dict(run.network.config), "facts": facts_to_compare(run, 1)}
+            save_checkpoint(run.accelerator, run.config, run.state, facts=facts, ema=None, rows=[])
+    assert ("labels_fingerprint" in said[1]) == (flag != "--random_flip") and "Resuming" in said[1]
+    assert "data_fingerprint" not in said[1]
+
+
 def test_a_jump_of_the_learning_rate_is_told(ran, capsys):
     open_at(ran, "checkpoint-2", "--lr_warmup_steps=1", "--max_train_steps=100")
     said = capsys.readouterr().out
@@ -210,6 +237,37 @@ def test_the_flags_of_adam_act_after_a_resume(ran):
     (group,) = open_at(ran, "checkpoint-2", *flags).optimizer.param_groups
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.5, 0.9), 0.3, 0.1)
     assert json.loads((ran / "train_config.json").read_text())["flags"]["adam_beta1"] == 0.5
+
+
+def test_epochs_are_counted_by_images_after_a_change_of_the_batch(ran):
+    run = open_at(ran, "checkpoint-3", "--train_batch_size=4", "--max_train_steps=200")  # three steps of 8 images
+    assert run.num_images == 326 and [run.epochs(3 + k) for k in (0, 75, 76, 156, 157)] == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("folder", ["run", "new"])
+@pytest.mark.parametrize("best", [True, False])
+def test_the_best_score_is_that_of_a_model_in_this_folder(ran, tmp_path, folder, best):
+    checkpoint = ran / "checkpoint-2"
+    (checkpoint / MANIFEST).unlink()
+    change_state(checkpoint / "state.pt", lambda state: state.update(best_score=0.5, best_measure="validation_loss"))
+    if best:
+        (ran / "best").mkdir()
+        (ran / "best" / "model_index.json").write_text("{}")
+    run = open_at(tmp_path / folder, checkpoint, "--save_best")
+    assert run.state.best_score == (0.5 if best and folder == "run" else float("inf"))
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2), (2, 4)])
+def test_a_step_has_whole_batches_after_a_change_of_the_accumulation(ran, monkeypatch, batch, accumulation):
+    flags = [f"--train_batch_size={batch}", f"--gradient_accumulation_steps={accumulation}"]
+    run = open_at(ran, "checkpoint-1", *flags)  # one step of one micro-batch was taken
+    counted = [run.accelerator.step]
+    take, synced = run.optimizer.step, []
+    monkeypatch.setattr(run.optimizer, "step", lambda: [synced.append(run.accelerator.sync_gradients), take()])
+    run.model.train()
+    with contextlib.closing(draw_batches(run)) as batches:
+        step(run, batches)
+    assert synced == [False] * (accumulation - 1) + [True] and counted == [accumulation]
 
 
 @pytest.mark.parametrize("name", ["latest", "checkpoint-2"])

@@ -1,12 +1,17 @@
 """The noisy classifier: its shapes, inputs and training, and a saved folder that loads with diffusers alone."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from conftest import steps
 from diffusers import AutoModel
 
+from ddpm_hf.diffusion.losses import NUM_BANDS, accuracy
 from ddpm_hf.models.classifier import NoisyClassifier
+from ddpm_hf.training.periodic import averages
+from ddpm_hf.training.validation import validate, validation_loss
 
 
 TINY = {
@@ -29,6 +34,33 @@ def classifier(**config):
 
 def images(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_images_without_a_class_count_in_no_loss_and_in_no_accuracy(tmp_path, image_folder):
+    data = tmp_path / "data"
+    for k, path in enumerate(sorted(image_folder.rglob("*.png"))):  # every third one is outside of a class's folder
+        target = data / (path.name if k % 3 == 0 else f"{path.parent.name}/{path.name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    flags = [f"--train_data_dir={data}", "--dataset_name=", "--objective=classify", "--validation_split=6"]
+    flags += ["--train_batch_size=1", "--use_ema", f"--output_dir={tmp_path / 'run'}", "--lr_scheduler=constant"]
+    run, _ = steps(6, *flags)
+    kept = int((run.train_set.labels >= 0).sum())
+    assert 0 < kept < 6
+    counts = [row.view(-1)[NUM_BANDS : 2 * NUM_BANDS].sum() for row in run.state.pending]
+    assert sorted(counts) == [0.0] * (6 - kept) + [1.0] * kept
+    assert averages(run.state.pending)["loss"] == pytest.approx(
+        float(sum(row[:NUM_BANDS].sum() for row in run.state.pending)) / kept
+    )
+    without = [row for row, count in zip(run.state.pending, counts) if not count]
+    assert averages(without)["loss"] is None
+
+    labels = run.validation_set.labels
+    labels[:2] = -1
+    for measure in (run.loss, accuracy(run.scheduler)):
+        assert validation_loss(run, run.network, measure)[1].sum() == (labels >= 0).sum() > 0
+    labels.fill_(-1)
+    assert validate(run)["validation_accuracy"] is validate(run)["validation_loss"] is None
 
 
 @torch.no_grad()

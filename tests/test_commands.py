@@ -99,7 +99,7 @@ def test_what_is_meant_is_suggested():
          "hybrid?"),
         ("evaluate x --features digit", " evaluate: error: there is no --features 'digit': did you mean digits?"),
         ("train --preset mnist --seed=-1", " train: error: --seed is -1, but must be at least 0"),
-        ("figures nowhere", " figures: error: nowhere is not a finished run"),
+        ("figures nowhere", " figures: error: nowhere is not a run with a pipeline"),
         ("compare nowhere.json", " compare: error: nowhere.json cannot be read as JSON"),
     ],
 )  # fmt: skip

@@ -680,6 +680,18 @@ def test_validation_is_fixed_under_reordering(make, tmp_path, held_out, count):
     assert held[0] == held[1]
 
 
+@pytest.mark.parametrize("held_out", ["0.1", "1", "test", None])
+@pytest.mark.parametrize("more", [{}, {"pages": "all"}, {"on_bad_image": "skip"}])
+def test_a_class_without_training_images_is_one_sentence(make, tmp_path, held_out, more):
+    for name in ("train/dog/1.png", "test/cat/1.png"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(plain(1))
+    config = make(train_data_dir=str(tmp_path / "data"), class_names=["cat"], validation_split=held_out, **more)
+    with pytest.raises(UserError, match="^no images are left for training or for validation: give a larger dataset"):
+        load_images(config)
+
+
 def test_identical_images_stay_together(make, tmp_path):
     folder = write_hub(tmp_path / "twins", [plain(k // 4) for k in range(40)])
     train, validation = load_images(make(folder, validation_split="10"))

@@ -84,6 +84,21 @@ def test_loss_figure_takes_any_run(tmp_path, lines, more):
     assert Image.open(path).size == (1320, 600)
 
 
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"loss": 0.0},
+        {"loss": 0.0, "validation_loss": 0.0},
+        {"loss_by_band": [0.9, 0.0, None, 0.1]},
+        {"loss": None, "loss_by_band": [None] * 4},
+    ],
+)
+@pytest.mark.parametrize("lines", [1, 3])
+def test_loss_figure_takes_losses_of_zero_and_lines_without_a_loss(tmp_path, lines, zero):
+    path = figures.loss_figure(metrics(tmp_path / "metrics.jsonl", lines, **zero), tmp_path / "loss.png")
+    assert Image.open(path).size == (1320, 600)
+
+
 def test_the_moving_mean_keeps_a_straight_line_and_ends_on_a_mean_of_the_last_values():
     line = np.arange(300.0)
     assert np.allclose(figures.smooth(line)[:-5], line[:-5])

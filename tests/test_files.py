@@ -45,6 +45,14 @@ def test_a_planted_link_is_not_written_through(tmp_path):
     assert not (tmp_path / "a.json").is_symlink()
 
 
+def test_a_pipe_where_a_temporary_file_goes_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".a.json.tmp")
+    reader = os.open(tmp_path / ".a.json.tmp", os.O_RDONLY | os.O_NONBLOCK)  # so that a writer would not wait here
+    write_json(tmp_path / "a.json", {"a": 1})
+    os.close(reader)
+    assert (tmp_path / "a.json").is_file() and read_json(tmp_path / "a.json") == {"a": 1}
+
+
 def test_numbers_that_no_float_can_hold_are_refused(tmp_path):
     (tmp_path / "a.json").write_text('{"value": 1' + 400 * "0" + "}")
     with pytest.raises(UserError, match="a whole number of more than 40 digits"):

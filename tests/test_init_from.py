@@ -103,6 +103,19 @@ def test_classes_are_taken_by_name(sources, tmp_path):
     assert run.facts["base_model"]["new_classes"] == ["4"]
 
 
+@pytest.mark.parametrize(("known", "new"), [(2, ["5"]), (3, []), (6, [])])
+def test_classes_without_names_are_taken_by_number(known, new, tmp_path, image_folder, capsys):
+    (tmp_path / "images").symlink_to(image_folder)
+    unet = untrained_unet(8, num_class_embeds=known)
+    unet.save_pretrained(tmp_path / "unnamed")
+    run = opened(tmp_path / "unnamed", tmp_path, *TINY[:1], "--class_names=3,4,5")  # and "no class"
+    table, rows = unet.class_embedding.weight, run.network.class_embedding.weight
+    kept = min(known, 3)
+    assert torch.equal(rows[:kept], table[:kept]) and torch.equal(rows[3], table.mean(dim=0))
+    assert run.facts["base_model"]["new_classes"] == new
+    assert ("does not have these classes: 5." in capsys.readouterr().out) == bool(new)
+
+
 def test_without_classes_the_model_is_that_of_no_class(sources, tmp_path):
     run = opened(sources / "classes", tmp_path, *TINY[:1], "--no_class_conditional")
     source = UNet2DModel.from_pretrained(sources / "classes" / "unet")

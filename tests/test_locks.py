@@ -22,6 +22,7 @@ from ddpm_hf.run_folder import checkpoints, step_of
 from ddpm_hf.sampling import sample_set
 from ddpm_hf.sampling.sample_set import draw_samples, read_samples
 from ddpm_hf.sampling.settings import Sampler
+from ddpm_hf.training import figures
 from ddpm_hf.training.checkpoints import find_checkpoint
 from ddpm_hf.training.loop import train
 from ddpm_hf.training.run import open_run
@@ -206,6 +207,13 @@ def test_the_card_and_the_figures_of_a_live_run_are_left_to_it(tiny_run, tmp_pat
             assert "is in use" in capsys.readouterr().err
         main(["evaluate", str(run), "--suite=smoke", "--num_images=40", "--metrics=bits_per_dim"])
     assert (run / "README.md").stat().st_mtime_ns == before and list((run / "evaluations").iterdir())
+
+
+def test_drawing_figures_holds_the_lock(tiny_run, tmp_path, monkeypatch):
+    run, writers = shutil.copytree(tiny_run, tmp_path / "run"), []
+    monkeypatch.setattr(figures, "figures_of_run", lambda folder, *others: writers.append(writer_of(folder)))
+    main(["figures", str(run)])
+    assert writers[0].startswith(f"process {os.getpid()}") and writer_of(run) is None
 
 
 def test_a_lock_that_is_a_link_or_a_pipe_traps_nobody(tmp_path):

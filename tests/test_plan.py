@@ -29,11 +29,11 @@ from ddpm_hf.training.run import check_run
 def test_tasks_are_counted_as_they_become_due(tmp_path, flags):
     run, _ = check_run(parse_config([*TINY, "--train_batch_size=40", f"--output_dir={tmp_path}/run", *flags]))
     for first in (0, run.total_steps // 2, run.total_steps - 1):
-        run.state.step = first
+        run.state.step, run.state.images_seen = first, 40 * first
         told = plan.count_tasks(run)
         found = dict.fromkeys(told, 0)
         for step in range(first + 1, run.total_steps + 1):
-            run.state.step = step
+            run.state.step, run.state.images_seen = step, 40 * step
             for name in what_is_due(run) & found.keys():
                 found[name] += 1
         assert told == found and ("sheet" in told) == (run.config.objective != "classify")
@@ -64,6 +64,10 @@ def test_the_disk_space_is_that_of_real_checkpoints(guidance_models, tmp_path):
     run, _ = check_run(parse_config([*TINY, "--class_conditional", f"--output_dir={tmp_path}/run"]))
     assert run.facts["parameters"] == parameters and 12 * parameters < real < 16 * parameters
     told = plan.format_bytes(12 * parameters)
+    # Of 40 checkpoints, the oldest of two is removed after a third is written.
+    flags = ["--max_train_steps=40", "--checkpointing_steps=1", "--checkpoints_total_limit=2", "--class_conditional"]
+    limited, _ = check_run(parse_config([*TINY, *flags, f"--output_dir={tmp_path}/run"]))
+    assert f"{plan.format_bytes((3 * 12 + 4) * parameters)}: up to 3 checkpoints" in plan.disk(limited)
     assert f"checkpoints of {told} each" in plan.disk(run)
 
 

@@ -1,5 +1,6 @@
 """What a start may do to a folder: everything that can be refused comes first, and only a run's own files go."""
 
+import json
 import shutil
 
 import pytest
@@ -130,6 +131,32 @@ def test_overwriting_removes_exactly_what_the_run_wrote(ran, own):
     assert not (ran / "scheduler").exists()
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_resuming_removes_what_the_abandoned_steps_wrote(ran, own, step):
+    record = (ROOT / "tests/fixtures/run_5c3000a/run/evaluations/finished.json").read_text()
+    # By the step that wrote it. The sheet of the first epoch is from the end of the run.
+    later = {ran / "samples" / "epoch_0001.png": 3, write(ran / "samples" / "epoch_0002.png"): 40}
+    for number in (1, 2, 3):
+        later[write(ran / "evaluations" / f"step_{number:07d}.json", record)] = number
+        later[write(ran / "evaluations" / f"step_{number:07d}.pairs.png")] = number
+    later[write(ran / "best" / "best.json", '{"step": 2}')] = 2
+    for name in ("model_index.json", "unet/config.json"):
+        later[write(ran / "best" / name)] = 2
+    kept = [write(ran / "evaluations" / "fid.json", record), write(ran / "evaluations" / "step_0000009.json", "{}")]
+    run = open_run(config(ran, "--use_ema", f"--resume_from_checkpoint=checkpoint-{step}"))
+    assert {path for path in later if path.exists()} == {path for path, number in later.items() if number <= step}
+    assert all(path.exists() for path in [*own, *kept]) and run.state.step == step
+
+
+def test_an_earlier_version_that_does_not_say_how_long_an_epoch_is_keeps_its_sheets_and_its_best(ran):
+    record = ran / "checkpoint-1" / "train_config.json"
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "facts"}))
+    (ran / "checkpoint-1" / "manifest.json").unlink()
+    kept = [write(ran / "samples" / "epoch_0040.png"), write(ran / "best" / "model_index.json")]
+    open_run(config(ran, "--use_ema", "--resume_from_checkpoint=checkpoint-1"))
+    assert all(path.exists() for path in kept)
+
+
 def test_the_name_of_the_logging_dir_is_taken_literally(ran, own):
     open_run(config(ran, "--overwrite_output_dir", "--logging_dir=*"))
     assert all(path.exists() for path in own)
@@ -186,6 +213,20 @@ def test_part_of_a_checkpoint_is_not_listed_and_not_in_the_way(ran):
     assert [path.name for path in checkpoints(ran)] == ["checkpoint-1", "checkpoint-2"]
     assert train(config(ran, "--use_ema", "--resume_from_checkpoint=latest")).finished
     assert (ran / "checkpoint-3" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("pipeline", [True, False])
+def test_latest_does_not_start_again_over_incomplete_checkpoints(ran, pipeline):
+    for checkpoint in checkpoints(ran):
+        (checkpoint / "optimizer.bin").unlink()
+    if not pipeline:  # as a run leaves it that was killed before its first pipeline
+        shutil.rmtree(ran / "unet")
+        (ran / "model_index.json").unlink()
+    before = listing(ran)
+    wanted = "found no complete checkpoint in .*, but parts of checkpoint-3: give --overwrite_output_dir instead"
+    with pytest.raises(UserError, match=wanted):
+        train(config(ran, "--use_ema", "--resume_from_checkpoint=latest"))
+    assert listing(ran) == before
 
 
 def test_a_damaged_later_checkpoint_is_kept_under_another_name(tmp_path, capsys):

@@ -1,6 +1,9 @@
 """Scores during training: written, logged, equal after a resume, and used to choose best/."""
 
 import json
+import os
+import shutil
+import signal
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from ddpm_hf.__main__ import main
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.evaluation.records import read_record
+from ddpm_hf.training import periodic
 from ddpm_hf.training.loop import train
 from ddpm_hf.training.run import open_run
 from ddpm_hf.training.scoring import DTYPES
@@ -85,6 +89,56 @@ def test_a_record_of_the_training_compares_with_one_of_evaluate(run, seed, tmp_p
 def test_a_resumed_run_scores_the_same(run, flags, tmp_path):
     train(parse_config([*flags, f"--output_dir={tmp_path / 'r'}", f"--resume_from_checkpoint={run / 'checkpoint-6'}"]))
     assert lines(tmp_path / "r")[-1]["scores"] == lines(run)[-1]["scores"]
+
+
+# Epochs of five steps. Each ends with a score and a sheet.
+SHORT = [
+    *TINY, "--class_names=3", "--validation_split=143", "--max_train_steps=10", "--checkpointing_steps=5",
+    "--eval_metrics=memorization", "--eval_epochs=1", "--eval_num_images=40", "--save_images_epochs=1", "--save_best",
+    "--logging_steps=2", "--validation_epochs=1", "--ddpm_num_steps=3", "--ddpm_num_inference_steps=2",
+]  # fmt: skip
+
+
+def short_run(folder, *more):
+    return train(parse_config([*SHORT, f"--output_dir={folder}", *more]))
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("short") / "run"
+    assert short_run(folder).finished
+    return folder
+
+
+def written(folder):
+    """Return what an interruption must not change: every logged number but the speed, pictures and weights."""
+    log = [line | {"seconds": 0, "images_per_second": 0} for line in lines(folder)]
+    paths = [path for path in folder.rglob("*") if path.suffix in (".png", ".gif", ".safetensors", ".npz")]
+    return log, {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize(("task", "step"), [("score_run", 5), ("sample_together", 5), ("score_run", 10)])
+def test_what_a_signal_interrupts_is_done_by_the_resumed_run(short, tmp_path, monkeypatch, task, step):
+    folder, resume = tmp_path / "run", "latest"
+    if step == 10:  # go back to the checkpoint in the middle
+        shutil.copytree(short, folder)
+        resume = "checkpoint-5"
+    work, calls = getattr(periodic, task), []
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(task)
+        return work(*arguments, **options)
+
+    monkeypatch.setattr(periodic, task, interrupted)
+    for _ in range(1 + (step == 5)):  # the second time, before the first step of the resumed run
+        stopped = short_run(folder, f"--resume_from_checkpoint={resume}")
+        resume = "latest"
+        assert (stopped.step, stopped.finished, stopped.signal) == (step, False, signal.SIGTERM)
+    assert calls and not (folder / "samples" / f"epoch_{step // 5:04d}.png").exists()
+    monkeypatch.undo()
+    assert short_run(folder, "--resume_from_checkpoint=latest").finished
+    assert written(folder) == written(short)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from ddpm_hf.evaluation.statistics import (
     precision_recall,
     standardise,
 )
+from ddpm_hf.randomness import keyed_generator
 
 
 def gaussian(num_images, size=8, seed=0, shift=0.0, scale=1.0):
@@ -108,10 +109,25 @@ def test_frechet_distance_is_a_distance_and_does_not_see_a_common_shift():
 
 def test_the_jackknife_leaves_out_blocks():
     features, (mean, covariance) = correlated(43, 5, seed=0), mean_and_covariance(correlated(50, 5, seed=1))
-    rest = [features[[n for n in range(43) if n % 4 != k]] for k in range(4)]
+    order = torch.randperm(43, generator=keyed_generator(0, "blocks")).tolist()
+    rest = [features[sorted(set(range(43)) - set(order[k::4]))] for k in range(4)]
     without = np.array([frechet_distance(*mean_and_covariance(part), mean, covariance)[0] for part in rest])
     wanted = math.sqrt(3 / 4 * ((without - without.mean()) ** 2).sum())
     assert math.isclose(frechet_standard_error(features, mean, covariance, 4), wanted, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("order", ["in turn", "sorted"])
+def test_the_jackknife_does_not_depend_on_the_order_of_classes(order):
+    """Ten classes in turn, as `sample` draws them, or one after another, as in a folder for each class."""
+    centers = 5 * gaussian(10, 6, seed=99)
+    mean, covariance = mean_and_covariance(gaussian(400, 6, 98) + centers.repeat(40, 1))
+    draws = [gaussian(400, 6, seed) + centers.repeat(40, 1) for seed in range(40)]
+    if order == "sorted":
+        draws = [x.view(40, 10, 6).transpose(0, 1).reshape(400, 6) for x in draws]
+    errors = np.array([frechet_standard_error(x, mean, covariance) for x in draws])
+    shuffled = [x[torch.randperm(400, generator=torch.Generator().manual_seed(0))] for x in draws]
+    wanted = np.array([frechet_standard_error(x, mean, covariance) for x in shuffled])
+    assert 0.6 < errors.mean() / wanted.mean() < 1.7
 
 
 def test_the_jackknife_is_the_true_sampling_deviation_and_infinity_is_unbiased():

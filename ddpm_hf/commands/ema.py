@@ -12,7 +12,7 @@ from ..errors import UserError
 
 
 def add_flags(parser):
-    parser.add_argument("run", help="folder of a finished run with --ema_snapshots")
+    parser.add_argument("run", help="folder of a run with --ema_snapshots and a pipeline")
     parser.add_argument("output", nargs="?", help="new folder to write; default: the run's name and -ema")
     add = parser.add_argument
     add("--length", metavar="LIST", help="length, or lengths to compare, e.g. 0.05; default: nine lengths")

@@ -1,4 +1,4 @@
-"""Draw the figures of a finished run again, from its pipeline, metrics and data.
+"""Draw the figures of a run again, from its pipeline, metrics and data.
 
 ddpm_hf figures runs/mnist
 """
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_flags(parser):
-    parser.add_argument("run", help="folder of a finished run")
+    parser.add_argument("run", help="folder of a run with a pipeline")
 
 
 def run(arguments):

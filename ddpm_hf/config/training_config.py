@@ -62,7 +62,9 @@ class DataOptions:
     center_crop: bool = flag(False, "Crop images in their middle, instead of at a random place")
     random_flip: bool = flag(False, "Mirror each image left to right with probability 1/2")
     balance_classes: bool = flag(
-        False, "Use all classes equally often in each epoch, instead of each image once; labels may be missing [added]"
+        False,
+        "Use all classes equally often in each epoch, instead of each image once; images without a class keep their "
+        "share [added]",
     )
     augment_probability: float = flag(
         0.0,
@@ -172,8 +174,8 @@ class DiffusionOptions:
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
         "epsilon",
-        "What the UNet predicts: epsilon (the noise), sample (the clean image), or v. For sample, diffusers' script "
-        "weights the error by the SNR, and this one does not (to do so, add --snr_gamma 1e9)",
+        "What the UNet predicts: epsilon (the noise), sample (the clean image), or v. With sample, the error is not "
+        "weighted; for the SNR weights of diffusers' script, add --snr_gamma 1e9",
     )
     rescale_betas_zero_snr: bool = flag(
         False, "Change the noise schedule so that its last timestep is pure noise; not for epsilon prediction [added]"

@@ -77,6 +77,9 @@ def load_images(config, channels=None):
     rows, validation, skipped = _usable(rows, validation, config)
     if int(os.environ.get("RANK", 0)) == 0:  # print it once, not once per process
         print(_describe(source, held_out, rows, classes, several), flush=True)
+    empty = "no images are left for training or for validation: give a larger dataset or more classes."
+    if not config.streaming and not len(rows):
+        raise UserError(empty)
     if validation is None and held_out is not None:
         rows, validation = _split_by_hash(rows, held_out, splits, config)
     if config.streaming:
@@ -86,7 +89,7 @@ def load_images(config, channels=None):
     else:
         sample = list(undecoded(rows, range(0, len(rows), -(-len(rows) // 256) or 1)))
     if not sample or validation is not None and not len(validation):
-        raise UserError("no images are left for training or for validation: give a larger dataset or more classes.")
+        raise UserError(empty)
     channels, warnings = survey(
         sample, channels or config.channels, config.pixel_range, read_size(config.resolution), config.pages
     )

@@ -1,6 +1,7 @@
 """List the images of a local folder with their classes and splits, by its subfolders and metadata.
 
-Words in file names do not matter. A folder of images looks like this. The parts in brackets are optional::
+Splits and classes come from folders only. A file name such as test_1.png means nothing. A folder of images looks like
+this. The parts in brackets are optional::
 
     FOLDER/[train/][cat/][any/folders/]1.png
     FOLDER/[train/]metadata.csv

@@ -273,10 +273,11 @@ def _class_table(own, table, base: Classes, classes: Classes) -> tuple[torch.Ten
     rows = start.repeat(len(own), 1)  # also the row of "no class", which is the last
     if base.names is None and len(table) == len(own):
         return table.clone(), []
+    known = base.names or names[: len(base)]  # without names, class k is the same as the class of number k
     for number, name in enumerate(names):
-        if name in (base.names or ()):
-            rows[number] = table[base.names.index(name)]
-    return rows, [name for name in names if name not in (base.names or ())]
+        if name in known:
+            rows[number] = table[known.index(name)]
+    return rows, [name for name in names if name not in known]
 
 
 def _layers(names, order) -> list[str]:

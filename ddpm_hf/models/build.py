@@ -1,6 +1,7 @@
 """Build the network of a run: a diffusers UNet2DModel, or our classifier of noisy images."""
 
 import contextlib
+import inspect
 from pathlib import Path
 
 import psutil
@@ -220,7 +221,7 @@ def build_classifier(config, channels: int, class_names: list[str], saved: dict 
         UserError: if such a UNet or classifier cannot be built. The message says which flag to change.
     """
     kwargs = unet_kwargs(config, channels, saved)
-    with torch.device("cpu"):  # the plan of a run calls this function on the meta device, which has no numbers
+    with torch.device("cpu"):  # a caller may have set the meta device, e.g. to count weights, but it has no numbers
         scheduler = make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps)
         quarters = scheduler.quarters
     names = ["sample_size", "in_channels", "layers_per_block", "block_out_channels", "down_block_types", "dropout"]
@@ -259,7 +260,7 @@ def unet_channels(config) -> int | None:
     """
     if config.model_config_name_or_path is None:
         return None
-    return read_unet_config(config).get("in_channels", 3)
+    return read_unet_config(config)["in_channels"]
 
 
 def ignored_weights_warning(config) -> list[str]:
@@ -275,7 +276,7 @@ def ignored_weights_warning(config) -> list[str]:
 
 
 def read_unet_config(config) -> dict:
-    """Return the UNet2DModel arguments in the config that --model_config_name_or_path names.
+    """Return all UNet2DModel arguments for the config that --model_config_name_or_path names.
 
     The flag takes a JSON file, a folder or a Hub id.
 
@@ -305,7 +306,10 @@ def read_unet_config(config) -> dict:
             f"--model_config_name_or_path {name!r} has class_embed_type {kwargs['class_embed_type']}, but only "
             "num_class_embeds is supported: give a config without class_embed_type."
         )
-    return {key: value for key, value in kwargs.items() if not key.startswith("_")}
+    # What the config leaves out is UNet2DModel's default.
+    parameters = list(inspect.signature(UNet2DModel.__init__).parameters.values())[1:]
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    return defaults | {key: value for key, value in kwargs.items() if not key.startswith("_")}
 
 
 @torch.no_grad()

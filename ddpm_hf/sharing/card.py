@@ -201,17 +201,30 @@ def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
 
     Of two records with as many images, the better value is taken.
     Entries of quick checks are left out: they have no more images than the suite "smoke".
+    All scores of generated images are from one way of drawing: that of the record with the most images and metrics.
+    The best score of each way would describe no images at all.
     """
     best = {}
+    shown = {
+        file: [e for e in record["metrics"] if e.get("value") is not None and not is_quick_check(e, record)]
+        for file, record in records.items()
+    }
+    generated = {file: [images_used(e) for e in entries if e["n_gen"] is not None] for file, entries in shown.items()}
+    largest = max(generated, key=lambda file: (max(generated[file], default=0), len(generated[file])), default=None)
     for file, record in records.items():
-        for entry in record["metrics"]:
-            if entry.get("value") is None or is_quick_check(entry, record):
+        for entry in shown[file]:
+            if entry["n_gen"] is not None and way_of_drawing(record) != way_of_drawing(records[largest]):
                 continue
             # The id without the number of images: fid2k_full and fid50k_full are the same metric.
             metric = re.sub(r"(?<=[a-z_])\d+k?(?=_|$)", "", entry["id"])
             if metric not in best or quality(best[metric][1]) < quality(entry):
                 best[metric] = file, entry
     return list(best.values())
+
+
+def way_of_drawing(record: dict) -> dict:
+    """Return the settings of a record's sampler that the images of one table must share: all but the seed."""
+    return record["sampler"] | {"seed": None}
 
 
 def quality(entry: dict) -> tuple[float, float]:

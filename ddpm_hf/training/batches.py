@@ -21,7 +21,8 @@ class Batch(NamedTuple):
     """What one forward pass needs.
 
     Attributes:
-        tensors: the batch that a loss takes (see losses.py), on the device of the run, with its "ordinals" (B,).
+        tensors: the batch that a loss takes (see losses.py), on the device of the run, with its "ordinals" (B,). For a
+            classifier it has "weights" (B,): 0 for images without a class, else 1.
         uniform: with --timestep_sampling loss_second_moment the numbers of `draw_uniform` (B,), else None.
         dropout_seed: the seed of the dropout masks.
         stream: the position in a streamed dataset after this batch; None for other data.
@@ -94,6 +95,8 @@ def add_draws(batch: dict, config, class_names: list[str] | None, num_embeddings
         batch["class_labels"] = training_labels(
             batch["labels"], ordinals, len(class_names), config.label_dropout, config.seed
         )
+    if config.objective == "classify":
+        batch["weights"] = (batch["labels"] >= 0).float()  # the mean losses are those of the images with a class
     if config.augment_probability:
         augmented = batch.pop("augmented")
         batch["class_labels"] = labels_with_augmentation(batch.get("class_labels"), augmented, num_embeddings)

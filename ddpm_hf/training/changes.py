@@ -1,5 +1,6 @@
 """Compare the settings of a checkpoint with those of the run that resumes it."""
 
+import hashlib
 import json
 import math
 from dataclasses import fields
@@ -11,7 +12,8 @@ from ..errors import UserError
 # A run can only be resumed with the same values of these flags, because they decide what the weights mean.
 FIXED = ["init_from", "prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
 FIXED += ["rescale_betas_zero_snr"]
-# A change of any other flag is printed, except for these flags, which affect only output, scores and speed.
+# Changes of these flags are not printed, because they affect only output, scores and speed. Changes of all other flags
+# are.
 FREE = {field.name for group in (OutputOptions, EvaluationOptions, HubOptions) for field in fields(group)}
 FREE |= {
     "preset",
@@ -44,7 +46,19 @@ def facts_to_compare(run, step: int) -> dict:
     """
     names = ("data_fingerprint", "num_images", "global_batch_size", "total_steps")
     facts = {name: run.facts[name] for name in names}
+    facts["labels_fingerprint"] = labels_fingerprint(run)
     return facts | {"classes": run.facts["class_names"], "learning_rate": run.learning_rate(step - 1)}
+
+
+def labels_fingerprint(run) -> str | None:
+    """Return a hash of the classes of the training images; None if the run does not use them, or for a stream.
+
+    The data fingerprint is that of the images alone.
+    """
+    config, labels = run.config, run.train_set.labels
+    if labels is None or not (config.class_conditional or config.balance_classes or config.objective == "classify"):
+        return None
+    return hashlib.sha256(labels.numpy()).hexdigest()[:16]
 
 
 def check_fixed_flags(name: str, flags: dict, run):
@@ -87,6 +101,8 @@ def warnings_about(name: str, flags: dict, facts: dict, step: int, run) -> list[
     changed = [(flag, was, now) for flag, was, now in changed_flags(flags, run) if flag not in free]
     facts_now = facts_to_compare(run, step)
     rate, rate_now = facts.get("learning_rate"), facts_now.pop("learning_rate")
+    if None in (facts.get("labels_fingerprint"), facts_now["labels_fingerprint"]):  # a flag that changed says why
+        del facts_now["labels_fingerprint"]
     changed += [(fact, facts[fact], now) for fact, now in facts_now.items() if facts.get(fact, now) != now]
     lines = []
     if changed:

@@ -26,6 +26,7 @@ from ..locks import LOCK, locked
 from ..manifest import check_files, damaged, reading, write_manifest
 from ..models.post_hoc_ema import find_snapshots, load_state, state_of
 from ..run_folder import (
+    BEST,
     HALF_WRITTEN,
     RECORDS,
     RUN_FILES,
@@ -40,7 +41,7 @@ from .changes import check_fixed_flags, warnings_about
 
 
 SECOND_RUN = "wait until that run ends, or give another --output_dir"
-# The fields of TrainState in state.pt, and their types. Checkpoints of earlier versions have exactly these.
+# The fields of TrainState in state.pt, and their types. All checkpoints have these.
 SAVED = {"step": int, "images_seen": int, "seconds": (int, float), "best_score": (int, float), "best_measure": str}
 SAVED |= {"pending": list, "stream": (dict, NoneType), "loss_history": (torch.Tensor, NoneType)}
 
@@ -49,17 +50,19 @@ SAVED |= {"pending": list, "stream": (dict, NoneType), "loss_history": (torch.Te
 class TrainState:
     """Everything that changes during a run. Progress is counted in optimizer steps and images seen.
 
-    Saved in state.pt (the fields in SAVED):
-        seconds: time spent training so far, without the interruptions.
+    Saved in state.pt (the fields in SAVED, and `interrupted` if it is not empty):
+        seconds: time of the training steps alone, without validation, scores, sheets and checkpoints.
         best_score, best_measure: the score of the model in best/ (lower is better), and the name of this score.
         pending: one row for each optimizer step that is not yet averaged in metrics.jsonl.
         stream: the position in a streamed dataset, after the last batch that was used.
         loss_history: for --timestep_sampling loss_second_moment, equal in every process; see timestep_sampling.py.
+        interrupted: the tasks of this step that a signal interrupted, by their names in periodic.py. The resumed run
+            does them before its next step.
 
     Not saved, because these fields belong to the current process:
         signals: the numbers of the signals caught so far.
-        figures_missing: True if a signal stopped the drawing of the last sample sheet or of the figures. The run is
-            then not finished.
+        stop_announced: True if a message has said that the run stops because of a signal.
+        figures_missing: True if a signal stopped the drawing of the figures. The run is then not finished.
         push: the last push to the Hub, which runs in the background.
     """
 
@@ -71,8 +74,10 @@ class TrainState:
     pending: list = field(default_factory=list)
     stream: dict | None = None
     loss_history: torch.Tensor | None = None
+    interrupted: list[str] = field(default_factory=list)
 
     signals: list[int] = field(default_factory=list)
+    stop_announced: bool = False
     figures_missing: bool = False
     push: Any = None
 
@@ -111,8 +116,15 @@ def find_checkpoint(config) -> Path | None:
                 "empty --output_dir."
             )
         return checkpoint
-    if config.resume_from_checkpoint == "latest" and (found := checkpoints(output_dir)):
-        return found[-1]
+    if config.resume_from_checkpoint == "latest":
+        if found := checkpoints(output_dir):
+            return found[-1]
+        if parts := checkpoint_folders(output_dir):  # they may hold work, so a new start does not remove them
+            raise UserError(
+                f"--resume_from_checkpoint latest found no complete checkpoint in {output_dir}, but parts of "
+                f"{parts[-1].name}: give --overwrite_output_dir instead to remove these and start again, or another "
+                "--output_dir."
+            )
     taken = in_use(output_dir)
     if taken and config.resume_from_checkpoint == "latest":
         taken = not can_start_again(output_dir, config.logging_dir)
@@ -202,19 +214,68 @@ def replaced_by(config, checkpoint: Path | None) -> list[Path]:
         return []
     found = [path for path in output_dir.iterdir() if HALF_WRITTEN.fullmatch(path.name)]
     if resumed_here:
-        # Resuming from an earlier checkpoint abandons the later ones. List the newest first, so that a kill during
-        # their removal leaves no gap.
-        abandoned = [path for path in checkpoints(output_dir) if step_of(path) > step_of(checkpoint)]
-        snapshots = [path for step, path in find_snapshots(output_dir).items() if step > step_of(checkpoint)]
-        return found + abandoned[::-1] + snapshots
+        return found + abandoned(output_dir, checkpoint)
     files = files_in(output_dir, RUN_FILES)
     return found + checkpoint_folders(output_dir)[::-1] + files + records(output_dir) + logs(config)
 
 
-def records(output_dir: Path) -> list[Path]:
-    """Return the records in the run's evaluations/ and the pictures that belong to them; not the user's own files."""
+def abandoned(output_dir: Path, checkpoint: Path) -> list[Path]:
+    """Return what a run wrote after the step of its checkpoint. All of this belongs to steps that it takes again.
+
+    Raises:
+        UserError: if the checkpoint cannot be read.
+    """
+    step = step_of(checkpoint)
+    # List the newest checkpoints first, so that a kill during their removal leaves no gap.
+    found = [path for path in checkpoints(output_dir) if step_of(path) > step][::-1]
+    found += [path for number, path in find_snapshots(output_dir).items() if number > step]
+    sheets = files_in(output_dir, ["samples/epoch_#.png"])
+    last = last_sheet(checkpoint)
+    found += [path for path in sheets if int(path.stem.removeprefix("epoch_")) > last]
+    found += records(output_dir, after=step)
+    return found + ([] if step_of_best(output_dir) <= step else files_in(output_dir, BEST))
+
+
+def last_sheet(checkpoint: Path) -> float:
+    """Return the number of the last epoch whose sample sheet may have been drawn up to a checkpoint.
+
+    It is infinite for checkpoints of earlier versions that do not say how long an epoch is.
+    """
+    images_seen = read_state(checkpoint)["images_seen"]
+    with reading(checkpoint):
+        facts = dict(saved_config(checkpoint).get("facts", {}))
+        if not facts:
+            return float("inf")
+        batch, steps = facts["global_batch_size"], facts["total_steps"]
+        epoch = facts["num_images"] or steps * batch  # of a stream of unknown length
+        # At its end, a run also draws the sheet of an epoch that is not complete.
+        return (images_seen - batch) // epoch + 1 if steps == step_of(checkpoint) else images_seen // epoch
+
+
+def step_of_best(output_dir: Path) -> int:
+    """Return the step of the model in best/. It is 0 if best/ does not say it, as in folders of earlier versions."""
+    with contextlib.suppress(UserError):
+        step = read_json(output_dir / "best" / "best.json", missing={}).get("step")
+        return step if isinstance(step, int) else 0
+    return 0
+
+
+def has_best(output_dir: Path, step: int) -> bool:
+    """Return whether best/ has a network that a run saved at `step` or before."""
+    networks = files_in(output_dir, ["best/model_index.json", "best/classifier/config.json"])
+    return bool(networks) and step_of_best(output_dir) <= step
+
+
+def records(output_dir: Path, after: int | None = None) -> list[Path]:
+    """Return the records in the run's evaluations/ and the pictures that belong to them; not the user's own files.
+
+    Args:
+        after: return only the records of training steps after this one. None: all records.
+    """
     found = []
-    for path in files_in(output_dir, ["evaluations/*.json"]):
+    for path in files_in(output_dir, ["evaluations/*.json" if after is None else "evaluations/step_#.json"]):
+        if after is not None and int(path.stem.removeprefix("step_")) <= after:
+            continue
         with contextlib.suppress(UserError):
             read_record(path)
             found += [path, *files_in(output_dir, [f"evaluations/{path.stem}.pairs.png"])]
@@ -320,6 +381,7 @@ def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema,
                 record = {"flags": config.to_dict()} | facts
                 (partial / "train_config.json").write_text(json.dumps(record))
                 saved = {name: getattr(state, name) for name in SAVED} | {"pending": rows}
+                saved |= {"interrupted": state.interrupted} if state.interrupted else {}
                 torch.save(saved, partial / "state.pt")
         accelerator.wait_for_everyone()
         with writing("a checkpoint", final):
@@ -373,7 +435,7 @@ def check_same_run(checkpoint: Path, run) -> list[str]:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """Return the content of state.pt, the fields of TrainState in SAVED.
+    """Return the content of state.pt: the fields of TrainState in SAVED, and "interrupted".
 
     Raises:
         UserError: if it is damaged or has other fields, or if the checkpoint is of another step than its name says.
@@ -385,6 +447,9 @@ def read_state(checkpoint: Path) -> dict:
                 raise damaged(checkpoint, f"state.pt has a {type(saved[name]).__name__} as {name}")
         if any(row.shape != (2 * NUM_BANDS + 1,) for row in saved["pending"]):
             raise damaged(checkpoint, "state.pt has losses of another shape")
+        interrupted = saved.setdefault("interrupted", [])
+        if not isinstance(interrupted, list) or not all(isinstance(name, str) for name in interrupted):
+            raise damaged(checkpoint, "state.pt has something else than names as interrupted")
     if saved["step"] != step_of(checkpoint):
         raise UserError(
             f"{checkpoint} holds step {saved['step']}: rename it to checkpoint-{saved['step']}, or give another one."
@@ -412,8 +477,11 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema, power
     with reading(checkpoint):
         accelerator.load_state(str(checkpoint))
         for name, value in read_state(checkpoint).items():
-            if name in SAVED:
+            if name in SAVED or name == "interrupted":
                 setattr(state, name, value)
+    # accelerate counts micro-batches, and also restored this count. Set it for the number of micro-batches in a step
+    # of this run. Otherwise every optimizer step after a change of that number would begin inside a batch.
+    accelerator.step = state.step * accelerator.gradient_accumulation_steps
     # Each row is already a sum over all processes, so only the main process keeps it. The others keep zeros.
     device, keep = accelerator.device, accelerator.is_main_process
     state.pending = [(row if keep else torch.zeros_like(row)).to(device) for row in state.pending]

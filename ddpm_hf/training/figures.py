@@ -4,6 +4,7 @@ Most functions write one file under a temporary name, rename it and return its p
 factors without smoothing, so that a pixel becomes a square. Plots do not use pyplot, because it keeps global state.
 """
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from ..data.dataset import load_images
 from ..data.origins import naming_origin
 from ..diffusion.scheduler import PaperDDPMScheduler
 from ..errors import UserError
-from ..locks import check_unlocked
+from ..files import writing
+from ..locks import locked
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import evenly, near_square, resize, save_picture, side_by_side, strip, tile, to_uint8
 from ..randomness import keyed_generator
@@ -167,14 +169,17 @@ def loss_figure(metrics_path, path) -> Path | None:
         axes[name].xaxis.set_major_formatter("{x:,.0f}")
     for name in "AB":
         # Fit the axis without the first fiftieth, where the loss falls from 1, because that would flatten the rest.
-        late = np.concatenate([line.get_ydata()[len(line.get_ydata()) // 50 :] for line in axes[name].lines])
-        low, high = late.min() / 1.1, late.max() * 1.1
-        if name == "B" or high > 5 * low:
-            axes[name].set_yscale("log", subs=[2, 5])
-            axes[name].yaxis.set_minor_formatter("{x:g}")
+        late = [line.get_ydata()[len(line.get_ydata()) // 50 :] for line in axes[name].lines]
+        late = np.concatenate([values[values > 0] for values in late]) if late else np.empty(0)
+        if len(late):  # a logarithmic axis and its limits need losses above 0
+            low, high = late.min() / 1.1, late.max() * 1.1
+            if name == "B" or high > 5 * low:
+                axes[name].set_yscale("log", subs=[2, 5])
+                axes[name].yaxis.set_minor_formatter("{x:g}")
+            axes[name].set_ylim(low, high if name == "A" else high * (high / low) ** 0.35)  # room for B's legend
         axes[name].yaxis.set_major_formatter("{x:g}")
-        axes[name].set_ylim(low, high if name == "A" else high * (high / low) ** 0.35)  # room for B's legend
-        axes[name].legend(edgecolor="none", loc="upper right", ncols="AB".index(name) + 1)
+        if axes[name].lines:
+            axes[name].legend(edgecolor="none", loc="upper right", ncols="AB".index(name) + 1)
     return save_picture(figure.savefig, path)
 
 
@@ -293,21 +298,23 @@ def config_of(model: Pretrained, **changes) -> TrainingConfig:
 
 
 def redraw_figures(folder: str | Path):
-    """Draw the figures of a finished run again, from its pipeline, its metrics and its data.
+    """Draw the figures of a run again, from its pipeline, its metrics and its data.
 
     Raises:
-        UserError: if the folder is not a finished run of a DDPM, if a run is still writing to it, or if its data
-            cannot be read.
+        UserError: if the folder is not that of a run of a DDPM, if the run has no pipeline yet, if another process is
+            writing to the folder, or if its data cannot be read.
     """
     folder = Path(folder)
     if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():  # an export has both
         only = folder / "figures" / "loss.png"
         raise UserError(f"{folder} is the run of a classifier, whose only figure is {only}: give the run of a DDPM.")
     if not (folder / "train_config.json").is_file() or not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is not a finished run: give the --output_dir of a training.")
-    check_unlocked(folder, "wait until it ends; it draws the figures itself")
-    model = load_pretrained(str(folder))
-    config = config_of(model)
-    with naming_origin(model.run["flags"], f"{folder / 'train_config.json'}", "so put its data back there"):
-        train_set, _ = load_images(config, model.unet.config.in_channels)
-    figures_of_run(folder, model, train_set, config)
+        raise UserError(f"{folder} is not a run with a pipeline: give the --output_dir of a training.")
+    with contextlib.ExitStack() as stack:
+        with writing("the figures", folder):
+            stack.enter_context(locked(folder, "wait until it ends; a run draws the figures itself"))
+        model = load_pretrained(str(folder))
+        config = config_of(model)
+        with naming_origin(model.run["flags"], f"{folder / 'train_config.json'}", "so put its data back there"):
+            train_set, _ = load_images(config, model.unet.config.in_channels)
+        figures_of_run(folder, model, train_set, config)

@@ -29,7 +29,7 @@ from ..run_folder import read_metrics
 from ..sharing.hub import wait_for_push
 from . import plan
 from .batches import draw_batches
-from .periodic import due_when_resumed_at_the_end, run_due_tasks, what_is_due
+from .periodic import announce_stop, due_when_resumed, run_due_tasks, what_is_due
 from .run import Run, check_run, open_run
 from .trackers import end_trackers
 
@@ -117,9 +117,9 @@ def rehearse(config: TrainingConfig):
         print(json.dumps(config.to_dict() | {"network": dict(run.network.config)}, indent=2))
     if is_main:
         print(plan.disk(run), "Measuring a few steps ...", sep="\n", flush=True)
-    step = run.state.step
+    step, images_seen = run.state.step, run.state.images_seen
     seconds = seconds_per_step(run)
-    run.state.step = step  # discard the measured steps
+    run.state.step, run.state.images_seen = step, images_seen  # discard the measured steps
     if is_main:
         preview = plan.draw_preview(run)
         print(plan.time_and_memory(run, seconds), f"What the network sees is in {preview}.", sep="\n", flush=True)
@@ -148,16 +148,17 @@ def take_steps(run: Run):
     """Take the steps that are left, and do what is due between them, until the last step or a signal."""
     state = run.state
     run.model.train()
-    due, timed_steps, started = set(), 0, time.perf_counter()
-    signal_printed, log_lines = False, 0
+    due, log_lines = due_when_resumed(run), 0
+    state.interrupted = []
     with (
         catching_signals(state.signals),
         tuned_convolutions(run.config.cudnn_benchmark),
         progress_bar(run) as bar,
         contextlib.closing(draw_batches(run)) as batches,
     ):
-        if state.step == run.total_steps:
-            run_due_tasks(run, due_when_resumed_at_the_end(run), 0.0)
+        if due:
+            run_due_tasks(run, due, None)
+        timed_steps, started = 0, time.perf_counter()
         while state.step < run.total_steps and "stop" not in due:
             try:
                 step(run, batches)
@@ -166,9 +167,8 @@ def take_steps(run: Run):
                 raise
             bar.update()
             timed_steps += 1
-            if state.signals and not signal_printed:
-                signal_printed = True
-                tqdm.write(f"{signal.Signals(state.signals[0]).name}: writing a checkpoint, then stopping.")
+            if state.signals:
+                announce_stop(state)
             due = what_is_due(run)
             if all_agree_to_stop(run, due):
                 due |= {"stop", "checkpoint", "pipeline"}
@@ -178,7 +178,8 @@ def take_steps(run: Run):
                 speed = timed_steps * run.global_batch / seconds
                 line = run_due_tasks(run, due, speed)
                 if "log" in due:
-                    bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_second=f"{speed:.0f}")
+                    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+                    bar.set_postfix(loss=loss, images_per_second=f"{speed:.0f}")
                     log_lines += 1
                     if log_lines == 2 and run.accelerator.is_main_process:  # the first steps are slower
                         tqdm.write(plan.time_and_memory(run, run.global_batch / speed))
@@ -199,8 +200,10 @@ def step(run: Run, batches):
             # Get the next images, with the noise, the timestep and the label of each.
             batch, uniform, dropout_seed, state.stream = next(batches)
             if state.loss_history is not None:
-                timesteps, weights = draw_timesteps(state.loss_history, uniform)
-                batch |= {"timesteps": timesteps.to(accelerator.device), "weights": weights.to(accelerator.device)}
+                timesteps, weights = (
+                    each.to(accelerator.device) for each in draw_timesteps(state.loss_history, uniform)
+                )
+                batch |= {"timesteps": timesteps, "weights": weights * batch.get("weights", 1.0)}
             torch.manual_seed(dropout_seed)  # dropout draws from torch's global generator
             # Predict the noise (or another target) and compute the losses.
             losses = run.loss(run.model, batch)
@@ -283,7 +286,7 @@ def all_agree_to_stop(run: Run, due: set) -> bool:
 def finished_run(run: Run) -> FinishedRun:
     """Return the FinishedRun of a run that has ended."""
     state, folder = run.state, Path(run.config.output_dir)
-    finished = state.step == run.total_steps and not state.figures_missing
+    finished = state.step == run.total_steps and not state.interrupted and not state.figures_missing
     last = next(reversed(read_metrics(folder / "metrics.jsonl")), {})
     number = state.signals[0] if state.signals else signal.SIGTERM  # if another process caught it
     return FinishedRun(
@@ -319,7 +322,8 @@ def print_summary(run: Run, finished: FinishedRun):
         }
     found |= {"loss curve": folder / "figures" / "loss.png", "all figures": folder / "figures"}
     print(
-        f"\nTrained {finished.step:,} steps in {run.state.seconds / 60:.1f} minutes.",
+        f"\nTrained {finished.step:,} steps in {run.state.seconds / 60:.1f} minutes, not counting samples, scores and "
+        "checkpoints.",
         *(f"  {what:12}  {where}" for what, where in found.items()),
         sep="\n",
         flush=True,

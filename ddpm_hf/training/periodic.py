@@ -3,8 +3,8 @@
 `what_is_due` says what is due after a step. `run_due_tasks` calls the functions in TASKS for it, one after another.
 """
 
-import contextlib
 import json
+import signal
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .. import run_folder
 from ..diffusion.losses import NUM_BANDS
 from ..errors import UserError
-from ..files import writing
+from ..files import write_json, writing
 from ..models.ema import ema_decay
 from ..models.post_hoc_ema import save_snapshot
 from ..models.saving import save_classifier, save_pipeline
@@ -28,7 +28,7 @@ from .changes import facts_to_compare
 from .figures import figures_of_run, loss_figure
 from .run import Run
 from .scoring import score_run
-from .validation import per_band, validate
+from .validation import mean, per_band, validate
 
 
 def epochs_between(run: Run) -> dict[str, int]:
@@ -60,13 +60,22 @@ def what_is_due(run: Run) -> set[str]:
     return due
 
 
-def due_when_resumed_at_the_end(run: Run) -> set[str]:
-    """Return the tasks that a kill may have left undone after the checkpoint of the last step."""
-    return {"pipeline", "end"} if run.config.objective == "classify" else {"sheet", "pipeline", "end"}
+def due_when_resumed(run: Run) -> set[str]:
+    """Return the tasks of the step of the checkpoint that a signal or a kill left undone; at a new start, set()."""
+    # Flags may have changed, so leave out tasks that this run does not have.
+    due = set(run.state.interrupted) & {"log", *epochs_between(run)}
+    if run.state.step == run.total_steps:  # a kill may have come after the checkpoint of the last step
+        due |= {"pipeline", "end"} if run.config.objective == "classify" else {"sheet", "pipeline", "end"}
+    return due
 
 
-def run_due_tasks(run: Run, due: set[str], images_per_second: float) -> dict:
+def run_due_tasks(run: Run, due: set[str], images_per_second: float | None) -> dict:
     """Run the tasks that are due, in the order of TASKS, and return the log line. Every process calls this.
+
+    If a signal interrupts a task, `due` is changed: "stop" is added, and what the resumed run does is removed.
+
+    Args:
+        images_per_second: for the log line; None if no step was timed.
 
     Raises:
         UserError: if a loss is not finite, or if a file cannot be written.
@@ -77,7 +86,7 @@ def run_due_tasks(run: Run, due: set[str], images_per_second: float) -> dict:
         "step": state.step,
         "epoch": round(state.images_seen / run.num_images, 4),
         "images_seen": state.images_seen,
-        "images_per_second": round(images_per_second, 2),
+        "images_per_second": None if images_per_second is None else round(images_per_second, 2),
         "seconds": round(state.seconds, 1),
     }
     for name, task in TASKS:
@@ -86,13 +95,34 @@ def run_due_tasks(run: Run, due: set[str], images_per_second: float) -> dict:
     return line
 
 
+def leave_to_resumed_run(run: Run, due: set[str], tasks: set[str]):
+    """Stop after this step, because a signal interrupted one of its `tasks`. The resumed run does them all again.
+
+    It needs the weights of this step for them, so a checkpoint of this step is saved.
+    """
+    state = run.state
+    announce_stop(state)
+    state.interrupted += sorted(tasks & due)
+    due.difference_update(tasks, {"end"})  # a resumed run draws the figures of the last step again
+    due.update({"stop", "pipeline"})
+    # A resumed run that is interrupted before its first step has this checkpoint already.
+    if Path(run.config.output_dir, f"checkpoint-{state.step}") not in run_folder.checkpoints(run.config.output_dir):
+        due.add("checkpoint")
+
+
+def announce_stop(state: checkpoints.TrainState):
+    """Print once that the run stops because of a signal."""
+    if not state.stop_announced:
+        state.stop_announced = True
+        tqdm.write(f"{signal.Signals(state.signals[0]).name}: writing a checkpoint, then stopping.")
+
+
 def add_averages(run: Run, due: set[str], line: dict):
     """Add to `line` the mean losses since the last log line, the learning rate and the EMA decay."""
     state = run.state
     line |= averages(pending_rows(run))
     line["lr"] = run.learning_rate(state.step - 1)
     line["ema_decay"] = ema_decay(run.config, state.step - 1) if run.ema is not None else None
-    state.pending.clear()
 
 
 def add_validation_loss(run: Run, due: set[str], line: dict):
@@ -105,16 +135,20 @@ def add_validation_loss(run: Run, due: set[str], line: dict):
 def add_scores(run: Run, due: set[str], line: dict):
     """Add the scores to `line`. If --best_by names one of them and it is the best so far, save best/.
 
-    After a signal no more images are drawn, and no scores are added.
+    After a signal no more images are drawn. The resumed run then measures the scores, and writes the log line.
     """
     config = run.config
-    with contextlib.suppress(Interrupted):
-        line["scores"], score = score_run(run, stop_on_signal(run))
-        keep_best(run, f"{config.best_by} {config.eval_num_images}", score)
-        if run.accelerator.is_main_process:
-            numbers = ", ".join(f"{id} {value:.4g}" for id, value in line["scores"].items())
-            if numbers:
-                tqdm.write(f"Step {run.state.step}: {numbers}")
+    try:
+        scores, best = score_run(run, stop_on_signal(run))
+    except Interrupted:
+        leave_to_resumed_run(run, due, {"log", "validation", "scores"})
+        return
+    line["scores"] = scores
+    keep_best(run, f"{config.best_by} {config.eval_num_images}", best)
+    if run.accelerator.is_main_process:
+        numbers = ", ".join(f"{id} {value:.4g}" for id, value in scores.items())
+        if numbers:
+            tqdm.write(f"Step {run.state.step}: {numbers}")
 
 
 def keep_best(run: Run, measure: str, value: float | None):
@@ -129,6 +163,9 @@ def keep_best(run: Run, measure: str, value: float | None):
         state.best_score = value
         folder = Path(config.output_dir, "best")
         with writing("the best pipeline", folder):
+            folder.mkdir(exist_ok=True)
+            # Write the step first. If a kill comes between the two, the resumed run then saves the pipeline again.
+            write_json(folder / "best.json", {"step": state.step, "measure": measure, "value": value})
             save_network(run, folder)
 
 
@@ -140,10 +177,11 @@ def write_log_line(run: Run, due: set[str], line: dict):
             metrics.write(json.dumps(line) + "\n")
         numbers = {k: v for k, v in (line | line.get("scores", {})).items() if isinstance(v, (int, float))}
         trackers.log(run.accelerator, lambda tracker: tracker.log(numbers, step=run.state.step))
+    run.state.pending.clear()
 
 
 def add_sheet(run: Run, due: set[str], line: dict):
-    """Draw the sample sheet samples/epoch_<n>.png, from the same noise each time. After a signal, draw no sheet."""
+    """Draw the sample sheet samples/epoch_<n>.png, from the same noise each time. After a signal, stop drawing it."""
     config, accelerator = run.config, run.accelerator
     # By default a Sampler's timesteps are trailing and begin in pure noise. With cosine betas, leading timesteps would
     # begin where some signal is left.
@@ -153,7 +191,7 @@ def add_sheet(run: Run, due: set[str], line: dict):
     try:
         images = sample_together(model, sampler, count, batch_size=count, on_step=stop_on_signal(run))
     except Interrupted:
-        run.state.figures_missing = "end" in due
+        leave_to_resumed_run(run, due, {"sheet"})
         return
     if accelerator.is_main_process:
         epoch = run.epochs(run.state.step - 1) + 1  # the epoch that this step belongs to
@@ -256,7 +294,8 @@ TASKS = [
     # order, a kill between the two would lose the line. In this order, a kill leaves a line too many, which the
     # resumed run removes.
     ("log", write_log_line),
-    # Draw before the checkpoint. Otherwise a run killed between the two would never draw this sheet.
+    # Draw before the checkpoint. Otherwise a run killed between the two would never draw this sheet. If a signal
+    # interrupts the drawing, the checkpoint says so, see `leave_to_resumed_run`.
     ("sheet", add_sheet),
     ("snapshot", add_snapshot),
     # Save the checkpoint before the pipeline, because a folder with a pipeline but no checkpoint cannot be resumed.
@@ -330,7 +369,7 @@ def averages(rows: list[torch.Tensor]) -> dict:
     sums, counts = table[:, :-1].sum(dim=0).view(2, NUM_BANDS)
     norms = table[:, -1][table[:, -1].isfinite()]
     return {
-        "loss": float(sums.sum() / counts.sum()),
+        "loss": mean(sums, counts),  # None if no image of a classifier had a class
         "loss_by_band": per_band(sums, counts),
         # With fp16 every norm may have overflowed. Then write None, because JSON has no infinity.
         "grad_norm": float(norms.mean()) if len(norms) else None,

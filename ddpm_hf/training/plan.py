@@ -31,7 +31,8 @@ def disk(run: Run) -> str:
     checkpoint = parameters * 4 * (3 + (run.ema is not None) + len(run.power_averages))
     every = config.checkpointing_steps
     count = run.total_steps // every + count_tasks(run)["pipeline"]  # or fewer, because one may serve both
-    count = min(count, config.checkpoints_total_limit or count)
+    if config.checkpoints_total_limit:  # an old checkpoint is removed only after the new one is written
+        count = min(count, config.checkpoints_total_limit + 1)
     published = parameters * 4 * (1 + config.save_best)
     snapshots = parameters * 4 * len(run.power_averages) * config.ema_snapshots
     also = f", {format_bytes(snapshots)} for {config.ema_snapshots} --ema_snapshots" if snapshots else ""

@@ -48,7 +48,7 @@ def average_after_training(
         step: the step at which the average ends, one of the snapshots. None: the last snapshot.
 
     Raises:
-        UserError: if the run is not finished or has no snapshots, for a length that is not allowed, or if `by` cannot
+        UserError: if the run has no pipeline yet or no snapshots, for a length that is not allowed, or if `by` cannot
             be measured. Nothing is written then.
     """
     output, folder, lengths = check_new_output("OUTPUT", output), Path(folder), sorted(set(lengths or SWEEP))

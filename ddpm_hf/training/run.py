@@ -117,8 +117,11 @@ class Run:
         return self.train_set.class_names if self.config.class_conditional else None
 
     def epochs(self, step: int) -> int:
-        """Return how many epochs are complete after `step` steps, counted by images seen."""
-        return step * self.global_batch // self.num_images
+        """Return how many epochs are complete after `step` steps, counted by images seen.
+
+        Steps before a resume may have had another number of images, so count from the images seen so far.
+        """
+        return (self.state.images_seen + (step - self.state.step) * self.global_batch) // self.num_images
 
 
 def open_run(config: TrainingConfig) -> Run:
@@ -281,7 +284,8 @@ def prepare_folder(run: Run, checkpoint: Path | None):
         if checkpoint is not None:
             for sentence in checkpoints.set_damaged_aside(output_dir, checkpoint):
                 print(sentence, flush=True)
-            checkpoints.keep_metrics_up_to(output_dir, run.state.step)
+            # The line of the checkpoint's own step is written again if a signal interrupted its scores.
+            checkpoints.keep_metrics_up_to(output_dir, run.state.step - ("log" in run.state.interrupted))
         write_train_config(run)
     accelerator.wait_for_everyone()
 
@@ -301,6 +305,9 @@ def restore_state(run: Run, checkpoint: Path | None):
             group.update(adam_settings(config))  # replace those of the checkpoint
         if state.stream is not None:
             run.train_set.load_state_dict(state.stream)
+        if not checkpoints.has_best(Path(config.output_dir), state.step):
+            # The first model that is measured is then the best one in this folder.
+            state.best_score, state.best_measure = float("inf"), ""
     if config.timestep_sampling == "uniform":
         state.loss_history = None
     elif state.loss_history is None:
@@ -336,7 +343,7 @@ def check_classes(config, train_set):
         and (train_set.labels is None or train_set.labels.min() < 0)
     ):
         raise UserError(
-            "Some of these images may have no class, and --label_dropout 0 trains no embedding for them: give e.g. "
+            'some of these images may have no class, but --label_dropout 0 trains no "no class" embedding: give e.g. '
             "--label_dropout 0.1."
         )
 
@@ -405,10 +412,11 @@ def describe(run: Run) -> dict:
     height, width = data.size
     images = "a stream of" if data.num_images is None else f"{data.num_images:,}"
     classes = f"{len(data.class_names)} classes, " if data.class_names else ""
+    epochs = f" = {run.total_steps * run.global_batch / data.num_images:.1f} epochs" if data.num_images else ""
     summary = (
         f"{images} images of {height}x{width}x{data.channels} ({held_out:,} held out{skipped}), "
-        f"{classes}{parameters / 1e6:.1f} M parameters, {run.total_steps:,} steps of {run.global_batch} images = "
-        f"{run.total_steps * run.global_batch / run.num_images:.1f} epochs, on {accelerator.num_processes} x "
+        f"{classes}{parameters / 1e6:.1f} M parameters, {run.total_steps:,} steps of {run.global_batch} images"
+        f"{epochs}, on {accelerator.num_processes} x "
         f"{accelerator.device.type}, mixed precision {config.mixed_precision}"
     )
     return {

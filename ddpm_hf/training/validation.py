@@ -23,7 +23,7 @@ def validate(run: Run) -> dict:
         measures["validation_accuracy"] = run.published, accuracy(run.scheduler)
     for name, (network, measure) in measures.items():
         sums, counts = validation_loss(run, network, measure)
-        line[name] = float(sums.sum() / counts.sum())
+        line[name] = mean(sums, counts)
         line[f"{name}_by_band"] = per_band(sums, counts)
     return line
 
@@ -34,17 +34,20 @@ def validation_loss(run: Run, network, measure) -> torch.Tensor:
 
     Each image has its own fixed noise and timestep, and the timesteps are spread evenly. The losses of two runs, or of
     two epochs, thus differ only because of the weights. Every process measures a share of the images. A conditional
-    UNet gets the class of each image.
+    UNet gets the class of each image. A classifier is measured only on images that have a class.
     """
     config, accelerator, image_set = run.config, run.accelerator, run.validation_set
-    count = min(len(image_set), VALIDATION_IMAGES)
-    rows = torch.linspace(0, len(image_set) - 1, count).round().long()
+    rows = torch.arange(len(image_set))
+    if config.objective == "classify":
+        rows = rows[image_set.labels >= 0]
+    count = min(len(rows), VALIDATION_IMAGES)
+    rows = rows[torch.linspace(0, len(rows) - 1, count).round().long()]
     spread = (torch.randperm(count, generator=keyed_generator(0, "validation")) + 0.5) / count
     sums = torch.zeros(2, NUM_BANDS, device=accelerator.device)
     was_training = network.training
     network.eval()
     share = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
-    for ordinals in share.split(config.train_batch_size):
+    for ordinals in share.split(config.train_batch_size) if len(share) else ():
         images = image_set.get(rows[ordinals].tolist())
         noise, _ = draw_noise(ordinals, images.shape[1:], config.ddpm_num_steps, seed=-1)
         timesteps = (spread[ordinals] * config.ddpm_num_steps).long()
@@ -61,6 +64,11 @@ def validation_loss(run: Run, network, measure) -> torch.Tensor:
         sums += by_band(losses, batch["timesteps"], config.ddpm_num_steps)
     network.train(was_training)
     return accelerator.reduce(sums, "sum").cpu()
+
+
+def mean(sums: torch.Tensor, counts: torch.Tensor) -> float | None:
+    """Return the mean loss over all timesteps; None without images."""
+    return float(sums.sum() / counts.sum()) if counts.sum() > 0 else None
 
 
 def per_band(sums: torch.Tensor, counts: torch.Tensor) -> list[float | None]:
