@@ -161,7 +161,7 @@ def test_the_same_flags_are_resumed_without_a_warning(ran, capsys):
     open_at(ran, "checkpoint-2", *free)
     said = capsys.readouterr().out
     assert f"Resuming from {ran / 'checkpoint-2'} (step 2 of 3)." in said and "Warning: th" not in said
-    assert f"Removing what this run replaces in {ran}: checkpoint-3. Your own files there stay." in said
+    assert f"Removing what this run replaces in {ran}: checkpoint-3, 1 other file. Your own files there stay." in said
 
 
 CHANGES = {
