@@ -244,7 +244,8 @@ def _from_checkpoint(checkpoint: Path, weights: str) -> Pretrained:
     names = saved.get("class_names")
     id2label = dict(enumerate(names)) if names else None
     with opening(checkpoint, "it is damaged, so give another checkpoint"):
-        judge.check_unet(saved["unet"], {"id2label": id2label})
+        # With --augment_probability, the UNet has more embeddings than classes, see without_augmentation.
+        judge.check_unet(saved["unet"], {} if flags.get("augment_probability") else {"id2label": id2label})
         scheduler = _scheduler_of_checkpoint(saved)
         judge.check_schedule(scheduler)
         tensors = safetensors.torch.load_file(checkpoint / file)
