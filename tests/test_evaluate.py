@@ -517,7 +517,7 @@ def test_settings_of_a_sampler_are_refused_for_samples(tiny_run, tmp_path, monke
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path):
-    config = TrainingConfig(dataset_name="digits", resolution=32)
+    config = TrainingConfig(dataset_name="digits", resolution=32, class_names=["3"])
     train, _ = load_images(config, 1)
     extractor = load_digit_classifier()
     first = reference_of(extractor, train, "images", cache_dir=tmp_path)

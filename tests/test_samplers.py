@@ -428,5 +428,5 @@ def test_class_label_refusals(class_labels, sentence):
 
 
 def test_a_batch_size_of_0_is_refused():
-    with pytest.raises(UserError, match="^--batch_size is 0; it must be at least 1, or auto.$"):
+    with pytest.raises(UserError, match="^--batch_size is 0; it must be a whole number of at least 1, or auto.$"):
         in_batches(UNET, make_scheduler("nichol_cosine", 10), 0, range(2), 0)
