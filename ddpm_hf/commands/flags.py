@@ -69,8 +69,8 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
         "--guidance_scale",
         type=float,
         default=1.0,
-        help="strength of guidance towards the class; default: 1, which is no guidance without a --classifier, and "
-        "Bayes' rule with one. 0 switches a classifier off",
+        help="strength of guidance towards the class. Without a --classifier, 1 means no guidance. With a "
+        "--classifier, 0 means no guidance, and 1 is Bayes' rule. Default: 1",
     )
     add("--classifier", help="classifier to guide a model without classes: run of --objective classify, or Hub id")
     add_weights_flag(group)

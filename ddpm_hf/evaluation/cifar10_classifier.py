@@ -69,8 +69,7 @@ class Cifar10Classifier(SmallClassifier):
             given = f"{str(images.dtype).removeprefix('torch.')} images of {'x'.join(map(str, images.shape[1:]))}"
             raise UserError(
                 f"the CIFAR-10 classifier was given {given}, but takes only uint8 images of 3x32x32, 3x64x64 and "
-                "other multiples of 32: leave fd_cifar10 out, or choose other "
-                "--features than cifar10."
+                "other multiples of 32: leave fd_cifar10 out, or choose other --features than cifar10."
             )
         with full_precision(images.device):
             images = F.avg_pool2d(scale(images), height // 32)

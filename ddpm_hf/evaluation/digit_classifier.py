@@ -61,8 +61,7 @@ class DigitClassifier(SmallClassifier):
             given = f"{str(images.dtype).removeprefix('torch.')} images of {'x'.join(map(str, images.shape[1:]))}"
             raise UserError(
                 f"the digit classifier was given {given}, but takes only uint8 images of 1x28x28, or of "
-                "1x32x32 with a border: leave fd_mnist out, or choose other "
-                "--features than digits."
+                "1x32x32 with a border: leave fd_mnist out, or choose other --features than digits."
             )
         border = (images.shape[-1] - 28) // 2
         with full_precision(images.device):
