@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_saving import tiny_unet
 
+import ddpm_hf
 from ddpm_hf.__main__ import main
 from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
@@ -228,6 +229,14 @@ def test_scores_of_two_ways_of_drawing_are_not_mixed(tmp_path):
     card = card_of(tmp_path)
     assert sorted(result.metric_value for result in card.data.eval_results) == [1.5, 6.5]
     assert "| 0.75 ±" in card.text and "1.25" not in card.text
+
+
+@pytest.mark.parametrize(("preset", "has_sources"), [("digits", True), ("mine", False), (None, False)])
+def test_only_presets_of_the_package_have_their_sources_in_its_file(tmp_path, monkeypatch, preset, has_sources):
+    monkeypatch.setitem(ddpm_hf.PRESETS, "mine", ddpm_hf.Preset("a recipe of my own", {"resolution": 8}))
+    text = card_of(tmp_path, *([f"--preset={preset}"] if preset else ["--dataset_name=digits"])).text
+    assert ("config/presets.py" in text) == has_sources
+    assert ("a recipe of my own" in text) == (preset == "mine")
 
 
 def test_only_scores_of_the_published_weights_are_shown(tmp_path):

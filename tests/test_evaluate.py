@@ -22,8 +22,8 @@ from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.dataset import load_images
+from ddpm_hf.evaluation import compare
 from ddpm_hf.evaluation.cifar10_classifier import load_cifar10_classifier
-from ddpm_hf.evaluation.compare import comparison
 from ddpm_hf.evaluation.digit_classifier import load_digit_classifier
 from ddpm_hf.evaluation.extractor import EXTRACTORS
 from ddpm_hf.evaluation.features import extract, images_at
@@ -33,7 +33,7 @@ from ddpm_hf.evaluation.records import COPYING, NOTHING_KNOWN, read_record, reco
 from ddpm_hf.evaluation.reference import read_reference, reference_of
 from ddpm_hf.evaluation.statistics import frechet_distance, mean_and_covariance
 from ddpm_hf.sampling.sample_set import read_samples
-from ddpm_hf.sharing.card import eval_result
+from ddpm_hf.sharing.card_scores import eval_result
 
 
 SMALL = ["--suite=smoke", "--num_images=40", "--num_inference_steps=3", "--bound_images=12", "--bound_timesteps=5"]
@@ -390,12 +390,12 @@ def test_unlike_protocols_are_refused_naming_the_field(record):
     other = json.loads(json.dumps(one))
     other["sampler"]["num_inference_steps"] = 50
     with pytest.raises(UserError, match="sampler.num_inference_steps is 3 and 50"):
-        comparison({"a": one, "b": other})
-    table = comparison({"a": one, "b": other}, vary=["sampler"])
+        compare.comparison({"a": one, "b": other})
+    table = compare.comparison({"a": one, "b": other}, vary=["sampler"])
     assert "sampler.num_inference_steps" in table and "fd_mnist-9ea1c6a6_40_full" in table
     other["data"]["train"]["fingerprint"] = "another"
     with pytest.raises(UserError, match="data.train.fingerprint"):
-        comparison({"a": one, "b": other}, vary=["sampler"])
+        compare.comparison({"a": one, "b": other}, vary=["sampler"])
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_names_cannot_change_a_markdown_table(record, name):
         other["model"]["name"] = other["data"]["name"] = text
         for each in (one, other):
             each["metrics"].append(each["metrics"][0] | {"id": text})
-        table = comparison({text: one, f"2 {text}": other}, vary=["data"], markdown=True)
+        table = compare.comparison({text: one, f"2 {text}": other}, vary=["data"], markdown=True)
         tokens = markdown_it.MarkdownIt("commonmark").enable("table").parse(table)
         kinds = [token.type for token in tokens]
         for token in tokens:
@@ -429,7 +429,7 @@ def test_vary_must_name_a_field(record):
         "zzz": "give sampler,",
     }.items():
         with pytest.raises(UserError, match=f"--vary {word} is not a field of these records: {re.escape(wanted)}"):
-            comparison({"a": one, "b": one}, vary=[word])
+            compare.comparison({"a": one, "b": one}, vary=[word])
 
 
 def test_vary_takes_what_the_error_recommends_and_shows_the_values_that_differ(record):
@@ -440,11 +440,11 @@ def test_vary_takes_what_the_error_recommends_and_shows_the_values_that_differ(r
     entry["n_ref"] = 77
     other["model"] |= {"weights": "raw", "train_step": 12}
     with pytest.raises(UserError, match="add --vary") as refused:
-        comparison({"a": one, "b": other})
+        compare.comparison({"a": one, "b": other})
     recommended = re.search(r"--vary (\S+)\.$", str(refused.value))[1].split(",")
     field = f"{entry['id']}.n_ref"
     assert recommended == ["sampler.num_inference_steps", field]
-    shown = comparison({"a": one, "b": other}, vary=[*recommended, "model.weights"])
+    shown = compare.comparison({"a": one, "b": other}, vary=[*recommended, "model.weights"])
     rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.strip()}
     assert rows[field] == ["120", "77"] and rows["sampler.num_inference_steps"] == ["3", "50"]
     assert rows["model.weights"] == ["published", "raw"] and rows["model.train_step"] == ["-", "12"]
@@ -473,7 +473,7 @@ def test_all_that_differs_is_named_at_once(record):
     other = json.loads(json.dumps(one))
     other["sampler"] |= {"num_inference_steps": 50, "timesteps": "quad"}
     with pytest.raises(UserError, match="--vary sampler.num_inference_steps,sampler.timesteps"):
-        comparison({"a": one, "b": other})
+        compare.comparison({"a": one, "b": other})
 
 
 def test_images_of_another_noise_schedule_are_drawn_anew(tiny_run, tmp_path, monkeypatch):
@@ -535,7 +535,7 @@ def test_of_other_data_the_error_names_the_data_and_a_short_list_that_compare_ac
     for entry in other["metrics"]:
         entry |= {"n_ref": 3, "n_gen": 7} if "n_ref" in entry else {}
     with pytest.raises(UserError) as refused:
-        comparison({"a": one, "b": other})
+        compare.comparison({"a": one, "b": other})
     said = str(refused.value)
     assert re.search(
         r"ways \(data.name is \S+ and else; sampler.num_inference_steps is 3 and 50; .*; and \d+ more\)", said
@@ -543,13 +543,13 @@ def test_of_other_data_the_error_names_the_data_and_a_short_list_that_compare_ac
     assert len(said) < 400
     vary = said.rpartition("--vary ")[2].rstrip(".").split(",")
     assert set(vary) == {"data", "sampler", "n_ref", "n_gen"}
-    assert "n_gen" in comparison({"a": one, "b": other}, vary=vary)
+    assert "n_gen" in compare.comparison({"a": one, "b": other}, vary=vary)
 
 
 def test_other_weights_are_no_other_protocol(record, capsys):
     one = read_record(record)
     other = one | {"model": one["model"] | {"weights": "raw", "unet_sha256": "0"}}
-    assert "model.weights" in comparison({"a": one, "b": other})
+    assert "model.weights" in compare.comparison({"a": one, "b": other})
     main(["compare", str(record), str(record), "--markdown"])
     assert capsys.readouterr().out.count("|") > 20
 
@@ -562,22 +562,75 @@ def test_seeds_that_share_images_are_told(record, changed, shared):
     other = one | {"sampler": one["sampler"] | changed}
     assert (one["sampler"]["seed"], one["samples"]["n"]) == (0, 40)
     for first, second in ((one, other), (other, one)):
-        text = comparison({"a": first, "b": second})
+        text = compare.comparison({"a": first, "b": second})
         assert f"draw {shared} of their images from the same noise" in text or shared is None and "Warning" not in text
     another = other | {"model": other["model"] | {"unet_sha256": "0"}}
-    assert "Warning" not in comparison({"a": one, "b": another})
+    assert "Warning" not in compare.comparison({"a": one, "b": another})
     fewer = other | {"sampler": other["sampler"] | {"num_inference_steps": 2}}
-    assert "Warning" not in comparison({"a": one, "b": fewer}, vary=["sampler"])
+    assert "Warning" not in compare.comparison({"a": one, "b": fewer}, vary=["sampler"])
+
+
+def test_given_samples_are_not_scored_by_a_bound_unless_asked_for(tiny_run, tmp_path, monkeypatch, capsys):
+    """bits_per_dim is a score of the model, and takes longer than all others."""
+    monkeypatch.chdir(tmp_path)
+    ddpm_hf.sample(tiny_run, 40, "ddim", num_inference_steps=1, output="drawn")
+    few = {"bound_images": 2, "bound_timesteps": 2, "suite": "smoke"}
+    assert "bits_per_dim" not in ddpm_hf.evaluate(tiny_run, samples="drawn", **few).metrics
+    assert ddpm_hf.evaluate(tiny_run, samples="drawn", metrics=["bits_per_dim"], **few).metrics == ["bits_per_dim"]
+    capsys.readouterr()
+    both = ddpm_hf.evaluate(tiny_run, num_images=40, num_inference_steps=2, **few)
+    assert {"bits_per_dim", "memorization"} <= set(both.metrics)
+    # 2 images, 2 timesteps each, and a pilot of 2 images at all 20 timesteps: 44 evaluations, 22 images of 2 steps.
+    assert "bits_per_dim takes as long as drawing about 22 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("lower_is_better", "values", "errors", "verdict"),
+    [
+        (True, [1.0, 2.0], [0.3, 0.3], "a"),  # 1 > 2 * 0.3 * sqrt(2) = 0.85
+        (False, [1.0, 2.0], [0.3, 0.3], "b"),
+        (True, [1.0, 2.0], [0.4, 0.4], "not clear"),  # 2 * 0.4 * sqrt(2) = 1.13
+        (True, [1.0, 2.0, 1.1], [0.1, 0.1, 0.1], "not clear"),
+        (True, [1.0, 2.0, 1.5], [0.1, 0.1, 0.1], "a"),
+        (True, [1.0, 2.0], [None, 0.1], ""),
+        (None, [1.0, 2.0], [0.1, 0.1], ""),
+        (True, [1.0], [0.1], ""),
+    ],
+)
+def test_a_record_is_best_only_beyond_the_errors(lower_is_better, values, errors, verdict):
+    entries = {
+        name: {"id": "x", "value": value, "se": error, "lower_is_better": lower_is_better}
+        for name, value, error in zip("abc", values, errors)
+    }
+    assert compare.best(entries) == verdict
+    copying = {name: entry | {"id": "memorization_duplicates"} for name, entry in entries.items()}
+    assert compare.best(copying) == compare.direction(copying) == ""
+
+
+def test_the_table_says_which_direction_is_better_and_shortens_hashes(record):
+    one = read_record(record)
+    other = json.loads(json.dumps(one)) | {"model": one["model"] | {"unet_sha256": "0123456789abcdef" * 4}}
+    entry = next(entry for entry in other["metrics"] if entry["id"] == "bits_per_dim")
+    entry["value"] -= 10 * entry["se"]
+    table = compare.comparison({"a": one, "b": other}, vary=["model"])
+    lines = {line.split()[0]: line.split() for line in table.splitlines() if line}
+    assert lines["bits_per_dim"][-2:] == ["lower", "b"]
+    assert lines["model.unet_sha256"][-1] == "0123456789ab"
+    assert "standard errors of their difference" in table
+    # A record without the facts of its sampler says so in words.
+    bare = json.loads(json.dumps(one)) | {"sampler": {}}
+    with pytest.raises(UserError, match="sampler.method is ddim and not recorded"):
+        compare.comparison({"a": one, "b": bare})
 
 
 def test_a_metric_that_one_lacks_is_a_gap_and_how_the_bound_was_taken_is_protocol(record):
     one = read_record(record)
     fewer = one | {"metrics": [entry for entry in one["metrics"] if entry["id"] != "bits_per_dim"]}
-    assert " -" in comparison({"a": one, "b": fewer})
+    assert " -" in compare.comparison({"a": one, "b": fewer})
     full = json.loads(json.dumps(one))
     next(entry for entry in full["metrics"] if entry["id"] == "bits_per_dim")["extra"]["mode"] = "full"
     with pytest.raises(UserError, match="bits_per_dim.mode"):
-        comparison({"a": one, "b": full})
+        compare.comparison({"a": one, "b": full})
 
 
 def test_n_is_protocol(record):
@@ -585,7 +638,7 @@ def test_n_is_protocol(record):
     other = json.loads(json.dumps(one))
     next(entry for entry in other["metrics"] if entry["id"] == "bits_per_dim")["n_ref"] = 7
     with pytest.raises(UserError, match="bits_per_dim.n_"):
-        comparison({"a": one, "b": other})
+        compare.comparison({"a": one, "b": other})
 
 
 @pytest.mark.parametrize(
@@ -658,7 +711,10 @@ def test_grey_samples_of_other_programs_are_read_as_grey(digits, digit_folder, t
         (lambda folder: folder_of(folder, Image.new("L", (28, 28)), Image.new("RGB", (28, 28))), "mixes images"),
         (lambda folder: folder_of(folder, Image.new("L", (28, 28)), suffix=".jpg"), "lossy"),
         (lambda folder: folder_of(folder, Image.new("RGBA", (28, 28))), "has the mode RGBA"),
-        (lambda folder: folder_of(folder, Image.new("RGB", (28, 28), "red")), "samples are 3x28x28"),
+        (
+            lambda folder: folder_of(folder, Image.new("RGB", (28, 28), "red")),
+            "samples are in color, 28x28, but the real images are grey, 28x28",
+        ),
         (lambda folder: nested(folder, "cat/1.png", "2.PNG"), "directly in it and in its subfolder cat: give"),
         (lambda folder: nested(folder, "a/1.png", "a/samples.json"), "has sets of samples in its subfolders"),
         (lambda folder: nested(folder, "samples/1.png", "train_config.json"), "has no PNG files"),

@@ -62,6 +62,7 @@ def load_shift_step(file, sign):
 
 def test_settings_of_a_sampler(tiny_run, tmp_path, monkeypatch):
     """They reach the function, are in the record, and are refused if the function does not have them."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(SAMPLERS, "shift", load_shift_step(tmp_path / "mine.py", "+"))
     plain, brighter = (ddpm_hf.sample(tiny_run, 1, "shift", num_inference_steps=1, shift=s)[0] for s in (0.0, 0.5))
     wanted = np.clip(np.array(plain, dtype=float) + 0.5 * 127.5, 0, 255)
@@ -70,6 +71,15 @@ def test_settings_of_a_sampler(tiny_run, tmp_path, monkeypatch):
     sampler = ddpm_hf.Sampler(name="shift", own_settings={"shift": 0.5}).resolve(model)
     assert sampler.record(model)["own_settings"] == {"shift": 0.5}
     assert ddpm_hf.Sampler(name="shift").resolve(model).record(model)["own_settings"] == {"shift": 0.0}
+    call = ["sample", str(tiny_run), "--sampler=shift", "--num_images=1", "--num_inference_steps=1"]
+    main([*call, "--own_setting", "shift=0.5", f"--output={tmp_path / 'cli'}"])
+    assert np.array_equal(np.array(Image.open(tmp_path / "cli" / "000000.png")), np.array(brighter))
+    assert json.loads((tmp_path / "cli" / "samples.json").read_text())["sampler"]["own_settings"] == {"shift": 0.5}
+    for wrong in ("shif=1", "shift=[1]", "shift"):
+        with pytest.raises(SystemExit) as refused:
+            main([*call, "--own_setting", wrong, f"--output={tmp_path / 'refused'}"])
+        assert refused.value.code == 2
+    main(["evaluate", *call[1:3], "--own_setting=shift=0.5", *call[4:], "--num_images=40", "--metrics=memorization"])
     for wrong in ({"shif": 1}, {"shift": [1]}):
         with pytest.raises(ddpm_hf.UserError, match="shif"):
             ddpm_hf.sample(tiny_run, 1, "shift", num_inference_steps=1, **wrong)

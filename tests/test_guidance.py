@@ -246,7 +246,7 @@ def test_class_accuracy_is_of_the_names_that_were_asked_for(of_train):
     generated = SimpleNamespace(logits=seen)
     look = metrics.Look(evaluation, torch.zeros(6, 1, 28, 28), extractor, generated, None, held_out)
     one = metrics.class_accuracy(look)
-    assert one["value"] == pytest.approx(4 / 6) and one["se"] == pytest.approx((4 / 6 * 2 / 6 / 6) ** 0.5)
+    assert one["value"] == pytest.approx(4 / 6) and one["se"] == pytest.approx((2 / 9 / 6 + 1 / 144) ** 0.5 * 6 / 7)
     assert one["floor"] == (0.5 if of_train[0] == "0" else None)
 
 
@@ -261,7 +261,9 @@ def test_class_accuracy_of_more_held_out_images_than_are_kept(monkeypatch):
         evaluation = SimpleNamespace(requested_classes=["3"], held_out=real)
         generated = SimpleNamespace(logits=seen)
         look = metrics.Look(evaluation, torch.zeros(2, 1, 28, 28), extractor, generated, None, held_out)
-        assert metrics.class_accuracy(look)["floor"] == floor
+        one = metrics.class_accuracy(look)
+        assert one["floor"] == floor
+        assert one["value"] == 1 and one["se"] == pytest.approx(1 / (2 * 3))  # of two images, all right
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The parser, and the groups of flags that several commands share."""
 
 import argparse
+import json
 
 from ..config.parser_errors import OneSentenceErrors
 
@@ -29,6 +30,17 @@ def number_or_auto(text: str) -> int | str:
         return text if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from None
+
+
+def setting(text: str) -> tuple[str, object]:
+    """Return the name and the value of a setting such as `order=3`: a number, true, false, null, or else a text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for ddpm, 50 for the others"):
@@ -73,6 +85,13 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
         "--classifier, 0 means no guidance, and 1 is Bayes' rule. Default: 1",
     )
     add("--classifier", help="classifier to guide a model without classes: run of --objective classify, or Hub id")
+    add(
+        "--own_setting",
+        type=setting,
+        action="append",
+        metavar="NAME=VALUE",
+        help="setting of a sampler that you added, e.g. order=3; can be repeated; default: its own defaults",
+    )
     add_weights_flag(group)
     add(
         "--batch_size",
@@ -107,4 +126,5 @@ def add_repository_flags(parser, name: str):
 def sampler_settings(arguments) -> dict:
     """Return the flags of the sampler as fields of `Sampler`."""
     names = ["num_inference_steps", "timesteps", "eta", "variance_type", "dtype", "seed", "class_labels"]
-    return {name: getattr(arguments, name) for name in [*names, "guidance_scale", "classifier"]}
+    settings = {name: getattr(arguments, name) for name in [*names, "guidance_scale", "classifier"]}
+    return settings | ({"own_settings": dict(arguments.own_setting)} if arguments.own_setting else {})

@@ -318,6 +318,7 @@ PRESETS = {
         ),
     ),
 }
+BUILT_IN = dict(PRESETS)  # without presets that are added later
 
 
 def find_preset(name: str) -> Preset:

@@ -1,11 +1,13 @@
 """Show records side by side in a table, if they were measured in the same way."""
 
+import math
+import re
 from itertools import combinations
 from pathlib import Path
 
 from ..errors import UserError, suggestion
 from ..markdown import literal
-from .records import number, read_record, table
+from .records import is_about_copying, number, read_record, table
 
 
 # Two records can be compared even if these fields differ: the model, the environment and the numbers. The list has
@@ -22,11 +24,16 @@ NOT_PROTOCOL = [
     "metrics",
     "sampler.seed",
 ]
+BEYOND = 2  # standard errors, i.e. one difference in twenty would be called clear by chance
+LEGEND = [
+    "+-: standard error. floor: the value of real images. better: whether lower or higher values are better.\n"
+    f"best: the record that is better than each other one by more than {BEYOND} standard errors of their difference."
+]
 SHOWN = 4  # at most so many differences are named
 
 
 def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
-    """Return a table of the scores of several records, one column each, with their errors and floors.
+    """Return a table of the scores of several records, one column each, with their errors, floors and the best.
 
     Args:
         records: paths of records that `evaluate` wrote, or its results.
@@ -57,7 +64,8 @@ def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
 def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = False) -> str:
     """Return a table of values with their errors. It has a row for each metric and a column for each record.
 
-    Below the table are warnings about records that share images, see `shared_images`.
+    Two more columns say which direction is better, and which record is best, see `best`. Below the table are warnings
+    about records that share images, see `shared_images`.
 
     Args:
         records: the records, by the heading of their column.
@@ -84,7 +92,8 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
         if is_below(field, vary) or group_of(field) in vary:
             varied.append(field)
         else:
-            unlike[field] = f"{field} is {values[first]} and {values[other]}"
+            said = ["not recorded" if values[name] is None else values[name] for name in (first, other)]
+            unlike[field] = f"{field} is {said[0]} and {said[1]}"
     if unlike:
         raise UserError(describe_unlike(unlike))
     # Also show the fields in which the models differ, and the fields in `vary`. They are not part of the protocol, so
@@ -95,16 +104,55 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
         if field not in varied and len({str(fields.get(field)) for fields in shown.values()}) > 1:
             varied.append(field)
     show = literal if markdown else str  # names come from files and other programs
-    rows = [["", *map(show, records)]]
-    values = {field: [fields.get(field) for fields in shown.values()] for field in varied}
-    rows += [[show(field), *("-" if value is None else show(value) for value in values[field])] for field in varied]
+    rows = [["", *map(show, records), "better", "best"]]
+    values = {field: [short(fields.get(field)) for fields in shown.values()] for field in varied}
+    rows += [[show(field), *map(show, values[field]), "", ""] for field in varied]
     entries = {name: {entry["id"]: entry for entry in record["metrics"]} for name, record in records.items()}
     for id in dict.fromkeys(ids):
-        rows.append([show(id), *(cell(by_id.get(id)) for by_id in entries.values())])
-        floors = {number(by_id[id].get("floor")) for by_id in entries.values() if id in by_id} - {""}
+        of_id = {name: by_id[id] for name, by_id in entries.items() if id in by_id}
+        rows.append([show(id), *(cell(of_id.get(name)) for name in records), direction(of_id), show(best(of_id))])
+        floors = {number(entry.get("floor")) for entry in of_id.values()} - {""}
         if len(floors) == 1:
             rows[-1][0] += f" (floor {floors.pop()})"
-    return "\n\n".join([table(rows, markdown), *shared_images(records)])
+    legend = LEGEND if len(records) > 1 else []
+    return "\n\n".join([table(rows, markdown), *legend, *shared_images(records)])
+
+
+def direction(entries: dict[str, dict]) -> str:
+    """Return whether lower or higher values of a score are better. It is empty if neither is, or if nobody said so.
+
+    Args:
+        entries: the entries of one metric, by the heading of their record.
+    """
+    said = {entry.get("lower_is_better") for entry in entries.values() if not is_about_copying(entry["id"])}
+    return {True: "lower", False: "higher"}.get(said.pop(), "") if len(said) == 1 else ""
+
+
+def best(entries: dict[str, dict]) -> str:
+    """Return the heading of the record whose score is better than that of each other record, beyond their errors.
+
+    The errors are taken as independent, so that of a difference is sqrt(a^2 + b^2). Records with the same seeds share
+    a part of their errors, so that the true error of their difference is smaller than this one.
+
+    Args:
+        entries: the entries of one metric, by the heading of their record.
+
+    Returns:
+        The heading; "not clear" if a difference is at most BEYOND errors; "" if only one record has the metric, if a
+        value has no error, or if no direction is better.
+    """
+    better = direction(entries)
+    measured = {name: entry for name, entry in entries.items() if entry.get("se") is not None}
+    if not better or len(measured) < len(entries) or len(measured) < 2:
+        return ""
+    sign = 1 if better == "lower" else -1
+    first, *others = sorted(measured, key=lambda name: sign * measured[name]["value"])
+    one = measured[first]
+    is_clear = all(
+        abs(one["value"] - measured[name]["value"]) > BEYOND * math.hypot(one["se"], measured[name]["se"])
+        for name in others
+    )
+    return first if is_clear else "not clear"
 
 
 def describe_unlike(unlike: dict[str, str]) -> str:
@@ -187,6 +235,12 @@ def flatten(value, name: str = "") -> dict:
 def is_below(field: str, names) -> bool:
     """Return whether a dotted field is one of `names`, or is below one of them: sampler.eta is below sampler."""
     return any(field == name or field.startswith(f"{name}.") for name in names)
+
+
+def short(value) -> str:
+    """Return the value of a field for a cell of the table: "-" for None, and the first twelve digits of a hash."""
+    is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{40,}", value)
+    return "-" if value is None else value[:12] if is_hash else str(value)
 
 
 def cell(entry: dict | None) -> str:

@@ -27,7 +27,7 @@ from . import inputs
 from .extractor import load_extractor
 from .features import extract, images_at
 from .inception import MissingWeights
-from .metrics import FEWEST, METRICS, Look, default_features, has_floor
+from .metrics import FEWEST, METRICS, Look, bound_evaluations, default_features, has_floor
 from .records import by_reason, is_entry, make_record, record_table, scores_of, write_new_record
 from .reference import Reference, read_reference, reference_of
 
@@ -180,7 +180,8 @@ def evaluate(
             .npz of uint8 images (N, H, W, C).
         samples: images that the model `subject` drew earlier. They are scored, and no new images are drawn.
         calibrate: score held-out images against the training images, without a model.
-        metrics: names of METRICS. None: the metrics that suit the data.
+        metrics: names of METRICS. None: the metrics that suit the data. For `samples`, these do not include
+            bits_per_dim, because it is a score of the model.
         suite: how much to measure: smoke, fast, standard or paper, see SUITES. `num_images`, `bound_images` and
             `bound_timesteps` override the numbers of the suite.
         num_images: how many images to draw, or how many of the samples to use. Metrics that compare features need at
@@ -243,8 +244,9 @@ def evaluate(
     images_dir = inputs.run_subfolder(model, "evaluation_samples") / short_name
     if samples_dir is not None:
         images_dir = check_output("--samples_dir", samples_dir)
+    drawn_from = None if found is not None else model  # given samples are scored without the model, unless asked
     evaluation = Evaluation(
-        metrics=metrics or [name for name, metric in METRICS.items() if metric.suits(train, model)],
+        metrics=metrics or [name for name, metric in METRICS.items() if metric.suits(train, drawn_from)],
         train=train,
         held_out=held_out,
         data_name=dataset,
@@ -293,6 +295,11 @@ def run_evaluation(evaluation: Evaluation, started: float | None = None) -> dict
     if evaluation.samples is not None:
         images = evaluation.samples.images
     elif any(name != "bits_per_dim" and not evaluation.why_skipped(name) for name in evaluation.metrics):
+        if "bits_per_dim" in evaluation.metrics:
+            images_as_long = bound_evaluations(evaluation) // evaluation.sampler.num_inference_steps
+            how = "" if evaluation.sampler.guidance_scale == 1 else " without guidance"
+            said = f"Scoring: bits_per_dim takes as long as drawing about {images_as_long:,} images{how}."
+            PartialState().print(said, flush=True)
         images = _draw(evaluation)  # bits_per_dim alone needs no generated images
     drawn = time.perf_counter()
     entries = score(evaluation, images)

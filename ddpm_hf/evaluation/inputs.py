@@ -241,10 +241,16 @@ def check_shapes(images: torch.Tensor, train: ImageSet):
     """Raise a UserError if the samples (N, C, H, W) do not have the size and the channels of the real images."""
     wanted = (train.channels, *train.size)
     if tuple(images.shape[1:]) != wanted:
-        given, real = ("x".join(map(str, shape)) for shape in (images.shape[1:], wanted))
+        given, real = map(describe_shape, (images.shape[1:], wanted))
         raise UserError(
-            f"the samples are {given}, but the real images are {real}: give samples and data of the same size."
+            f"the samples are {given}, but the real images are {real}: give samples and data that are alike."
         )
+
+
+def describe_shape(shape: tuple[int, int, int]) -> str:
+    """Return the shape (C, H, W) of images in words, e.g. "grey, 28x28"."""
+    channels, height, width = shape
+    return f"{ {1: 'grey', 3: 'in color'}.get(channels, f'of {channels} channels') }, {height}x{width}"
 
 
 def record_path(output, overwrite: bool, folder: Path, stem: str) -> Path:

@@ -168,7 +168,8 @@ def class_accuracy(look: Look) -> dict:
         comparable = torch.isin(numbers, requested) & (labels >= 0)
         if comparable.any():
             floor = (look.held_out.logits.argmax(dim=1) == numbers)[comparable].double().mean().item()
-    error = (value * (1 - value) / n) ** 0.5
+    # Half of Wilson's interval (1927) for z = 1. The usual sqrt(p (1 - p) / n) says 0 if all images are right.
+    error = (value * (1 - value) / n + 1 / (4 * n**2)) ** 0.5 / (1 + 1 / n)
     return look.entry("class_accuracy", value, lower_is_better=False, se=error, se_method="binomial", floor=floor)
 
 
@@ -290,10 +291,10 @@ def bits_per_dim(look: Look) -> list[dict]:
     timesteps = evaluation.bound_timesteps
     split = "train" if evaluation.held_out is None else "held_out"
     source = evaluation.train if evaluation.held_out is None else evaluation.held_out
-    count = min(evaluation.bound_images or len(source), len(source))
+    count, is_full = bound_size(evaluation)
     rows = torch.linspace(0, len(source) - 1, count).round().long().tolist()
     unet = model.unet.to(state.device)
-    mode = "full" if timesteps is None or timesteps >= len(model.scheduler) else f"{timesteps} of T terms"
+    mode = "full" if is_full else f"{timesteps} of T terms"
 
     def bound(function, numbers, **more):
         labels = source.labels[numbers] if model.classes else None
@@ -301,7 +302,7 @@ def bits_per_dim(look: Look) -> list[dict]:
         return function(unet, model.scheduler, images_at(source, numbers), numbers, **options, **more)
 
     pilot = None
-    if mode != "full":
+    if not is_full:
         most = likelihood.num_pilot_images(len(model.scheduler), count * timesteps)
         few = rows[:: -(-len(rows) // most)]
         pilot = [bound(likelihood.pilot_probabilities, few) if state.is_main_process else None]
@@ -309,7 +310,7 @@ def bits_per_dim(look: Look) -> list[dict]:
     share = rows[state.process_index :: state.num_processes]
     bounds = []
     if share:
-        terms = None if mode == "full" else timesteps
+        terms = None if is_full else timesteps
         result = bound(likelihood.bits_per_dim, share, num_timesteps=terms, pilot=pilot)
         bounds = [{name: values[k] for name, values in result.items()} for k in range(len(share))]
     bounds = gather_in_order(share, bounds)
@@ -326,6 +327,24 @@ def bits_per_dim(look: Look) -> list[dict]:
         "bound": "upper" if summary["floored"] == 0 else "none: some pixels are at the decoder's floor",
     }
     return [entry | {"n_gen": None, "unit": "bits/dim", "extra": extra}]
+
+
+def bound_size(evaluation) -> tuple[int, bool]:
+    """Return how many images bits_per_dim takes, and whether it takes all T terms of each."""
+    source = evaluation.train if evaluation.held_out is None else evaluation.held_out
+    timesteps = evaluation.bound_timesteps
+    count = min(evaluation.bound_images or len(source), len(source))
+    return count, timesteps is None or timesteps >= len(evaluation.model.scheduler)
+
+
+def bound_evaluations(evaluation) -> int:
+    """Return how often bits_per_dim evaluates the network, for one image each time."""
+    count, is_full = bound_size(evaluation)
+    T = len(evaluation.model.scheduler)
+    if is_full:
+        return count * T
+    terms = count * evaluation.bound_timesteps
+    return terms + T * min(count, likelihood.num_pilot_images(T, terms))
 
 
 def memorization(look: Look) -> list[dict]:

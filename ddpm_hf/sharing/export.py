@@ -12,7 +12,8 @@ from ..models.saving import save_classifier, save_pipeline
 from ..provenance import without_paths
 from ..run_folder import RECORDS
 from ..sampling.guidance import check_classifier
-from .card import PIPELINES, write_card
+from .card import write_card
+from .card_usage import PIPELINES
 from .published import copy_published
 
 

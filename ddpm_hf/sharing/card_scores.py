@@ -1,0 +1,183 @@
+"""The scores of a model card: which records and entries it shows, and how each was measured."""
+
+import re
+import shlex
+from pathlib import Path
+from urllib.parse import quote
+
+from huggingface_hub import EvalResult
+
+from ..evaluation.inputs import SUITES
+from ..evaluation.metrics import METRICS, in_words
+from ..evaluation.records import COPYING, NOTHING_KNOWN, is_about_copying, number, table
+from ..markdown import code, code_block, literal
+from ..models.pretrained import published_hash
+
+
+def of_these_weights(records: dict[str, dict], folder: Path) -> dict[str, dict]:
+    """Return the records whose scores are of the weights in the folder.
+
+    A run also has records of earlier steps (--eval_metrics), and perhaps of --weights raw.
+    """
+    published = published_hash(folder)
+    return {
+        file: record
+        for file, record in records.items()
+        if published is None or record["model"].get("unet_sha256", published) == published
+    }
+
+
+def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
+    """Return (name of the record, entry) for each metric once, from the record that used the most images.
+
+    Of two records with as many images, the better value is taken.
+    Entries of quick checks are left out: they have no more images than the suite "smoke".
+    All scores of generated images are from one way of drawing: that of the record with the most images and metrics.
+    The best score of each way would describe no images at all.
+    """
+    best = {}
+    shown = {
+        file: [e for e in record["metrics"] if e.get("value") is not None and not is_quick_check(e, record)]
+        for file, record in records.items()
+    }
+    generated = {file: [images_used(e) for e in entries if e["n_gen"] is not None] for file, entries in shown.items()}
+    largest = max(generated, key=lambda file: (max(generated[file], default=0), len(generated[file])), default=None)
+    for file, record in records.items():
+        for entry in shown[file]:
+            if entry["n_gen"] is not None and way_of_drawing(record) != way_of_drawing(records[largest]):
+                continue
+            # The id without the number of images: fid2k_full and fid50k_full are the same metric.
+            metric = re.sub(r"(?<=[a-z_])\d+k?(?=_|$)", "", entry["id"])
+            if metric not in best or quality(best[metric][1]) < quality(entry):
+                best[metric] = file, entry
+    return list(best.values())
+
+
+def way_of_drawing(record: dict) -> dict:
+    """Return the settings of a record's sampler that the images of one table must share: all but the seed."""
+    return record["sampler"] | {"seed": None}
+
+
+def quality(entry: dict) -> tuple[float, float]:
+    """Return a key by which the score to show is the largest: first the number of images, then the value."""
+    return images_used(entry), -entry["value"] if entry.get("lower_is_better") else entry["value"]
+
+
+def images_used(entry: dict) -> float:
+    """Return how many images a score was measured on: generated ones, or real ones if none were generated."""
+    return (entry["n_ref"] if entry["n_gen"] is None else entry["n_gen"]) or 0
+
+
+def is_quick_check(entry: dict, record: dict) -> bool:
+    """Return whether a score was measured on no more images than in the suite "smoke", and not on all held-out."""
+    smoke, held_out = SUITES["smoke"], (record["data"].get("held_out") or {}).get("n")
+    if entry["n_gen"] is not None:
+        return entry["n_gen"] <= smoke["num_images"]
+    return images_used(entry) <= smoke["bound_images"] and entry["n_ref"] != held_out
+
+
+def is_headline(id: str) -> bool:
+    """Return whether a score belongs in the card's metadata: a distance or a likelihood, not a detail."""
+    return not is_about_copying(id) and not id.startswith(("class_", "density", "coverage"))
+
+
+def eval_result(record: dict, entry: dict) -> EvalResult:
+    """Return a score in the format of the Hub's cards. `metric_args` says how it was measured."""
+    data, sampler, kind = record["data"], record["sampler"], hub_name(entry["id"])
+    keys = {"sampler": "method", "num_inference_steps": "num_inference_steps", "guidance_scale": "guidance_scale"}
+    protocol = {"num_samples": entry["n_gen"]} | {ours: sampler.get(key) for ours, key in keys.items()}
+    return EvalResult(
+        task_type="unconditional-image-generation",
+        dataset_type=data["name"],
+        dataset_name=data["name"],
+        dataset_split="test" if "_test" in entry["id"] or is_on_held_out(entry) else "train",
+        metric_type=kind,
+        metric_name=entry["id"],
+        metric_value=entry["value"],
+        metric_args=without_none(protocol if entry["n_gen"] is not None else {"num_images": entry["n_ref"]}) or None,
+    )
+
+
+def is_on_held_out(entry: dict) -> bool:
+    """Return whether bits/dim was measured on held-out images. Without any, it is measured on training images."""
+    return hub_name(entry["id"]) == "bits_per_dim" and entry.get("extra", {}).get("split") != "train"
+
+
+def hub_name(id: str) -> str:
+    """Return the Hub's name for the metric with this id, or the id itself if the Hub has no name for it."""
+    known = {start: name for metric in METRICS.values() for start, name in metric.hub_names.items()}
+    return next((name for start, name in known.items() if re.match(rf"{start}\d", id)), id)
+
+
+def without_none(values: dict) -> dict:
+    """Return a copy of a dict without the entries whose value is None. YAML would not keep them."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def no_scores(records: dict[str, dict], name: str) -> str:
+    """Return Markdown that says why no scores are shown, and how to get some."""
+    entries = [entry for record in records.values() for entry in record["metrics"]]
+    command = code(f"python -m ddpm_hf evaluate {shlex.quote(name)}")
+    scored = f"{SUITES['fast']['num_images']:,} images"
+    if all(entry.get("value") is None for entry in entries):
+        return f"Not scored yet: {command} scores {scored}, and adds the scores here."
+    most = SUITES["smoke"]["num_images"]
+    return (
+        f"Only a quick check was made (`--suite smoke`), which is too small for its scores to be shown: {command} "
+        f"scores {scored}, and more than {most} are enough."
+    )
+
+
+def scores(records: dict[str, dict], chosen: list[tuple[str, dict]], name: str) -> str:
+    """Return Markdown with tables of the chosen scores, and how each of their records was measured.
+
+    The scores about copying have a table of their own, because neither direction is better.
+    """
+    if not chosen:
+        return no_scores(records, name)
+    files = list(dict.fromkeys(file for file, _ in chosen))
+    quality = [["score", "", "value", "real images", "images", "measured"]]
+    copying = [["about copying", *quality[0][2:]]]
+    for file, entry in chosen:
+        words, error = in_words(entry["id"]), number(entry["se"])
+        if words and entry.get("extra", {}).get("split") == "train":
+            words += ", on training images"
+        direction = {True: "↓ lower is better", False: "↑ higher is better"}.get(entry.get("lower_is_better"), "")
+        is_copying = is_about_copying(entry["id"])
+        (copying if is_copying else quality).append(
+            [
+                f"{words} ({code(entry['id'])})" if words else code(entry["id"]),
+                *([] if is_copying else [direction]),
+                number(entry["value"]) + (f" ± {error}" if error else ""),
+                number(entry["floor"]),
+                number(images_used(entry)),
+                f"[{files.index(file) + 1}](evaluations/{quote(file)})",
+            ]
+        )
+    what = (
+        "The column “real images” has the score of as many real, held-out images, or of all if fewer are held out. A "
+        "good model comes close to it. "
+        "“images” is how many were scored. “measured” links to the record, which has every detail:"
+    )
+    if any(entry["id"] == "bits_per_dim" for _, entry in chosen):
+        what = f"{NOTHING_KNOWN} {what}"
+    tables = [table(quality, markdown=True)] if len(quality) > 1 else []
+    tables += [COPYING, table(copying, markdown=True)] if len(copying) > 1 else []
+    ways = [f"{k}. {measured(records[file])}" for k, file in enumerate(files, 1)]
+    commands = "\n".join(records[file]["command"] for file in files if records[file].get("command"))
+    details = f"<details><summary>Commands</summary>\n\n{code_block('bash', commands)}\n\n</details>"
+    return "\n\n".join([*tables, what, "\n".join(ways), *([details] if commands else [])])
+
+
+def measured(record: dict) -> str:
+    """Return a sentence in Markdown that says how the scores of a record were measured."""
+    sampler, data, cost = record["sampler"], record["data"], record["cost"]
+    steps = literal(sampler.get("num_inference_steps"))
+    how = [f"{literal(sampler['method'].upper())} in {steps} steps"] if "method" in sampler else []
+    how += [f"{key} {literal(sampler[key])}" for key in ("eta", "seed", "guidance_scale") if key in sampler]
+    how += [f"weights: {literal(record['model']['weights'])}"] if "weights" in record["model"] else []
+    against = f"against {code(data['name'])} ({number(data['train'].get('n'))} training images"
+    against += f", {number(data['held_out'].get('n'))} held out)" if data.get("held_out") else ")"
+    spent = f"drawn in {number(cost.get('drawing_s'))} s, scored in {number(cost.get('scoring_s'))} s"
+    sentence = f"{', '.join(how)}; {against}; {spent}."
+    return f"{sentence[0].upper()}{sentence[1:]}"
