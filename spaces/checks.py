@@ -8,6 +8,7 @@ from pathlib import Path
 
 MAX_IMAGES = 16
 MAX_SEED = 2**31 - 1
+MAX_GUIDANCE = 10
 
 
 class Refused(Exception):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import diffusers
 import torch
-from checks import Refused, request_seconds
+from checks import MAX_GUIDANCE, Refused, between, request_seconds
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 
@@ -53,6 +53,15 @@ class Model:
         """The classes that a visitor can choose. It is [""] if the model has no classes."""
         more = [NO_CLASS] if self.null_class is not None else []
         return [IN_TURN, *self.labels, *more] if self.labels else [""]
+
+    def guidance(self, given, class_name: str) -> float:
+        """Return the guidance scale to draw a class with: `given`, or 1 where the model cannot be guided.
+
+        Raises:
+            Refused: if `given` is not a number from 0 to MAX_GUIDANCE.
+        """
+        scale = between("guidance", 1 if given is None else given, 0, MAX_GUIDANCE)
+        return 1.0 if self.null_class is None or class_name == NO_CLASS else scale
 
     def class_numbers(self, class_name: str, number: int) -> list[int] | None:
         """Return the class numbers with which to draw `number` images of the class that a visitor chose.

@@ -8,7 +8,7 @@ import logging
 from functools import partial
 
 import gradio as gr
-from checks import MAX_SEED, Refused
+from checks import MAX_GUIDANCE, MAX_SEED, Refused
 from images import SOURCES
 from model import HERE, Model
 
@@ -124,6 +124,13 @@ def next_seeds(name: str, trigger, inputs: list, seed: gr.Number, *, count: str,
 def class_box(model: Model) -> gr.Dropdown:
     """Return a menu of the classes, hidden if the model has none."""
     return gr.Dropdown(model.classes, value=model.classes[0], label="Class", visible=bool(model.labels))
+
+
+def guidance_slider(model: Model) -> gr.Slider:
+    """Return a slider of the guidance scale, hidden if the model cannot be guided."""
+    info, can_guide = "1: no guidance; more: clearer, but less varied", model.null_class is not None
+    options = {"step": 0.5, "label": "Guidance", "info": info, "visible": can_guide}
+    return gr.Slider(0, MAX_GUIDANCE, value=2.0 if can_guide else 1.0, **options)
 
 
 def status_line(value: str) -> gr.HTML:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "spaces"))
 import model as of_space
 import widgets
 from checks import Refused, default_model
-from images import read_image, to_images, to_tensor
+from images import contact_sheet, enlarge, read_image, to_images, to_tensor
 from model import Model, open_model, shared_module
 from tabs.compare import compare
 from tabs.generate import captioned, generate
@@ -118,7 +118,7 @@ def test_a_request_is_bounded_and_guidance_counts_twice(conditional, monkeypatch
 
 
 def test_compare_takes_what_one_request_may_cost(conditional, monkeypatch):
-    *_, (shown, _) = compare(conditional, 0, "")
+    *_, (shown, _) = compare(conditional, 0, "", 1)
     assert [one["caption"].partition(", drawn in ")[0] for one in shown] == [
         "DDIM, 5 steps",
         "DDIM, 10 steps",
@@ -126,8 +126,19 @@ def test_compare_takes_what_one_request_may_cost(conditional, monkeypatch):
     ]
     assert pixels(shown[0]).shape == (324, 324)  # four images
     monkeypatch.setattr(conditional, "max_evaluations", 12)
-    *_, (shown, _) = compare(conditional, 0, "")
+    *_, (shown, _) = compare(conditional, 0, "", 1)
     assert pixels(shown[-1]).shape == (160, 160) and shown[-1]["caption"].startswith("DDPM, 7 steps")
+    *_, (guided, _) = compare(conditional, 0, "", 2)  # two evaluations for each step
+    assert [one["caption"].partition(", drawn in ")[0] for one in guided] == ["DDIM, 5 steps", "DDPM, 1 step"]
+
+
+def test_compare_draws_with_the_guidance_of_generate(conditional):
+    *_, (images, *_) = generate(conditional, 4, "DDIM", 5, 0, "one", 4.0)
+    *_, (sheets, _) = compare(conditional, 0, "one", 4.0)
+    *_, (plain, _) = compare(conditional, 0, "one", 1.0)
+    enlarged = [enlarge(Image.fromarray(pixels(one))) for one in images]
+    assert np.array_equal(pixels(sheets[0]), np.asarray(contact_sheet(enlarged, columns=2)))
+    assert not np.array_equal(pixels(sheets[0]), pixels(plain[0]))
 
 
 def test_a_conditional_model_restores_with_no_class(conditional):
@@ -160,7 +171,7 @@ def test_a_model_of_rectangles_fills_every_tab(folder):
     canvas = "data:image/png;base64," + base64.b64encode(png(np.full((16, 16), 99, np.uint8))).decode()
     *_, (drawn_images, status, *_) = generate(model, 2, "DDIM", 10, 5, "", 1)
     assert status.startswith("Done")
-    *_, (sheets, _) = compare(model, 5, "")
+    *_, (sheets, _) = compare(model, 5, "", 1)
     height, width = pixels(sheets[0]).shape[:2]
     assert abs(width / height - 12 / 8) < 0.1  # four images in two columns, with lines between them
     restored, _ = restore(model, "Draw", None, canvas, "Hole", "Light", 0)

@@ -12,12 +12,14 @@ from model import HERE, Model
 MOST_IMAGES = 4
 
 
-def compare(model: Model, seed, class_name):
+def compare(model: Model, seed, class_name, guidance):
     """Yield (gallery, status) while each sampler draws four images, or fewer if the model is large."""
     seed = whole("seed", seed, 0, MAX_SEED)
     class_name = one_of("class", class_name or model.classes[0], model.classes)
-    number = next((n for n in (MOST_IMAGES, 2) if n * (85 + model.T) <= model.max_evaluations), 1)
-    ways, left = [], model.max_evaluations // number
+    guidance = model.guidance(guidance, class_name)
+    cost = 1 if guidance == 1 else 2  # evaluations for a step of an image
+    number = next((n for n in (MOST_IMAGES, 2) if n * cost * (85 + model.T) <= model.max_evaluations), 1)
+    ways, left = [], model.max_evaluations // (number * cost)
     for steps in (5, 10, 20, 50):
         if steps <= min(left, model.T):
             ways.append(("DDIM", steps))
@@ -27,7 +29,7 @@ def compare(model: Model, seed, class_name):
     shown, begin, before, total = [], time.perf_counter(), 0, sum(steps for _, steps in ways)
     for sampler, steps in ways:
         name, start = f"{sampler}, {plural(steps, 'step')}", time.perf_counter()
-        for i, x_0, is_due in model.draw_frames(seeds, sampler, steps, labels):
+        for i, x_0, is_due in model.draw_frames(seeds, sampler, steps, labels, guidance):
             if is_due:
                 sheet = contact_sheet([enlarge(image) for image in to_images(x_0)], columns=min(2, number))
             if is_due and i < steps:
@@ -43,8 +45,9 @@ def add(model: Model) -> dict[str, gr.components.Component]:
     with gr.Tab("Compare", id="compare"), gr.Row(elem_classes="sides"):
         with widgets.inputs_column():
             what = "Draw images from the same noise, with DDIM in 5, 10, 20 and 50 steps, and with DDPM in many."
-            gr.Markdown(f"{what} They are drawn without guidance." if model.labels else what)
-            class_name, seed = widgets.class_box(model), widgets.seed_box("compare")
+            gr.Markdown(what)
+            class_name, guidance = widgets.class_box(model), widgets.guidance_slider(model)
+            seed = widgets.seed_box("compare")
             start, stop = widgets.two_buttons("Compare", "Stop", primary="Compare")
         with widgets.outputs_column("compare"):
             status = widgets.status_line("Ready: press Compare, then move the slider over the steps.")
@@ -55,10 +58,11 @@ def add(model: Model) -> dict[str, gr.components.Component]:
                 label="Samplers",
                 apply_default_css=False,
             )
-            widgets.share_button("compare", {"seed": seed, "class": class_name}, status)
+            settings = {"seed": seed, "class": class_name, "guidance": guidance}
+            widgets.share_button("compare", settings, status)
             options = {
                 "model": model,
-                "inputs": [seed, class_name],
+                "inputs": list(settings.values()),
                 "outputs": [shown, status],
                 "show_progress_on": status,
             }
@@ -66,5 +70,5 @@ def add(model: Model) -> dict[str, gr.components.Component]:
     pressed = widgets.next_seeds("compare", start.click, options["inputs"], seed, count=str(MOST_IMAGES))
     event = widgets.answer(pressed, compare, **options, **widgets.BUSY)
     stop.click(None, cancels=[event], api_visibility="private")
-    widgets.mark_stale("compare", [seed, class_name], status, [pressed], again="press Compare")
-    return {"seed": seed, "class": class_name}
+    widgets.mark_stale("compare", options["inputs"], status, [pressed], again="press Compare")
+    return settings

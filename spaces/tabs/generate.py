@@ -9,7 +9,6 @@ from checks import (
     MAX_IMAGES,
     MAX_SEED,
     Refused,
-    between,
     one_of,
     plural,
     request_seconds,
@@ -44,9 +43,7 @@ def generate(model: Model, number, sampler, steps, seed, class_name, guidance):
     number, steps = whole("number of images", number, 1, MAX_IMAGES), whole("steps", steps, 1, model.T)
     sampler, seed = one_of("sampler", sampler, SAMPLERS), whole("seed", seed, 0, MAX_SEED)
     class_name = one_of("class", class_name or model.classes[0], model.classes)
-    guidance = between("guidance", 1 if guidance is None else guidance, 0, 10)
-    if model.null_class is None or class_name == NO_CLASS:
-        guidance = 1.0
+    guidance = model.guidance(guidance, class_name)
     cost = number * steps * (1 if guidance == 1 else 2)
     if cost > model.max_evaluations:
         raise Refused(
@@ -125,7 +122,7 @@ def examples(model: Model, steps: int) -> dict[str, list]:
 def add(model: Model) -> dict[str, gr.components.Component]:
     """Build the tab. Return the inputs that a link restores, by their names in the link."""
     has_guidance = model.null_class is not None
-    first_guidance, first_number = 2.0 if has_guidance else 1.0, 8 if max(model.size) <= 64 else 4
+    first_number = 8 if max(model.size) <= 64 else 4
     first_steps = model.quick_steps(first_number * (2 if has_guidance else 1))
     with gr.Tab("Generate", id="generate"), gr.Row(elem_classes="sides"):
         with widgets.inputs_column():
@@ -136,19 +133,11 @@ def add(model: Model) -> dict[str, gr.components.Component]:
             info = limit.replace("MOST", str(most)).replace("NUMBER", str(first_number)) if most < model.T else None
             count = gr.Slider(1, max(2, most), value=first_steps, step=1, label="Steps", info=info)
             class_name = widgets.class_box(model)
-            guidance = gr.Slider(
-                0,
-                10,
-                value=first_guidance,
-                step=0.5,
-                label="Guidance",
-                info="1: no guidance; more: clearer, but less varied",
-                visible=has_guidance,
-            )
+            guidance = widgets.guidance_slider(model)
             seed = widgets.seed_box("generate")
             start, stop = widgets.two_buttons("Generate", "Stop", primary="Generate")
         with widgets.outputs_column("generate"):
-            sheet = first_sheet(model, first_number, first_steps, first_guidance)
+            sheet = first_sheet(model, first_number, first_steps, guidance.value)
             drawn = f"Ready: these are seeds 0 to {first_number - 1}. Press Generate for new images."
             ready = drawn if sheet else "Ready: press Generate."
             status, shown = widgets.status_line(ready), widgets.gallery("Images", columns=4, value=sheet)
