@@ -228,7 +228,8 @@ def test_scores_of_two_ways_of_drawing_are_not_mixed(tmp_path):
         (tmp_path / "evaluations" / f"{name}.json").write_text(json.dumps(record))
     card = card_of(tmp_path)
     assert sorted(result.metric_value for result in card.data.eval_results) == [1.5, 6.5]
-    assert "| 0.75 ±" in card.text and "1.25" not in card.text
+    assert "| 0.75 ±" in card.text and "| 1.25" not in card.text
+    assert re.search(r"drawn in other ways:\n\n- \[.*\]\(evaluations/plain.json\): FID 1.25 ±", card.text)
 
 
 @pytest.mark.parametrize(("preset", "has_sources"), [("digits", True), ("mine", False), (None, False)])

@@ -581,7 +581,7 @@ def test_given_samples_are_not_scored_by_a_bound_unless_asked_for(tiny_run, tmp_
     both = ddpm_hf.evaluate(tiny_run, num_images=40, num_inference_steps=2, **few)
     assert {"bits_per_dim", "memorization"} <= set(both.metrics)
     # 2 images, 2 timesteps each, and a pilot of 2 images at all 20 timesteps: 44 evaluations, 22 images of 2 steps.
-    assert "bits_per_dim takes as long as drawing about 22 images" in capsys.readouterr().out
+    assert "bits_per_dim takes as long as drawing about 22 images; --bound_images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -595,6 +595,7 @@ def test_given_samples_are_not_scored_by_a_bound_unless_asked_for(tiny_run, tmp_
         (True, [1.0, 2.0], [None, 0.1], ""),
         (None, [1.0, 2.0], [0.1, 0.1], ""),
         (True, [1.0], [0.1], ""),
+        (True, [1.0, 2.0, None], [0.1, 0.1, 0.1], "a"),
     ],
 )
 def test_a_record_is_best_only_beyond_the_errors(lower_is_better, values, errors, verdict):
@@ -617,6 +618,17 @@ def test_the_table_says_which_direction_is_better_and_shortens_hashes(record):
     assert lines["bits_per_dim"][-2:] == ["lower", "b"]
     assert lines["model.unet_sha256"][-1] == "0123456789ab"
     assert "standard errors of their difference" in table
+    # A metric that a record skipped does not hide the best of the others.
+    skipped = json.loads(json.dumps(one))
+    skipped["metrics"] = [{"id": "bits_per_dim", "status": "skipped", "reason": "any"}]
+    three = compare.comparison({"a": one, "b": other, "c": skipped})
+    assert [line.split()[-2:] for line in three.splitlines() if "bits" in line] == [["lower", "b"]]
+    # Images of a class without guidance have the scale 1, which is not recorded.
+    plain, guided = (json.loads(json.dumps(one)) for _ in range(2))
+    plain["sampler"]["class_labels"] = guided["sampler"]["class_labels"] = [0]
+    guided["sampler"]["guidance_scale"] = 2.0
+    with pytest.raises(UserError, match="sampler.guidance_scale is 1.0 and 2.0"):
+        compare.comparison({"a": plain, "b": guided})
     # A record without the facts of its sampler says so in words.
     bare = json.loads(json.dumps(one)) | {"sampler": {}}
     with pytest.raises(UserError, match="sampler.method is ddim and not recorded"):

@@ -72,19 +72,21 @@ def test_settings_of_a_sampler(tiny_run, tmp_path, monkeypatch):
     assert sampler.record(model)["own_settings"] == {"shift": 0.5}
     assert ddpm_hf.Sampler(name="shift").resolve(model).record(model)["own_settings"] == {"shift": 0.0}
     call = ["sample", str(tiny_run), "--sampler=shift", "--num_images=1", "--num_inference_steps=1"]
-    main([*call, "--own_setting", "shift=0.5", f"--output={tmp_path / 'cli'}"])
+    main([*call, "--own_settings", "shift=0.5", f"--output={tmp_path / 'cli'}"])
     assert np.array_equal(np.array(Image.open(tmp_path / "cli" / "000000.png")), np.array(brighter))
     assert json.loads((tmp_path / "cli" / "samples.json").read_text())["sampler"]["own_settings"] == {"shift": 0.5}
     for wrong in ("shif=1", "shift=[1]", "shift"):
         with pytest.raises(SystemExit) as refused:
-            main([*call, "--own_setting", wrong, f"--output={tmp_path / 'refused'}"])
+            main([*call, "--own_settings", wrong, f"--output={tmp_path / 'refused'}"])
         assert refused.value.code == 2
-    main(["evaluate", *call[1:3], "--own_setting=shift=0.5", *call[4:], "--num_images=40", "--metrics=memorization"])
-    for wrong in ({"shif": 1}, {"shift": [1]}):
+    main(["evaluate", *call[1:3], "--own_settings=shift=0.5", *call[4:], "--num_images=40", "--metrics=memorization"])
+    for wrong in ({"shif": 1}, {"shift": [1]}, {"shift": "much"}, {"shift": None}, {"shift": float("nan")}):
         with pytest.raises(ddpm_hf.UserError, match="shif"):
             ddpm_hf.sample(tiny_run, 1, "shift", num_inference_steps=1, **wrong)
     with pytest.raises(ddpm_hf.UserError, match="shift"):
         ddpm_hf.sample(tiny_run, 1, "ddim", num_inference_steps=1, shift=1)
+    with pytest.raises(ddpm_hf.UserError, match="ddim has no settings of its own: leave shift out"):
+        ddpm_hf.Sampler(name="ddim", own_settings={"shift": 1}).resolve(model)
 
 
 def test_samples_of_a_sampler_before_an_edit_are_not_scored_again(tiny_run, tmp_path, monkeypatch):

@@ -168,7 +168,7 @@ def run(arguments):
     start_processes()
     check_metrics(arguments.require)
     flags = {name: value for name, value in vars(arguments).items() if value is not None}  # None: not given
-    for name in ("command", "prog", "require", "own_setting"):
+    for name in ("command", "prog", "require", "own_settings"):
         flags.pop(name, None)
     evaluated = evaluate(**flags | sampler_settings(arguments))
     if evaluated is None:  # this is not the main process

@@ -86,7 +86,7 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
     )
     add("--classifier", help="classifier to guide a model without classes: run of --objective classify, or Hub id")
     add(
-        "--own_setting",
+        "--own_settings",
         type=setting,
         action="append",
         metavar="NAME=VALUE",
@@ -127,4 +127,4 @@ def sampler_settings(arguments) -> dict:
     """Return the flags of the sampler as fields of `Sampler`."""
     names = ["num_inference_steps", "timesteps", "eta", "variance_type", "dtype", "seed", "class_labels"]
     settings = {name: getattr(arguments, name) for name in [*names, "guidance_scale", "classifier"]}
-    return settings | ({"own_settings": dict(arguments.own_setting)} if arguments.own_setting else {})
+    return settings | ({"own_settings": dict(arguments.own_settings)} if arguments.own_settings else {})

@@ -76,6 +76,7 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     Raises:
         UserError: if any other field of the protocol differs. The message names the field and both values.
     """
+    records = {name: with_guidance(record) for name, record in records.items()}
     flat = {name: flatten(record) for name, record in records.items()}
     protocols = {name: protocol(record) for name, record in records.items()}
     ids = [entry["id"] for record in records.values() for entry in record["metrics"]]
@@ -124,8 +125,13 @@ def direction(entries: dict[str, dict]) -> str:
     Args:
         entries: the entries of one metric, by the heading of their record.
     """
-    said = {entry.get("lower_is_better") for entry in entries.values() if not is_about_copying(entry["id"])}
+    said = {entry.get("lower_is_better") for entry in measured(entries).values() if not is_about_copying(entry["id"])}
     return {True: "lower", False: "higher"}.get(said.pop(), "") if len(said) == 1 else ""
+
+
+def measured(entries: dict[str, dict]) -> dict[str, dict]:
+    """Return the entries that have a value. A metric can also be skipped."""
+    return {name: entry for name, entry in entries.items() if entry.get("value") is not None}
 
 
 def best(entries: dict[str, dict]) -> str:
@@ -142,14 +148,14 @@ def best(entries: dict[str, dict]) -> str:
         value has no error, or if no direction is better.
     """
     better = direction(entries)
-    measured = {name: entry for name, entry in entries.items() if entry.get("se") is not None}
-    if not better or len(measured) < len(entries) or len(measured) < 2:
+    entries = measured(entries)
+    if not better or len(entries) < 2 or any(entry["se"] is None for entry in entries.values()):
         return ""
     sign = 1 if better == "lower" else -1
-    first, *others = sorted(measured, key=lambda name: sign * measured[name]["value"])
-    one = measured[first]
+    first, *others = sorted(entries, key=lambda name: sign * entries[name]["value"])
+    one = entries[first]
     is_clear = all(
-        abs(one["value"] - measured[name]["value"]) > BEYOND * math.hypot(one["se"], measured[name]["se"])
+        abs(one["value"] - entries[name]["value"]) > BEYOND * math.hypot(one["se"], entries[name]["se"])
         for name in others
     )
     return first if is_clear else "not clear"
@@ -210,6 +216,13 @@ def shared_images(records: dict[str, dict]) -> list[str]:
                 f"{max(counts)} apart."
             )
     return warnings
+
+
+def with_guidance(record: dict) -> dict:
+    """Return a record that names the guidance scale of images of a class. A record has no scale if it is 1."""
+    sampler = record["sampler"]
+    has_classes = sampler.get("class_labels") is not None
+    return record | {"sampler": {"guidance_scale": 1.0} | sampler} if has_classes else record
 
 
 def protocol(record: dict) -> dict:

@@ -298,8 +298,8 @@ def run_evaluation(evaluation: Evaluation, started: float | None = None) -> dict
         if "bits_per_dim" in evaluation.metrics:
             images_as_long = bound_evaluations(evaluation) // evaluation.sampler.num_inference_steps
             how = "" if evaluation.sampler.guidance_scale == 1 else " without guidance"
-            said = f"Scoring: bits_per_dim takes as long as drawing about {images_as_long:,} images{how}."
-            PartialState().print(said, flush=True)
+            said = f"Scoring: bits_per_dim takes as long as drawing about {images_as_long:,} images{how}"
+            PartialState().print(f"{said}; --bound_images changes that.", flush=True)
         images = _draw(evaluation)  # bits_per_dim alone needs no generated images
     drawn = time.perf_counter()
     entries = score(evaluation, images)
@@ -442,9 +442,10 @@ def warnings_about(evaluation: Evaluation) -> list[str]:
     reasons = by_reason({name: evaluation.why_skipped(name) for name in evaluation.metrics})
     lines = [f"Warning: {ids} will be skipped: {reason}" for ids, reason in reasons]
     if not has_floor(evaluation):
+        held_out = "no images" if evaluation.held_out is None else f"fewer than {FEWEST} images"
         lines.append(
-            f"Warning: fewer than {FEWEST} images are held out, so no floors (values of real images) are computed: "
-            "hold out more with --validation_split."
+            f"Warning: {held_out} are held out, so no floors (values of real images) are computed: hold out more with "
+            "--validation_split, e.g. test."
         )
     count = evaluation.num_images
     if has_floor(evaluation) and len(evaluation.held_out) < count:

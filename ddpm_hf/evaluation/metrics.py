@@ -170,7 +170,7 @@ def class_accuracy(look: Look) -> dict:
             floor = (look.held_out.logits.argmax(dim=1) == numbers)[comparable].double().mean().item()
     # Half of Wilson's interval (1927) for z = 1. The usual sqrt(p (1 - p) / n) says 0 if all images are right.
     error = (value * (1 - value) / n + 1 / (4 * n**2)) ** 0.5 / (1 + 1 / n)
-    return look.entry("class_accuracy", value, lower_is_better=False, se=error, se_method="binomial", floor=floor)
+    return look.entry("class_accuracy", value, lower_is_better=False, se=error, se_method="Wilson", floor=floor)
 
 
 def knows(known: tuple[str, ...], names: list[str] | None) -> bool:

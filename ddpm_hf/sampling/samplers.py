@@ -228,15 +228,24 @@ def own_settings_of(sampler: str, given: dict) -> dict:
     """
     known = {name: value for name, value in settings_of(sampler).items() if name not in ("eta", "variance_type")}
     if unknown := set(given) - set(known):
+        if not known:
+            raise UserError(f"the sampler {sampler} has no settings of its own: leave {min(unknown)} out.")
         raise UserError(no_such(f"setting of the sampler {sampler}", min(unknown), sorted(known)))
     settings = known | given
     for name, value in settings.items():
         if value is inspect.Parameter.empty:
             raise UserError(f"the sampler {sampler} needs the setting {name}, which has no default: give {name}=...")
-        if not isinstance(value, int | float | str | None):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not isinstance(value, int | float | str | None) or is_number and not math.isfinite(value):
             raise UserError(
-                f"the setting {name} of the sampler {sampler} is {value!r}, which a record cannot hold: give a "
+                f"the setting {name} of the sampler {sampler} is {value!r}, which a record cannot hold: give a finite "
                 "number, a text, True, False or None."
+            )
+        default = known[name]
+        if isinstance(default, int | float) and not isinstance(default, bool) and not is_number:
+            raise UserError(
+                f"the setting {name} of the sampler {sampler} is {value!r}, but its default is the number {default}: "
+                "give a number."
             )
     return settings
 

@@ -166,18 +166,45 @@ def scores(records: dict[str, dict], chosen: list[tuple[str, dict]], name: str) 
     ways = [f"{k}. {measured(records[file])}" for k, file in enumerate(files, 1)]
     commands = "\n".join(records[file]["command"] for file in files if records[file].get("command"))
     details = f"<details><summary>Commands</summary>\n\n{code_block('bash', commands)}\n\n</details>"
-    return "\n\n".join([*tables, what, "\n".join(ways), *([details] if commands else [])])
+    others = other_ways(records, chosen)
+    return "\n\n".join([*tables, what, "\n".join(ways), *others, *([details] if commands else [])])
+
+
+def other_ways(records: dict[str, dict], chosen: list[tuple[str, dict]]) -> list[str]:
+    """Return Markdown with the main scores of the same weights, drawn otherwise than in the tables, e.g. unguided."""
+    shown = [way_of_drawing(records[file]) for file, entry in chosen if entry["n_gen"] is not None]
+    lines = []
+    for file, record in records.items():
+        entries = [
+            f"{in_words(entry['id']) or code(entry['id'])} {number(entry['value'])}"
+            + (f" ± {number(entry['se'])}" if entry["se"] is not None else "")
+            for entry in record["metrics"]
+            if entry.get("value") is not None and entry["n_gen"] is not None and not is_quick_check(entry, record)
+            if "_test" not in entry["id"] and (is_headline(entry["id"]) or entry["id"] == "class_accuracy")
+        ]
+        if entries and way_of_drawing(record) not in shown:
+            lines.append(f"- [{', '.join(way_in_words(record))}](evaluations/{quote(file)}): {'; '.join(entries)}.")
+    return ["The same weights, drawn in other ways:", "\n".join(lines)] if lines else []
 
 
 def measured(record: dict) -> str:
     """Return a sentence in Markdown that says how the scores of a record were measured."""
-    sampler, data, cost = record["sampler"], record["data"], record["cost"]
-    steps = literal(sampler.get("num_inference_steps"))
-    how = [f"{literal(sampler['method'].upper())} in {steps} steps"] if "method" in sampler else []
-    how += [f"{key} {literal(sampler[key])}" for key in ("eta", "seed", "guidance_scale") if key in sampler]
+    data, cost = record["data"], record["cost"]
+    how = way_in_words(record)
     how += [f"weights: {literal(record['model']['weights'])}"] if "weights" in record["model"] else []
     against = f"against {code(data['name'])} ({number(data['train'].get('n'))} training images"
     against += f", {number(data['held_out'].get('n'))} held out)" if data.get("held_out") else ")"
     spent = f"drawn in {number(cost.get('drawing_s'))} s, scored in {number(cost.get('scoring_s'))} s"
     sentence = f"{', '.join(how)}; {against}; {spent}."
     return f"{sentence[0].upper()}{sentence[1:]}"
+
+
+def way_in_words(record: dict) -> list[str]:
+    """Return phrases in Markdown that say how the images of a record were drawn."""
+    sampler = record["sampler"]
+    steps = literal(sampler.get("num_inference_steps"))
+    how = [f"{literal(sampler['method'].upper())} in {steps} steps"] if "method" in sampler else []
+    how += [literal(sampler["dtype"])] if sampler.get("dtype", "float32") != "float32" else []
+    how += [f"{key} {literal(sampler[key])}" for key in ("eta", "seed", "guidance_scale") if key in sampler]
+    is_unguided = sampler.get("class_labels") is not None and "guidance_scale" not in sampler
+    return [*how, "no guidance"] if is_unguided else how
