@@ -52,7 +52,7 @@ def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
         Data: 1,797 images; ...
         >>> table = ddpm_hf.compare(a, b)
         >>> table.splitlines()[0].split()
-        ['published', 'raw']
+        ['published', 'raw', 'better', 'best']
     """
     paths = [Path(getattr(record, "path", record)) for record in records]  # of an `Evaluated`, or the path itself
     headings = [path.stem for path in paths]
