@@ -26,6 +26,11 @@ FILES = ["model_index.json", "config.json", "scheduler_config.json", "diffusion_
 FILES += ["unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
 
 
+def evaluations(guidance: float) -> int:
+    """Return how often one step of one image evaluates the network."""
+    return 1 if guidance == 1 else 2
+
+
 class Model:
     """A model and its two pipelines: `pipeline` draws images (class_guided.py), `restoration` restores them.
 
@@ -53,6 +58,11 @@ class Model:
         """The classes that a visitor can choose. It is [""] if the model has no classes."""
         more = [NO_CLASS] if self.null_class is not None else []
         return [IN_TURN, *self.labels, *more] if self.labels else [""]
+
+    @property
+    def first_guidance(self) -> float:
+        """The guidance scale that the page opens with; 1, no guidance, where the model cannot be guided."""
+        return 1.0 if self.null_class is None else 2.0
 
     def guidance(self, given, class_name: str) -> float:
         """Return the guidance scale to draw a class with: `given`, or 1 where the model cannot be guided.

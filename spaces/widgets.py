@@ -128,9 +128,8 @@ def class_box(model: Model) -> gr.Dropdown:
 
 def guidance_slider(model: Model) -> gr.Slider:
     """Return a slider of the guidance scale, hidden if the model cannot be guided."""
-    info, can_guide = "1: no guidance; more: clearer, but less varied", model.null_class is not None
-    options = {"step": 0.5, "label": "Guidance", "info": info, "visible": can_guide}
-    return gr.Slider(0, MAX_GUIDANCE, value=2.0 if can_guide else 1.0, **options)
+    options = {"step": 0.5, "label": "Guidance", "info": "1: no guidance; more: clearer, but less varied"}
+    return gr.Slider(0, MAX_GUIDANCE, value=model.first_guidance, visible=model.null_class is not None, **options)
 
 
 def status_line(value: str) -> gr.HTML:

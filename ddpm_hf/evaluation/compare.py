@@ -25,10 +25,10 @@ NOT_PROTOCOL = [
     "sampler.seed",
 ]
 BEYOND = 2  # standard errors, i.e. one difference in twenty would be called clear by chance
-LEGEND = [
+LEGEND = (
     "+-: standard error. floor: the value of real images. better: whether lower or higher values are better.\n"
     f"best: the record that is better than each other one by more than {BEYOND} standard errors of their difference."
-]
+)
 SHOWN = 4  # at most so many differences are named
 
 
@@ -115,8 +115,7 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
         floors = {number(entry.get("floor")) for entry in of_id.values()} - {""}
         if len(floors) == 1:
             rows[-1][0] += f" (floor {floors.pop()})"
-    legend = LEGEND if len(records) > 1 else []
-    return "\n\n".join([table(rows, markdown), *legend, *shared_images(records)])
+    return "\n\n".join([table(rows, markdown), LEGEND, *shared_images(records)])
 
 
 def direction(entries: dict[str, dict]) -> str:

@@ -290,11 +290,9 @@ def bits_per_dim(look: Look) -> list[dict]:
     model = evaluation.model
     timesteps = evaluation.bound_timesteps
     split = "train" if evaluation.held_out is None else "held_out"
-    source = evaluation.train if evaluation.held_out is None else evaluation.held_out
-    count, is_full = bound_size(evaluation)
-    rows = torch.linspace(0, len(source) - 1, count).round().long().tolist()
+    source, rows, few = bound_rows(evaluation)
     unet = model.unet.to(state.device)
-    mode = "full" if is_full else f"{timesteps} of T terms"
+    mode = "full" if few is None else f"{timesteps} of T terms"
 
     def bound(function, numbers, **more):
         labels = source.labels[numbers] if model.classes else None
@@ -302,21 +300,19 @@ def bits_per_dim(look: Look) -> list[dict]:
         return function(unet, model.scheduler, images_at(source, numbers), numbers, **options, **more)
 
     pilot = None
-    if not is_full:
-        most = likelihood.num_pilot_images(len(model.scheduler), count * timesteps)
-        few = rows[:: -(-len(rows) // most)]
+    if few is not None:
         pilot = [bound(likelihood.pilot_probabilities, few) if state.is_main_process else None]
         pilot = broadcast_object_list(pilot)[0]
     share = rows[state.process_index :: state.num_processes]
     bounds = []
     if share:
-        terms = None if is_full else timesteps
+        terms = None if few is None else timesteps
         result = bound(likelihood.bits_per_dim, share, num_timesteps=terms, pilot=pilot)
         bounds = [{name: values[k] for name, values in result.items()} for k in range(len(share))]
     bounds = gather_in_order(share, bounds)
     summary = likelihood.summarise({name: torch.stack([one[name] for one in bounds]) for name in bounds[0]})
     error = {"se": summary["standard_error"], "se_method": "over images"}
-    entry = look.entry("bits_per_dim", summary["bits_per_dim"], lower_is_better=True, **error, n_ref=count)
+    entry = look.entry("bits_per_dim", summary["bits_per_dim"], lower_is_better=True, **error, n_ref=len(rows))
     extra = {
         **{name: summary[name] for name in ("L0", "L1_to_last", "prior")},
         "floored_share": summary["floored"],
@@ -329,22 +325,26 @@ def bits_per_dim(look: Look) -> list[dict]:
     return [entry | {"n_gen": None, "unit": "bits/dim", "extra": extra}]
 
 
-def bound_size(evaluation) -> tuple[int, bool]:
-    """Return how many images bits_per_dim takes, and whether it takes all T terms of each."""
+def bound_rows(evaluation) -> tuple[Any, list[int], list[int] | None]:
+    """Return the images of bits_per_dim: their ImageSet, their rows, and those of the pilot.
+
+    There is no pilot, None, if all T terms of each image are computed.
+    """
     source = evaluation.train if evaluation.held_out is None else evaluation.held_out
-    timesteps = evaluation.bound_timesteps
     count = min(evaluation.bound_images or len(source), len(source))
-    return count, timesteps is None or timesteps >= len(evaluation.model.scheduler)
+    rows = torch.linspace(0, len(source) - 1, count).round().long().tolist()
+    T, timesteps = len(evaluation.model.scheduler), evaluation.bound_timesteps
+    if timesteps is None or timesteps >= T:
+        return source, rows, None
+    most = likelihood.num_pilot_images(T, count * timesteps)
+    return source, rows, rows[:: -(-len(rows) // most)]
 
 
 def bound_evaluations(evaluation) -> int:
     """Return how often bits_per_dim evaluates the network, for one image each time."""
-    count, is_full = bound_size(evaluation)
+    _, rows, few = bound_rows(evaluation)
     T = len(evaluation.model.scheduler)
-    if is_full:
-        return count * T
-    terms = count * evaluation.bound_timesteps
-    return terms + T * min(count, likelihood.num_pilot_images(T, terms))
+    return len(rows) * T if few is None else len(rows) * evaluation.bound_timesteps + len(few) * T
 
 
 def memorization(look: Look) -> list[dict]:

@@ -37,8 +37,7 @@ def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
     """
     best = {}
     shown = {
-        file: [e for e in record["metrics"] if e.get("value") is not None and not is_quick_check(e, record)]
-        for file, record in records.items()
+        file: [entry for entry in record["metrics"] if is_shown(entry, record)] for file, record in records.items()
     }
     generated = {file: [images_used(e) for e in entries if e["n_gen"] is not None] for file, entries in shown.items()}
     largest = max(generated, key=lambda file: (max(generated[file], default=0), len(generated[file])), default=None)
@@ -66,6 +65,11 @@ def quality(entry: dict) -> tuple[float, float]:
 def images_used(entry: dict) -> float:
     """Return how many images a score was measured on: generated ones, or real ones if none were generated."""
     return (entry["n_ref"] if entry["n_gen"] is None else entry["n_gen"]) or 0
+
+
+def is_shown(entry: dict, record: dict) -> bool:
+    """Return whether a card may show an entry of a record: it has a value, and is no quick check."""
+    return entry.get("value") is not None and not is_quick_check(entry, record)
 
 
 def is_quick_check(entry: dict, record: dict) -> bool:
@@ -139,7 +143,7 @@ def scores(records: dict[str, dict], chosen: list[tuple[str, dict]], name: str) 
     quality = [["score", "", "value", "real images", "images", "measured"]]
     copying = [["about copying", *quality[0][2:]]]
     for file, entry in chosen:
-        words, error = in_words(entry["id"]), number(entry["se"])
+        words = in_words(entry["id"])
         if words and entry.get("extra", {}).get("split") == "train":
             words += ", on training images"
         direction = {True: "↓ lower is better", False: "↑ higher is better"}.get(entry.get("lower_is_better"), "")
@@ -148,7 +152,7 @@ def scores(records: dict[str, dict], chosen: list[tuple[str, dict]], name: str) 
             [
                 f"{words} ({code(entry['id'])})" if words else code(entry["id"]),
                 *([] if is_copying else [direction]),
-                number(entry["value"]) + (f" ± {error}" if error else ""),
+                with_error(entry),
                 number(entry["floor"]),
                 number(images_used(entry)),
                 f"[{files.index(file) + 1}](evaluations/{quote(file)})",
@@ -170,16 +174,20 @@ def scores(records: dict[str, dict], chosen: list[tuple[str, dict]], name: str) 
     return "\n\n".join([*tables, what, "\n".join(ways), *others, *([details] if commands else [])])
 
 
+def with_error(entry: dict) -> str:
+    """Return the value of a score and its standard error, if it has one."""
+    return number(entry["value"]) + ("" if entry["se"] is None else f" ± {number(entry['se'])}")
+
+
 def other_ways(records: dict[str, dict], chosen: list[tuple[str, dict]]) -> list[str]:
     """Return Markdown with the main scores of the same weights, drawn otherwise than in the tables, e.g. unguided."""
     shown = [way_of_drawing(records[file]) for file, entry in chosen if entry["n_gen"] is not None]
     lines = []
     for file, record in records.items():
         entries = [
-            f"{in_words(entry['id']) or code(entry['id'])} {number(entry['value'])}"
-            + (f" ± {number(entry['se'])}" if entry["se"] is not None else "")
+            f"{in_words(entry['id']) or code(entry['id'])} {with_error(entry)}"
             for entry in record["metrics"]
-            if entry.get("value") is not None and entry["n_gen"] is not None and not is_quick_check(entry, record)
+            if is_shown(entry, record) and entry["n_gen"] is not None
             if "_test" not in entry["id"] and (is_headline(entry["id"]) or entry["id"] == "class_accuracy")
         ]
         if entries and way_of_drawing(record) not in shown:

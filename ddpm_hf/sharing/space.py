@@ -9,14 +9,14 @@ from ..community_pipelines import shipped
 from ..errors import UserError
 from ..hub_requests import API, HUB_ERRORS, ask_hub, short_reason, transfer_seconds
 from ..models import judge
+from .card_usage import PIPELINES
 from .hub import create_repository, is_hub_id, retry
 
 
-# The files of spaces/ and pipelines/ to upload. A list, because a clone may hold other files beside them.
+# The files of spaces/ to upload. A list, because a clone may hold other files beside them.
 SPACE = ["README.md", "app.py", "checks.py", "compare.html", "compare.js", "connections.py", "images.py", "model.py"]
 SPACE += ["page.css", "requirements.txt", "sketch.html", "sketch.js", "uploads.py", "widgets.py", "tabs/__init__.py"]
 SPACE += ["tabs/compare.py", "tabs/generate.py", "tabs/how_it_works.py", "tabs/restore.py"]
-PIPELINES = ["class_guided.py", "reconstruction.py", "restoration.py"]
 
 
 def push_space(model: str, name: str | None = None, *, private: bool = False, token: str | None = None) -> str:
@@ -66,7 +66,7 @@ def write_space(folder: Path, model: str):
     for part in ("pipelines", "tabs"):
         (folder / part).mkdir()
     for name in PIPELINES:
-        shutil.copyfile(shipped("pipelines") / name, folder / "pipelines" / name)
+        shutil.copyfile(shipped("pipelines") / f"{name}.py", folder / "pipelines" / f"{name}.py")
     for name in SPACE:
         shutil.copyfile(shipped("spaces") / name, folder / name)
     for module in (judge, hub_requests):

@@ -6,7 +6,7 @@ import gradio as gr
 import widgets
 from checks import MAX_SEED, one_of, plural, seconds_since, time_left, whole
 from images import contact_sheet, enlarge, picture, to_images
-from model import HERE, Model
+from model import HERE, Model, evaluations
 
 
 MOST_IMAGES = 4
@@ -17,7 +17,7 @@ def compare(model: Model, seed, class_name, guidance):
     seed = whole("seed", seed, 0, MAX_SEED)
     class_name = one_of("class", class_name or model.classes[0], model.classes)
     guidance = model.guidance(guidance, class_name)
-    cost = 1 if guidance == 1 else 2  # evaluations for a step of an image
+    cost = evaluations(guidance)
     number = next((n for n in (MOST_IMAGES, 2) if n * cost * (85 + model.T) <= model.max_evaluations), 1)
     ways, left = [], model.max_evaluations // (number * cost)
     for steps in (5, 10, 20, 50):

@@ -19,7 +19,7 @@ from checks import (
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 from images import animation, bundle, enlarged_sheet, picture, thumbnail, to_images
-from model import IN_TURN, NO_CLASS, SAMPLERS, Model
+from model import IN_TURN, NO_CLASS, SAMPLERS, Model, evaluations
 
 
 ENABLE = "() => Array(3).fill({ __type__: 'update', interactive: true })"
@@ -44,7 +44,7 @@ def generate(model: Model, number, sampler, steps, seed, class_name, guidance):
     sampler, seed = one_of("sampler", sampler, SAMPLERS), whole("seed", seed, 0, MAX_SEED)
     class_name = one_of("class", class_name or model.classes[0], model.classes)
     guidance = model.guidance(guidance, class_name)
-    cost = number * steps * (1 if guidance == 1 else 2)
+    cost = number * steps * evaluations(guidance)
     if cost > model.max_evaluations:
         raise Refused(
             f"{number} images in {steps} steps need {cost:,} evaluations of the network, but one request may use "
@@ -107,8 +107,8 @@ def first_sheet(model: Model, number: int, steps: int, guidance: float) -> list[
 
 def examples(model: Model, steps: int) -> dict[str, list]:
     """Return the values of the inputs for each example: number, sampler, steps, seed, class and guidance."""
-    first, guidance = model.classes[0], 2.0 if model.null_class is not None else 1.0
-    cost = 2 if guidance != 1 else 1
+    first, guidance = model.classes[0], model.first_guidance
+    cost = evaluations(guidance)
     found = {
         "Sixteen images": [16, "DDIM", model.affordable_steps(16 * cost, min(20, steps)), 0, first, guidance],
         "In five steps only": [4, "DDIM", model.affordable_steps(4 * cost, 5), 0, first, guidance],
@@ -121,14 +121,14 @@ def examples(model: Model, steps: int) -> dict[str, list]:
 
 def add(model: Model) -> dict[str, gr.components.Component]:
     """Build the tab. Return the inputs that a link restores, by their names in the link."""
-    has_guidance = model.null_class is not None
     first_number = 8 if max(model.size) <= 64 else 4
-    first_steps = model.quick_steps(first_number * (2 if has_guidance else 1))
+    first_cost = first_number * evaluations(model.first_guidance)
+    first_steps = model.quick_steps(first_cost)
     with gr.Tab("Generate", id="generate"), gr.Row(elem_classes="sides"):
         with widgets.inputs_column():
             number = gr.Slider(1, MAX_IMAGES, value=first_number, step=1, label="Images")
             sampler = gr.Radio(SAMPLERS, value="DDIM", label="Sampler", info="DDIM needs few steps, DDPM many")
-            most = model.affordable_steps(first_number * (2 if has_guidance else 1), model.T)
+            most = model.affordable_steps(first_cost, model.T)
             limit = f"at most MOST for NUMBER images: a request may take {request_seconds():g} s"
             info = limit.replace("MOST", str(most)).replace("NUMBER", str(first_number)) if most < model.T else None
             count = gr.Slider(1, max(2, most), value=first_steps, step=1, label="Steps", info=info)
@@ -152,7 +152,7 @@ def add(model: Model) -> dict[str, gr.components.Component]:
             options = {"model": model, "inputs": inputs, "outputs": results, "show_progress_on": status}
             widgets.publish(generate, **options, **widgets.BUSY)
     facts = {"T": model.T, "most": model.max_evaluations, "steps": first_steps}
-    facts |= {"guides": has_guidance, "no_class": NO_CLASS, "info": limit}
+    facts |= {"guides": model.null_class is not None, "no_class": NO_CLASS, "info": limit}
     about, private = [number, guidance, class_name], {"api_visibility": "private"}
     sampler.input(None, [*about, sampler], count, js=widgets.with_data(SAMPLER, "MODEL", facts), **private)
     changed = [number.change, guidance.change, class_name.change, count.change]
