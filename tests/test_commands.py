@@ -103,7 +103,8 @@ def test_what_is_meant_is_suggested():
         ("compare nowhere.json", " compare: error: nowhere.json cannot be read as JSON"),
     ],
 )  # fmt: skip
-def test_every_refusal_is_one_sentence(line, sentence, capsys):
+def test_every_refusal_is_one_sentence(line, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # the folder of the tests may have a run of `make demo`
     with pytest.raises(SystemExit) as stopped:
         main(line.split())
     said = capsys.readouterr()
