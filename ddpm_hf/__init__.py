@@ -44,7 +44,7 @@ _PUBLIC = {
     "Step": ("sampling.samplers", "Step"),
     "METRICS": ("evaluation.metrics", "METRICS"),
     "Metric": ("evaluation.metrics", "Metric"),
-    "Look": ("evaluation.metrics", "Look"),
+    "Look": ("evaluation.look", "Look"),
 }
 __all__ = ["UserError", "__version__", *_PUBLIC]
 

@@ -24,11 +24,12 @@ from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.evaluation import compare
 from ddpm_hf.evaluation.cifar10_classifier import load_cifar10_classifier
+from ddpm_hf.evaluation.class_scores import class_counts
 from ddpm_hf.evaluation.digit_classifier import load_digit_classifier
 from ddpm_hf.evaluation.extractor import EXTRACTORS
 from ddpm_hf.evaluation.features import extract, images_at
 from ddpm_hf.evaluation.inputs import match_channels
-from ddpm_hf.evaluation.metrics import class_counts, in_words
+from ddpm_hf.evaluation.metrics import in_words
 from ddpm_hf.evaluation.records import COPYING, NOTHING_KNOWN, read_record, record_table
 from ddpm_hf.evaluation.reference import read_reference, reference_of
 from ddpm_hf.evaluation.statistics import frechet_distance, mean_and_covariance

@@ -14,7 +14,9 @@ from test_samplers import tiny_unet
 from ddpm_hf import UserError
 from ddpm_hf.__main__ import main
 from ddpm_hf.diffusion.scheduler import make_scheduler
-from ddpm_hf.evaluation import metrics, reference
+from ddpm_hf.evaluation import reference
+from ddpm_hf.evaluation.class_scores import class_accuracy
+from ddpm_hf.evaluation.look import Look
 from ddpm_hf.models.classes import Classes
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.pretrained import load_pretrained
@@ -244,8 +246,8 @@ def test_class_accuracy_is_of_the_names_that_were_asked_for(of_train):
     held_out = SimpleNamespace(logits=torch.nn.functional.one_hot(torch.tensor([3, 1, 9, 0]), 10).float())
     extractor = SimpleNamespace(name="digits", pipeline="28px", sha256="0", class_names=tuple("0123456789"))
     generated = SimpleNamespace(logits=seen)
-    look = metrics.Look(evaluation, torch.zeros(6, 1, 28, 28), extractor, generated, None, held_out)
-    one = metrics.class_accuracy(look)
+    look = Look(evaluation, torch.zeros(6, 1, 28, 28), extractor, generated, None, held_out)
+    one = class_accuracy(look)
     assert one["value"] == pytest.approx(4 / 6) and one["se"] == pytest.approx((2 / 9 / 6 + 1 / 144) ** 0.5 * 6 / 7)
     assert one["floor"] == (0.5 if of_train[0] == "0" else None)
 
@@ -260,8 +262,8 @@ def test_class_accuracy_of_more_held_out_images_than_are_kept(monkeypatch):
         real = SimpleNamespace(class_names=list("0123456789"), labels=torch.tensor(labels))
         evaluation = SimpleNamespace(requested_classes=["3"], held_out=real)
         generated = SimpleNamespace(logits=seen)
-        look = metrics.Look(evaluation, torch.zeros(2, 1, 28, 28), extractor, generated, None, held_out)
-        one = metrics.class_accuracy(look)
+        look = Look(evaluation, torch.zeros(2, 1, 28, 28), extractor, generated, None, held_out)
+        one = class_accuracy(look)
         assert one["floor"] == floor
         assert one["value"] == 1 and one["se"] == pytest.approx(1 / (2 * 3))  # of two images, all right
 

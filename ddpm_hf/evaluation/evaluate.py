@@ -24,10 +24,12 @@ from ..sampling.sample_set import SampleSet, draw_samples, read_samples
 from ..sampling.samplers import code_of
 from ..sampling.settings import Sampler
 from . import inputs
+from .bound import bound_evaluations
 from .extractor import load_extractor
 from .features import extract, images_at
 from .inception import MissingWeights
-from .metrics import FEWEST, METRICS, Look, bound_evaluations, default_features, has_floor
+from .look import FEWEST, Look, has_floor
+from .metrics import METRICS, default_features
 from .records import by_reason, is_entry, make_record, record_table, scores_of, write_new_record
 from .reference import Reference, read_reference, reference_of
 

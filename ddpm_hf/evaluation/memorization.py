@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,10 +17,50 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..output import PASSING_BAR
 from ..pictures import GAP, evenly, resize, save_picture, side_by_side, tile
+from .features import images_at
+from .look import Look, has_floor
 
 
 CHUNK = 2**23  # how many distances are in memory at a time: 64 MB
 EXACT = 1023  # float32 can add up this many products of two numbers from -128 to 127 without rounding
+
+
+def memorization(look: Look) -> list[dict]:
+    """Return how close the generated images are to training images, and draw the closest pairs.
+
+    The floors are the values for held-out images.
+    """
+    if not PartialState().is_main_process:
+        return []
+    evaluation = look.evaluation
+    images = look.images
+    train = images_at(evaluation.train, range(len(evaluation.train)))
+    held_out = None
+    if has_floor(evaluation):
+        held_out = images_at(evaluation.held_out, range(len(evaluation.held_out)))
+    report, pairs = memorization_report(images, train, held_out)
+    floors = {name: report[f"{name}_held_out"] for name in ("share_below_threshold", "authpct", "median_ratio")}
+    floors |= {"exact_copies": 0, "duplicates": 0}
+    higher_is_better = ("authpct", "median_ratio")
+    entries = [
+        look.entry(
+            f"memorization_{name}",
+            report[name],
+            lower_is_better=name not in higher_is_better,
+            floor=floor,
+            n_ref=len(train),
+        )
+        for name, floor in floors.items()
+        if report[name] is not None
+    ]
+    if evaluation.pairs_path is not None:
+        entries[0]["extra"] = {"pairs": [list(pair) for pair in pairs]}
+        try:
+            pairs_sheet(images, train, pairs, evaluation.pairs_path)
+            entries[0]["extra"]["sheet"] = evaluation.pairs_path.name
+        except UserError as error:  # a missing picture must not lose the scores
+            PartialState().print(f"Warning: {error}", flush=True)
+    return entries
 
 
 def memorization_report(
