@@ -180,11 +180,12 @@ def test_the_distance_is_that_of_the_features(record, digit_folder):
     assert values(record)["fd_mnist-9ea1c6a6_40_full"] == pytest.approx(distance, rel=1e-5)
 
 
-def test_calibration_is_the_floor(digit_folder, tmp_path):
+def test_calibration_is_the_floor(digit_folder, tmp_path, capsys):
     flags = ["--dataset_name", digit_folder, "--validation_split", "test", "--resolution", 28]
     evaluate("--calibrate", *flags, "--metrics", "fd_mnist", "--num_images", 60, "--output", tmp_path / "c.json")
     entry = read_record(tmp_path / "c.json")["metrics"][0]
     assert entry["value"] == pytest.approx(entry["floor"]) and entry["value"] > 0
+    assert "Scoring at 28x28: real images of other sizes are resized." in capsys.readouterr().out
 
 
 def test_bits_per_dim_in_full_is_what_few_timesteps_estimate(tiny_run, tmp_path):

@@ -87,6 +87,8 @@ def test_settings_of_a_sampler(tiny_run, tmp_path, monkeypatch):
         ddpm_hf.sample(tiny_run, 1, "ddim", num_inference_steps=1, shift=1)
     with pytest.raises(ddpm_hf.UserError, match="ddim has no settings of its own: leave shift out"):
         ddpm_hf.Sampler(name="ddim", own_settings={"shift": 1}).resolve(model)
+    with pytest.raises(ddpm_hf.UserError, match="eta is not one of a sampler's own settings: give --eta instead"):
+        ddpm_hf.Sampler(name="ddim", own_settings={"eta": 0.5}).resolve(model)
 
 
 def test_samples_of_a_sampler_before_an_edit_are_not_scored_again(tiny_run, tmp_path, monkeypatch):

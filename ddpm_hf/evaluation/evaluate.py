@@ -440,9 +440,12 @@ def check_count(evaluation: Evaluation):
 
 
 def warnings_about(evaluation: Evaluation) -> list[str]:
-    """Return warnings: for metrics that will be skipped, for missing floors, and for an FID of few images."""
+    """Return what to say before the work: the size without a model, skipped metrics, missing floors, a biased FID."""
     reasons = by_reason({name: evaluation.why_skipped(name) for name in evaluation.metrics})
     lines = [f"Warning: {ids} will be skipped: {reason}" for ids, reason in reasons]
+    if evaluation.model is None:
+        height, width = evaluation.train.size
+        lines.append(f"Scoring at {height}x{width}: real images of other sizes are resized.")
     if not has_floor(evaluation):
         held_out = "no images" if evaluation.held_out is None else f"fewer than {FEWEST} images"
         lines.append(

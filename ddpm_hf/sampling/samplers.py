@@ -227,6 +227,8 @@ def own_settings_of(sampler: str, given: dict) -> dict:
         UserError: for a setting that the sampler does not have, a missing one, or one that a record cannot hold.
     """
     known = {name: value for name, value in settings_of(sampler).items() if name not in ("eta", "variance_type")}
+    if flags := {"eta", "variance_type"} & set(given):
+        raise UserError(f"{min(flags)} is not one of a sampler's own settings: give --{min(flags)} instead.")
     if unknown := set(given) - set(known):
         if not known:
             raise UserError(f"the sampler {sampler} has no settings of its own: leave {min(unknown)} out.")
