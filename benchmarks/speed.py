@@ -29,7 +29,7 @@ from ddpm_hf.models.pretrained import Pretrained
 from ddpm_hf.sampling.generate import sample_images
 from ddpm_hf.sampling.settings import Sampler
 from ddpm_hf.sizes import read_size
-from ddpm_hf.training.batches import draw_batches
+from ddpm_hf.training.batches_ahead import draw_batches
 from ddpm_hf.training.loop import progress_bar, step
 from ddpm_hf.training.periodic import run_due_tasks, what_is_due
 from ddpm_hf.training.run import open_run

@@ -44,7 +44,7 @@ _PUBLIC = {
     "Step": ("sampling.samplers", "Step"),
     "METRICS": ("evaluation.metrics", "METRICS"),
     "Metric": ("evaluation.metrics", "Metric"),
-    "Look": ("evaluation.look", "Look"),
+    "Look": ("evaluation.metric_input", "Look"),
 }
 __all__ = ["UserError", "__version__", *_PUBLIC]
 

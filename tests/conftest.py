@@ -33,7 +33,7 @@ from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler, make_scheduler
 from ddpm_hf.models.classes import Classes
 from ddpm_hf.models.pretrained import Pretrained
 from ddpm_hf.models.saving import save_pipeline
-from ddpm_hf.training.batches import draw_batches
+from ddpm_hf.training.batches_ahead import draw_batches
 from ddpm_hf.training.loop import step, train
 from ddpm_hf.training.run import open_run, reset_accelerate
 

@@ -16,7 +16,7 @@ from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.data.batches import training_batches
 from ddpm_hf.diffusion.losses import draw_noise, training_labels
 from ddpm_hf.diffusion.timestep_sampling import HISTORY, draw_uniform, new_history, update_history
-from ddpm_hf.training.batches import AHEAD, draw_batches
+from ddpm_hf.training.batches_ahead import AHEAD, draw_batches
 from ddpm_hf.training.loop import step
 from ddpm_hf.training.run import make_optimizer, open_run
 

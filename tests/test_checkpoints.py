@@ -14,10 +14,10 @@ from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.manifest import MANIFEST
 from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.run_folder import checkpoints
-from ddpm_hf.training.batches import draw_batches
-from ddpm_hf.training.changes import DECIDE, FIXED, FREE, facts_to_compare
+from ddpm_hf.training.batches_ahead import draw_batches
 from ddpm_hf.training.checkpoints import check_same_run, load_checkpoint, save_checkpoint
 from ddpm_hf.training.loop import step, train
+from ddpm_hf.training.resume_changes import DECIDE, FIXED, FREE, facts_to_compare
 from ddpm_hf.training.run import open_run
 
 

@@ -16,7 +16,7 @@ from ddpm_hf.__main__ import main
 from ddpm_hf.diffusion.scheduler import make_scheduler
 from ddpm_hf.evaluation import reference
 from ddpm_hf.evaluation.class_scores import class_accuracy
-from ddpm_hf.evaluation.look import Look
+from ddpm_hf.evaluation.metric_input import Look
 from ddpm_hf.models.classes import Classes
 from ddpm_hf.models.classifier import NoisyClassifier
 from ddpm_hf.models.pretrained import load_pretrained

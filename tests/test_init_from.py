@@ -18,9 +18,9 @@ from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
 from ddpm_hf.models.pretrained import load_pretrained
 from ddpm_hf.models.saving import save_pipeline
-from ddpm_hf.training.batches import draw_batches
-from ddpm_hf.training.changes import check_fixed_flags
+from ddpm_hf.training.batches_ahead import draw_batches
 from ddpm_hf.training.loop import step, train
+from ddpm_hf.training.resume_changes import check_fixed_flags
 from ddpm_hf.training.run import check_run, open_run
 
 

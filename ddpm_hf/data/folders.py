@@ -314,3 +314,13 @@ def examples(names: list[str]) -> str:
 def printable(name: str) -> str:
     """Return a name from a dataset for printing, with line breaks and control characters escaped."""
     return name if name.isprintable() else ascii(name)
+
+
+def image_files(folder: Path, arrays: bool = False) -> list[Path]:
+    """Return the images directly in a folder, without hidden files, in the order of their names.
+
+    With `arrays`, .npy files are images too.
+    """
+    suffixes = IMAGE_SUFFIXES | ({".npy"} if arrays else set())
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    return sorted(path for path in files if path.suffix.lower() in suffixes)

@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from ..diffusion import likelihood
 from ..processes import gather_in_order
 from .features import images_at
-from .look import Look
+from .metric_input import Look
 
 
 def bits_per_dim(look: Look) -> list[dict]:

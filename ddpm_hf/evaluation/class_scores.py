@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import statistics
 from .feature_scores import frechet, precision_recall
-from .look import Look, random_rows
+from .metric_input import Look, random_rows
 from .reference import kept_rows
 
 

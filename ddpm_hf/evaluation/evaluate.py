@@ -28,7 +28,7 @@ from .bound import bound_evaluations
 from .extractor import load_extractor
 from .features import extract, images_at
 from .inception import MissingWeights
-from .look import FEWEST, Look, has_floor
+from .metric_input import FEWEST, Look, has_floor
 from .metrics import METRICS, default_features
 from .records import by_reason, is_entry, make_record, record_table, scores_of, write_new_record
 from .reference import Reference, read_reference, reference_of

@@ -4,7 +4,7 @@ from accelerate import PartialState
 
 from . import statistics
 from .extractor import CLASSIFIERS
-from .look import Look, format_count, random_rows
+from .metric_input import Look, format_count, random_rows
 from .reference import Reference, read_reference
 from .statistics import mean_and_covariance
 

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..output import PASSING_BAR
 from ..pictures import GAP, evenly, resize, save_picture, side_by_side, tile
 from .features import images_at
-from .look import Look, has_floor
+from .metric_input import Look, has_floor
 
 
 CHUNK = 2**23  # how many distances are in memory at a time: 64 MB

@@ -14,8 +14,8 @@ from .bound import bits_per_dim
 from .class_scores import fd_cifar10, fd_mnist
 from .extractor import CLASSIFIERS
 from .feature_scores import fd_dinov2, fid, inception_score, kid, precision_recall
-from .look import Look
 from .memorization import memorization
+from .metric_input import Look
 
 
 @dataclass(frozen=True)

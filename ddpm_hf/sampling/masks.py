@@ -1,4 +1,4 @@
-"""Read the masks of inpainting: find the pixels that an image marks for painting."""
+"""Find and read the masks of inpainting: which pixels of an image are marked for painting."""
 
 from pathlib import Path
 
@@ -8,7 +8,30 @@ from PIL import Image
 
 from ..data.arrays import upright
 from ..data.decode import opacity, to_array, use_path
+from ..data.folders import image_files
 from ..errors import UserError
+
+
+def find_mask(path: Path, mask: str | Path | None, output: Path) -> Path | None:
+    """Return the mask of the image `path`: the file `mask`, or the file of the same name in the folder `mask`.
+
+    Raises:
+        UserError: if a folder does not have exactly one mask for the image, or if `output` would replace the mask.
+    """
+    if mask is None:
+        return None
+    mask = Path(mask)
+    found = [mask]
+    if not mask.is_file():
+        found = [file for file in image_files(mask) if file.stem == path.stem] if mask.is_dir() else []
+    if len(found) != 1:
+        raise UserError(
+            f"--mask {mask} does not have exactly one mask for {path.name}: give an image, or a folder with one "
+            f"{path.stem}.png."
+        )
+    if output.resolve() == found[0].resolve():
+        raise UserError(f"OUTPUT {output} is the same file as the mask: give another OUTPUT.")
+    return found[0]
 
 
 def read_mask(path: Path) -> torch.Tensor:

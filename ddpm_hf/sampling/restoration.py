@@ -23,13 +23,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..community_pipelines import pipeline_file, pipeline_module
-from ..data.decode import open_image, to_array, use_path
+from ..data.decode import open_image, use_path
 from ..data.survey import DARK
 from ..errors import UserError, no_such
 from ..files import check_output, read_json, write_json, writing
 from ..memory import in_batches, ranges
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import GAP, check_sheet, frame, image_sheet, side_by_side, to_pil
+from .images_to_restore import Item, find_items, read, read_for
 from .masks import read_mask, read_masks_in_memory
 from .pixels import PixelFormat, pixel_format, trained_range
 from .samplers import check_seed, image_generators
@@ -45,19 +46,6 @@ SHEET_IMAGES = 16
 SHEET_COLUMNS = 8
 SETTINGS = ["noise_level", "scale_factor", "blur_sigma", "num_inference_steps", "num_samples"]
 TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": "deblur"}  # settings of a single task
-
-
-@dataclass
-class Item:
-    """One image to restore. `check_items` fills in its size, and the share of its pixels that a mask marks."""
-
-    index: int
-    path: Path
-    output: Path
-    mask: Path | None  # for inpaint
-    size: tuple[int, int] = (0, 0)  # (H, W)
-    painted: float | None = None  # 0 to 1
-    pixel_range: tuple[float, float] | None = None  # see data/decode.py
 
 
 @dataclass(frozen=True)
@@ -242,98 +230,6 @@ def check_task_settings(settings: dict, mask, batch_size: int):
         raise UserError(f"--blur_sigma is {settings['blur_sigma']:g}; it must be at most {MAX_BLUR:,} pixels.")
     if type(batch_size) is not int or batch_size < 1:
         raise UserError(f"--batch_size is {batch_size}; it must be a whole number of at least 1.")
-
-
-def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]:
-    """Return an item for one image file, or for each image directly in a folder, in the order of file names."""
-    if place.is_file():
-        if output.resolve() == place.resolve():
-            raise UserError(f"OUTPUT {output} is the same file as INPUT: give another name as OUTPUT.")
-        if output.suffix not in (".png", ".npy") or output.is_dir():
-            raise UserError(f"OUTPUT is {output}, but results are written as PNG files: give a name ending in .png.")
-        return [Item(0, place, output, refuse_to_replace(output, find_mask(place, mask)))]
-    if not place.is_dir():
-        raise UserError(f"INPUT {place} is neither a file nor a folder: give an image or a folder of images.")
-    if output.is_file() or output.resolve() == place.resolve():
-        raise UserError(f"OUTPUT {output} is a file or the same folder as INPUT: give another folder as OUTPUT.")
-    paths = images_in(place, arrays=True)
-    if not paths:
-        raise UserError(
-            f"INPUT {place} has no image directly inside (subfolders are not searched): give an image, or a folder "
-            "with images."
-        )
-    names = [path.stem for path in paths]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(
-            f"INPUT {place} has several images named {min(twice)}, and all their results would be {min(twice)}.png: "
-            "rename these images."
-        )
-    results = [output / f"{path.stem}.png" for path in paths]
-    masks = [refuse_to_replace(result, find_mask(path, mask)) for path, result in zip(paths, results)]
-    return [Item(k, *item) for k, item in enumerate(zip(paths, results, masks))]
-
-
-def refuse_to_replace(output: Path, mask: Path | None) -> Path | None:
-    """Return the mask of an image. Raise a UserError if its result would replace the mask."""
-    if mask is not None and output.resolve() == mask.resolve():
-        raise UserError(f"OUTPUT {output} is the same file as the mask: give another OUTPUT.")
-    return mask
-
-
-def images_in(folder: Path, arrays: bool = False) -> list[Path]:
-    """Return the files of a folder with a suffix that Pillow reads, in the order of their names.
-
-    Hidden files are left out. With `arrays`, .npy files are images too.
-    """
-    readable = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
-    readable |= {".npy"} if arrays else set()
-    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    return sorted(path for path in files if path.suffix.lower() in readable)
-
-
-def find_mask(path: Path, mask: str | None) -> Path | None:
-    """Return the mask of the image `path`: the file `mask`, or the file of the same name in the folder `mask`."""
-    if mask is None or Path(mask).is_file():
-        return mask and Path(mask)
-    found = [file for file in images_in(Path(mask)) if file.stem == path.stem] if Path(mask).is_dir() else []
-    if len(found) != 1:
-        raise UserError(
-            f"--mask {mask} does not have exactly one mask for {path.name}: give an image, or a folder with one "
-            f"{path.stem}.png."
-        )
-    return found[0]
-
-
-def read(path: Path, pixel_range: tuple[float, float] | None, channels: int = 3) -> torch.Tensor:
-    """Read an image as float32 (C, H, W) in [0, 1]. For 1 or 3 channels, C is 1 if all pixels are grey, else 3.
-
-    The image is turned upright, and for 1 or 3 channels, transparent areas become white. For `pixel_range` see
-    data/decode.py.
-    """
-    wanted = 3 if channels == 1 else channels
-    array = use_path(lambda image: to_array(image, wanted, exact=True, pixel_range=pixel_range), path, open_image)
-    image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
-    return image[:1] if channels in (1, 3) and (image == image[:1]).all() else image
-
-
-def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Read the image of an item, with the number of channels that the task and the model need, and its mask.
-
-    Returns:
-        The image (C, H, W), and the mask (H, W) or None.
-    """
-    image = read(item.path, item.pixel_range, pipeline.unet.config.in_channels)
-    channels = 1 if task == "colorize" else pipeline.unet.config.in_channels
-    if len(image) > channels:
-        why = "colorize takes grey images" if task == "colorize" else "the model has images of one channel"
-        raise UserError(f"{item.path} has colors, but {why}: convert this image to grey, or remove it.")
-    mask = None if item.mask is None else read_mask(item.mask)
-    if mask is not None and mask.shape != image.shape[1:]:
-        mask_size, size = (f"{width}x{height}" for height, width in (mask.shape, image.shape[1:]))
-        raise UserError(
-            f"--mask {item.mask} is {mask_size}, but {item.path.name} is {size}: give a mask of the size of the image."
-        )
-    return image.expand(channels, -1, -1), mask
 
 
 class Accepted(Exception):

@@ -37,7 +37,7 @@ from ..run_folder import (
     read_metrics,
     step_of,
 )
-from .changes import check_fixed_flags, warnings_about
+from .resume_changes import check_fixed_flags, warnings_about
 
 
 SECOND_RUN = "wait until that run ends, or give another --output_dir"

@@ -28,7 +28,7 @@ from ..processes import tuned_convolutions
 from ..run_folder import read_metrics
 from ..sharing.hub import wait_for_push
 from . import plan
-from .batches import draw_batches
+from .batches_ahead import draw_batches
 from .periodic import announce_stop, due_when_resumed, run_due_tasks, what_is_due
 from .run import Run, check_run, open_run
 from .trackers import end_trackers

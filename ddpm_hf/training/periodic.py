@@ -24,8 +24,8 @@ from ..sampling.settings import Sampler
 from ..sharing.card import write_card_or_warn
 from ..sharing.hub import push_in_background
 from . import checkpoints, trackers
-from .changes import facts_to_compare
 from .figures import figures_of_run, loss_figure
+from .resume_changes import facts_to_compare
 from .run import Run
 from .scoring import score_run
 from .validation import mean, per_band, validate

@@ -1,0 +1,86 @@
+"""Find the files to restore, and their masks, and read them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data.decode import open_image, to_array, use_path
+from ..data.folders import image_files
+from ..errors import UserError
+from .masks import find_mask, read_mask
+
+
+@dataclass
+class Item:
+    """One image to restore. `check_items` fills in its size, and the share of its pixels that a mask marks."""
+
+    index: int
+    path: Path
+    output: Path
+    mask: Path | None  # for inpaint
+    size: tuple[int, int] = (0, 0)  # (H, W)
+    painted: float | None = None  # 0 to 1
+    pixel_range: tuple[float, float] | None = None  # see data/decode.py
+
+
+def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]:
+    """Return an item for one image file, or for each image directly in a folder, in the order of file names."""
+    if place.is_file():
+        if output.resolve() == place.resolve():
+            raise UserError(f"OUTPUT {output} is the same file as INPUT: give another name as OUTPUT.")
+        if output.suffix not in (".png", ".npy") or output.is_dir():
+            raise UserError(f"OUTPUT is {output}, but results are written as PNG files: give a name ending in .png.")
+        return [Item(0, place, output, find_mask(place, mask, output))]
+    if not place.is_dir():
+        raise UserError(f"INPUT {place} is neither a file nor a folder: give an image or a folder of images.")
+    if output.is_file() or output.resolve() == place.resolve():
+        raise UserError(f"OUTPUT {output} is a file or the same folder as INPUT: give another folder as OUTPUT.")
+    paths = image_files(place, arrays=True)
+    if not paths:
+        raise UserError(
+            f"INPUT {place} has no image directly inside (subfolders are not searched): give an image, or a folder "
+            "with images."
+        )
+    names = [path.stem for path in paths]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(
+            f"INPUT {place} has several images named {min(twice)}, and all their results would be {min(twice)}.png: "
+            "rename these images."
+        )
+    results = [output / f"{path.stem}.png" for path in paths]
+    masks = [find_mask(path, mask, result) for path, result in zip(paths, results)]
+    return [Item(k, *item) for k, item in enumerate(zip(paths, results, masks))]
+
+
+def read(path: Path, pixel_range: tuple[float, float] | None, channels: int = 3) -> torch.Tensor:
+    """Read an image as float32 (C, H, W) in [0, 1]. For 1 or 3 channels, C is 1 if all pixels are grey, else 3.
+
+    The image is turned upright, and for 1 or 3 channels, transparent areas become white. For `pixel_range` see
+    data/decode.py.
+    """
+    wanted = 3 if channels == 1 else channels
+    array = use_path(lambda image: to_array(image, wanted, exact=True, pixel_range=pixel_range), path, open_image)
+    image = torch.from_numpy(np.array(array)).permute(2, 0, 1)
+    return image[:1] if channels in (1, 3) and (image == image[:1]).all() else image
+
+
+def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Read the image of an item, with the number of channels that the task and the model need, and its mask.
+
+    Returns:
+        The image (C, H, W), and the mask (H, W) or None.
+    """
+    image = read(item.path, item.pixel_range, pipeline.unet.config.in_channels)
+    channels = 1 if task == "colorize" else pipeline.unet.config.in_channels
+    if len(image) > channels:
+        why = "colorize takes grey images" if task == "colorize" else "the model has images of one channel"
+        raise UserError(f"{item.path} has colors, but {why}: convert this image to grey, or remove it.")
+    mask = None if item.mask is None else read_mask(item.mask)
+    if mask is not None and mask.shape != image.shape[1:]:
+        mask_size, size = (f"{width}x{height}" for height, width in (mask.shape, image.shape[1:]))
+        raise UserError(
+            f"--mask {item.mask} is {mask_size}, but {item.path.name} is {size}: give a mask of the size of the image."
+        )
+    return image.expand(channels, -1, -1), mask
