@@ -22,7 +22,7 @@ def module_of(command: str):
 def parse(argv: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
     """Parse a command line into a namespace of flags.
 
-    The namespace also has `command`, the name of the command, and `prog`, with which error messages begin.
+    The namespace also has `command`, the name of the command, and `prog`, the program name that begins error messages.
 
     Exits with code 2 on bad input, and with code 0 after --help and --version.
     """
@@ -65,12 +65,12 @@ def main(argv: list[str] | None = None, prog: str | None = None):
     try:
         arguments = parse(argv, prog)
         if is_first and arguments.command != "presets" and "torch" not in sys.modules:
-            # This takes seconds, or a minute on a slow disk.
+            # The import takes seconds, or a minute on a slow disk.
             print("Loading PyTorch and diffusers ...", file=sys.stderr, flush=True)
         module_of(arguments.command).run(arguments)
     except UserError as error:
         if error.on_one_process or is_first:  # else process 0 prints it
-            # Replace line breaks and control characters in text from elsewhere, because a terminal obeys them.
+            # Replace line breaks and control characters: the message may quote a download, and a terminal obeys them.
             shown = "".join(each if each.isprintable() else " " for each in str(error))
             print(f"{arguments.prog}: error: {shown}", file=sys.stderr)
         sys.exit(2)

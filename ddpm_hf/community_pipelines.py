@@ -21,7 +21,10 @@ def pipeline_file(name: str) -> Path:
 
 
 def pipeline_module(name: str) -> ModuleType:
-    """Return the module of our community pipeline `name`. Load it only once, so that its tables keep added entries."""
+    """Return the module of our community pipeline `name`.
+
+    The module is loaded only once, so that entries that are added to its tables stay there.
+    """
     module_name = f"{__package__}_pipeline_{name}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, pipeline_file(name))

@@ -21,7 +21,7 @@ class UserError(ValueError):
 def reason_of(error: Exception, lines: int = 1) -> str:
     """Return the first `lines` lines of an error's message as one line, or its type if it has no message.
 
-    If torch refuses to unpickle a file, its message is replaced, because it advises to read the file unsafely.
+    If torch refuses to unpickle a file, torch's message is replaced, because it advises reading the file unsafely.
     """
     if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
         return "it is damaged, or holds other things than tensors and numbers"

@@ -35,7 +35,7 @@ def writing(what: str, path, *, also: tuple = ()):
 
     Args:
         also: more exceptions that mean a failed write. Give RuntimeError for a block that calls torch.save, which
-            raises it if writing fails. Such a block must compute nothing, because that can raise RuntimeError too.
+            raises it if writing fails. Such a block must not compute, because computing can raise RuntimeError too.
     """
     try:
         yield
@@ -75,7 +75,8 @@ def check_output(flag: str, given: str | Path) -> Path:
     """Return the path that an output flag gives, after checking that it can be written. Nothing is written.
 
     Raises:
-        UserError: for a path without a name, such as `.` or `/`, for a long name, or if its folder is not writable.
+        UserError: for a path without a name (`.` or `/`), a name that is too long, a link to a file that does not
+            exist, or a folder that is not writable.
     """
     path = Path(given)
     if path.name in ("", "..") or "\0" in str(path):
@@ -93,7 +94,7 @@ def check_output(flag: str, given: str | Path) -> Path:
 
 
 def check_new_output(flag: str, given: str | Path) -> Path:
-    """Return the path of a new folder, as `check_output` does. Raise a UserError if it exists already, too."""
+    """Return the path of a new folder, checked as in `check_output`. Raise a UserError if the path exists already."""
     path = check_output(flag, given)
     if os.path.lexists(path):
         raise UserError(f"{path} already exists: give another folder, or remove this one.")
@@ -104,7 +105,8 @@ def check_new_output(flag: str, given: str | Path) -> Path:
 def new_folder(path: Path):
     """Yield an empty folder next to `path`, inside a `with` block that fills it. Rename it to `path` at the end.
 
-    After an error, remove it instead. Its name is random, so that it is not the name of a folder of the user.
+    After an error, the new folder is removed instead. Its temporary name is random, so that it cannot be the name of a
+    folder of the user.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
@@ -126,8 +128,8 @@ def read_json(path: Path, *, like: type = dict, missing=None):
     """Return the content of a JSON file, or `missing` (if given) if the file does not exist.
 
     Raises:
-        UserError: for a file that cannot be read, that `parse_json` refuses, or whose content is not of the type
-            `like` (dict or list).
+        UserError: for a file that cannot be read, that is too large, that `parse_json` refuses, or whose content is
+            not of the type `like` (dict or list).
     """
     if missing is not None and not path.exists():
         return missing
@@ -173,7 +175,7 @@ def parse_json(text: str):
 
 
 def _whole_number(text: str) -> int:
-    """Return a whole number of a JSON text. Refuse a number that no float can hold, because sums would fail later."""
+    """Return a whole number of a JSON text. Refuse a very long one, because adding a float to it would fail."""
     if len(text) > MAX_DIGITS:
         raise ValueError(f"it has a whole number of more than {MAX_DIGITS} digits")
     return int(text)
@@ -185,7 +187,7 @@ def write_json(path: Path, content):
 
 
 def read_npz(path: Path, choose, advice: str) -> dict:
-    """Return chosen arrays of an .npz file by name. No pickles are read, and decompression bombs are refused.
+    """Return the arrays of an .npz file that `choose` selects, by name. Pickles and decompression bombs are refused.
 
     Args:
         choose: a function that takes the list of all names and returns the names to read.

@@ -18,7 +18,7 @@ ANSWER_SECONDS = 30  # limit for a few small requests together
 SILENT_SECONDS = 60  # limit for the time without a byte, in a longer request
 SLOWEST = 50_000  # bytes per second; a slower transfer is given up
 UNKNOWN_SIZE = 1_000_000_000  # bytes; assumed if a repository does not state its size
-# What `ask_hub` raises. OfflineModeIsEnabled and TimeoutError are OSErrors.
+# What `ask_hub` raises for a valid name. OfflineModeIsEnabled and TimeoutError are OSErrors.
 HUB_ERRORS = (HTTPError, OSError)
 
 

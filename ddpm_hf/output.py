@@ -5,7 +5,7 @@ import os
 import sys
 
 
-PASSING_BAR = {"leave": False, "delay": 2}  # a tqdm bar that vanishes at the end, and never appears for 2 s of work
+PASSING_BAR = {"leave": False, "delay": 2}  # a tqdm bar that appears after 2 s and vanishes at the end
 
 
 class LossyStream:

@@ -55,8 +55,8 @@ def side_by_side(images: torch.Tensor) -> torch.Tensor:
     """Return images (N, C, H, W) of any number of channels as grey or RGB images, to look at them.
 
     Images of 1 or 3 channels are returned as they are. With 4 channels, the first three are a color image, and the
-    fourth is a grey image to its right. Otherwise all channels are grey images, from left to right, or 8 evenly spaced
-    ones if there are more.
+    fourth is a grey image to its right. Otherwise each channel is a grey image, from left to right. Of more than 8
+    channels, 8 evenly spaced ones are shown.
     """
     if images.shape[1] in (1, 3):
         return images
@@ -66,7 +66,7 @@ def side_by_side(images: torch.Tensor) -> torch.Tensor:
 
 
 def near_square(count: int) -> int:
-    """Return how many columns to use for `count` images: about as many as rows, and full rows if possible."""
+    """Return how many columns to use for `count` images: about as many as rows, with a full last row if possible."""
     root = math.ceil(count**0.5)
     return next((columns for columns in range(root, 2 * root) if count % columns == 0), root)
 
@@ -93,9 +93,9 @@ def image_sheet(images: torch.Tensor, path, columns: int | None = None) -> Path:
 
 
 def check_sheet(sheet: Path, output: Path):
-    """Raise UserError if `sheet`, the sheet of `output`, would replace a file of the user.
+    """Raise a UserError if `sheet`, the picture of all images in `output`, would replace a file of the user.
 
-    If `output` does not exist yet, an existing file cannot be its sheet.
+    If `output` does not exist yet, a file at `sheet` is the user's.
     """
     if os.path.lexists(sheet) and not os.path.lexists(output):
         raise UserError(
@@ -117,7 +117,7 @@ def frame(image: Image.Image, height: int, width: int) -> torch.Tensor:
 
 
 def strip(rows: list[torch.Tensor], column_labels: list[str], row_labels: list[str], path) -> Path:
-    """Write rows of uint8 images (K, C, H, W), with K labels above and a label left of each row. Return the path."""
+    """Write rows of uint8 images (K, C, H, W), with labels above the columns and left of the rows. Return the path."""
     rows = [side_by_side(resize(row, 128)) for row in rows]
     missing = max(0, LABEL_HEIGHT - rows[0].shape[-2]) if row_labels else 0
     rows = [torch.nn.functional.pad(row, (0, 0, missing // 2, missing - missing // 2), value=255) for row in rows]
@@ -150,6 +150,6 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
-    """Return images (B, C, H, W), uint8 or floats in [-1, 1], as PIL images of mode L, LA, RGB or RGBA: C = 1 to 4."""
+    """Return images (B, C, H, W), uint8 or floats in [-1, 1], as PIL images: L, LA, RGB, RGBA for C = 1, 2, 3, 4."""
     images = images if images.dtype == torch.uint8 else to_uint8(images)
     return [Image.fromarray(image.squeeze(-1).numpy()) for image in images.permute(0, 2, 3, 1).cpu()]

@@ -42,7 +42,7 @@ def check_processes():
 
 
 def gather_in_order(numbers: Iterable[int], values: Iterable) -> list:
-    """Return the values of all processes on every process, in the order of their numbers. Every process calls this."""
+    """Return the values of all processes, in the order of `numbers`, to every process. All processes call this."""
     return [value for _, value in sorted(gather_object(list(zip(numbers, values))), key=lambda pair: pair[0])]
 
 

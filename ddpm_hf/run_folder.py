@@ -37,10 +37,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def files_in(folder: str | Path, patterns: list[str]) -> list[Path]:
-    """Return the files of a folder that match patterns, in the order of the patterns. No link is followed.
+    """Return the files of a folder that match patterns, in the order of the patterns. Links are left out.
 
     Args:
-        folder: a folder, or a link to one. Links inside it are left out.
+        folder: a folder. It may itself be a link to a folder.
         patterns: paths relative to the folder. In the name of a file, `#` stands for a whole number, and `*` for any
             text that does not begin with a dot.
     """
@@ -76,7 +76,8 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 WEIGHTS = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"]
 WEIGHTS += ["diffusion_pytorch_model-#-of-#.safetensors"]  # weights in shards
-# The index comes first, so that it is removed first: a pipeline that a kill leaves half removed is then not loaded.
+# model_index.json comes first, so that it is removed first. If a kill leaves a pipeline half removed, it cannot be
+# loaded.
 PIPELINE = ["model_index.json", "scheduler/scheduler_config.json"]
 PIPELINE += ["unet/" + name for name in ("config.json", *WEIGHTS)]
 CLASSIFIER = ["classifier/" + name for name in ("config.json", "classifier.py", *WEIGHTS)]
@@ -85,15 +86,15 @@ CODE += ["class_conditional.py", "classifier_guided.py"]  # earlier versions sav
 FIGURES = ["loss.png", "schedule.png", "reverse.png", "reverse.gif", "ddim.png", "guided.png"]
 FIGURES = ["figures/" + name for name in FIGURES]
 FIGURES += ["figures/ddim_#.png"]  # earlier versions wrote one for each number of steps
-# The files that a run replaces in a folder of an earlier run: all that it writes, apart from checkpoints, records, the
-# tracker's files, train_config.json, the card and the pipeline's code.
+# The files that a run replaces in a folder of an earlier run: all that it writes, apart from checkpoints, evaluations,
+# the tracker's files, train_config.json, the card and the pipeline's code.
 BEST = ["best/" + name for name in (*PIPELINE, *CLASSIFIER, "class_guided.py", "best.json")]
 RUN_FILES = [*PIPELINE, *CLASSIFIER, *BEST]
 RUN_FILES += ["metrics.jsonl", "samples/epoch_#.png", "figures/forward.png", *FIGURES]
 RUN_FILES += ["ema_snapshots/step_#.safetensors"]
-# These files say how the model was trained and how good it is. An export copies them, but not best/. Pictures of
-# training images, figures/forward.png and evaluations/*.png, are not here: the user may not have the right to publish
-# them.
+# These files say how the model was trained and how good it is. An export copies them, but not best/.
+# figures/forward.png and evaluations/*.png are not here, because they show training images, which the user may not be
+# allowed to publish.
 RECORDS = ["train_config.json", "metrics.jsonl", "samples/epoch_#.png", "evaluations/*.json", *FIGURES]
 # Only these files are published. Checkpoints, the tracker's logs and the user's own files are not.
 PUBLISHED = [*PIPELINE, *CODE, *CLASSIFIER, "README.md", *RECORDS]

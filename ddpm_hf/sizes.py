@@ -13,7 +13,7 @@ def read_size(value, flag: str = "--resolution", least: int = 1, most: int = 819
         least, most: bounds of both sides, in pixels.
 
     Raises:
-        UserError: if this is not a size, or if a side is out of bounds.
+        UserError: if `value` is not a size, or if a side is out of bounds.
 
     Example:
         >>> read_size("48x64"), read_size(64)

@@ -875,7 +875,7 @@ def test_odd_models_are_refused(make, numbered):
 @pytest.mark.parametrize(
     "typed, end",
     [
-        ([], "and 1; --validation_split test comes from --preset mnist-cpu, and the flag replaces it."),
+        ([], "and 1; --validation_split test comes from --preset mnist-cpu, and flags that you give override it."),
         (["--validation_split=test"], "and 1."),
     ],
 )

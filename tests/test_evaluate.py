@@ -788,7 +788,7 @@ def test_what_is_no_npz_is_one_sentence(tmp_path, digit_folder, capsys, content)
         ("{run} --dataset_name nowhere/none", "give --dataset_name a Hub dataset"),
         (
             "{run} --dataset_name digits",
-            "; --validation_split test comes from the model's train_config.json, and the flag replaces it.",
+            "; --validation_split test comes from the model's train_config.json, and flags that you give override it.",
         ),
         ("{run} --num_images 0", "at least 1"),
         ("--calibrate {run}", "only real images"),

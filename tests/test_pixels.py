@@ -186,7 +186,7 @@ def test_several_pages_are_mentioned(make, tmp_path, format, several):
     folder = write_hub(tmp_path / "pages", [encode(pages[0], format=format, save_all=True, append_images=pages[1:])])
     images, _ = load_images(make(folder))
     assert len(images) == 1 and images.get([0]).min() > 0.9
-    said = "image 0. Only the first one is used: to use each as an image, give --pages all."
+    said = "image 0. Only the first page is used: to use each page as an image, give --pages all."
     assert [said in warning for warning in images.warnings if "Hint" not in warning] == [True] * several
 
 

@@ -99,9 +99,9 @@ def fits(value, kind: type) -> bool:
 
 
 def split_list(words, kind: type = str, example: str = "") -> list | None:
-    """Return the value of a list flag as a list: `["1,2", "4"]`, `"1,2,4"` and `(1, 2, 4)` become `[1, 2, 4]`.
+    """Return the value of a list flag as a list of `kind`, split at commas. None stays None.
 
-    A blank text becomes `[]`. None stays None.
+    With int, `["1,2", "4"]`, `"1,2,4"` and `(1, 2, 4)` become `[1, 2, 4]`. A blank text becomes `[]`.
 
     Raises:
         UserError: if a part cannot be read as `kind`. The message ends with `example`.

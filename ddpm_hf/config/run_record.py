@@ -44,7 +44,7 @@ def read_run(folder: str | Path) -> dict:
 def _could_be(value, annotation) -> bool:
     """Return whether a flag may have a value of this type.
 
-    If a flag is a choice of words or numbers, any word or number is accepted, because earlier versions had others.
+    If a flag is a choice of words or numbers, any word or number is accepted: earlier versions had other choices.
     """
     if isinstance(value, list):
         return all(isinstance(part, (str, int, float)) for part in value)

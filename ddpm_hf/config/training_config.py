@@ -26,14 +26,14 @@ class RecipeOptions:
     preset: str | None = flag(None, "Recipe to start from; `ddpm_hf presets` lists them [added]")
     seed: int = flag(
         0,
-        "Seed of the weights, the order of images, timesteps, noise and previews [added]",
+        "Seed of the initial weights, the image order, the timesteps, the noise and the previews [added]",
         at_least=0,
         at_most=2**32 - 1,
     )
     dry_run: bool = flag(
         False,
-        "Take a few steps, and print the time, memory and disk that the run would take; draw what the network would "
-        "see, in OUTPUT_DIR.dry_run.png; then stop [added]",
+        "Take a few steps; print how much time, memory and disk space the run needs; draw training images and their "
+        "noisy versions in OUTPUT_DIR.dry_run.png; then stop [added]",
     )
     verbose: bool = flag(False, "With --dry_run: also print all flags and the config of the network [added]")
 
@@ -68,8 +68,8 @@ class DataOptions:
     )
     augment_probability: float = flag(
         0.0,
-        "Share of images to rotate, scale, stretch, shift and mirror at random; a label tells the UNet which, so that "
-        "the drawn images are not changed [added]",
+        "Share of images to rotate, scale, stretch, shift and mirror at random; a label tells the UNet which images "
+        "these are, so that it generates images without such changes [added]",
         fraction=True,
     )
     preserve_input_precision: bool = flag(False, "Keep 16 and 32 bit images exact, instead of rounding them to 8 bit")
@@ -87,7 +87,7 @@ class DataOptions:
     )
     on_bad_image: Literal["refuse", "skip"] = flag(
         "refuse",
-        "What to do with unreadable images. refuse: stop; skip: check all images first, leave these out [added]",
+        "What to do with unreadable images. refuse: stop; skip: find them before training, leave them out [added]",
     )
     pages: Literal["first", "all", "channels"] = flag(
         "first",
@@ -276,7 +276,7 @@ class EvaluationOptions:
         None, "File with the weights of FID's Inception network; default: pytorch-fid's [added]"
     )
     best_by: str = flag(
-        "validation_loss", "How to choose best/: by validation_loss or by one of --eval_metrics [added]"
+        "validation_loss", "Score that --save_best compares: validation_loss or one of --eval_metrics [added]"
     )
 
 
@@ -409,7 +409,7 @@ class TrainingConfig(*reversed(GROUPS)):
             )
 
     def _check_folders(self):
-        """Refuse an --output_dir that is empty or cannot be loaded from, and a --logging_dir outside it."""
+        """Refuse an --output_dir that is empty or whose path is not UTF-8, and a --logging_dir outside it."""
         if not self.output_dir:
             raise UserError("--output_dir is empty: give the name of a folder.")
         if not is_utf_8(Path(self.output_dir).absolute()):
@@ -423,7 +423,7 @@ class TrainingConfig(*reversed(GROUPS)):
             )
 
     def _check_evaluation(self):
-        """Refuse metrics that cannot be computed, and a --best_by that will not be measured."""
+        """Refuse metrics that cannot be computed, and a --best_by or --save_best whose score will not be measured."""
         self.eval_metrics = split_list(self.eval_metrics)
         if self.eval_metrics and self.streaming:
             raise UserError("--eval_metrics needs the whole dataset, and --streaming does not keep it: leave one out.")

@@ -14,7 +14,8 @@ from ..files import check_npy, read_npz
 
 
 MAGIC = b"\x93NUMPY"  # the first bytes of a .npy file
-# Cameras store previews behind a photo as MPO, and Pillow counts the layers of a PSD as frames.
+# Formats of which only the first frame is an image. In the MPO of a camera the other frames are previews, and in a PSD
+# they are layers.
 ONE_PICTURE = {"MPO", "PSD"}
 SUBFILE_TYPE = 254  # a tag of TIFF: bit 0 is set for a small copy of another page, bit 2 for a mask
 NOT_A_PICTURE = 0b101
@@ -96,10 +97,10 @@ def white_of(dtype: np.dtype) -> int:
 
 
 def open_npz(path) -> datasets.Dataset:
-    """Return the images of an .npz file as rows with an image (as .npy), and a label if the file has labels.
+    """Return one row per image of an .npz file: the image (as .npy), and its label if the file has labels.
 
-    The images are `arr_0`, or else the first array: (N,H,W) or (N,H,W,C). Labels are whole numbers (N,), named label,
-    labels or arr_1.
+    The images are the array `arr_0`, or else the first array that is not named as labels: (N,H,W) or (N,H,W,C). The
+    labels are an array of whole numbers (N,), named label, labels or arr_1.
 
     Raises:
         UserError: if the file cannot be read or has other arrays.
@@ -109,7 +110,7 @@ def open_npz(path) -> datasets.Dataset:
         images = "arr_0" if "arr_0" in names else next((name for name in names if name not in LABELS), None)
         return [*([images] if images else []), *[name for name in LABELS if name in names and name != images][:1]]
 
-    advice = "give images (N, H, W, C) as arr_0, and, if they have classes, the numbers (N,) of these as label"
+    advice = "give images (N, H, W, C) as arr_0, and class numbers (N,), if there are classes, as label"
     arrays = list(read_npz(path, choose, advice).values())
     images, labels = (arrays + [None, None])[:2]
     is_stack = images is not None and images.ndim in (3, 4) and images.size and images.dtype.kind in "buif"

@@ -1,7 +1,7 @@
 """Change the geometry of a share of the training images (--augment_probability).
 
-A label tells the UNet which images are changed (see models/augmented.py), so that the drawn images are not. The idea
-is from Karras et al. 2020, https://huggingface.co/papers/2006.06676. Karras et al. 2022,
+A label tells the UNet which images are changed (see models/augmented.py), so that it generates images without such
+changes. The idea is from Karras et al. 2020, https://huggingface.co/papers/2006.06676. Karras et al. 2022,
 https://huggingface.co/papers/2206.00364, appendix F.2, apply it to diffusion models. The ranges of the changes are
 from this second paper.
 """
@@ -19,7 +19,7 @@ SHIFT = 1 / 8  # standard deviation of a shift, as a share of the side
 
 
 def augment(batch: dict, probability: float, seed: int) -> dict:
-    """Return a batch in which each image is changed with this probability, and "augmented" (B,) bool marks them.
+    """Return a batch with each image changed with this probability. "augmented" (B,) bool is True for changed images.
 
     The draw for an image is keyed by (seed, ordinal). A changed image is computed alone, so that its pixels do not
     depend on the batch.
@@ -37,8 +37,8 @@ def augment(batch: dict, probability: float, seed: int) -> dict:
 def draw_matrix(generator: torch.Generator, size: tuple[int, int]) -> torch.Tensor:
     """Return a random affine map (2, 3) of an image of height and width `size`, for `torch.nn.functional.affine_grid`.
 
-    It mirrors with probability 1/2, scales both sides by 2^N(0, 0.2^2), stretches one direction by 2^N(0, 0.2^2) and
-    shrinks the direction across it as much, rotates by any angle, and shifts by N(0, (1/8)^2) of each side.
+    It mirrors with probability 1/2; scales both sides by 2^N(0, 0.2^2); stretches one direction by 2^N(0, 0.2^2), and
+    shrinks the perpendicular direction by the same factor; rotates by any angle; shifts by N(0, (1/8)^2) of each side.
     """
     mirror, turn, direction = torch.rand(3, generator=generator).tolist()
     scale, stretch, right, down = torch.randn(4, generator=generator).tolist()

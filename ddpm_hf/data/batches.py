@@ -16,11 +16,11 @@ from .stream import StreamedSet
 def training_batches(
     train_set, config, first_ordinal, process_index, num_processes, *, complete=dict, pin_memory=False
 ):
-    """Return an iterator over the batches of one process, without end.
+    """Return an endless iterator over the batches of one process.
 
     A batch is `{"ordinals": (B,) int64, "images": (B,C,H,W), "labels": (B,) int64}`. Images are float32 in [-1, 1].
     Data without classes has no "labels". With `config.augment_probability`, "augmented" (B,) bool says which images
-    were changed. Data that is streamed adds "position", see `StreamedSet.state_dict`. With B =
+    were changed. Streamed data adds "position", see `StreamedSet.state_dict`. With B =
     `config.train_batch_size`, micro-batch k of process r of P has the ordinals
     `first_ordinal + (k * P + r) * B + [0, B)`. An optimizer step that accumulates A micro-batches therefore takes the
     next A * P * B images.
@@ -96,7 +96,7 @@ def balanced_order(seed: int, epoch: int, num_images: int, labels: torch.Tensor)
     """Return the order of an epoch of `num_images` images in which all classes are equally frequent.
 
     The number of images without a class stays the same. The other places are divided equally among the classes, and
-    within a class equally among its images. What remains is given to random classes, and to random images of a class.
+    within a class equally among its images. The remainders go to random classes, and to random images of a class.
 
     Args:
         labels: (num_images,) int64, -1 for images without a class.

@@ -42,8 +42,8 @@ def load_images(config, channels=None):
         fingerprint: a hash of the images, or of what identifies them; 16 hex digits.
 
     The training set has two more:
-        warnings: sentences to print, about skipped images, and about the pixels of a sample (up to 256 images, or the
-            first 64 of a stream).
+        warnings: sentences to print about skipped images, and about likely mistakes in a sample (up to 256 images, or
+            the first 64 of a stream).
         skipped: the images that --on_bad_image skip left out of both sets, each with the reason.
 
     Args:

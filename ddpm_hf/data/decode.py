@@ -66,12 +66,13 @@ def to_array(image, channels=None, exact=False, pixel_range=None):
     Args:
         image: a Pillow image, or an array (H,W,C).
         channels: for a Pillow image 1 (grey), 2 (grey and opacity), 3 (RGB) or 4 (RGBA). With 1 or 3, transparent
-            parts become white. For an array its own number, or 3 if it has one channel. None: 3, or the array's own.
+            parts become white. For an array: its own number, or 3 if it has one channel. None: 3 for a Pillow image,
+            the array's own number for an array.
         pixel_range: the values of black and white in images of more than 8 bits. None: 0 and 65535 for integers, 0
             and 1 for floats.
 
     Raises:
-        UserError: if a value is outside this range or not finite, or if the image does not have these channels.
+        UserError: if a value is not finite or outside `pixel_range`, or if the image does not have these channels.
     """
     if isinstance(image, np.ndarray):
         return _array_to_array(image, channels, exact, pixel_range)
@@ -121,7 +122,7 @@ def _to_scale(array, exact, pixel_range):
     """Return an array of any type on a scale from 0 to 255 (uint8), or with `exact` from 0 to 1 (float32).
 
     Raises:
-        UserError: if a value is not finite or not within `pixel_range`. None: 0 to `white_of`.
+        UserError: if a value is not finite or outside `pixel_range` (which is 0 to `white_of` if None).
     """
     black, white = pixel_range or (0, white_of(array.dtype))
     low, high = array.min(), array.max()
@@ -283,7 +284,7 @@ def check_regular(path):
 
 
 def item_name(item) -> str:
-    """Return the name of an item for people: its row, and its file without the folder, because it may be published."""
+    """Return the name of an item for messages: its row and its file name, but not the folder, which may be private."""
     row, encoded = item
     path = encoded and encoded["path"]
     return f"image {row} ({printable(Path(path).name)})" if path else f"image {row}"

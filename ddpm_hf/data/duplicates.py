@@ -87,10 +87,10 @@ def _close_pairs(vectors: torch.Tensor, radius: float) -> torch.Tensor:
 
 
 def _direction(vectors: torch.Tensor) -> torch.Tensor:
-    """Return about the direction (D,) in which vectors (N, D) differ most, of length 1, or 0 if they are all equal.
+    """Return, approximately, the unit vector (D,) along which vectors (N, D) differ most, or 0 if they are all equal.
 
-    The power iteration takes a time in proportion to N D. The eigenvectors of a covariance matrix take that of D^3,
-    which is minutes for images of hundreds of channels. Any direction is right, and the best one is the fastest.
+    Power iteration takes time proportional to N D. The eigenvectors of a covariance matrix would take D^3, which is
+    minutes for images of hundreds of channels. Every direction gives the same pairs, and this one gives them fastest.
     """
     mean = vectors.mean(dim=0)
     direction = vectors[0] - mean

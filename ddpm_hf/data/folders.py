@@ -202,7 +202,7 @@ def _image_rows(folder, names, columns, class_of, fingerprint):
 
 
 def split_folders(images: list[str]) -> dict[str, str]:
-    """Return `{top folder: split}`, or {} if some image is outside a folder that is named as a split.
+    """Return `{top folder: split}`, or {} unless all images are in top folders with the names of splits.
 
     `val` is the split `validation`, and so on. If two folders mean the same split, the second keeps its own name.
 

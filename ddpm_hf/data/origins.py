@@ -1,4 +1,4 @@
-"""Say in an error about data where a flag came from that the user did not type."""
+"""Say in an error about data where its flags come from, if the user did not type them."""
 
 import contextlib
 import re
@@ -8,16 +8,16 @@ from .folders import printable
 
 
 @contextlib.contextmanager
-def naming_origin(flags: dict, origin: str, advice: str = "and the flag replaces it"):
-    """Add to a UserError that names some of `flags` that they come from `origin`, inside a `with` block.
+def naming_origin(flags: dict, origin: str, advice: str = "and flags that you give override it"):
+    """If a UserError of a `with` block names some of `flags`, add to its message that these come from `origin`.
 
     Args:
-        flags: the flags that the user did not type, with their values. Those that are None are left out.
-        origin: where they come from, e.g. "--preset mnist".
-        advice: what to do about it.
+        flags: the flags that the user did not type, with their values. Flags whose value is None are left out.
+        origin: where the flags come from, e.g. "--preset mnist".
+        advice: how to change these flags.
 
     Raises:
-        UserError: the same error with the longer text.
+        UserError: the same error with the longer message.
     """
     try:
         yield

@@ -44,7 +44,7 @@ def split_pages(rows, cache_dir) -> tuple[datasets.Dataset, int]:
 
 
 def _pages_of(item) -> list[int]:
-    """Return the page numbers of an item, or [0] for a file that cannot be read. It is refused or skipped later."""
+    """Return the page numbers of an item, or [0] for a file that cannot be read, which is refused or skipped later."""
     try:
         return use_file(lambda file: page_numbers(Image.open(file)), item)
     except UserError:

@@ -161,7 +161,7 @@ def offline_if_unreachable(name):
     except (HFValidationError, TimeoutError):  # a slow Hub may answer `datasets`, which waits longer
         pass
     except HUB_ERRORS as error:
-        # The Hub has answered an HfHubHTTPError, which `datasets` explains.
+        # An HfHubHTTPError is an answer of the Hub, and `datasets` explains it.
         reason = "" if isinstance(error, HfHubHTTPError) else short_reason(error)
     datasets.config.HF_HUB_OFFLINE = before or bool(reason)
     try:
@@ -198,11 +198,11 @@ def _reason_of(error):
 
 
 def check_images(rows, check, wanted):
-    """Call `check(row number, image)` for each wanted row whose image is not bytes in the dataset, but a path.
+    """Call `check(row number, image)` for each wanted row whose image is stored as a path, not as bytes.
 
     Args:
         rows: a `datasets.Dataset` with an undecoded column `image`. Give all rows, not a selection, so that images
-            which are bytes are not read from the disk.
+            that are stored as bytes are not read from the disk.
         wanted: the row numbers to check, as a set or a range.
     """
     rows = rows.with_format("arrow")

@@ -88,7 +88,7 @@ class StreamedSet(Dataset):
         batch = {
             "ordinals": torch.tensor(ordinals),
             "images": read_batch(items, self.read, self.size, **augmentations),
-            "position": self.state_dict(),  # a checkpoint needs that of the last batch that was used
+            "position": self.state_dict(),  # a checkpoint stores the position after the last used batch
         }
         labels = [self.label_of.get(row.get("label"), -1) for row in rows]
         return batch | {"labels": torch.tensor(labels)} if self.label_of else batch

@@ -74,7 +74,7 @@ def survey(items, channels, pixel_range, size, pages=None) -> tuple[int, list[st
     if channels is None and len(found) > 1 and not found <= {1, 3}:
         raise UserError(
             f"the images have different numbers of channels ({', '.join(map(str, sorted(found)))}): give --channels, "
-            "and images that have them."
+            "and only images with that many channels."
         )
     depths = [kind.depth for kind in kinds]
     is_plain = channels is None and 3 in found and not any(kind.is_array for kind in kinds)
@@ -98,14 +98,14 @@ def survey(items, channels, pixel_range, size, pages=None) -> tuple[int, list[st
     if several := [item for item, kind in zip(items, kinds) if kind.has_pages]:
         warnings.append(
             f"Warning: {len(several)} of the {len(items)} images looked at have several pages or frames, e.g. "
-            f"{item_name(several[0])}. Only the first one is used: to use each as an image, give --pages all."
+            f"{item_name(several[0])}. Only the first page is used: to use each page as an image, give --pages all."
         )
     return channels or max(found), warnings
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is known of an image without its pixels.
+    """Facts about an image that are known before its pixels are decoded.
 
     Attributes:
         channels: 1 for a grey picture, 3 for other pictures, and an array's own number.

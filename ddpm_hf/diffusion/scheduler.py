@@ -154,7 +154,10 @@ class PaperDDPMScheduler(DDPMScheduler):
         return signal * noise - sigma * original_samples
 
     def predict_original_sample(self, model_output: Tensor, sample: Tensor, timesteps: Timesteps) -> Tensor:
-        """Return the unclipped x_0 that follows from a model's eps, x_0 or v at x_t = `sample` (Ho et al., eq. 15)."""
+        """Return the unclipped x_0 that follows from a model's eps, x_0 or v at x_t = `sample`.
+
+        For eps this is eq. 15 of Ho et al. 2020.
+        """
         signal, sigma = self._signal_and_sigma(timesteps, sample)
         if self._prediction_type == "epsilon":
             return (sample - sigma * model_output) / signal
@@ -263,7 +266,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         - "linspace": round(k (T-1)/(S-1)), the stride of Nichol & Dhariwal's own respaced chains.
         The last three are as in Table 2 of https://huggingface.co/papers/2305.08891, without the config's
         `steps_offset`. Sampling begins at T-1 with trailing, and with linspace for S > 1. With the other three names
-        it begins lower if S < T.
+        it mostly begins lower if S < T.
 
         Raises:
             UserError: for an unknown spacing, S outside 1..T, or timesteps that are not a subsequence of 0..T-1.

@@ -1,8 +1,8 @@
 """Label augmented training images for the UNet, and make a UNet to publish that draws images without augmentation.
 
 A stock UNet2DModel has no input for this, so a UNet that is trained with --augment_probability uses class embeddings.
-It has twice as many as for its classes alone, or two if it has no classes. The first half is for images as they are,
-and the second half for augmented images. The published UNet keeps only the first half. Without classes, this half is
+It has twice as many as its classes need, or two if it has no classes. The first half is for unchanged images, and the
+second half for augmented images. The published UNet keeps only the first half. Without classes, this half is
 one vector, which the UNet adds to the output of time_embedding.linear_2. Adding it to the bias of this layer instead
 gives the same output, and leaves a stock unconditional UNet2DModel.
 """

@@ -21,7 +21,7 @@ from .classes import Classes
 from .pretrained import check_shards, find_folder, load_pretrained, opening, read_network, weights_hash
 
 
-# The flags that follow the other model unless they are given.
+# The flags that take the values of the other model unless they are given.
 FOLLOWING = ["resolution", "channels", "class_conditional", "ddpm_num_steps", "ddpm_beta_schedule", "prediction_type"]
 FOLLOWING += ["variance_type", "rescale_betas_zero_snr"]
 # Each of these flags sets the entry of UNet2DModel's config that has its name.
@@ -88,9 +88,9 @@ def open_base_model(config: TrainingConfig, saved: dict | None) -> BaseModel | N
 
 
 def follow(config: TrainingConfig, base: BaseModel | None, saved: dict | None) -> TrainingConfig:
-    """Return the config of a run in which every flag of FOLLOWING that was not given follows the base model.
+    """Return the config of a run, in which the base model sets every flag of FOLLOWING that was not given.
 
-    The base model wins over a preset.
+    The base model overrides a preset.
 
     Args:
         saved: the train_config.json of the checkpoint to resume, or None. Its flags then replace those of the model.
@@ -119,7 +119,7 @@ def follow(config: TrainingConfig, base: BaseModel | None, saved: dict | None) -
 
 
 def _values_of(config: TrainingConfig, base: BaseModel) -> dict:
-    """Return the values of the flags that follow the base model."""
+    """Return the values that flags take over from the base model, by flag."""
     unet = base.unet
     values = {"objective": None}  # chosen again, to suit the variance_type
     if config.model_config_name_or_path is None:
@@ -164,7 +164,8 @@ def run_scheduler(config: TrainingConfig, base: BaseModel | None, saved: dict | 
         saved: the train_config.json of the checkpoint to resume, or None.
 
     Raises:
-        UserError: for an unknown --ddpm_beta_schedule, or one that does not exist for these timesteps.
+        UserError: for a --ddpm_beta_schedule that is unknown, does not exist for these timesteps, or cannot be
+            trained.
     """
     names = ("prediction_type", "variance_type", "rescale_betas_zero_snr")
     settings = {name: getattr(config, name) for name in names}
@@ -216,8 +217,8 @@ def copy_weights(unet: UNet2DModel, base: BaseModel, classes: Classes) -> dict:
 
     If only `unet` has class embeddings, they become zeros, so that its output is the same for every class. If both
     have them, each class starts from the class of the same name, or of the same number if there are no names. Every
-    other class starts from "no class", or from the mean of all classes if there is no such embedding. If only `base`
-    has class embeddings, that of "no class" is added to the bias of the timestep embedding.
+    other class starts from "no class" of `base`, or from the mean of its classes if it has no such embedding. If only
+    `base` has class embeddings, that of "no class" is added to the bias of the timestep embedding.
 
     Args:
         classes: the classes of `unet`.

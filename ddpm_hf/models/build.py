@@ -37,7 +37,7 @@ def build_unet(
         class_names: the classes of the data. A class-conditional UNet has one embedding per class. With
             --label_dropout it has one more, the last, for "no class".
         saved: the config of the network in the checkpoint to resume, see `middle_norm_groups`.
-        base: the model of --init_from. It gives the architecture, but `copy_weights` copies its weights.
+        base: the model of --init_from. Only its architecture is used here; `copy_weights` copies its weights.
 
     Raises:
         UserError: if such a UNet2DModel cannot be built. The message says which flag to change.
@@ -221,7 +221,7 @@ def build_classifier(config, channels: int, class_names: list[str], saved: dict 
         UserError: if such a UNet or classifier cannot be built. The message says which flag to change.
     """
     kwargs = unet_kwargs(config, channels, saved)
-    with torch.device("cpu"):  # a caller may have set the meta device, e.g. to count weights, but it has no numbers
+    with torch.device("cpu"):  # not on the meta device, which a caller may have set: its tensors have no values
         scheduler = make_scheduler(config.ddpm_beta_schedule, config.ddpm_num_steps)
         quarters = scheduler.quarters
     names = ["sample_size", "in_channels", "layers_per_block", "block_out_channels", "down_block_types", "dropout"]

@@ -101,5 +101,5 @@ class Classes:
         return [self.number(label) for label in labels]
 
     def in_turn(self, indices: Sequence[int]) -> list[int] | None:
-        """Return the class of each image if the images take all classes in turn. None for an unconditional network."""
+        """Return a class for each image index, taking all classes in turn. None for an unconditional network."""
         return [index % len(self) for index in indices] if self else None

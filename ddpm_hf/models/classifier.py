@@ -53,7 +53,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
     Raises:
         ValueError: if `down_block_types` and `block_out_channels` differ in length, if `id2label` does not name each
-            class once, if an attention head is wider than its block, or for attention pooling without a `sample_size`.
+            class once, if an attention head is wider than its block, for an unknown `pool`, or for attention pooling
+            without a `sample_size`.
     """
 
     _auto_class = "AutoModel"  # diffusers then writes an auto_map to config.json, by which AutoModel finds this class

@@ -81,15 +81,15 @@ def convert_checkpoint(
 ):
     """Convert a checkpoint (.pt) of OpenAI's improved-diffusion or guided-diffusion to a stock pipeline.
 
-    The new model computes the same function. Of a model of 4,000 timesteps with --rescale_timesteps, the new model has
-    every fourth timestep. A classifier becomes a folder that `load_classifier` reads.
+    The new model computes the same function. If the old model has 4,000 timesteps and --rescale_timesteps, the new
+    model has every fourth of them. A classifier becomes a folder that `load_classifier` reads.
 
     Args:
         output: a folder that does not exist yet.
-        original: improved-diffusion or guided-diffusion. None: the program of a file with a published name, such as
-            cifar10_uncond_50M_500K.pt.
-        original_flags: the flags of the training command, e.g. "--image_size 32 --learn_sigma True". None: the flags
-            of a file with a published name.
+        original: the program, improved-diffusion or guided-diffusion. None: the file name decides. It must then
+            be that of a published checkpoint, such as cifar10_uncond_50M_500K.pt.
+        original_flags: the flags of the training command, e.g. "--image_size 32 --learn_sigma True". None: those of
+            the published checkpoint with this file name.
 
     Raises:
         UserError: if stock diffusers cannot express the model exactly (the message names the layer), if the flags are
@@ -118,7 +118,7 @@ def _unet_folder(name: str, folder: Path, weights: str) -> Path:
         raise UserError(f"--weights is {weights!r}; choose {' or '.join(WEIGHTS)}.")
     if weights == "raw" and not averaged.is_dir():
         raise UserError(
-            f"{name} has no unet_ema, so nobody knows whether its weights are averages: leave --weights out."
+            f"{name} has no unet_ema, so it is not known whether its weights are averages: leave --weights out."
         )
     found = averaged if weights == "published" and averaged.is_dir() else part_folder(folder, "unet")
     if not (found / "config.json").is_file():

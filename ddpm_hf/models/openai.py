@@ -108,7 +108,8 @@ PUBLISHED = {
     },
 }
 SCHEDULES = {"linear": "ho_linear", "cosine": "nichol_cosine"}
-# Names of the layers inside a residual block, an attention block, and down- and upsampling: OpenAI's and diffusers'.
+# OpenAI's names of layers, with diffusers' names: in a residual block, in an attention block, and at the end of a
+# classifier.
 RESNET = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2"}
 RESNET |= {"out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
 ATTENTION = {"norm": "group_norm", "qkv": "qkv", "proj_out": "to_out.0"}

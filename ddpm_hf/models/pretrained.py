@@ -315,9 +315,9 @@ def load_classifier(name: str | Path) -> NoisyClassifier:
 
 
 def schedule_hash(scheduler: PaperDDPMScheduler) -> str:
-    """Return 8 digits that differ for schedulers with which the same weights draw other images.
+    """Return 8 hex digits: a hash of the scheduler's arguments that change which images are generated.
 
-    They are a hash of the scheduler's arguments, without those that a sampler chooses itself.
+    The arguments in CHOSEN_BY_SAMPLERS are left out.
     """
     arguments = {key: value for key, value in scheduler.arguments.items() if key not in CHOSEN_BY_SAMPLERS}
     return hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:8]
