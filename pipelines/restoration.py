@@ -82,7 +82,7 @@ def gaussian_operator(sigma: float, height: int, width: int, device: torch.devic
     )
 
 
-# For each task, a function that returns (apply, solve) for a mask's kept pixels (B, 1, H, W) and the images' shape.
+# For each task, a function that returns (apply, solve). `keep` (B, 1, H, W) is 1 for pixels that the mask keeps.
 OPERATORS = {
     "denoise": lambda keep, shape, **_: mean_operator(lambda x: x, lambda y: y),
     "inpaint": lambda keep, shape, **_: mean_operator(keep.mul, keep.mul),
@@ -144,10 +144,10 @@ class RestorationPipeline(DiffusionPipeline):
             mask: for "inpaint": one mask, or one per image. Pixels that are white, True or 1 are painted anew.
             num_inference_steps: None: 1 for "denoise", and 25 (at most T) for other tasks. Timesteps are closer to
                 each other near t = 0. This raises the SSIM of deblurred digits from .988 to .997.
-            num_samples: how many restorations to average. The mean of 4 has 1 to 2 dB more PSNR, but 1 is sharper.
-                None: 4, or 1 if there is a single step, because one step already gives the mean of all clean images
-                that fit. Even single restorations have only half of the posterior's variance. For "denoise" in several
-                steps the share is higher: 0.7 in 10 steps, 0.96 in 100.
+            num_samples: how many restorations to average. The mean of 4 has 1 to 2 dB more PSNR, but a single one is
+                sharper. None: 4, or 1 if there is a single step, because one step already gives the mean of all clean
+                images that fit. The variance of single restorations is half of the posterior's. For "denoise" in
+                several steps it is a larger part: 0.7 in 10 steps, 0.96 in 100.
             eta: share of the noise that each step draws anew. With 0.5 instead of 1, PSNR is 1 to 5 dB lower, and the
                 mean of "denoise" is off by a quarter to half of a posterior standard deviation.
             generator: one for all images, or a list with one per image. With a list, image k is the same in any batch.
@@ -185,7 +185,7 @@ class RestorationPipeline(DiffusionPipeline):
             x0 = self._predict(x, t, alpha_bar)
             if not is_denoise:
                 x0 = x0 + solve(y - apply(x0), sigma**2 / beta_bar)
-            # The variance of the noise to draw anew. "denoise" uses DDPM's, because it uses y only as the first x.
+            # The variance of the noise to draw anew. "denoise" uses DDPM's, because y is only its first x.
             variance = eta**2 * beta_bar_prev
             if is_denoise:
                 variance = variance * (beta_bar - beta_bar_prev) / (alpha_bar_prev * beta_bar)
@@ -215,7 +215,7 @@ class RestorationPipeline(DiffusionPipeline):
     ) -> list | np.ndarray | Tensor:
         """Return y = A x + noise, a degraded image. `__call__` restores it if it gets the same arguments.
 
-        Only PIL images are clipped to [0, 1]. In A x, pixels that `mask` hides are 0.5.
+        Only PIL images are clipped to [0, 1]. For "inpaint", pixels to paint are 0.5 in A x.
         """
         options = {"scale_factor": scale_factor, "blur_sigma": blur_sigma}
         x, sigma = self._read(image, task, noise_level, **options, is_degraded=False)
@@ -239,8 +239,8 @@ class RestorationPipeline(DiffusionPipeline):
         If `sigma` is None it is estimated, as the solution of sigma^2 = mean (y - D)^2 / (1 - mean dD/dy), where D is
         the image denoised at sigma. By Tweedie's and Stein's formulas, this sigma has the highest likelihood. The
         iteration starts from the median estimate of Donoho & Johnstone 1994. If all pixels of an image are in
-        [-1, 1], those at -1 or 1 count as clipped. Each of them is replaced by a draw from N(D, sigma^2) beyond that
-        end. This raises the PSNR of digits at sigma 0.25 from 18.9 to 24.5 dB.
+        [-1, 1], those at -1 or 1 count as clipped. Each of them is replaced by a draw from N(D, sigma^2) beyond -1
+        or 1. This raises the PSNR of digits at sigma 0.25 from 18.9 to 24.5 dB.
         """
         clipped = (y.abs() >= 1) & (y.abs() <= 1).flatten(1).all(dim=1)[:, None, None, None]
         is_known, given, kept = sigma is not None, y, 1 - clipped.float().flatten(1).mean(dim=1).clamp(max=0.8)
@@ -311,7 +311,7 @@ class RestorationPipeline(DiffusionPipeline):
         return (masks <= masks.amax((1, 2, 3), True) / 2).float().expand(N, -1, -1, -1)
 
     def _read(self, image, task, noise_level, *, scale_factor=1, blur_sigma=1.0, is_degraded=True):
-        """Check the arguments. Return the image (N, C, H, W) in [-1, 1], and its noise level (N,) there, or None."""
+        """Check the arguments. Return the image (N, C, H, W) in [-1, 1], and its noise level (N,), if known."""
         _check(task in OPERATORS, f"task is {task!r}; choose {', '.join(OPERATORS)}.")
         fits = task != "colorize" or self.unet.config.in_channels == 3
         _check(fits, "colorize needs a model of RGB images, and this one draws other images; give another model.")

@@ -59,9 +59,10 @@ def bits_per_dim(look: Look) -> list[dict]:
 
 
 def bound_rows(evaluation) -> tuple[Any, list[int], list[int] | None]:
-    """Return the images of bits_per_dim: their ImageSet, their rows, and those of the pilot.
+    """Return the images of bits_per_dim: their ImageSet, their rows, and the rows of the pilot images.
 
-    There is no pilot, None, if all T terms of each image are computed.
+    All T terms of the pilot images are computed, to decide how often each timestep is drawn for the other images. The
+    pilot rows are None if all T terms of every image are computed.
     """
     source = evaluation.train if evaluation.held_out is None else evaluation.held_out
     count = min(evaluation.bound_images or len(source), len(source))
@@ -74,7 +75,7 @@ def bound_rows(evaluation) -> tuple[Any, list[int], list[int] | None]:
 
 
 def bound_evaluations(evaluation) -> int:
-    """Return how often bits_per_dim evaluates the network, for one image each time."""
+    """Return how many times bits_per_dim evaluates the network on one image, over all images and timesteps."""
     _, rows, few = bound_rows(evaluation)
     T = len(evaluation.model.scheduler)
     return len(rows) * T if few is None else len(rows) * evaluation.bound_timesteps + len(few) * T

@@ -2,7 +2,7 @@
 
 The metric `fd_cifar10-<first 8 digits of SHA256>` is the Fréchet distance in the features of this classifier. It is
 not FID. With another classifier, values differ, so the weights are fixed. They were made by this command, in 62 CPU
-minutes on one core, from a copy of CIFAR-10 that was JPEG-coded once:
+minutes on one core, from a copy of CIFAR-10 that was compressed as JPEG once:
 
     python -m ddpm_hf.evaluation.train_classifier cifar10 --dataset_name uoft-cs/cifar10 --output cifar10.safetensors
 """

@@ -1,4 +1,4 @@
-"""The metrics of the small classifiers, fd_mnist and fd_cifar10: distances, class shares, confidence and accuracy."""
+"""The metrics fd_mnist and fd_cifar10. They use the small classifiers for distances and for scores of the classes."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ def fd_mnist(look: Look) -> list[dict]:
     """Return the scores of the digit classifier: distances in its features, class balance, confidence, coverage.
 
     The Fréchet distances are not FID. Their ids contain the hash of the classifier, because values of different
-    classifiers cannot be compared. If digits were requested, their accuracy is a score too.
+    classifiers cannot be compared. If digits were requested, the share of images that show the requested digit is
+    a score too.
     """
     return classifier_scores(look, "fd_mnist")
 
@@ -62,7 +63,7 @@ def class_accuracy(look: Look) -> dict:
         comparable = torch.isin(numbers, requested) & (labels >= 0)
         if comparable.any():
             floor = (look.held_out.logits.argmax(dim=1) == numbers)[comparable].double().mean().item()
-    # Half of Wilson's interval (1927) for z = 1. The usual sqrt(p (1 - p) / n) says 0 if all images are right.
+    # Half of Wilson's interval (1927) for z = 1. The usual sqrt(p (1 - p) / n) is 0 if all images are right.
     error = (value * (1 - value) / n + 1 / (4 * n**2)) ** 0.5 / (1 + 1 / n)
     return look.entry("class_accuracy", value, lower_is_better=False, se=error, se_method="Wilson", floor=floor)
 

@@ -24,19 +24,19 @@ NOT_PROTOCOL = [
     "metrics",
     "sampler.seed",
 ]
-BEYOND = 2  # standard errors, i.e. one difference in twenty would be called clear by chance
+BEYOND = 2  # standard errors; by chance alone, one difference in twenty is larger
 LEGEND = (
     "+-: standard error. floor: the value of real images. better: whether lower or higher values are better.\n"
-    f"best: the record that is better than each other one by more than {BEYOND} standard errors of their difference."
+    f"best: the record that is better than every other one by more than {BEYOND} standard errors of their difference."
 )
-SHOWN = 4  # at most so many differences are named
+SHOWN = 4  # an error message names at most this many differences
 
 
 def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
-    """Return a table of the scores of several records, one column each, with their errors, floors and the best.
+    """Return a table of the scores of several records, with standard errors, floors and the best record.
 
     Args:
-        records: paths of records that `evaluate` wrote, or its results.
+        records: paths of records that `evaluate` wrote, or results of `evaluate`. Each becomes a column.
         vary: settings that may differ between the records, e.g. `["sampler"]` or `["sampler.eta", "data"]`.
         markdown: return the table as Markdown instead of aligned text.
 
@@ -70,11 +70,11 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     Args:
         records: the records, by the heading of their column.
         vary: dotted names of fields that may differ, e.g. `sampler.eta`. `sampler` stands for all fields below it, and
-            `n_gen` or `n_ref` for those of all metrics. Those that differ become rows at the top.
+            `n_gen` for the field n_gen of every metric. The fields that differ become rows at the top.
         markdown: return Markdown instead of aligned text.
 
     Raises:
-        UserError: if any other field of the protocol differs. The message names the field and both values.
+        UserError: if another field that `protocol` returns differs. The message names the field and both values.
     """
     records = {name: with_guidance(record) for name, record in records.items()}
     flat = {name: flatten(record) for name, record in records.items()}
@@ -104,7 +104,7 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
     for field in dict.fromkeys(["model.name", "model.weights", "model.train_step", *more]):
         if field not in varied and len({str(fields.get(field)) for fields in shown.values()}) > 1:
             varied.append(field)
-    show = literal if markdown else str  # names come from files and other programs
+    show = literal if markdown else str  # escape names, which come from files and other programs
     rows = [["", *map(show, records), "better", "best"]]
     values = {field: [short(fields.get(field)) for fields in shown.values()] for field in varied}
     rows += [[show(field), *map(show, values[field]), "", ""] for field in varied]
@@ -119,7 +119,7 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
 
 
 def direction(entries: dict[str, dict]) -> str:
-    """Return whether lower or higher values of a score are better. It is empty if neither is, or if nobody said so.
+    """Return which values of a score are better, "lower" or "higher", or "" if the entries do not agree on one.
 
     Args:
         entries: the entries of one metric, by the heading of their record.
@@ -129,15 +129,15 @@ def direction(entries: dict[str, dict]) -> str:
 
 
 def measured(entries: dict[str, dict]) -> dict[str, dict]:
-    """Return the entries that have a value. A metric can also be skipped."""
+    """Return the entries that have a value. Skipped metrics have none."""
     return {name: entry for name, entry in entries.items() if entry.get("value") is not None}
 
 
 def best(entries: dict[str, dict]) -> str:
-    """Return the heading of the record whose score is better than that of each other record, beyond their errors.
+    """Return the heading of the record whose score is clearly better than the scores of all other records.
 
-    The errors are taken as independent, so that of a difference is sqrt(a^2 + b^2). Records with the same seeds share
-    a part of their errors, so that the true error of their difference is smaller than this one.
+    The errors a and b of two scores are taken as independent, so their difference has the error sqrt(a^2 + b^2). If
+    two records have the same seed, they share a part of their errors, and the true error of the difference is smaller.
 
     Args:
         entries: the entries of one metric, by the heading of their record.
@@ -161,7 +161,7 @@ def best(entries: dict[str, dict]) -> str:
 
 
 def describe_unlike(unlike: dict[str, str]) -> str:
-    """Return the sentence that refuses records whose protocols differ. It names up to SHOWN settings.
+    """Return the error message for records that were measured in different ways. It names up to SHOWN fields.
 
     Args:
         unlike: for each field that differs, a phrase with both values.
@@ -179,13 +179,13 @@ def describe_unlike(unlike: dict[str, str]) -> str:
 
 
 def group_of(field: str) -> str:
-    """Return "sampler" or "data" for a field below it, and for the field of a metric its last part, e.g. "n_gen"."""
+    """Return the group of a field, which `vary` takes: "sampler", "data", or the last part of a metric's field."""
     start, _, rest = field.partition(".")
     return start if start in ("sampler", "data") else rest.rpartition(".")[2] or start
 
 
 def check_vary(vary: list[str], fields: list[str]):
-    """Raise a UserError if a name of `vary` is neither one of the dotted `fields` nor above one of them."""
+    """Raise a UserError if a name in `vary` is neither one of the dotted `fields` nor the beginning of one."""
     parts = [field.split(".") for field in fields]
     known = dict.fromkeys(".".join(part[:n]) for part in parts for n in range(1, len(part) + 1))
     for name in vary:
@@ -218,7 +218,7 @@ def shared_images(records: dict[str, dict]) -> list[str]:
 
 
 def with_guidance(record: dict) -> dict:
-    """Return a record that names the guidance scale of images of a class. A record has no scale if it is 1."""
+    """Return a record of images of classes with its guidance scale, which records leave out if it is 1."""
     sampler = record["sampler"]
     has_classes = sampler.get("class_labels") is not None
     return record | {"sampler": {"guidance_scale": 1.0} | sampler} if has_classes else record

@@ -31,7 +31,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 class DINOv2(Extractor):
-    """A `Dinov2Model` with the protocol's preprocessing.
+    """A `Dinov2Model` with the preprocessing of Stein et al.
 
     Attributes:
         pipeline: the name of the preprocessing.

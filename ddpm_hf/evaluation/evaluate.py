@@ -60,8 +60,8 @@ class Evaluation:
         cache_dir: the folder that keeps features of real images.
         pairs_path: where memorization writes its picture of the closest pairs. None: no picture.
         on_step: called after every sampling step, but only if images are kept in memory.
-        extractors: by its name, each extractor, or a sentence that says why it is unavailable. `open_extractors` fills
-            this dict.
+        extractors: a dict from the name of each extractor to the extractor, or to a sentence that says why it is
+            unavailable. `open_extractors` fills it.
         real: the References of `train` and `held_out`, by the name of the extractor. `score` fills this dict.
     """
 
@@ -200,13 +200,15 @@ def evaluate(
         inception: a file with the weights of Inception. None: the weights that pytorch-fid released.
         inception_pipeline: how images are resized for Inception: tf1, antialias or pytorch.
         dinov2: a folder or a Hub id with the weights of DINOv2.
-        reference, reference_pipeline: a file of statistics (mu, sigma) for FID, and the pipeline that made it.
+        reference, reference_pipeline: a file of statistics (mu, sigma) for FID, and how its images were resized, if
+            the file does not say so: pytorch (pytorch-fid) or tf1 (EDM, TTUR).
         output: the path of the record. None: a new file in the folder `evaluations`. This folder is in the folder of
             the run, or in the current folder if there is no run on this machine.
         overwrite: replace the record at `output`.
         samples_dir: the folder to draw images into. None: a subfolder of `evaluation_samples`, which is next to
             `evaluations`.
-        cache_dir: the folder that keeps features of real images. None: the folder ddpm_hf in HuggingFace's cache.
+        cache_dir: the folder that keeps features of real images. None: the folder that DDPM_HF_CACHE names, or ddpm_hf
+            in HuggingFace's cache.
         flags: fields of the sampler (num_inference_steps, seed, ...), and flags that choose the real images as in
             training: dataset_name, dataset_config_name, image_column, label_column, validation_split, class_names,
             channels, pixel_range, on_bad_image, pages. They override the flags in the train_config.json of the model.
@@ -246,7 +248,7 @@ def evaluate(
     images_dir = inputs.run_subfolder(model, "evaluation_samples") / short_name
     if samples_dir is not None:
         images_dir = check_output("--samples_dir", samples_dir)
-    drawn_from = None if found is not None else model  # given samples are scored without the model, unless asked
+    drawn_from = None if found is not None else model  # by default, given samples are scored without the model
     evaluation = Evaluation(
         metrics=metrics or [name for name, metric in METRICS.items() if metric.suits(train, drawn_from)],
         train=train,
@@ -347,13 +349,13 @@ def score(evaluation: Evaluation, images: torch.Tensor) -> list[dict]:
             if PartialState().is_main_process:
                 look = Look(evaluation, images, extractor, generated[extractor_name], train, held_out)
                 entries += entries_of(name, look)
-    return list({entry["id"]: entry for entry in entries}.values())  # keep one entry per id: two metrics can share one
+    return list({entry["id"]: entry for entry in entries}.values())  # keep one entry per id: metrics can share scores
 
 
 def entries_of(name: str, look: Look) -> list[dict]:
     """Return the entries of a metric. If the metric fails, print why, and return an entry that says so.
 
-    The other scores are kept, and a training goes on, because the images took long to draw.
+    The other scores are kept, and a training goes on, because drawing the images took long.
     """
     try:
         entries = METRICS[name].function(look)
@@ -361,7 +363,7 @@ def entries_of(name: str, look: Look) -> list[dict]:
             raise UserError("a metric must return a list of `look.entry(...)`, whose numbers are ints, floats or None")
         code = code_of(METRICS[name].function)
         return [entry if code is None else entry | {"code": code} for entry in entries]
-    except Exception as error:  # a metric of one's own may raise anything
+    except Exception as error:  # a user's own metric may raise anything
         if PartialState().is_main_process and not isinstance(error, UserError):
             traceback.print_exc()
         reason = f"{type(error).__name__}: {reason_of(error)}"
@@ -369,9 +371,9 @@ def entries_of(name: str, look: Look) -> list[dict]:
 
 
 def _real_features(evaluation: Evaluation, name: str) -> tuple[Reference, Reference | None]:
-    """Return the Reference of the training images, and that of the held-out images or None if there are no floors.
+    """Return the References of the training images and of the held-out images. Compute them once per extractor.
 
-    They are computed once for each extractor.
+    The second is None if too few images are held out for floors.
     """
     if name not in evaluation.real:
         extractor = evaluation.extractors[name]
@@ -389,7 +391,7 @@ def open_extractors(evaluation: Evaluation):
 
     Raises:
         UserError: if there are too few images, if an extractor does not accept the images, if the reference statistics
-            are from another pipeline, or if bits_per_dim has no model, or no classes for a conditional model.
+            are from another pipeline, or if bits_per_dim lacks a model, or the labels for a conditional model.
     """
     inputs.check_metrics(evaluation.metrics)
     for name in evaluation.metrics:
@@ -440,7 +442,7 @@ def check_count(evaluation: Evaluation):
 
 
 def warnings_about(evaluation: Evaluation) -> list[str]:
-    """Return what to say before the work: the size without a model, skipped metrics, missing floors, a biased FID."""
+    """Return the lines to print before the work: the size if there is no model, and warnings about the scores."""
     reasons = by_reason({name: evaluation.why_skipped(name) for name in evaluation.metrics})
     lines = [f"Warning: {ids} will be skipped: {reason}" for ids, reason in reasons]
     if evaluation.model is None:

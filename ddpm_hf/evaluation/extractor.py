@@ -16,7 +16,7 @@ EXTRACTORS = {
     "digits": load_digit_classifier,
     "cifar10": load_cifar10_classifier,
 }
-CLASSIFIERS = {kind.name: kind for kind in (DigitClassifier, Cifar10Classifier)}  # those trained here
+CLASSIFIERS = {kind.name: kind for kind in (DigitClassifier, Cifar10Classifier)}  # train_classifier.py trains these
 
 
 def load_extractor(name: str, **options) -> Extractor:

@@ -54,7 +54,7 @@ def kid(look: Look) -> list[dict]:
 def precision_recall(look: Look) -> list[dict]:
     """Return precision, recall, density and coverage of the generated images.
 
-    If there are more generated images than real features, only the first generated ones are used, as many as real.
+    If there are more generated images than real features, the last generated images are left out.
     """
     real = look.train.features
     features = look.generated.features[: len(real)]

@@ -82,7 +82,7 @@ def images_at(source, indices) -> torch.Tensor:
 
 @torch.no_grad()
 def extract(extractor: Extractor, source, indices=None, batch_size: int = 64, what: str = "images") -> Features:
-    """Return the features of images of a uint8 tensor or an ImageSet, on every process.
+    """Return the features of the images in `source`, a uint8 tensor or an ImageSet, on every process.
 
     Every process must call this function with the same arguments. Each process takes a share of the batches, and this
     share may be empty. The batches are the same for any number of processes, so the number of processes does not

@@ -26,7 +26,7 @@ from ..hub_requests import SILENT_SECONDS, in_thread, transfer_seconds
 from .features import Extractor, check_images, full_precision
 
 
-# How images are resized and scaled for the network. Each pipeline gives other distances. These programs use them:
+# How images are resized and scaled for the network. Each pipeline gives different distances. These programs use them:
 # tf1: TTUR, EDM, StyleGAN, torch-fidelity, torchmetrics with antialias=False. antialias: torchmetrics since 1.8.
 # pytorch: pytorch-fid.
 PIPELINES = ("tf1", "antialias", "pytorch")
@@ -231,7 +231,7 @@ def load_inception(weights: str | Path | None = None, pipeline: str = "tf1") -> 
         pipeline: one of PIPELINES.
 
     Raises:
-        MissingWeights: if no file is given and none can be downloaded.
+        MissingWeights: if no file is given, and the released file is not in the cache and cannot be downloaded.
         UserError: for an unknown pipeline, or a file that does not hold these weights.
     """
     _check_pipeline(pipeline)
@@ -264,7 +264,7 @@ def _download() -> Path:
         seconds = transfer_seconds(SIZE)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Wait for a thread, because a server can send the first lines of its answer as slowly as it likes.
+            # Limit the time with a thread, because no timeout of urllib limits how slowly a server sends its headers.
             in_thread(lambda: _fetch(path, time.monotonic() + seconds)).result(seconds)
             return path
         except (OSError, http.client.HTTPException) as error:  # a TimeoutError without a message means our own limit

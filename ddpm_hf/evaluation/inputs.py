@@ -22,8 +22,8 @@ from .metrics import METRICS
 from .records import data_name
 
 
-# For each suite: how many images are drawn, with which sampler and how many steps (None: all T), and how many images
-# and timesteps bits_per_dim takes (0: all).
+# For each suite: the number of images to draw, the sampler and its number of steps (None: all T). For bits_per_dim:
+# the number of images, and of timesteps per image (0: all).
 SUITES = {
     "smoke": dict(num_images=256, sampler="ddim", steps=10, bound_images=64, bound_timesteps=10),
     "fast": dict(num_images=2_000, sampler="ddim", steps=50, bound_images=1_000, bound_timesteps=20),
@@ -243,7 +243,7 @@ def check_shapes(images: torch.Tensor, train: ImageSet):
     if tuple(images.shape[1:]) != wanted:
         given, real = map(describe_shape, (images.shape[1:], wanted))
         raise UserError(
-            f"the samples are {given}, but the real images are {real}: give samples and data that are alike."
+            f"the samples are {given}, but the real images are {real}: give samples and data of one shape."
         )
 
 
@@ -254,7 +254,7 @@ def describe_shape(shape: tuple[int, int, int]) -> str:
 
 
 def record_path(output, overwrite: bool, folder: Path, stem: str) -> Path:
-    """Return the path of the record: `output`, or a name from `stem` in `folder`. `write_new_record` makes it unique.
+    """Return the path of the record: `output`, or {stem}.json in `folder`, which `write_new_record` makes unique.
 
     Raises:
         UserError: if `output` exists and `overwrite` is False, or if nothing can be written there.
@@ -269,7 +269,7 @@ def record_path(output, overwrite: bool, folder: Path, stem: str) -> Path:
 
 
 def run_subfolder(model: Pretrained | None, name: str) -> Path:
-    """Return the path of the subfolder `name` of the run folder. For a Hub model or None, use the current folder."""
+    """Return the subfolder `name` of the run folder. For a Hub model or no model, return it in the current folder."""
     if model is None or model.facts["revision"] is not None:
         return Path(name)
     return model.run_folder / name

@@ -28,7 +28,7 @@ EXACT = 1023  # float32 can add up this many products of two numbers from -128 t
 def memorization(look: Look) -> list[dict]:
     """Return how close the generated images are to training images, and draw the closest pairs.
 
-    The floors are the values for held-out images.
+    The floors are the values for held-out images, or 0 for exact copies and duplicates.
     """
     if not PartialState().is_main_process:
         return []
@@ -58,7 +58,7 @@ def memorization(look: Look) -> list[dict]:
         try:
             pairs_sheet(images, train, pairs, evaluation.pairs_path)
             entries[0]["extra"]["sheet"] = evaluation.pairs_path.name
-        except UserError as error:  # a missing picture must not lose the scores
+        except UserError as error:  # keep the scores even if the picture cannot be written
             PartialState().print(f"Warning: {error}", flush=True)
     return entries
 
@@ -75,8 +75,8 @@ def memorization_report(
     """Return measures of memorization, and the `num_pairs` closest pairs.
 
     A pair is (index of a generated image, index of its nearest training image, distance). At most `num_held_out`
-    held-out images are used, evenly spaced. Every second one sets the threshold and the scale of median_ratio. The
-    others are measured like generated images. The measures are:
+    held-out images are used, evenly spaced. Half of them set the threshold and the scale of median_ratio. The
+    other half is measured like generated images. The measures are:
     - share_below_threshold: the share of images whose distance to the nearest training image is below a threshold.
       Only 1 % of the held-out images are below it. This measure finds a few close copies.
     - authpct: the percentage of images that are farther from their nearest training image than that training image is

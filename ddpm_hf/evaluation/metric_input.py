@@ -1,4 +1,4 @@
-"""The input of a metric, Look, which also makes entries for the record. And what several metrics need for floors."""
+"""Define Look, the input of a metric, and the functions for floors that several metrics use."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +55,8 @@ class Look:
         Args:
             se, se_method: the standard error of the value, and in a few words how it was computed.
             floor: the value of real images.
-            n_gen, n_ref: the numbers of images that the value was computed from, generated and real. None for `n_gen`:
-                the number of images.
+            n_gen, n_ref: the numbers of generated and of real images that the value was computed from. If `n_gen` is
+                None, it is the number of all generated images.
         """
         return {
             "id": id,
@@ -73,7 +73,7 @@ class Look:
 
     @property
     def count(self) -> str:
-        """The number of generated images in the form of ids, e.g. 50k."""
+        """The number of generated images as ids contain it, e.g. 50k."""
         return format_count(len(self.images))
 
 
@@ -91,5 +91,5 @@ def random_rows(rows: Tensor, n: int) -> Tensor:
 
 
 def format_count(n: int) -> str:
-    """Return a number of images in the form of ids: 50k, 2k, 2048."""
+    """Return a number of images as ids contain it: 50k, 2k, 2048."""
     return f"{n // 1000}k" if n % 1000 == 0 and n else str(n)

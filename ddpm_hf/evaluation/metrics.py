@@ -28,9 +28,9 @@ class Metric:
         extractor: the network that the metric needs: a name of EXTRACTORS, or "chosen" for the extractor that
             --features names. None: the metric needs only pixels or the model.
         suits: takes (training images, model or None) and returns True if the metric is computed by default.
-        hub_names: the names of the metric on the Hub. The key is the beginning of an id, up to the first number:
-            {"is": "inception_score"}.
-        words: what the metric's scores are, in words for readers. The key is the beginning of an id.
+        hub_names: the name on the Hub of each score that has one. The key is the part of the score's id before the
+            first number: {"is": "inception_score"}.
+        words: a description of each score, for model cards. The key is the beginning of the score's id.
 
     Example:
         >>> def brightness(look):  # look.images: uint8 (N, C, H, W)
@@ -76,9 +76,9 @@ def _photos(train, model) -> bool:
 
 
 CLOSENESS = {
-    "precision": "precision: share of images among the real ones",
-    "recall": "recall: share of real images among the generated ones",
-    "density": "density: real neighbours of an image",
+    "precision": "precision: share of images close to a real image",
+    "recall": "recall: share of real images close to a generated image",
+    "density": "density: how many real images are close to an image",
     "coverage": "coverage: share of real images with a neighbour",
 }
 

@@ -17,9 +17,10 @@ from ..sizes import write_size
 
 EVALUATION_SCHEMA = "ddpm_hf.eval/1"
 COPYING = (
-    "Is it copying? Yes, if authpct or median_ratio is far below that of real images, or another score far above."
+    "Is the model copying? Yes, if authpct or median_ratio is far below the value of real images, or another score is "
+    "far above it."
 )
-NOTHING_KNOWN = "The bits_per_dim of a model that knows nothing about the images is 8, because its pixels have 8 bits."
+NOTHING_KNOWN = "A model that knows nothing about the images has 8 bits_per_dim, because a pixel value has 8 bits."
 PACKAGES = ["ddpm_hf", "torch", "diffusers", "transformers", "numpy", "pillow"]
 
 
@@ -185,7 +186,7 @@ def is_value(value) -> bool:
 def record_table(record: dict) -> str:
     """Return a record as text: a table of the scores, what its columns mean, then the skipped metrics.
 
-    The scores about copying are at the end of the table, below the line COPYING, without a better direction.
+    The scores about copying are at the end of the table, below the line COPYING. Their column "better" is empty.
     """
     rows = [["metric", "value", "+-", "better", "real images", "N", "N real"]]
     measured = [entry for entry in record["metrics"] if entry.get("status") != "skipped"]
@@ -200,7 +201,7 @@ def record_table(record: dict) -> str:
     if measured:
         lines += [
             "+-: standard error. better: whether lower or higher values are better. N: the number of images.",
-            "real images: the value of held-out real images, the floor, which a perfect model would reach.",
+            "real images: the value of held-out real images (the floor), which a perfect model would reach.",
         ]
     if any(entry["id"] == "bits_per_dim" for entry in measured):
         lines.append(NOTHING_KNOWN)
@@ -238,7 +239,7 @@ def number(value) -> str:
 def table(rows: list[list[str]], markdown: bool = False) -> str:
     """Return rows as aligned text or as a Markdown table. The first row is the head of the table."""
     if markdown:
-        # Escape each bar, because it ends a cell, even in code. Drop backslashes before it, which undo the escape.
+        # Escape each |, because it ends a cell, even in code. Drop backslashes before it, which undo the escape.
         lines = ["| " + " | ".join(re.sub(r"\\*\|", r"\\|", cell) for cell in row) + " |" for row in rows]
         return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]

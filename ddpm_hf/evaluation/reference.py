@@ -1,7 +1,8 @@
-"""The statistics and features of real images, which scores compare with. They are computed once and cached as .npz.
+"""The statistics and features of real images, for comparison with samples. They are computed once and cached as .npz.
 
 A file has `mu` and `sigma` (float64), in the format of pytorch-fid, EDM, TTUR and clean-fid. Our files also have
-`num_samples`, `features` (of at most 10,000 images spread over the set) and `meta` (JSON about extractor and data).
+`num_samples`, `features` and `logits` (of at most 10,000 images, evenly spaced in the set) and `meta` (JSON about the
+extractor and the data).
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from .features import extract
 from .statistics import mean_and_covariance
 
 
-MAX_FEATURES = 10_000  # how many rows of features are kept at most, for scores that compare single images
+MAX_FEATURES = 10_000  # features of at most this many images are kept, for scores that compare single images
 ARRAYS = ("mu", "sigma", "num_samples", "features", "logits", "meta")
 
 
@@ -61,7 +62,7 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
     state = PartialState()
     state.wait_for_everyone()  # no process may look for the file while another one writes it
     if path.is_file():
-        with contextlib.suppress(UserError):  # a damaged file is made anew
+        with contextlib.suppress(UserError):  # a damaged file is replaced
             return read_reference(path)
     found = extract(extractor, image_set, None, batch_size, what)
     mean, covariance = mean_and_covariance(found.features)
@@ -81,7 +82,7 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
 
 
 def kept_rows(count: int) -> torch.Tensor:
-    """Return which of `count` images have rows in `features` and `logits`, int64 (N,): at most MAX_FEATURES."""
+    """Return which of `count` images have rows in `features` and `logits`, int64 (N,), with N <= MAX_FEATURES."""
     return torch.linspace(0, count - 1, min(MAX_FEATURES, count)).round().long()
 
 
@@ -109,7 +110,8 @@ def read_reference(path, extractor=None, pipeline: str | None = None) -> Referen
     """Return a Reference with the statistics of a file that `evaluate`, pytorch-fid, EDM, TTUR, clean-fid or ADM made.
 
     Args:
-        extractor: the statistics must be comparable with the features of this extractor. None: check nothing.
+        extractor: raise an error if the statistics cannot be compared with the features of this extractor. None: do
+            not check.
         pipeline: how the images were resized, for a file that does not say it. Give `pytorch` for a file of
             pytorch-fid, and `tf1` for a file of EDM or TTUR.
 

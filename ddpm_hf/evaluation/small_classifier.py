@@ -1,4 +1,4 @@
-"""Define what the small classifiers share. Their weights come with the package. train_classifier.py trained them."""
+"""Define what the small classifiers share. train_classifier.py made their weights, which come with the package."""
 
 import hashlib
 from pathlib import Path
@@ -15,15 +15,15 @@ from .features import Extractor
 
 
 class SmallClassifier(Extractor):
-    """A classifier of small images. The features are what its last linear layer takes.
+    """A classifier of small images. The features are the input of its last linear layer.
 
     A subclass sets the attributes below, and the modules `body` (images to features) and `head` (features to logits).
 
     Attributes:
         class_names: the names of the classes, in the order of the logits.
         dataset: the name of the training data, for messages.
-        resolution, channels: of the training images.
-        recipe: the arguments of `train_classifier`.
+        resolution, channels: the size and the number of channels of the training images.
+        recipe: the settings with which `train_classifier` trains this classifier by default.
     """
 
     class_names: tuple[str, ...]
@@ -62,7 +62,7 @@ def load_weights(kind: type[SmallClassifier], weights: str | Path) -> SmallClass
 
 
 def initialize(classifier: SmallClassifier, seed: int):
-    """Set the weights of linear and convolutional layers at random (He et al. 2015), and all others as torch does."""
+    """Draw the weights of linear and convolutional layers (He et al. 2015). Set biases to 0, and reset batch norms."""
     for name, module in classifier.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             generator = keyed_generator(seed, "init", f"{name}.weight")

@@ -59,12 +59,12 @@ def frechet_distance_of_features(features_a: Tensor, features_b: Tensor) -> tupl
 def frechet_standard_error(features: Tensor, mean: Tensor, covariance: Tensor, num_blocks: int = 20) -> float:
     """Return the standard error of the `frechet_distance` of features (N, d) to a mean (d,) and a covariance (d, d).
 
-    The error is estimated by a jackknife over random blocks (Efron & Stein 1981): the distance is computed once
-    without each block. The error includes the random choice of the generated images. It does not include the choice of
-    the reference images or of the training seed.
+    The error is estimated by a jackknife over random blocks (Efron & Stein 1981): the distance is computed without
+    one block at a time. The error includes the random choice of the generated images. It does not include the choice
+    of the reference images or of the training seed.
 
-    The blocks are random, because images often come in an order of classes. If a class returns after every 10 images,
-    each of 20 interleaved blocks has a single class, and the error is ten times too large.
+    The blocks are random, because images are often ordered by class. If ten classes take turns, each of 20 interleaved
+    blocks has a single class, and the error is ten times too large.
 
     Raises:
         UserError: for fewer than 2 blocks, or fewer than 2 images per block.
@@ -209,7 +209,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, f
 
 
 def inception_score(logits: Tensor, num_splits: int = 10) -> tuple[float, float]:
-    """Return the Inception score of logits (N, classes): its mean and its deviation over the splits.
+    """Return the Inception score of logits (N, classes): its mean and its standard deviation over the splits.
 
     The score of a split is exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016, section 4). The images are split in
     their order, without shuffling, into parts whose lengths differ by 1 at most. The deviation has the divisor
@@ -261,7 +261,7 @@ def _float64(tensor: Tensor) -> Tensor:
 
 
 def _rows(columns: int) -> int:
-    """Return how many rows a temporary matrix may have."""
+    """Return how many rows a temporary matrix with this many columns may have."""
     return max(1, CHUNK // columns)
 
 
@@ -319,7 +319,7 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kernel_sums(x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums (N,) of h(x_i, x_j) over all j other than i, and the sum of its squares over all these pairs.
+    """Return the sums (N,) of h(x_i, x_j) over all j other than i, and the sum of h(x_i, x_j)^2 over all these pairs.
 
     h(x_i, x_j) is the kernel minus offset_i and offset_j (N,). It is symmetric, so each pair is computed once.
     """

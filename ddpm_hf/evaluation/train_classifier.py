@@ -67,10 +67,10 @@ def main(argv=None):
         prog="python -m ddpm_hf.evaluation.train_classifier", description="Train a classifier that scores use."
     )
     parser.add_argument("kind", choices=CLASSIFIERS)
-    parser.add_argument("--dataset_name", required=True, help="its data: a Hub id, or a folder in the Hub's layout")
+    parser.add_argument("--dataset_name", required=True, help="the data: a Hub id, or a folder in the Hub's layout")
     parser.add_argument("--output", required=True, type=Path, help="the safetensors file to write the weights to")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
-    parser.add_argument("--num_epochs", type=int, help="default: as for the weights that come with the package")
+    parser.add_argument("--num_epochs", type=int, help="default: the number for the weights in the package")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     try:

@@ -13,21 +13,23 @@ from ..models.pretrained import Pretrained
 from .settings import Sampler
 
 
-AUTO = 64  # images of a batch by --batch_size auto
-# Many, because issuing the kernels of a small UNet takes most of the time. For a large UNet, `in_batches` halves it.
+AUTO = 64  # images per batch with --batch_size auto, except on a GPU
+# At most this many on a GPU. A small UNet needs many, because launching its kernels takes most of the time. For a
+# large UNet, `in_batches` halves the batches.
 AUTO_ON_GPU = 512
 
 
 def batch_size_of(batch_size: int | str, num_images: int) -> int:
     """Return a batch size as a number.
 
-    "auto" is AUTO. On a CUDA device it is the number of images that each process draws, from AUTO to AUTO_ON_GPU.
+    "auto" is AUTO. On a CUDA device, it is the number of images that each process draws, but at least AUTO and at most
+    AUTO_ON_GPU.
 
     Args:
         num_images: how many images all processes draw together.
 
     Raises:
-        UserError: for a number below 1, or another text.
+        UserError: for a number below 1, or for a text other than auto.
     """
     if batch_size == "auto":
         state = PartialState()

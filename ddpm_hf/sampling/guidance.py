@@ -15,11 +15,11 @@ from ..models.classifier import NoisyClassifier
 from .samplers import clipped
 
 
-SAME_SIGNAL = 0.01  # if abar differs by less, a classifier of one schedule also fits the other
+SAME_SIGNAL = 0.01  # a classifier can guide a model if their abar differ by at most this
 
 
 class Guided(nn.Module):
-    """A base class of networks that take the place of `unet` in a sampler, with its call, device and dtype."""
+    """The base class of networks that replace `unet` in a sampler. Their device and dtype are those of `unet`."""
 
     def __init__(self, unet: UNet2DModel, scheduler: PaperDDPMScheduler, scale: float):
         super().__init__()
@@ -59,8 +59,8 @@ class ClassifierGuided(Guided):
     """An unconditional UNet under classifier guidance (Dhariwal & Nichol 2021, Algorithm 2, which is for DDIM).
 
     Every sampler is guided in this way, DDPM too. For DDPM, Dhariwal & Nichol have another rule, Algorithm 1, which
-    shifts the mean of each step. For small steps, the rule here becomes Algorithm 1. With 1,000 linear timesteps, the
-    shift here is 1 % larger for t from 300 to 990 and 16 % larger at t = 10.
+    shifts the mean of each step. For small steps, the two rules agree. With the linear schedule and 1,000 timesteps,
+    the shift here is 1 % larger for t from 300 to 990 and 16 % larger at t = 10.
 
     eps = eps(x_t) - scale sqrt(1 - abar_t) grad log p(y | x_t). The factor sqrt(1 - abar_t) converts a gradient to the
     scale of eps, because the gradient of log p(x_t) is -eps / sqrt(1 - abar_t).
@@ -98,7 +98,7 @@ class ClassifierGuided(Guided):
 def as_prediction(scheduler: PaperDDPMScheduler, original_samples, sample, timesteps) -> torch.Tensor:
     """Clip x_0 (B, C, H, W) as the scheduler's config says, and convert it to a prediction at x_t = `sample`.
 
-    The prediction is eps, x_0 or v, by the scheduler's prediction type. It implies exactly the clipped x_0.
+    The prediction is eps, x_0 or v, as the scheduler's `prediction_type` says. It is computed from the clipped x_0.
 
     Guidance moves x_0 far out of range. All samplers clip x_0, but DDIM would still use the eps of the unclipped x_0.
     At scale 2, a classifier then recognized 70 % of 40 requested digits. With the eps of the clipped x_0, the
@@ -171,7 +171,8 @@ def check_classifier(classifier: NoisyClassifier, unet: UNet2DModel, scheduler: 
                 f"the {what} of the classifier are {of_classifier}, but those of the model are {of_model}: give a "
                 "classifier that was trained on the same data and with the same schedule as the model."
             )
-    # The name of a schedule is not enough: "linear" may have any two ends. Earlier classifiers have only the name.
+    # The name of a schedule is not enough: "linear" can have any first and last beta. Older classifiers store only the
+    # name.
     of_classifier, of_model = classifier.config.quarters or scheduler.quarters, scheduler.quarters
     if any(abs(one - other) > SAME_SIGNAL for one, other in zip(of_classifier, of_model)):
         raise UserError(

@@ -21,12 +21,12 @@ class Item:
     output: Path
     mask: Path | None  # for inpaint
     size: tuple[int, int] = (0, 0)  # (H, W)
-    painted: float | None = None  # 0 to 1
-    pixel_range: tuple[float, float] | None = None  # see data/decode.py
+    painted: float | None = None  # the share of pixels to paint, 0 to 1
+    pixel_range: tuple[float, float] | None = None  # the values of black and white, see data/decode.py
 
 
 def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]:
-    """Return an item for one image file, or for each image directly in a folder, in the order of file names."""
+    """Return an Item for an image file, or one for each image directly in a folder, in the order of file names."""
     if place.is_file():
         if output.resolve() == place.resolve():
             raise UserError(f"OUTPUT {output} is the same file as INPUT: give another name as OUTPUT.")
@@ -55,10 +55,10 @@ def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]
 
 
 def read(path: Path, pixel_range: tuple[float, float] | None, channels: int = 3) -> torch.Tensor:
-    """Read an image as float32 (C, H, W) in [0, 1]. For 1 or 3 channels, C is 1 if all pixels are grey, else 3.
+    """Read an image as float32 (C, H, W) in [0, 1]. If `channels` is 1 or 3, C is 1 for a grey image, else 3.
 
-    The image is turned upright, and for 1 or 3 channels, transparent areas become white. For `pixel_range` see
-    data/decode.py.
+    The image is turned upright. If `channels` is 1 or 3, transparent areas become white. `pixel_range` has the values
+    of black and white, see data/decode.py.
     """
     wanted = 3 if channels == 1 else channels
     array = use_path(lambda image: to_array(image, wanted, exact=True, pixel_range=pixel_range), path, open_image)
@@ -67,7 +67,7 @@ def read(path: Path, pixel_range: tuple[float, float] | None, channels: int = 3)
 
 
 def read_for(pipeline, item: Item, task: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Read the image of an item, with the number of channels that the task and the model need, and its mask.
+    """Read the image and the mask of an item. The image has the channels that the task and the model need.
 
     Returns:
         The image (C, H, W), and the mask (H, W) or None.

@@ -15,8 +15,10 @@ from ..errors import UserError
 def find_mask(path: Path, mask: str | Path | None, output: Path) -> Path | None:
     """Return the mask of the image `path`: the file `mask`, or the file of the same name in the folder `mask`.
 
+    If `mask` is None, return None.
+
     Raises:
-        UserError: if a folder does not have exactly one mask for the image, or if `output` would replace the mask.
+        UserError: if there is not exactly one mask for the image, or if `output` would replace the mask.
     """
     if mask is None:
         return None
@@ -44,7 +46,7 @@ def read_mask(path: Path) -> torch.Tensor:
 
 
 def read_masks_in_memory(mask):
-    """Return one mask, or a list of masks. PIL images are read with `painted_pixels`, other masks stay as they are."""
+    """Return a mask, or a list of masks, with PIL images converted by `painted_pixels`. Other masks do not change."""
     if isinstance(mask, (list, tuple)):
         return [read_masks_in_memory(one) for one in mask]
     return painted_pixels(mask, "the mask") if isinstance(mask, Image.Image) else mask
@@ -69,7 +71,7 @@ def painted_pixels(image: Image.Image, name: str) -> torch.Tensor:
         mark, unmarked = "white", "black"
         if image.mode[0] in "IF":  # integers or floats on any scale
             values = np.nan_to_num(np.asarray(image))
-        else:  # float64 keeps the mean of three equal values equal to them
+        else:  # in float64, the mean of three equal values is exactly this value
             values = to_array(image, 3, exact=True).astype(np.float64).mean(axis=-1)
     advice = f"give a mask that is {mark} in the areas to paint, and {unmarked} elsewhere"
     painted = values > max(values.max() / 2, 0)

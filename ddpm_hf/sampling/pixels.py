@@ -41,7 +41,7 @@ class PixelFormat:
 
     @property
     def record(self) -> dict:
-        """An entry for samples.json. It is {} for 8-bit images that are grey or RGB."""
+        """The entry "pixels" for samples.json. There is none, i.e. {}, for 8-bit images that are grey or RGB."""
         if self.type == "uint8" and self.channels in (1, 3):
             return {}
         return {"pixels": {"channels": self.channels, "type": self.type, "range": [self.low, self.high]}}
@@ -72,15 +72,15 @@ class PixelFormat:
 def pixel_format(model: Pretrained, type: str | None) -> PixelFormat:
     """Return the format of the samples of a model.
 
-    16-bit and float values are in the --pixel_range of the training. Without that flag, they are from 0 to 65535, and
-    from 0 to 1.
+    uint16 and float32 values are in the --pixel_range of the training. If training did not have this flag, they are
+    from 0 to 65535 (uint16) or from 0 to 1 (float32).
 
     Args:
         type: a name of PIXEL_TYPES. None: float32 if the model was trained with --preserve_input_precision, else
             uint8.
 
     Raises:
-        UserError: for an unknown type, or if the type cannot hold the values.
+        UserError: for an unknown type, or if uint16 cannot hold the values.
     """
     flags = model.run.get("flags")
     if type is None:

@@ -1,10 +1,10 @@
 """Restore images with a model that was trained on clean images, through pipelines/restoration.py.
 
-The images are in memory, or are read from files and written to files. Images are numbered in the order of their file
+The images are in memory, or are read from files and written to files. Image files are numbered in the order of their
 names. Image k takes its noise from `torch.Generator().manual_seed(seed + k)`, so its result does not depend on the
 batch, except for round-off of at most one grey level. All images are read before any result is written. After an
-interruption, the same command restores the missing images. The file restoration.json stores the model, inputs and
-settings of the finished results.
+interruption, the same command restores the missing images. The file restoration.json states the model, inputs and
+settings of the results.
 """
 
 import contextlib
@@ -40,12 +40,12 @@ from .writer import writer_thread
 RESTORATION_SCHEMA = "ddpm_hf.restoration/1"
 RECORD = "restoration.json"
 MAX_SAMPLES = 1000  # restorations of one image, which are in memory together
-MAX_BLUR = 1000  # pixels, of --blur_sigma; the blur of each row is a matrix with 8 times as many columns
+MAX_BLUR = 1000  # pixels, of --blur_sigma; the blur needs 8 times as many numbers for each row of an image
 MAX_PIXELS = 2048**2  # of a result; a UNet keeps hundreds of numbers for each pixel
 SHEET_IMAGES = 16
 SHEET_COLUMNS = 8
 SETTINGS = ["noise_level", "scale_factor", "blur_sigma", "num_inference_steps", "num_samples"]
-TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": "deblur"}  # settings of a single task
+TASK_OF = {"mask": "inpaint", "scale_factor": "super_resolution", "blur_sigma": "deblur"}  # settings of only one task
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Restored:
 
     Attributes:
         num_images: how many results there are, including those of earlier calls.
-        sheet: the path of a picture that shows each input above its result.
-        noise_levels: the noise level of each image that this call restored, as the standard deviation of the noise on
-            pixels in [0, 1].
+        sheet: the path of a picture of the first 16 inputs, each above its result.
+        noise_levels: the standard deviation of the noise of each image that this call restored, for pixels in
+            [0, 1], sorted by the size of the images.
         painted: for inpaint, the share of each image, from 0 to 1, that its mask marks for painting; otherwise [].
     """
 
@@ -87,7 +87,7 @@ def restore(
         images: PIL images, arrays or tensors that pipelines/restoration.py accepts. With `output`: the path of an
             image or of a folder of images.
         output: a .png file, or a folder. In a folder, each result has the name of its input, with the ending .png.
-            Images of 5 or more channels are .npy files. None: the results are returned.
+            Results of 5 or more channels are .npy files. None: return the results.
         task: denoise, inpaint, super_resolution, colorize or deblur.
         mask: for inpaint, a mask image, white in the areas to paint. If it has transparent parts, its opaque parts are
             the areas to paint, in any color. Give one mask for all images, or a list with one per image. With
@@ -97,7 +97,8 @@ def restore(
         seed: the noise of image k comes from a random generator seeded with seed + k.
         overwrite: replace results that are already in `output`.
         settings: noise_level (standard deviation on pixels in [0, 1]), scale_factor, blur_sigma (pixels),
-            num_inference_steps, num_samples (restorations to average). None: the pipeline's default.
+            num_inference_steps, num_samples (restorations to average). A setting that is None or not given has the
+            pipeline's default.
 
     Returns:
         A list of PIL images, or of arrays (H, W, C) in [0, 1] for 5 or more channels. With `output`: a `Restored`.
@@ -180,9 +181,9 @@ def restore_files(
 
 
 def output_format(model: Pretrained, items: list[Item], output: Path) -> PixelFormat:
-    """Return the format of the results: PNG files of 8 bits, or .npy files for more channels than PNG has.
+    """Return the format of the results: 8-bit PNG files, or .npy files if there are more than 4 channels.
 
-    The names of the results get the suffix of the format.
+    The output paths of `items` get the suffix of this format.
 
     Raises:
         UserError: if OUTPUT is a file with another suffix.
@@ -251,8 +252,8 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
         raise Accepted
 
     digest = hashlib.sha256()
-    first = {}  # by size
-    deep = []  # the largest values of images of more than 8 bits
+    first = {}  # the first item of each size
+    deep = []  # the largest value of each image of more than 8 bits
     for item in tqdm(items, desc="Reading", unit="image", disable=len(items) < 200):
         image, mask = read_for(pipeline, item, options["task"])
         item.size = tuple(image.shape[1:])
@@ -270,8 +271,8 @@ def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
             deep.append(image.max().item())
     if deep and max(deep) < DARK:
         print(
-            f"Warning: no pixel of the images of more than 8 bits is brighter than {max(deep):.1%} of white, so they "
-            "are almost black for the model: rescale them, or give a model that was trained with their --pixel_range.",
+            f"Warning: images of more than 8 bits have no pixel brighter than {max(deep):.1%} of white, so they are "
+            "almost black for the model: rescale them, or give a model that was trained with their --pixel_range.",
             flush=True,
         )
 
@@ -327,7 +328,7 @@ def begin_output(items: list[Item], output: Path, record: dict, *, is_file: bool
 def restore_items(
     items: list[Item], pipeline, options: dict, seed: int, batch_size: int, *, pixels: PixelFormat
 ) -> list[float]:
-    """Restore the images in batches of one size, write the results, and return the noise level of each image."""
+    """Restore the images, write the results, and return the noise levels. The images of a batch have the same size."""
     is_png = pixels.suffix == ".png"
     options = options | {"output_type": "pil" if is_png else "pt"}
 

@@ -61,7 +61,7 @@ def check_same_samples(place: Path, found: dict | None, wanted: dict):
             raise UserError(f"{place} already exists and is not a set of samples of ddpm_hf: give another --output.")
         return
     pairs = [("the weights", found["model"]["unet_sha256"], wanted["model"]["unet_sha256"])]
-    if "schedule" in found["model"]:  # samples of earlier versions do not say it
+    if "schedule" in found["model"]:  # earlier versions did not record it
         pairs += [("the noise schedule", found["model"]["schedule"], wanted["model"]["schedule"])]
     pairs += [("the pixels", found.get("pixels"), wanted.get("pixels"))]
     keys = found["sampler"] | wanted["sampler"]  # a record without guidance has no guidance_scale
@@ -80,8 +80,8 @@ def read_samples(path) -> SampleSet:
     An .npz file holds the images as `arr_0`, or as its first array, uint8 (N, H, W, C).
 
     Raises:
-        UserError: if there are no images, if some are missing, if they differ in size or mode, or if they are floats
-            or in a lossy format.
+        UserError: if there are no images, if some are missing, if they differ in size or mode, if they are floats and
+            no record states their range, or if they are in a lossy format.
     """
     path = Path(path)
     array, record = _read_arrays(path)
@@ -132,7 +132,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, dict | None]:
 def _read_folder(folder: Path, record: dict | None) -> np.ndarray:
     """Return the images in the PNG files of a folder, or of its subfolders, (N, H, W, C), in the order of names.
 
-    With a record, only the `num_images` images of the record are read. They may be .npy files.
+    With a record, only the first `num_images` images are read, as the record says. They may be .npy files.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a folder of PNG files, or an .npz.")
@@ -196,7 +196,7 @@ def find_pngs(folder: Path) -> list[Path]:
     """Return the PNG files of a folder, or of its subfolders (e.g. one per class) if it has none, sorted by name.
 
     Raises:
-        UserError: if a subfolder is a set of samples of its own, or if there are PNG files in both places.
+        UserError: if a subfolder is a set of samples of its own, or if the folder and a subfolder have PNG files.
     """
     direct, nested = (
         [path for path in sorted(folder.glob(names)) if path.suffix.lower() == ".png" and path.name[0] != "."]
@@ -321,8 +321,8 @@ def draw_samples(
     if len(drawn) >= num_images:
         return output
     model.unet.to(state.device)
-    # Time one call on every process. It also shows, before anything is written, that the model can draw, and how many
-    # images fit into memory.
+    # Time one call on every process, before anything is written. This also checks that the model can draw, and finds
+    # how many images fit into memory.
     first, seconds = _time_call(model, sampler, min(batch_size, num_images))
     state.wait_for_everyone()  # the main process must not write to the folder before all processes have read it
     with contextlib.ExitStack() as lock:
@@ -369,7 +369,7 @@ def _read_drawn(output: Path, folder: Path, record: dict) -> np.ndarray:
 
 
 def _time_call(model: Pretrained, sampler: Sampler, batch_size: int) -> tuple[int, float]:
-    """Return how many images fit into memory, at most `batch_size`, and the seconds that one step of so many takes."""
+    """Return how many images fit into memory, at most `batch_size`, and the seconds of one such step."""
 
     def time_call(batch: range) -> float:
         return step_seconds(sampler.network(model), len(batch), DTYPES[sampler.dtype], sampler.size)
@@ -379,7 +379,7 @@ def _time_call(model: Pretrained, sampler: Sampler, batch_size: int) -> tuple[in
 
 
 def _print_estimate(sampler: Sampler, blocks: list[range], one_image: float):
-    """Print an estimate of how long drawing all these blocks takes. `one_image`: seconds of one step of an image."""
+    """Print how long drawing these blocks will take. `one_image` is the seconds that a step takes per image."""
     left = sum(map(len, blocks))
     cost = duration(one_image * sampler.num_inference_steps * left)
     steps = f"{sampler.num_inference_steps} steps in {sampler.dtype}"

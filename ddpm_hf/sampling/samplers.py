@@ -27,7 +27,7 @@ from ..errors import UserError, no_such
 class Step:
     """The input of a sampler for one step from x_t to x_t'. Tensors are float32 (B, C, H, W).
 
-    The network is evaluated once in each step. Methods of higher order can use the step before, see dpmsolver_step.
+    The network is evaluated once in each step. Methods of higher order can use the previous step, see dpmsolver_step.
 
     Attributes:
         timestep: t.
@@ -35,7 +35,7 @@ class Step:
         sample: x_t.
         pred_original_sample: the predicted x_0, clipped or thresholded as the scheduler's config says.
         pred_epsilon: the predicted noise, which clipping does not change (as in stock diffusers).
-        predicted_variance: the second half of the output channels of a UNet that learns a variance; None for others.
+        predicted_variance: the second half of the output channels of a UNet that learns a variance; else None.
         previous: the step before this one, with its own `previous` set to None. None for the first step.
 
     Example:
@@ -71,7 +71,8 @@ def ddim_step(scheduler: PaperDDPMScheduler, step: Step, *, eta: float = 0.0) ->
     """Return the mean and the standard deviation of x_t' by eq. (12) of Song et al. 2021.
 
     The standard deviation is eta sqrt(beta~), by eq. (16). If it is 0, None is returned in its place. As in stock
-    diffusers, clipping x_0 does not change the predicted noise, so eta=1 equals ddpm only with clip=False.
+    diffusers, clipping x_0 does not change the predicted noise. Therefore eta=1 equals ddpm, with fixed_small, only if
+    clip=False.
     """
     alpha_bar_prev = scheduler.alphas_cumprod_at(step.prev_timestep)
     variance = eta**2 * scheduler.posterior_coefficients(step.timestep, step.prev_timestep)[2]
@@ -85,7 +86,7 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
 
     The paper is https://huggingface.co/papers/2211.01095. The last step, to the clean image, returns the predicted
     x_0. This is the limit of a first-order step. The predicted x_0 is clipped as the config says. diffusers'
-    DPMSolverMultistepScheduler never clips, so its images are those of clip=False.
+    DPMSolverMultistepScheduler never clips, so it draws the same images as clip=False.
     """
     if step.prev_timestep < 0:
         return step.pred_original_sample, None
@@ -104,13 +105,13 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
 
 
 # Each sampler is a function of (scheduler, step, *, settings). It returns the mean of x_t' and the standard deviation
-# of the noise to add. The second is None if no noise is added.
+# of the noise to add, or None in place of the deviation if no noise is added.
 # The settings of a sampler are its keyword-only arguments. All except eta and variance_type are its own settings.
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmsolver++": dpmsolver_step}
 
 
 def check_seed(seed: int):
-    """Raise a UserError unless a seed is from -2^63 to 2^63 - 1. For such a seed, torch also accepts seed + k."""
+    """Raise a UserError unless `seed` is an int from -2^63 to 2^63 - 1. torch then accepts seed + k as well."""
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise UserError(f"--seed is {seed}, but must be a whole number from -2^63 to 2^63 - 1: give another one.")
 
@@ -131,7 +132,7 @@ def draw(
     *,
     sampler: str = "ddpm",
     num_inference_steps: int | None = None,  # None: all T, or all timesteps that `spacing` lists
-    spacing: str | Sequence[int] = "leading",  # see PaperDDPMScheduler.subsequence; stock diffusers' default too
+    spacing: str | Sequence[int] = "leading",  # the default of diffusers; see PaperDDPMScheduler.subsequence
     eta: float = 0.0,  # how much fresh noise DDIM adds: 0 none, 1 as much as DDPM
     variance_type: str | None = None,  # None: see default_variance
     class_labels: Sequence[int] | Tensor | None = None,  # one per generator, for a conditional UNet
@@ -199,9 +200,9 @@ def distinct_steps(scheduler, num_inference_steps: int | None, spacing) -> list[
 
 
 def checked_step(sampler: str, result, step: Step) -> tuple[Tensor, Tensor | float | None]:
-    """Return what the function of a sampler returned. Raise a UserError if this is not a mean and a deviation.
+    """Return `result`, the output of a sampler. Raise a UserError if it is not a mean and a standard deviation.
 
-    Without this check, a lone tensor of two images would be taken for a mean and a deviation.
+    Without this check, a tensor of two images would be unpacked as a mean and a deviation.
     """
     if isinstance(result, tuple) and len(result) == 2:
         mean = result[0]
@@ -221,10 +222,10 @@ def settings_of(sampler: str) -> dict:
 
 
 def own_settings_of(sampler: str, given: dict) -> dict:
-    """Return the settings of a sampler except eta and variance_type: those that are given, and the other defaults.
+    """Return the settings of a sampler except eta and variance_type: the `given` ones, and defaults for the rest.
 
     Raises:
-        UserError: for a setting that the sampler does not have, a missing one, or one that a record cannot hold.
+        UserError: for an unknown setting, a setting that has no default and is not given, or a value of a wrong type.
     """
     known = {name: value for name, value in settings_of(sampler).items() if name not in ("eta", "variance_type")}
     if flags := {"eta", "variance_type"} & set(given):
@@ -254,11 +255,11 @@ def own_settings_of(sampler: str, given: dict) -> dict:
 
 @functools.cache
 def code_of(function: Callable) -> str | None:
-    """Return 8 digits that change if the code of a sampler or metric changes. None for one of this package.
+    """Return 8 digits that change with the code of a sampler or metric. None for code of this package.
 
-    They are a hash of the file that defines the function, so that a change of a function it calls is noticed too. In
-    a notebook, they are a hash of the function's own text. Without a text, nobody knows whether two functions are
-    equal, so the digits are random.
+    The digits are a hash of the whole file that defines the function, because the function may call others in it. In a
+    notebook, they are a hash of the function's own source. If the source cannot be read, they are random, because
+    nothing shows whether the code has changed.
     """
     if function.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return None
@@ -307,18 +308,18 @@ def default_variance(scheduler: PaperDDPMScheduler, num_steps: int) -> str:
 
 
 def autocast(unet: nn.Module, dtype: torch.dtype):
-    """Return an autocast context for the UNet's device. For float32, leave autocast as it is."""
+    """Return a context in which the UNet computes in `dtype`, by autocast. For float32, the context does nothing."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(unet.device.type, dtype)
 
 
 def image_shape(unet: nn.Module, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-    """Return (C, H, W) of the images that a UNet draws: of size (H, W), or of the size that it was trained on."""
+    """Return (C, H, W) of the images that a UNet draws. If `size` (H, W) is None, use the size in its config."""
     size = unet.config.sample_size if size is None else size
     return unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
 
 
 def _noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Return standard normal noise. The noise of each image comes from its CPU generator, so no device changes it."""
+    """Return standard normal noise. Each image has its own CPU generator, so no device changes its noise."""
     return torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators]).to(device)
 
 

@@ -45,13 +45,13 @@ class Sampler:
 
     Attributes:
         name: ddpm, ddim, dpmsolver++, or another name of `SAMPLERS`.
-        num_inference_steps: a number from 1 to T, the number of timesteps of the model. None: if `timesteps` is a
-            list, its length. If `timesteps` is a spacing, all T for ddpm, and 50 (at most T) for the others.
-        timesteps: a spacing of `PaperDDPMScheduler.subsequence`, or the timesteps themselves, as numbers or as text
-            such as "999,500,0".
+        num_inference_steps: the number of steps, from 1 to T (the timesteps of the model). None: the length of
+            `timesteps` if they are listed. Otherwise all T for ddpm, and 50 (at most T) for other samplers.
+        timesteps: how timesteps are spaced (quad, uniform, leading, trailing or linspace, see
+            `PaperDDPMScheduler.subsequence`), or the timesteps themselves, as numbers or as text such as "999,500,0".
         eta: for ddim, how much fresh noise is added: from 0 (none) to 1 (as much as ddpm).
-        variance_type: for ddpm, fixed_small, fixed_large or learned_range. None: the variance type of the model on
-            all T steps. On fewer steps: learned_range if the model has it, else fixed_small.
+        variance_type: for ddpm, fixed_small, fixed_large or learned_range. None: the variance type of the model if
+            all T steps are taken. With fewer steps, learned_range if the model has it, else fixed_small.
         dtype: float32, bfloat16, float16 or auto. The UNet computes in this dtype, and the rest stays float32. auto is
             bfloat16 where the device of this process multiplies bfloat16 matrices in hardware, else float32.
         seed: image k is drawn from a random generator seeded with seed + k. Two sets of N images share no noise if
@@ -59,7 +59,8 @@ class Sampler:
         class_labels: one class, by its name or number, or a list of classes. With a list, image k gets the label
             `class_labels[k % len(class_labels)]`. None: all classes in turn.
         guidance_scale: how closely images follow the class. 1 is the conditional model itself. See `guidance.guide`.
-        classifier: guides an unconditional model towards a class. What `load_classifier` returned or takes.
+        classifier: a classifier that guides an unconditional model towards a class: the result of `load_classifier`,
+            or a run, a folder or a Hub id to load it from.
         own_settings: the settings of a sampler of your own, e.g. {"order": 3} for a function with the keyword-only
             argument `order`. `sample` and `evaluate` also take them as keywords: order=3.
         size: height and width of the images in pixels, e.g. "48x64" or (48, 64). Both must be multiples of
@@ -122,7 +123,7 @@ class Sampler:
         )
 
     def classes(self, model: Pretrained) -> Classes:
-        """Return the classes that can be requested. With a classifier, they are its classes, else the model's."""
+        """Return the classes that can be requested: those of the classifier, or without one, those of the model."""
         if self.classifier is None:
             return model.classes
         config = self.classifier.config
@@ -134,7 +135,7 @@ class Sampler:
         return guide(model.unet, model.scheduler, model.classes, self.guidance_scale, classifier)
 
     def labels(self, indices: Sequence[int]) -> list[int] | None:
-        """Return the class of each image, or None for an unconditional model."""
+        """Return the class number of each image in `indices`, or None for an unconditional model."""
         wanted = self.class_labels
         return None if wanted is None else [wanted[k % len(wanted)] for k in indices]
 
@@ -189,7 +190,7 @@ class Sampler:
         }
         if self.class_labels is not None:
             names = self.classes(model).names
-            record["class_names"] = list(names) if names else None  # the names of the numbers in class_labels
+            record["class_names"] = list(names) if names else None  # class_labels are indices of this list
         if self.classifier is not None or self.guidance_scale != 1:
             classifier = None if self.classifier is None else weights_hash(self.classifier)
             record |= {"guidance_scale": self.guidance_scale, "classifier": classifier}
