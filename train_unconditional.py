@@ -1,6 +1,6 @@
 """Train a DDPM and save a pipeline that stock diffusers loads. This is the same as `ddpm_hf train`.
 
-python train_unconditional.py --preset digits                                  # two minutes on a CPU, no network
+python train_unconditional.py --preset digits                                  # three minutes on a CPU, no network
 accelerate launch train_unconditional.py --preset cifar10 --push_to_hub        # Ho et al., on any number of GPUs
 accelerate launch train_unconditional.py --preset mnist --dataset_name FOLDER  # a local copy of the dataset
 accelerate launch train_unconditional.py --train_data_dir IMAGES --resolution 64 --use_ema --output_dir out

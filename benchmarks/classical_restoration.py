@@ -28,7 +28,7 @@ class Row:
 
     @property
     def diffusion(self) -> tuple[str, ...]:
-        """The names of the rows for our pipeline: a second one for "denoise", where it estimates the noise level."""
+        """The names of our pipeline's results: for "denoise" two, because it can also estimate the noise level."""
         return DIFFUSION if self.task == "denoise" else DIFFUSION[:1]
 
 

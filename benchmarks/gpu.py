@@ -1,13 +1,13 @@
-"""Measure a GPU in one command: where a training step spends its time, which switches pay, and a trained model.
+"""Measure on a GPU where a training step spends its time and which switches make it faster, and train a model.
 
     python benchmarks/gpu.py --minutes 9 --out runs/gpu
     python benchmarks/gpu.py --stages step=300,sampling --out runs/gpu
     python benchmarks/gpu.py --stages train:afhq-cat-64 --data afhq-cat-64=FOLDER --out runs/gpu
     python benchmarks/gpu.py --toy --minutes 5 --out runs/toy
 
-The stages are described in gpu_stages.py. Each is a process of its own, which is killed when its seconds are over: the
-other stages still run and report. The tables are written anew after every figure, so a kill loses nothing that was
-measured. All other flags are those of train_unconditional.py, for every stage.
+The stages are described in gpu_stages.py. Each is a process of its own, which is killed when its time is over. The
+other stages still run. The tables are written again after every measurement, so a kill loses none of them. All other
+flags are those of train_unconditional.py, for every stage.
 """
 
 import argparse
@@ -41,10 +41,10 @@ LOG_LINES = 100  # of each stage
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", default=DEFAULT, help=f"stages, each may have =SECONDS; default: {DEFAULT}")
+    parser.add_argument("--stages", default=DEFAULT, help=f"stages, each as NAME or NAME=SECONDS; default: {DEFAULT}")
     parser.add_argument("--minutes", type=float, default=10, help="time for all stages together; default: 10")
     parser.add_argument("--out", required=True, help="new or empty folder for the tables, pictures and weights")
-    parser.add_argument("--work", help="folder for logs and runs, which a second call goes on with; default: OUT-work")
+    parser.add_argument("--work", help="folder for logs and runs; a second call continues the runs; default: OUT-work")
     parser.add_argument("--data", action="append", default=[], help="PRESET=FOLDER: where the images of a preset are")
     parser.add_argument("--toy", action="store_true", help="tiny networks, to try everything out on a CPU")
     arguments, flags = parser.parse_known_args()
@@ -68,10 +68,10 @@ def main():
 
 
 def read_stages(text: str) -> list[tuple[str, float | None]]:
-    """Return the (name, seconds) of the stages in e.g. "step=60,train:cifar10"; None are the seconds of a share.
+    """Return the (name, seconds) of each stage in e.g. "step=60,train:cifar10". The seconds are None if not given.
 
     Raises:
-        ValueError: for a stage that does not exist.
+        ValueError: for a stage that does not exist, or for seconds that are not a number.
     """
     stages = []
     for word in text.split(","):
@@ -128,15 +128,15 @@ def seconds_for(stages: list, left: float) -> float:
 
 
 def stage_files(name: str, work: Path) -> tuple[Path, Path, Path]:
-    """Return the files of a stage: its figures as JSON lines, its log, and its picture."""
+    """Return the files of a stage: its measurements as JSON lines, its log, and its picture."""
     return tuple(work / f"{name.replace(':', '-')}{suffix}" for suffix in (".jsonl", ".log", ".png"))
 
 
-# Six parameters, because a stage needs its name, its time and its place, and the caller both kinds of report.
+# Six parameters: a stage needs its name, time, folder and flags, and the caller gets two kinds of report.
 def run_stage(name: str, seconds: float, work: Path, flags: list[str], on_figure, outcome: dict):
     """Run one stage as a process, and kill it after `seconds`. Write into `outcome` how it ended.
 
-    `on_figure()` is called whenever the stage has written a new figure.
+    `on_figure()` is called whenever the stage has written a new measurement.
     """
     figures, log, _ = stage_files(name, work)
     command = [sys.executable, str(STAGES), name, f"--work={work}", f"--until={time.time() + seconds}", *flags]
@@ -193,7 +193,7 @@ def write_tables(stages: list, outcomes: dict, out: Path, work: Path):
 
 
 def write_log(stages: list, out: Path, work: Path):
-    """Write the last lines that each stage printed as log.txt."""
+    """Write log.txt with the last lines that each stage printed."""
     parts = []
     for name, _ in stages:
         log = stage_files(name, work)[1]

@@ -6,7 +6,7 @@
     sampling      stock DDIMPipeline and the sampling of ddpm_hf, in variants
     train:PRESET  trains until the time is over, and packs a sample sheet, the loss curve and the model
 
-Every figure is appended to a file of JSON lines, {"table", "row", "values"}, as soon as it is measured.
+Every measurement is appended at once to a file of JSON lines, {"table", "row", "values"}.
 """
 
 import argparse
@@ -52,7 +52,7 @@ TOY += ["--ddpm_num_steps=10", "--ddpm_num_inference_steps=5", "--train_batch_si
 
 
 class Stage(NamedTuple):
-    """What every stage gets."""
+    """The arguments of every stage."""
 
     toy: bool
     flags: list[str]  # for the training
@@ -66,16 +66,16 @@ class Stage(NamedTuple):
         return self.until - time.time()
 
     def found(self, table: str, row: str, **values):
-        """Append a figure to the file of the stage."""
+        """Append a measurement to the file of the stage."""
         line = json.dumps({"table": table, "row": row, "values": values})
         with open(self.work / f"{self.name.replace(':', '-')}.jsonl", "a") as file:
             file.write(line + "\n")
         print(f"{table} | {row}: {values}", flush=True)
 
     def attempt(self, table: str, row: str, measure: Callable[[], dict]):
-        """Add the values that `measure()` returns as a figure, or the reason why there are none.
+        """Append the values that `measure()` returns, or the reason why there are none.
 
-        An error, e.g. of too little memory, ends only this figure and not the stage.
+        An error, e.g. of too little memory, ends only this measurement and not the stage.
         """
         if self.left() < (0 if self.toy else 10):
             self.found(table, row, note="not measured: no time was left")
@@ -95,9 +95,9 @@ class Stage(NamedTuple):
 def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", help="profile, step, loop, sampling or train:PRESET")
-    parser.add_argument("--work", required=True, help="folder for the figures and the runs")
+    parser.add_argument("--work", required=True, help="folder for the measurements and the runs")
     parser.add_argument(
-        "--until", type=float, required=True, help="the time, in seconds of time.time(), to be done by"
+        "--until", type=float, required=True, help="when the stage must be done, as a value of time.time()"
     )
     parser.add_argument("--data", action="append", default=[], help="PRESET=FOLDER: where the images of a preset are")
     parser.add_argument("--toy", action="store_true", help="tiny networks")
@@ -113,7 +113,7 @@ def main(words=None):
 
 
 def describe_machine(stage: Stage):
-    """Add what the figures depend on: the device and the versions."""
+    """Append what the measurements depend on: the device and the versions."""
     found = functools.partial(stage.found, "Machine")
     found("device", value=torch.cuda.get_device_name() if CUDA else "CPU")
     found("processor cores", value=os.cpu_count())
@@ -131,8 +131,8 @@ def config_of(stage: Stage, *more: str) -> TrainingConfig:
 # A training step, in variants.
 
 COMPILED = {"mode": "default"}
-# Each variant is eager bfloat16 with fused AdamW and a foreach moving average, but for what is said here. The slowest
-# to compile come last, because a compilation may use up the time.
+# Unless its options say otherwise, a variant is eager bfloat16 with fused AdamW and a foreach moving average. The
+# slowest to compile come last, because a compilation may use up the time.
 VARIANTS = {
     "float32": {"precision": "float32"},
     "TF32": {"precision": "TF32"},
@@ -261,7 +261,7 @@ def captured(take_step):
 
 
 def timed(take_step, most_seconds: float, *, warm_up: int = WARM_UP, most: int = 30) -> dict:
-    """Return the milliseconds of a step, after `warm_up` steps, and those that the host needs to issue one.
+    """Return the milliseconds of a step after `warm_up` steps, and those that the host (CPU) needs to issue it.
 
     Without a GPU the two are equal. If the host needs as long as the step takes, the GPU waits for the host.
     """
@@ -324,7 +324,7 @@ def step(stage: Stage):
 
 
 def variants_here(stage: Stage) -> dict:
-    """Return the variants that this device has. At toy size nothing is compiled, because that takes minutes."""
+    """Return the variants that this device can run. At toy size nothing is compiled, because that takes minutes."""
     found = {name: dict(options) for name, options in VARIANTS.items() if CUDA or not options.get("graph")}
     if stage.toy:
         for options in found.values():
@@ -341,7 +341,7 @@ def reset_peak():
 
 
 def matrix_rate(side: int, count: int) -> float:
-    """Return the operations per second of a product of bfloat16 matrices of side x side, from random numbers."""
+    """Return the operations per second in products of random bfloat16 matrices of side x side."""
     a, b = (torch.randn(side, side, device=DEVICE).bfloat16() for _ in range(2))
     for _ in range(3):
         a @ b
@@ -378,7 +378,7 @@ def kind_of(operator: str, kernel: str = "") -> str:
 
 
 def profile(stage: Stage):
-    """Tell where one step spends its time, for a few variants."""
+    """Measure where one step spends its time, for a few variants."""
     config, variants = config_of(stage), variants_here(stage)
     for name in PROFILED:
         if "compiled" in name and not stage.toy and stage.left() < 100:
@@ -388,7 +388,7 @@ def profile(stage: Stage):
 
 
 def profile_step(stage: Stage, config, name: str, options: dict) -> dict:
-    """Add tables of one step by kind and by kernel, and return its totals."""
+    """Append tables of the time of one step by kind and by kernel, and return its totals."""
     take_step, batch = make_step(config, **options)
     values = timed(take_step, 0.01 if stage.toy else 1.0)
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * CUDA
@@ -410,7 +410,7 @@ def profile_step(stage: Stage, config, name: str, options: dict) -> dict:
 def kernels(events) -> list[tuple[str, str, float]]:
     """Return the (kind, name, milliseconds) of every kernel in a profile; on a CPU, of every operator.
 
-    The profiler links a kernel to the operator that launched it. Kernels without such a link are of the kind "other".
+    The profiler links a kernel to the operator that launched it. Kernels without a link are "layout" or "other".
     """
     if not CUDA:
         return [(kind_of(event.name), event.name, event.self_cpu_time_total / 1000) for event in events]

@@ -1,4 +1,4 @@
-"""The stage of gpu.py that trains: run the training command until the time is over, and pack what came out."""
+"""The stage of gpu.py that trains: run the training command until the time is over, and pack the model."""
 
 import json
 import lzma
@@ -30,7 +30,7 @@ from ddpm_hf.training.figures import loss_figure
 
 PART_BYTES = 15_000_000  # of a packed model
 CHUNK = 2**23  # the bytes that one thread compresses at a time
-# Two bytes make a bfloat16 number. Only the first compresses well, and lp=1 and pb=1 keep the two apart.
+# A bfloat16 number has two bytes. Only the one with the exponent compresses well, and lp=1 and pb=1 keep them apart.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 0, "lc": 3, "lp": 1, "pb": 1}]
 
 
@@ -104,7 +104,7 @@ def pack(folder: Path, name: str, place: Path) -> list[Path]:
     """Pack the pipeline of a run, with weights in bfloat16, and return the parts: name.tar.xz.01, ...
 
     `cat name.tar.xz.* | tar xJ` gives a folder that `load_pretrained` and stock diffusers read. The new folder `place`
-    appears when all parts are written.
+    appears only when all parts are written.
     """
     content = BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:

@@ -39,7 +39,7 @@ def main():
     parser.add_argument("--json", help="file to write the numbers to; default: only print them")
     parser.add_argument("--plot", help="PNG file to plot the numbers in; default: no plot")
     parser.add_argument("--from_page", help="Markdown page whose table has the numbers; default: measure them")
-    parser.add_argument("--one", help="only measure this folder of Parquet files; the program calls itself so")
+    parser.add_argument("--one", help="only measure this folder of Parquet files; the program calls itself like this")
     parser.add_argument("--resolution", type=int, default=32, help="height and width in pixels for --one; default: 32")
     arguments = parser.parse_args()
     if arguments.one:

@@ -1,7 +1,8 @@
 """Train with the plain loop of diffusers' unconditional example, for comparison.
 
-It has PIL transforms in the loader, float32, no compilation, AdamW, and diffusers' EMA and a read of the loss after
-every step. It is written from the example's documentation. PIL replaces torchvision's transforms, which do the same.
+It has PIL transforms in the loader, float32 by default, no compilation, and AdamW. After every step it updates
+diffusers' EMA and reads the loss. The code is written from the example's documentation. PIL replaces
+torchvision's transforms, which do the same.
 """
 
 import random

@@ -6,9 +6,9 @@
 Every method gets the same degraded images, as floats (noise is neither clipped nor rounded), and the same facts about
 the degradation: noise level, mask, factor, blur. For each row, the classical methods get the parameters that score
 best in PSNR on images of the training set. PSNR and SSIM are means over the images. scikit-image computes them on [0,
-1], with results clipped to that range, and SSIM with the Gaussian window of Wang et al. 2004. For the method
-`degraded` a masked pixel is 0.5, a small image is enlarged by repeating its pixels, and a grey one has its grey in all
-channels.
+1], with results clipped to that range, and SSIM with the Gaussian window of Wang et al. 2004. The method `degraded`
+scores the degraded image itself: masked pixels are 0.5, the pixels of a small image are repeated, and a grey image has
+its grey in all channels.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def best_classical(row: Row, found: dict, measure: str) -> str | None:
 
 
 def summary(row: Row, found: dict, parameters: dict) -> dict:
-    """Return the JSON of a row: means, standard errors, and the pipeline's scores less the best classical ones."""
+    """Return the JSON of a row: means, standard errors, and the pipeline's scores minus the best classical ones."""
     root, methods = len(found["degraded"]["psnr"]) ** 0.5, {}
     for name, values in found.items():
         report = methods[name] = {"seconds_per_image": values["seconds"]}
@@ -216,7 +216,7 @@ def parse():
     add("--split", default="test", help="held-out images: a split's name, a count or a share; default: test")
     add("--num_images", type=int, default=500, help="number of held-out images, drawn at random; default: 500")
     add("--tuning_images", type=int, default=20, help="training images to tune the classical methods on; default: 20")
-    add("--rows", help="only rows whose name contains this, e.g. denoise; default: all")
+    add("--rows", help="only degradations whose name contains this, e.g. denoise; default: all")
     add("--bm3d", action="store_true", help="also BM3D: pip install bm3d (for research only); about 1 s per image")
     add("--batch_size", type=int, default=50, help="images that the pipeline restores together; default: 50")
     add("--dtype", choices=DTYPES, default="float32", help="precision of the UNet; default: float32")

@@ -115,7 +115,7 @@ def main():
         )
         print(f"served   {served.total():,}: " + ", ".join(f"{n:,} {name}" for name, n in sorted(served.items())))
         if waits:
-            print(f"waited   {np.median(waits):.1f} s in the middle, {np.max(waits):.1f} s at most")
+            print(f"waited   {np.median(waits):.1f} s (median), {np.max(waits):.1f} s at most")
         print(f"refused  {refused:,} by the full queue")
         print(f"errors   {len(errors)}", *errors[:10], sep="\n  ")
         print(f"memory   {before:.0f} MB at the start, then " + ", ".join(f"{one:.0f}" for one in minutes))

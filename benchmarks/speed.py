@@ -4,8 +4,7 @@
     python benchmarks/speed.py --preset cifar10 --train_batch_size 8 --parts training,data,sampling
 
 It measures training, data loading, sampling and start-up, and takes every flag of train_unconditional.py. The
-contenders take turns in one process. The result is the ratios of their times: 2 means that ddpm_hf needs half the
-time.
+contenders take turns in one process. The results are ratios of their times: 2 means that ddpm_hf needs half the time.
 """
 
 import argparse
@@ -108,7 +107,7 @@ def training(run, arguments) -> dict:
 
 
 def training_steps(run, only: str | None = None) -> dict:
-    """Return what to compare, as name -> function that takes one optimizer step; `only` names a single one.
+    """Return the contenders, as name -> function that takes one optimizer step; with `only`, just that one.
 
     They are the loop of ddpm_hf, the plain diffusers loop in float32 and in bfloat16, and a step without any loop.
     """

@@ -81,7 +81,7 @@ def train_preset(arguments, real):
 
 
 def train_plain(arguments, real):
-    """Train the plain loop for --budget seconds; return the model, the numbers, and None."""
+    """Train the plain loop for --budget CPU-seconds; return the model, the numbers, and None."""
     started = time.process_time()
     torch.manual_seed(0)
     unet = UNet2DModel(

@@ -176,7 +176,7 @@ def build(model: Model) -> Page:
         widgets.restore_from_link(page, tabs, settings, highest={"steps": model.T})
     return page.queue(
         max_size=QUEUE_SIZE, default_concurrency_limit=1, api_open=False
-    )  # if open, /run/ skips the queue
+    )  # with an open API, /run/ would skip the queue
 
 
 def main():

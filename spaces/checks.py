@@ -66,7 +66,7 @@ def time_left(start: float, done: int, total: int) -> str:
 def default_model(folder: Path) -> str | None:
     """Return the model that the page shows if DDPM_MODEL is not set: the one in examples/mnist, if it is there.
 
-    `folder` is the folder of app.py. On the Hub it has no examples beside it.
+    `folder` is the folder of app.py. On the Hub there is no examples/ beside it.
     """
     model = folder.parent / "examples" / "mnist"
     return str(model) if (model / "model_index.json").is_file() else None

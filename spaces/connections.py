@@ -5,7 +5,7 @@ import threading
 import time
 
 
-HEAD_SECONDS = 15  # for the head of a request; a connection is closed after one to two times as long
+HEAD_SECONDS = 15  # for the head of a request; a connection is closed after 15 to 30 s of waiting
 BODY_SECONDS = 120  # for the body: 10 MB at 700 kbit/s
 
 

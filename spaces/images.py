@@ -59,7 +59,7 @@ def read_image(file) -> Image.Image:
 
 
 def _as_8_bit(image: Image.Image) -> Image.Image:
-    if image.mode[0] in "IF":  # in 16-bit images, 65535 becomes 255; in others, the largest value
+    if image.mode[0] in "IF":  # 255 stands for 65535 in 16-bit images, else for the largest value
         values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         top = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
         if values.max() < top * DARK:
@@ -87,7 +87,7 @@ def read_drawing(data_url: str | None) -> Image.Image:
 
 
 def to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """Return the middle of an image as (1, C, H, W) in [-1, 1]. Transparent parts become white, as in training."""
+    """Crop an image to its middle and resize it to (1, C, H, W) in [-1, 1]. Transparent parts become white."""
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), size[::-1], Image.Resampling.LANCZOS)
@@ -130,7 +130,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def animation(frames: list[list[Image.Image]], columns: int) -> bytes:
-    """Return a looping GIF of sheets that shows the last one for 2 s. A frame is a list of images of equal size."""
+    """Return a looping GIF that shows its last frame for 2 s. A frame shows a list of images of equal size."""
     sheets = [contact_sheet([thumbnail(image) for image in images], columns) for images in frames]
     buffer = io.BytesIO()
     more = {"duration": [100] * (len(sheets) - 1) + [2000], "loop": 0, "optimize": True}

@@ -18,7 +18,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 SAMPLERS = ("DDIM", "DDPM")
 IN_TURN, NO_CLASS = "each class in turn", "no class"
 FRAME_SECONDS = 0.2  # between two updates of the images on the page
-QUICK_SECONDS = 1.5  # for the images that the page offers to draw first
+QUICK_SECONDS = 1.5  # to draw the first images of the page
 MAX_SIDE = 1024  # pixels
 HERE = Path(__file__).resolve().parent
 # The files to download from the Hub. Some old repositories have the UNet's and the scheduler's files at the top.
@@ -106,7 +106,7 @@ class Model:
         return max(1, min(wanted, self.T, self.max_evaluations // number))
 
     def quick_steps(self, number: int) -> int:
-        """Return the DDIM steps in which `number` images take about QUICK_SECONDS: 10 to 50, or what is affordable."""
+        """Return how many DDIM steps draw `number` images in about QUICK_SECONDS: 10 to 50, or what is affordable."""
         steps = int(QUICK_SECONDS * self.speed / number)
         return self.affordable_steps(number, min(50, max(10, steps)))
 
@@ -146,20 +146,21 @@ class Model:
         return x_0.cpu()
 
     def forward(self, x_0: torch.Tensor, t: int, seed: int) -> tuple[torch.Tensor, float]:
-        """Add noise to x_0 in [-1, 1]. Return (x_t, alpha_bar_t). x_t (1, C, H, W) equals x_0 at t = 0."""
+        """Add noise to x_0 in [-1, 1]. Return (x_t, alpha_bar_t). x_t (B, C, H, W) equals x_0 at t = 0."""
         alpha_bar = self.scheduler.alphas_cumprod[t - 1].item() if t else 1.0
         noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed))
         return alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * noise, alpha_bar
 
     def guess(self, x: torch.Tensor, t: int) -> torch.Tensor:
-        """Return the clean image (1, C, H, W) that the network predicts without a class from x_t, t from 1 to T."""
+        """Return the clean images (B, C, H, W) that the network predicts from x_t without a class; t is 1 to T."""
         return self.pipeline.predict(x.to(self.unet.device), t - 1).cpu()
 
     def is_unfamiliar(self, x_0: torch.Tensor) -> bool:
         """Return whether an image (1, C, H, W) in [-1, 1] looks like nothing that the model has learned.
 
         The image gets noise with alpha_bar near 1/2, and the network predicts the clean image. The image is unfamiliar
-        if the mean squared error is more than 0.003 above twice the largest error of four images that the model drew.
+        if the mean squared error of this prediction is above 0.003 + twice the largest error for four images that the
+        model drew.
         For a slow model, or one that always needs a class, the result is False.
         """
         if self.restoration is None or not self.is_fast:

@@ -1,4 +1,5 @@
-// A black canvas with a pen, at first white, as wide as the strokes in the model's images. Its value is a PNG as a data URL.
+// A black canvas, with a pen that is white at first and as wide as the strokes in the model's images. The value of the
+// canvas is a PNG as a data URL.
 const canvas = element.querySelector("canvas"), pen = canvas.getContext("2d");
 let isDrawing = false;
 const clear = () => {

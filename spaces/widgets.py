@@ -29,8 +29,8 @@ SHOW = """(...settings) => {
     delete results.dataset.stale;
     if (window.innerWidth < 700) results.scrollIntoView({ block: "start" });
 }"""
-# A press draws what the page shows. If that is drawn already, it first goes on to the next seeds, unless the visitor
-# has typed the seed. FIRST are the settings of the images that the page opens with.
+# A press of the button draws with the settings on the page. If these are drawn already, the seed first goes on to the
+# next ones, unless the visitor has typed it. FIRST are the settings of the images that the page opens with.
 NEXT = """(...settings) => {
     const results = document.getElementById("results-NAME"), seed = settings[PLACE];
     const drawn = results.dataset.drawn ?? JSON.stringify(FIRST);
@@ -93,9 +93,9 @@ def seed_box(name: str | None = None) -> gr.Number:
     """Return a box for the seed, with a button that sets a random one.
 
     Args:
-        name: the tab whose presses go on to the next seeds, see `next_seeds`. None: they do not.
+        name: the tab, if its button goes on to the next seeds at each press, see `next_seeds`; else None.
     """
-    info = None if name is None else "each press takes the next seeds; one that you type stays"
+    info = None if name is None else "each press takes the next seeds; a seed that you type stays"
     with gr.Row(elem_classes="seed"):
         limits = dict(precision=0, minimum=0, maximum=MAX_SEED)
         seed = gr.Number(0, label="Seed", info=info, min_width=120, scale=3, **limits)
@@ -110,7 +110,7 @@ def seed_box(name: str | None = None) -> gr.Number:
 
 
 def next_seeds(name: str, trigger, inputs: list, seed: gr.Number, *, count: str, first: list | None = None):
-    """Go on to the next seeds if the shown settings are drawn already. Return the event that comes after it.
+    """Go on to the next seeds if the shown settings are drawn already. Return the trigger of what comes next.
 
     Args:
         count: JavaScript for the number of seeds that a press takes, from `settings`, the values of the inputs.
@@ -165,7 +165,7 @@ def image_inputs(model: Model) -> list[gr.components.Component]:
 
 
 def example_buttons(examples: dict[str, list], inputs: list) -> list:
-    """Return a row of buttons. A click sets the inputs to an example, and then the returned events happen."""
+    """Add a row of buttons that set the inputs to an example each. Return the triggers of what comes after a click."""
     gr.Markdown("Try one of these:", elem_classes="try")
     events = []
     with gr.Row(elem_classes="examples"):
@@ -212,7 +212,7 @@ def with_data(js: str, name: str, data) -> str:
 
 
 def mark_stale(name: str, inputs: list, status: gr.HTML, triggers: list, *, again: str):
-    """Mark the results of a tab as old while its inputs differ from those at the last of the triggers."""
+    """Mark the results of a tab as old while its inputs differ from those at the last event of `triggers`."""
     changes = [one.input if hasattr(one, "input") and not isinstance(one, gr.Number) else one.change for one in inputs]
     js = STALE.replace("NAME", name).replace("AGAIN", again)
     gr.on(changes, None, inputs, status, js=js, api_visibility="private")
@@ -232,13 +232,13 @@ def publish(function, *, model: Model, inputs: list, outputs: list, **options):
 def answer(trigger, function, *, model: Model, inputs: list, outputs: list, refused: tuple = (), **options):
     """Let an event of the page call `function(model, *inputs)`, and return the event.
 
-    The second output is the status line. It says why the function refused or failed. Nothing else is shown then,
-    because a message over the page would cover the results.
+    The second output is the status line. It says why the function refused or failed. No message is shown over the
+    page then, because it would cover the results.
 
     Args:
         trigger: e.g. `button.click`.
         refused: the values of the first outputs if the function refused; by default, they keep their values.
-        options: of the event, BUSY or QUICK and others.
+        options: more options of the event, such as BUSY or QUICK.
     """
     page = _with_reason(partial(function, model), len(outputs), refused)
     event = trigger(page, inputs, outputs, api_visibility="private", **options)

@@ -16,7 +16,7 @@ def add_flags(parser):
         "--vary",
         type=names,
         default=[],
-        help="settings that may differ, e.g. sampler, or sampler.num_inference_steps,model.weights, or n_gen; "
+        help="settings that may differ, separated by commas, e.g. sampler, or n_gen,sampler.num_inference_steps; "
         "default: none",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")

@@ -27,7 +27,7 @@ def add_flags(parser):
     parser.add_argument(
         "model",
         help="folder or Hub id of a pipeline or a UNet, checkpoint folder of diffusers' script, or checkpoint file of "
-        "OpenAI's programs",
+        "OpenAI's improved-diffusion or guided-diffusion",
     )
     parser.add_argument("output", help="new folder to write")
     add = parser.add_argument
@@ -46,14 +46,14 @@ def add_flags(parser):
     add(
         "--original",
         metavar="PROGRAM",
-        help="program that wrote a checkpoint file: improved-diffusion or guided-diffusion; default: known for "
-        "published files",
+        help="program that wrote a checkpoint file: improved-diffusion or guided-diffusion; default: "
+        "found from the name of a published file",
     )
     add(
         "--original_flags",
         metavar='"FLAGS"',
-        help="flags of its training command, in quotes; others have the program's defaults; default: known for "
-        "published files",
+        help="flags that the checkpoint was trained with, in quotes. Other flags have the program's defaults. "
+        "Default: found from the name of a published file",
     )
     add_weights_flag(parser)
 

@@ -61,7 +61,7 @@ def add_measurement_flags(parser):
     add(
         "--features",
         choices=["inception", "dinov2", "digits", "cifar10"],
-        help="network for the features of kid and precision_recall; default: digits for grey digits, else inception",
+        help="network for the features of kid and precision_recall; default: digits for MNIST, else inception",
     )
     add(
         "--bound_images",

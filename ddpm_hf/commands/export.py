@@ -15,7 +15,7 @@ def add_flags(parser):
     parser.add_argument(
         "--pipeline",
         help="pipeline that `DiffusionPipeline.from_pretrained(OUTPUT, trust_remote_code=True)` loads, e.g. "
-        "restoration; default: class_guided if the model or the classifier has classes, else the stock DDPMPipeline",
+        "restoration; default: class_guided if the model has classes or a --classifier is given, else DDPMPipeline",
     )
 
 

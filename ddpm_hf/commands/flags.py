@@ -66,7 +66,7 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
     add(
         "--dtype",
         default="float32",
-        help="precision inside the UNet: float32, bfloat16, float16 or auto (bfloat16 where the hardware multiplies "
+        help="precision inside the UNet: float32, bfloat16, float16 or auto (bfloat16 if the hardware can multiply "
         "it, else float32); default: float32",
     )
     add(
@@ -90,7 +90,7 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
         type=setting,
         action="append",
         metavar="NAME=VALUE",
-        help="setting of a sampler that you added, e.g. order=3; can be repeated; default: its own defaults",
+        help="setting of a sampler that you added, e.g. order=3; can be repeated; default: the sampler's own",
     )
     add_weights_flag(group)
     add(

@@ -12,7 +12,7 @@ from pathlib import Path
 def add_flags(parser):
     parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
     parser.add_argument(
-        "input", help="an image, or a folder of images, of any height and width that the UNet can halve at each level"
+        "input", help="an image, or a folder of images, of any size that the UNet can halve at each level"
     )
     parser.add_argument("output", help="a .png file, or a folder for .png files with the names of the inputs")
     add = parser.add_argument
@@ -26,8 +26,8 @@ def add_flags(parser):
     add(
         "--mask",
         metavar="FILE|FOLDER",
-        help="for inpaint: a mask image, or a folder that has a mask of the same name for each input. A mask is white "
-        "in the areas to paint. If it has transparent parts, it is opaque in these areas instead, in any color",
+        help="for inpaint: a mask image, or a folder that has a mask of the same name for each input. White areas "
+        "of a mask are painted. If a mask has transparent parts, its opaque areas are painted instead, in any color",
     )
     add(
         "--scale_factor",
@@ -35,12 +35,12 @@ def add_flags(parser):
         help="for super_resolution: how many times wider and higher the result is; default: 2",
     )
     add("--blur_sigma", type=float, help="for deblur: standard deviation of the Gaussian blur in pixels; default: 1")
-    add("--num_inference_steps", type=int, help="number of steps; default: 1 for denoise, else 25 or T, if T is less")
+    add("--num_inference_steps", type=int, help="number of steps; default: 1 for denoise, else 25, but T at most")
     add(
         "--num_samples",
         type=int,
         help="number of restorations to average. 1 gives the sharpest result. Do not measure uncertainty by the "
-        "spread of results from different seeds: it is too small. Default: 1 for one step, else 4",
+        "spread of results from different seeds: this spread is too small. Default: 1 with one step, else 4",
     )
     add("--batch_size", type=int, default=16, help="images restored together; halved if memory runs out; default: 16")
     add(

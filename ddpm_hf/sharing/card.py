@@ -77,7 +77,7 @@ def write_card(folder: str | Path, name: str | None = None, place: str | Path | 
             scores in evaluations/, and how to call the pipeline files in the folder.
         name: the repository's name, e.g. "me/ddpm-cifar10". None: the repository to which the folder was last pushed,
             else the run's --hub_model_id, else the folder's name.
-        place: the path from which the card loads a model without a repository. None: the path of `folder`.
+        place: the path in the card's example code, if the model has no repository. None: the path of `folder`.
 
     Raises:
         UserError: if a file of the folder cannot be read, or README.md cannot be written.
@@ -105,7 +105,7 @@ def write_card_or_warn(folder: str | Path, name: str | None = None):
 
 
 def checked_text(folder: Path, name: str | None = None, **options) -> str:
-    """Return the text of the card of a folder. Its arguments are those of `card_text`.
+    """Return the text of the card of a folder. The arguments are those of `card_text`.
 
     Raises:
         UserError: if a file of the folder cannot be read, or has unexpected content.
@@ -206,7 +206,7 @@ def introduction(folder: Path, flags: dict, data: str | None, dataset_name: str 
 def pictures(folder: Path) -> list[str]:
     """Return Markdown for the best sheet of samples, and for the animation from noise to images, if they exist.
 
-    The best sheet is the one with guidance. A model without it has the last sheet of its training.
+    The best sheet is the one with guidance or, if there is none, the last one of the training.
     """
     sheets = sorted(files_in(folder, ["samples/epoch_#.png"]), key=lambda sheet: (len(sheet.name), sheet.name))
     epochs = {f"Samples after epoch {int(sheet.stem.partition('_')[2])}, not selected": sheet for sheet in sheets[-1:]}

@@ -28,12 +28,12 @@ def of_these_weights(records: dict[str, dict], folder: Path) -> dict[str, dict]:
 
 
 def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
-    """Return (name of the record, entry) for each metric once, from the record that used the most images.
+    """Return one (name of the record, entry) per metric, from the record that used the most images.
 
-    Of two records with as many images, the better value is taken.
+    Of two records with the same number of images, the better value is taken.
     Entries of quick checks are left out: they have no more images than the suite "smoke".
-    All scores of generated images are from one way of drawing: that of the record with the most images and metrics.
-    The best score of each way would describe no images at all.
+    All scores of generated images are from records with the same sampler settings: those of the record with the most
+    images and metrics. Scores of different settings would describe different images.
     """
     best = {}
     shown = {
@@ -58,7 +58,7 @@ def way_of_drawing(record: dict) -> dict:
 
 
 def quality(entry: dict) -> tuple[float, float]:
-    """Return a key by which the score to show is the largest: first the number of images, then the value."""
+    """Return a sort key that is largest for the score to show: first the number of images, then the value."""
     return images_used(entry), -entry["value"] if entry.get("lower_is_better") else entry["value"]
 
 
@@ -68,12 +68,12 @@ def images_used(entry: dict) -> float:
 
 
 def is_shown(entry: dict, record: dict) -> bool:
-    """Return whether a card may show an entry of a record: it has a value, and is no quick check."""
+    """Return whether a card may show an entry of a record: it has a value, and is not a quick check."""
     return entry.get("value") is not None and not is_quick_check(entry, record)
 
 
 def is_quick_check(entry: dict, record: dict) -> bool:
-    """Return whether a score was measured on no more images than in the suite "smoke", and not on all held-out."""
+    """Return whether a score is from no more images than in the suite "smoke", and not from all held-out images."""
     smoke, held_out = SUITES["smoke"], (record["data"].get("held_out") or {}).get("n")
     if entry["n_gen"] is not None:
         return entry["n_gen"] <= smoke["num_images"]
@@ -103,7 +103,7 @@ def eval_result(record: dict, entry: dict) -> EvalResult:
 
 
 def is_on_held_out(entry: dict) -> bool:
-    """Return whether bits/dim was measured on held-out images. Without any, it is measured on training images."""
+    """Return whether bits/dim was measured on held-out images. If there are none, training images are used."""
     return hub_name(entry["id"]) == "bits_per_dim" and entry.get("extra", {}).get("split") != "train"
 
 
@@ -159,9 +159,9 @@ def scores(records: dict[str, dict], chosen: list[tuple[str, dict]], name: str) 
             ]
         )
     what = (
-        "The column “real images” has the score of as many real, held-out images, or of all if fewer are held out. A "
-        "good model comes close to it. "
-        "“images” is how many were scored. “measured” links to the record, which has every detail:"
+        "The column “real images” has the score of the same number of real held-out images, or of all if there are "
+        "fewer. A good model comes close to it. “images” is how many were scored. “measured” links to the record, "
+        "which has every detail:"
     )
     if any(entry["id"] == "bits_per_dim" for _, entry in chosen):
         what = f"{NOTHING_KNOWN} {what}"
@@ -180,7 +180,7 @@ def with_error(entry: dict) -> str:
 
 
 def other_ways(records: dict[str, dict], chosen: list[tuple[str, dict]]) -> list[str]:
-    """Return Markdown with the main scores of the same weights, drawn otherwise than in the tables, e.g. unguided."""
+    """Return Markdown with the main scores of the same weights with other sampler settings than in the tables."""
     shown = [way_of_drawing(records[file]) for file, entry in chosen if entry["n_gen"] is not None]
     lines = []
     for file, record in records.items():

@@ -20,7 +20,7 @@ EARLIER_PIPELINES = dict.fromkeys(["class_conditional", "classifier_guided"], PI
 
 
 def path_here(folder: Path) -> str:
-    """Return the path of a folder from the current one, or its name if it lies elsewhere: no path is published."""
+    """Return the path of a folder inside the current one, or the name of another, so that no path is published."""
     folder = folder.resolve()
     try:
         return folder.relative_to(Path.cwd()).as_posix() if folder != Path.cwd() else folder.name

@@ -34,7 +34,7 @@ def create_repository(name: str, private: bool = False, token: str | None = None
 
     Args:
         private: require a private repository. False leaves the choice to the Hub.
-        space: more arguments of `HfApi.create_repo`, if the repository is a Space: `repo_type="space"` and others.
+        space: more arguments of `HfApi.create_repo`, if the repository is a Space: `repo_type` and `space_sdk`.
 
     Raises:
         UserError: if the Hub cannot be reached or refuses, if the answer is not from the Hub, or if a private
@@ -71,8 +71,8 @@ def push_in_background(
     no error, because a network failure must not end hours of training.
 
     Args:
-        replaces: an earlier push of the same run. If it has not begun, it is cancelled and its copy removed. So there
-            are at most two copies on the disk: one of the push that is uploading, and one of the newest push.
+        replaces: an earlier push of the same run. If it has not begun, it is cancelled and its copy of the files
+            removed. So the disk has at most two copies: of the push that is uploading, and of the newest push.
     """
     if replaces is not None:
         replaces.cancel()
@@ -108,7 +108,7 @@ def push_in_background(
 
 
 def upload_seconds(output_dir: str | Path) -> float:
-    """Return how long one attempt to upload a run may take."""
+    """Return how many seconds one attempt to upload a run may take."""
     return transfer_seconds(sum(path.stat().st_size for path in files_in(output_dir, PUBLISHED)))
 
 

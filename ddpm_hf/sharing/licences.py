@@ -31,8 +31,8 @@ def licence_of(dataset_name: str | None, base_model: dict) -> tuple[str | None, 
     """Return the licence of a model (None if it is not known here), and a sentence about its data.
 
     Args:
-        dataset_name: --dataset_name of the training: a Hub id, or the name of a folder with a copy. None for other
-            images, because the name of a folder of somebody's own images says nothing.
+        dataset_name: --dataset_name of the training: a Hub id, or the name of a folder with a copy. None for
+            the user's own images, because the name of their folder says nothing about the licence.
         base_model: the "base_model" of train_config.json; {} without --init_from.
     """
     name = dataset_name or ""

@@ -22,8 +22,8 @@ class Batch(NamedTuple):
 
     Attributes:
         tensors: the batch that a loss takes (see losses.py), on the device of the run, with its "ordinals" (B,). For a
-            classifier it has "weights" (B,): 0 for images without a class, else 1.
-        uniform: with --timestep_sampling loss_second_moment the numbers of `draw_uniform` (B,), else None.
+            classifier also "weights" (B,): 0 for images without a class, else 1.
+        uniform: the numbers of `draw_uniform` (B,) with --timestep_sampling loss_second_moment, else None.
         dropout_seed: the seed of the dropout masks.
         stream: the position in a streamed dataset after this batch; None for other data.
     """
@@ -64,7 +64,7 @@ def draw_batches(run) -> Iterator[Batch]:
     try:
         threads = torch.get_num_threads()
         thread.submit(prepare_thread, device).result()
-        torch.set_num_threads(threads)  # unchanged here, but threads that start later get the number that was set last
+        torch.set_num_threads(threads)  # else threads that start later would get the number that prepare_thread set
         ahead = deque(thread.submit(next, batches) for _ in range(AHEAD))
         while True:
             batch = ahead.popleft().result()
@@ -86,7 +86,7 @@ def prepare_thread(device: torch.device):
 
 
 def add_draws(batch: dict, config, class_names: list[str] | None, num_embeddings: int | None) -> dict:
-    """Return a batch of images with their noise, timesteps and labels, and with the seed of the dropout masks."""
+    """Return a batch with the noise, timestep and label of each image, and with the seed of the dropout masks."""
     ordinals, shape = batch["ordinals"], batch["images"].shape[1:]
     batch["noise"], batch["timesteps"] = draw_noise(ordinals, shape, config.ddpm_num_steps, config.seed)
     if config.timestep_sampling == "loss_second_moment":
@@ -96,7 +96,7 @@ def add_draws(batch: dict, config, class_names: list[str] | None, num_embeddings
             batch["labels"], ordinals, len(class_names), config.label_dropout, config.seed
         )
     if config.objective == "classify":
-        batch["weights"] = (batch["labels"] >= 0).float()  # the mean losses are those of the images with a class
+        batch["weights"] = (batch["labels"] >= 0).float()  # leave images without a class out of the loss
     if config.augment_probability:
         augmented = batch.pop("augmented")
         batch["class_labels"] = labels_with_augmentation(batch.get("class_labels"), augmented, num_embeddings)

@@ -53,9 +53,10 @@ class TrainState:
     Saved in state.pt (the fields in SAVED, and `interrupted` if it is not empty):
         seconds: time of the training steps alone, without validation, scores, sheets and checkpoints.
         best_score, best_measure: the score of the model in best/ (lower is better), and the name of this score.
-        pending: one row for each optimizer step that is not yet averaged in metrics.jsonl.
+        pending: the losses and the gradient norm of each step since the last line of metrics.jsonl, one row per step.
         stream: the position in a streamed dataset, after the last batch that was used.
-        loss_history: for --timestep_sampling loss_second_moment, equal in every process; see timestep_sampling.py.
+        loss_history: the last losses of each timestep, for --timestep_sampling loss_second_moment; see
+            timestep_sampling.py. Equal in every process.
         interrupted: the tasks of this step that a signal interrupted, by their names in periodic.py. The resumed run
             does them before its next step.
 
@@ -63,7 +64,7 @@ class TrainState:
         signals: the numbers of the signals caught so far.
         stop_announced: True if a message has said that the run stops because of a signal.
         figures_missing: True if a signal stopped the drawing of the figures. The run is then not finished.
-        push: the last push to the Hub, which runs in the background.
+        push: the future of the last push to the Hub, which runs in the background.
     """
 
     step: int = 0
@@ -86,8 +87,8 @@ def find_checkpoint(config) -> Path | None:
     """Return the checkpoint to resume from, or None to start a new run. Nothing is written.
 
     Raises:
-        UserError: if the run folder is not empty and the flags neither resume nor overwrite its run. Also if the
-            checkpoint to resume from does not exist or is not complete.
+        UserError: if the checkpoint to resume from does not exist or is not complete, if the run folder is not empty
+            and the flags neither resume nor overwrite its run, or if --output_dir or --logging_dir cannot be used.
     """
     output_dir = Path(config.output_dir)
     with writing("the run", output_dir):  # a name that is too long raises an error here
@@ -142,7 +143,7 @@ def find_checkpoint(config) -> Path | None:
 
 
 def check_places(output_dir: Path, logging_dir: str):
-    """Raise a UserError if the run could not write one of its files later, because something else has its name."""
+    """Raise a UserError if --logging_dir or something in the folder has a name that the run needs for another file."""
     folders = sorted({name.split("/")[0] for name in [*RUN_FILES, *RECORDS] if "/" in name})
     files = ["train_config.json", "metrics.jsonl", "model_index.json"]
     if (first := Path(logging_dir).parts[0]) in [*folders, *files, "README.md"] or is_checkpoint_name(first):
@@ -220,7 +221,7 @@ def replaced_by(config, checkpoint: Path | None) -> list[Path]:
 
 
 def abandoned(output_dir: Path, checkpoint: Path) -> list[Path]:
-    """Return what a run wrote after the step of its checkpoint. All of this belongs to steps that it takes again.
+    """Return the files that a run wrote after the step of a checkpoint. The resumed run writes them again.
 
     Raises:
         UserError: if the checkpoint cannot be read.
@@ -247,13 +248,13 @@ def last_sheet(checkpoint: Path) -> float:
         if not facts:
             return float("inf")
         batch, steps = facts["global_batch_size"], facts["total_steps"]
-        epoch = facts["num_images"] or steps * batch  # of a stream of unknown length
+        epoch = facts["num_images"] or steps * batch  # a stream of unknown length is one epoch
         # At its end, a run also draws the sheet of an epoch that is not complete.
         return (images_seen - batch) // epoch + 1 if steps == step_of(checkpoint) else images_seen // epoch
 
 
 def step_of_best(output_dir: Path) -> int:
-    """Return the step of the model in best/. It is 0 if best/ does not say it, as in folders of earlier versions."""
+    """Return the step of the model in best/, or 0 if best.json does not give it, as in folders of earlier versions."""
     with contextlib.suppress(UserError):
         step = read_json(output_dir / "best" / "best.json", missing={}).get("step")
         return step if isinstance(step, int) else 0
@@ -326,10 +327,12 @@ def remove_replaced(output_dir: Path, replaced: list[Path]):
 
 
 def set_damaged_aside(output_dir: Path, checkpoint: Path) -> list[str]:
-    """Rename the incomplete checkpoints of a folder, which may hold work, and return a sentence about each.
+    """Rename the incomplete checkpoints of a folder, and return a sentence about each.
+
+    They are not removed, because they may hold work.
 
     Args:
-        checkpoint: the checkpoint that the run goes on from. It keeps its name.
+        checkpoint: the checkpoint that the run resumes. It keeps its name.
 
     Raises:
         UserError: if a folder cannot be renamed.
@@ -357,12 +360,14 @@ def remove_checkpoint(checkpoint: Path):
 
 
 def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema, rows: list, power_averages=None):
-    """Write `checkpoint-<step>`, then remove the oldest above --checkpoints_total_limit. Every process calls this.
+    """Write `checkpoint-<step>`. Every process calls this.
+
+    If there are then more than --checkpoints_total_limit checkpoints, the oldest are removed.
 
     Args:
-        facts: a dict for train_config.json, with "unet" and "scheduler" (their configs), "class_names" (of a
-            conditional UNet, else None), "base_model" (as in the run's train_config.json) and "facts" (the result of
-            `facts_to_compare`).
+        facts: what the checkpoint's train_config.json has besides the flags: "unet" and "scheduler" (their configs),
+            "class_names" (of a conditional UNet, else None), "base_model" (as in the run's train_config.json) and
+            "facts" (the result of `facts_to_compare`).
         rows: the rows of `state.pending`, each summed over the processes.
 
     Raises:
@@ -412,8 +417,8 @@ def check_same_run(checkpoint: Path, run) -> list[str]:
     """Refuse a checkpoint that a run cannot continue. Return lines to print: the step, and warnings about changes.
 
     Raises:
-        UserError: if the checkpoint is of another model or diffusion process, if it has no EMA although --use_ema is
-            given, if it is past the end of this run, or if it is damaged.
+        UserError: if the checkpoint is of another model or diffusion process, if it lacks an average of the weights
+            that the flags ask for, if it is past the end of this run, or if it is damaged.
     """
     check_files(checkpoint)
     saved = saved_config(checkpoint)
@@ -449,7 +454,7 @@ def read_state(checkpoint: Path) -> dict:
             raise damaged(checkpoint, "state.pt has losses of another shape")
         interrupted = saved.setdefault("interrupted", [])
         if not isinstance(interrupted, list) or not all(isinstance(name, str) for name in interrupted):
-            raise damaged(checkpoint, "state.pt has something else than names as interrupted")
+            raise damaged(checkpoint, "state.pt has interrupted tasks that are not names")
     if saved["step"] != step_of(checkpoint):
         raise UserError(
             f"{checkpoint} holds step {saved['step']}: rename it to checkpoint-{saved['step']}, or give another one."
@@ -479,8 +484,8 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema, power
         for name, value in read_state(checkpoint).items():
             if name in SAVED or name == "interrupted":
                 setattr(state, name, value)
-    # accelerate counts micro-batches, and also restored this count. Set it for the number of micro-batches in a step
-    # of this run. Otherwise every optimizer step after a change of that number would begin inside a batch.
+    # accelerate counts micro-batches to find the end of each optimizer step, and has restored its count. Set the count
+    # again, because this run may have another number of micro-batches in a step.
     accelerator.step = state.step * accelerator.gradient_accumulation_steps
     # Each row is already a sum over all processes, so only the main process keeps it. The others keep zeros.
     device, keep = accelerator.device, accelerator.is_main_process

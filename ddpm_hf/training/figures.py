@@ -38,7 +38,7 @@ GUIDED_CLASSES, GUIDED_STEPS = 10, 25  # at most, in guided.png
 
 
 def forward_strip(scheduler: PaperDDPMScheduler, images: torch.Tensor, path, seed: int) -> Path:
-    """Draw images (N, C, H, W) in [-1, 1] as x_t for t = 0, T/8, ... T-1: one row and one fixed noise per image."""
+    """Draw images (N, C, H, W) in [-1, 1] as x_t for t = 0, T/8, ..., T-1: one row and one fixed noise per image."""
     timesteps = sorted({k * len(scheduler) // 8 for k in range(8)} | {len(scheduler) - 1})
     noise = [torch.randn(images.shape[1:], generator=keyed_generator(seed, "forward", k)) for k in range(len(images))]
     rows = [scheduler.q_sample(x[None], e[None], torch.tensor(timesteps)) for x, e in zip(images.cpu(), noise)]
@@ -46,7 +46,7 @@ def forward_strip(scheduler: PaperDDPMScheduler, images: torch.Tensor, path, see
 
 
 def reverse_strip(frames: list[tuple[torch.Tensor, torch.Tensor]], labels: list[str], path) -> Path:
-    """Draw the reverse process, one column per frame: each sample, and below it the x_0 that was predicted from it.
+    """Draw the reverse process: one column per frame, and two rows per image, the sample and the predicted x_0.
 
     `frames` are pairs (sample, pred_original_sample), both (N, C, H, W), as `draw` passes them to on_step.
     """
@@ -56,7 +56,7 @@ def reverse_strip(frames: list[tuple[torch.Tensor, torch.Tensor]], labels: list[
 
 
 def reverse_gif(frames: list[torch.Tensor], path) -> Path:
-    """Draw a looping GIF of 16 images that form from noise: up to 40 frames, the last of them shown for 2 s.
+    """Draw a looping GIF of up to 16 images that form from noise, in up to 40 frames. The last one is shown for 2 s.
 
     `frames` are samples (N, C, H, W) in [-1, 1], in the order from noise to image.
     """
@@ -93,7 +93,7 @@ def ddim_sheet(unet, scheduler, path, seed, *, num_images, on_step=None, class_l
 def guided_sheet(model: Pretrained, path, seed, *, num_images, on_step=None) -> Path:
     """Draw a labelled row of images for each class, with guidance 2, by DDIM in 25 steps. At most 10 rows of 8 images.
 
-    The rows start from the same noises, because only the class should make them different.
+    All rows start from the same noise, so that they differ only by the class.
     """
     network = guide(model.unet, model.scheduler, model.classes, 2.0)
     numbers, classes = range(min(num_images, SHEET_IMAGES)), range(min(len(model.classes), GUIDED_CLASSES))
@@ -184,7 +184,10 @@ def loss_figure(metrics_path, path) -> Path | None:
 
 
 def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
-    """Plot beta, abar and log-SNR over t/T. A dashed line shows Ho's linear or Nichol's cosine schedule."""
+    """Plot beta, abar and log-SNR over t/T.
+
+    For comparison, a dashed line shows Nichol's cosine schedule, or Ho's linear one if the model has the cosine.
+    """
     T, config = len(scheduler), scheduler.config
     own = config.beta_schedule if config.trained_betas is None else "its own betas"
     other, name = PaperDDPMScheduler.nichol_cosine(T), "Nichol's cosine"
@@ -218,7 +221,7 @@ def run_figures(
     on_step=None,
     class_labels=None,
 ):
-    """Draw every figure of a run into `output_dir`/figures. Without a metrics.jsonl, loss.png is left out.
+    """Draw the figures of a run, except guided.png, into `output_dir`/figures. loss.png needs a metrics.jsonl.
 
     Args:
         images: real images (N, C, H, W) in [-1, 1]. Up to 4 of them show how noise is added.
@@ -266,7 +269,7 @@ def reverse_figures(unet, scheduler, folder, seed, *, steps, num_images, on_step
 
 
 def figures_of_run(folder: Path, model: Pretrained, train_set, config: TrainingConfig, on_step=None):
-    """Draw every figure of a run of `config` into `folder`/figures, see `run_figures`."""
+    """Draw the figures of `run_figures` into `folder`/figures, and guided.png if the model can be guided."""
     num_images = min(16, config.eval_batch_size)
     run_figures(
         folder,
@@ -302,7 +305,7 @@ def redraw_figures(folder: str | Path):
 
     Raises:
         UserError: if the folder is not that of a run of a DDPM, if the run has no pipeline yet, if another process is
-            writing to the folder, or if its data cannot be read.
+            writing to the folder, or if the data of the run cannot be read.
     """
     folder = Path(folder)
     if (folder / "classifier").is_dir() and not (folder / "model_index.json").is_file():  # an export has both

@@ -38,13 +38,14 @@ from .trackers import end_trackers
 class FinishedRun:
     """The result of `train`: a run that has ended.
 
-    Args:
+    Attributes:
         folder: the run folder.
         step: the last optimizer step.
         finished: True if all steps were taken and all figures drawn; False if a signal stopped the run.
         signal: the number of the signal that stopped the run, or None.
-        losses: the losses in the last line of metrics.jsonl; {} if no line was written. They are "loss",
-            "loss_by_band" and, if measured in that line, "validation_loss" and "validation_loss_ema".
+        losses: the losses in the last line of metrics.jsonl; {} if no line was written. They are "loss" and, if
+            measured in that line, "validation_loss" and "validation_loss_ema". For each there is also a list with
+            its mean in each quarter of the timesteps, e.g. "loss_by_band".
     """
 
     folder: Path
@@ -103,7 +104,7 @@ def train(config: TrainingConfig) -> FinishedRun | None:
 
 
 def rehearse(config: TrainingConfig):
-    """Print what a run would take, and draw what its network would see. No run folder is made or changed.
+    """Print the disk space, time and memory of a run, and draw what its network would see. No run folder is changed.
 
     The first steps are taken in memory, to measure them, and their results are discarded.
 
@@ -189,7 +190,7 @@ def take_steps(run: Run):
 def step(run: Run, batches):
     """Take one optimizer step: Algorithm 1 of Ho et al., with accumulation, clipping and the moving average.
 
-    The host only issues the work of the step. It reads no result, because a GPU would have to wait meanwhile.
+    The CPU only issues the work of the step. It reads no result, because the GPU would have to wait meanwhile.
     """
     config, accelerator, state = run.config, run.accelerator, run.state
     for group in run.optimizer.param_groups:

@@ -32,7 +32,7 @@ from .validation import mean, per_band, validate
 
 
 def epochs_between(run: Run) -> dict[str, int]:
-    """Return the tasks of this run that are due every few epochs and at its end, with the number of these epochs."""
+    """Return the tasks that are due every few epochs and at the end of this run, each with its number of epochs."""
     config = run.config
     every = {"pipeline": config.save_model_epochs}
     if run.validation_set is not None:
@@ -61,7 +61,7 @@ def what_is_due(run: Run) -> set[str]:
 
 
 def due_when_resumed(run: Run) -> set[str]:
-    """Return the tasks of the step of the checkpoint that a signal or a kill left undone; at a new start, set()."""
+    """Return the tasks that a signal or a kill left undone at the step of the checkpoint; set() for a new run."""
     # Flags may have changed, so leave out tasks that this run does not have.
     due = set(run.state.interrupted) & {"log", *epochs_between(run)}
     if run.state.step == run.total_steps:  # a kill may have come after the checkpoint of the last step
@@ -72,10 +72,10 @@ def due_when_resumed(run: Run) -> set[str]:
 def run_due_tasks(run: Run, due: set[str], images_per_second: float | None) -> dict:
     """Run the tasks that are due, in the order of TASKS, and return the log line. Every process calls this.
 
-    If a signal interrupts a task, `due` is changed: "stop" is added, and what the resumed run does is removed.
+    If a signal interrupts a task, `due` is changed: "stop" is added, and tasks left to the resumed run are removed.
 
     Args:
-        images_per_second: for the log line; None if no step was timed.
+        images_per_second: the speed of the steps, for the log line; None if no step was timed.
 
     Raises:
         UserError: if a loss is not finite, or if a file cannot be written.
@@ -96,9 +96,9 @@ def run_due_tasks(run: Run, due: set[str], images_per_second: float | None) -> d
 
 
 def leave_to_resumed_run(run: Run, due: set[str], tasks: set[str]):
-    """Stop after this step, because a signal interrupted one of its `tasks`. The resumed run does them all again.
+    """Stop after this step, because a signal interrupted one of `tasks`. The resumed run does them all again.
 
-    It needs the weights of this step for them, so a checkpoint of this step is saved.
+    For them it needs the weights of this step, so a checkpoint of this step is saved.
     """
     state = run.state
     announce_stop(state)
@@ -164,7 +164,7 @@ def keep_best(run: Run, measure: str, value: float | None):
         folder = Path(config.output_dir, "best")
         with writing("the best pipeline", folder):
             folder.mkdir(exist_ok=True)
-            # Write the step first. If a kill comes between the two, the resumed run then saves the pipeline again.
+            # Write the step first. If a kill comes before the pipeline is saved, the resumed run saves it again.
             write_json(folder / "best.json", {"step": state.step, "measure": measure, "value": value})
             save_network(run, folder)
 
@@ -291,8 +291,8 @@ TASKS = [
     ("validation", add_validation_loss),
     ("scores", add_scores),
     # Write the line before the checkpoint, because the checkpoint no longer has the losses of this line. In the other
-    # order, a kill between the two would lose the line. In this order, a kill leaves a line too many, which the
-    # resumed run removes.
+    # order, a kill between the two would lose the line. In this order, a kill leaves one line too many, which
+    # the resumed run removes.
     ("log", write_log_line),
     # Draw before the checkpoint. Otherwise a run killed between the two would never draw this sheet. If a signal
     # interrupts the drawing, the checkpoint says so, see `leave_to_resumed_run`.
@@ -336,7 +336,7 @@ def save_network(run: Run, folder: Path):
 
 
 def pending_rows(run: Run) -> list[torch.Tensor]:
-    """Return one row for each step since the last log line, summed over the processes, on the CPU.
+    """Return the losses and gradient norms since the last log line: a row per step, summed over processes, on the CPU.
 
     A checkpoint saves these sums. When it is loaded, only the main process takes them back, so that the sums over all
     processes are again the same, bit for bit.

@@ -25,12 +25,12 @@ def count_tasks(run: Run) -> dict[str, int]:
 
 
 def disk(run: Run) -> str:
-    """Return a line about the disk space of a run."""
+    """Return a line about the disk space that a run needs."""
     config, parameters = run.config, run.facts["parameters"]
     # float32: the weights, the two moments of Adam, and the moving averages
     checkpoint = parameters * 4 * (3 + (run.ema is not None) + len(run.power_averages))
     every = config.checkpointing_steps
-    count = run.total_steps // every + count_tasks(run)["pipeline"]  # or fewer, because one may serve both
+    count = run.total_steps // every + count_tasks(run)["pipeline"]  # or fewer: both may use the same one
     if config.checkpoints_total_limit:  # an old checkpoint is removed only after the new one is written
         count = min(count, config.checkpoints_total_limit + 1)
     published = parameters * 4 * (1 + config.save_best)
@@ -70,7 +70,7 @@ def figure_passes(run: Run) -> int:
 
 
 def seconds_left(run: Run, seconds_per_step: float) -> tuple[float, float]:
-    """Return the seconds of the steps that are left, and those of everything else, e.g. of sample sheets."""
+    """Return the seconds that the remaining steps take, and those of validation, sample sheets, scores and figures."""
     steps = (run.total_steps - run.state.step) * seconds_per_step
     images = run.global_batch / run.accelerator.num_processes
     # A forward pass takes about a third of a training step, because the backward pass takes about twice as long.
@@ -78,7 +78,7 @@ def seconds_left(run: Run, seconds_per_step: float) -> tuple[float, float]:
 
 
 def time_and_memory(run: Run, seconds_per_step: float) -> str:
-    """Return two lines: the time of a step and of the rest of the run, with its end, and the memory used so far."""
+    """Return two lines: the time per step, the time left and when the run ends; and the memory used so far."""
     count = run.total_steps - run.state.step
     steps, rest = seconds_left(run, seconds_per_step)
     end = time.strftime("%H:%M on %A, %d %B", time.localtime(time.time() + steps + rest))
@@ -90,7 +90,7 @@ def time_and_memory(run: Run, seconds_per_step: float) -> str:
 
 
 def memory_used(device: torch.device) -> str:
-    """Return the memory of this process, or on a CUDA device the most memory that its tensors have taken so far."""
+    """Return, as text, the memory of this process, or on a CUDA device the peak memory of its tensors so far."""
     if device.type == "cuda":
         return f"{format_bytes(torch.cuda.max_memory_allocated(device))} of the GPU"
     return format_bytes(psutil.Process().memory_info().rss)
@@ -114,7 +114,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def draw_preview(run: Run) -> Path:
-    """Draw the first 16 training images, cropped and mirrored, with their noise at four timesteps below them.
+    """Draw the first 16 training images, cropped and mirrored as in training; below them, noisy at four timesteps.
 
     The file is next to the run folder, which a dry run does not create. Return the path of the file.
     """

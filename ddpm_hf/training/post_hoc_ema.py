@@ -20,7 +20,7 @@ from .validation import validation_loss
 
 
 SWEEP = (0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25)
-INEXACT = 0.1  # if the relative error of the shares is larger, a warning is printed
+INEXACT = 0.1  # if the relative error of an average is larger, a warning is printed
 
 
 def average_after_training(
@@ -36,15 +36,15 @@ def average_after_training(
 
     With several lengths, each is measured. The best one is written, with a plot ema_sweep.png beside it. The facts are
     also written to ema.json. They are the chosen "length", the "step", "by" (None for one length), and "lengths", a
-    list of dicts. Each dict has the "length" and the "error": how far the shares of the steps are from those of an
-    exact average. If the length was measured, its dict also has the "value" and whether "lower_is_better".
+    list of dicts. Each dict has the "length" and the "error": the relative error of the average, because snapshots
+    give it only approximately. If the length was measured, the dict also has the "value" and "lower_is_better".
 
     Args:
         folder: a run with --ema_snapshots.
         output: a folder that does not exist yet.
         lengths: the lengths, as shares of the training up to `step`. None: SWEEP.
-        by: how to choose: validation_loss, or a metric of `evaluate`.
-        num_images: how many images to draw for that metric. None: as many as `evaluate` draws.
+        by: the score that decides between lengths: validation_loss, or a metric of `evaluate`.
+        num_images: how many images to draw for a metric. None: as many as `evaluate` draws.
         step: the step at which the average ends, one of the snapshots. None: the last snapshot.
 
     Raises:
@@ -103,7 +103,7 @@ def _note(error: float) -> str:
 def _loss_measure(model: Pretrained):
     """Return a function that measures a model's loss on the held-out images, as during training. Lower is better."""
     config = config_of(model, eval_metrics=None, save_best=False, best_by="validation_loss", logger="none")
-    found = checkpoints(model.run_folder)  # a checkpoint makes the other model of --init_from unnecessary
+    found = checkpoints(model.run_folder)  # with a checkpoint, the model of --init_from is not needed
     run, _ = build_run(config, found[-1] if found else None)
     if run.validation_set is None:
         raise UserError("this run held out no images: give --by with a metric, or train with --validation_split.")

@@ -12,8 +12,7 @@ from ..errors import UserError
 # A run can only be resumed with the same values of these flags, because they decide what the weights mean.
 FIXED = ["init_from", "prediction_type", "variance_type", "ddpm_num_steps", "ddpm_beta_schedule"]
 FIXED += ["rescale_betas_zero_snr"]
-# Changes of these flags are not printed, because they affect only output, scores and speed. Changes of all other flags
-# are.
+# Changes of these flags are not printed, because they affect only output, scores and speed.
 FREE = {field.name for group in (OutputOptions, EvaluationOptions, HubOptions) for field in fields(group)}
 FREE |= {
     "preset",
@@ -53,7 +52,7 @@ def facts_to_compare(run, step: int) -> dict:
 def labels_fingerprint(run) -> str | None:
     """Return a hash of the classes of the training images; None if the run does not use them, or for a stream.
 
-    The data fingerprint is that of the images alone.
+    The data fingerprint covers only the images.
     """
     config, labels = run.config, run.train_set.labels
     if labels is None or not (config.class_conditional or config.balance_classes or config.objective == "classify"):
@@ -78,7 +77,7 @@ def check_fixed_flags(name: str, flags: dict, run):
 def changed_flags(flags: dict, run) -> list[tuple]:
     """Return (name, value in the checkpoint, value in the run) of each flag that has changed.
 
-    A flag that is newer than the checkpoint counts as its default, because defaults keep the earlier behaviour.
+    A flag that the checkpoint does not have counts as its default, because defaults keep the earlier behaviour.
     """
     before = {field.name: field.default for field in fields(TrainingConfig)} | flags
     now = json.loads(json.dumps(run.config.to_dict()))
@@ -101,7 +100,7 @@ def warnings_about(name: str, flags: dict, facts: dict, step: int, run) -> list[
     changed = [(flag, was, now) for flag, was, now in changed_flags(flags, run) if flag not in free]
     facts_now = facts_to_compare(run, step)
     rate, rate_now = facts.get("learning_rate"), facts_now.pop("learning_rate")
-    if None in (facts.get("labels_fingerprint"), facts_now["labels_fingerprint"]):  # a flag that changed says why
+    if None in (facts.get("labels_fingerprint"), facts_now["labels_fingerprint"]):  # then the changed flag is printed
         del facts_now["labels_fingerprint"]
     changed += [(fact, facts[fact], now) for fact, now in facts_now.items() if facts.get(fact, now) != now]
     lines = []

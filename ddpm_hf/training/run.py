@@ -53,7 +53,7 @@ from .scoring import open_evaluation
 from .trackers import start_tracker
 
 
-PROCESS_TIMEOUT = timedelta(hours=2)  # the others wait while one draws figures; diffusers' script has the same value
+PROCESS_TIMEOUT = timedelta(hours=2)  # for processes that wait while one draws figures; as in diffusers' script
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class Run:
     def epochs(self, step: int) -> int:
         """Return how many epochs are complete after `step` steps, counted by images seen.
 
-        Steps before a resume may have had another number of images, so count from the images seen so far.
+        The batch size may have changed when the run was resumed, so count from the images seen so far.
         """
         return (self.state.images_seen + (step - self.state.step) * self.global_batch) // self.num_images
 
@@ -149,7 +149,7 @@ def open_run(config: TrainingConfig) -> Run:
 
 
 def check_run(config: TrainingConfig) -> tuple[Run, Path | None]:
-    """Return a run in the state of its first or next step, and the checkpoint that it resumes. Print its summary.
+    """Return a run in the state before its next step, and the checkpoint that it resumes, if any. Print a summary.
 
     Nothing is written, so the run cannot be trained yet: `open_run` prepares its folder.
 
@@ -385,7 +385,7 @@ def make_accelerator(config) -> Accelerator:
             f"--mixed_precision {config.mixed_precision} is not possible here ({error}): give --mixed_precision no."
         ) from error
     check_processes()
-    # Set the number again, because accelerate prefers an environment variable to its argument.
+    # Set this again, because accelerate prefers an environment variable to its argument.
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # accelerate accepts this, but without the gradient scaler that fp16 needs.

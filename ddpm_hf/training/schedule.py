@@ -65,10 +65,7 @@ def warmup_warning(config, total_steps: int) -> list[str]:
 
 
 def ema_warning(config, total_steps: int) -> list[str]:
-    """Return a list with one warning if the final EMA still has 5 % or more of the weights after the first step.
-
-    Otherwise return [].
-    """
+    """Return a list with one warning if 5 % or more of the final EMA are the weights after the first step, else []."""
     if not config.use_ema or config.init_from is not None or ema_decay(config, 1) == 0:
         return []
     left = math.exp(sum(math.log(ema_decay(config, step)) for step in range(1, min(total_steps, 100_000))))

@@ -1,8 +1,7 @@
 """Score a model during training with few images. Scores are comparable, because the noise is the same each time.
 
-Images are drawn by DDIM in 50 steps from the published weights. Their seeds begin at 1,000,000,000. Reports of a
-finished model use other seeds, because a checkpoint that was chosen by its score for some noise gets too good a score
-for that noise.
+Images are drawn by DDIM in 50 steps from the published weights. Their seeds begin at 1,000,000,000. `evaluate`
+uses other seeds by default: a checkpoint that was chosen by its score on some noise looks too good on the same noise.
 """
 
 from dataclasses import replace
@@ -19,7 +18,7 @@ from ..sampling.settings import Sampler
 
 
 SEED = 1_000_000_000
-# The dtype of samples by --mixed_precision: accelerate has put this precision into the forward() of the networks.
+# The dtype of samples for each --mixed_precision: accelerate has put this precision into the networks' forward().
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 STEPS = 50
 BOUND_IMAGES = 512  # with BOUND_TIMESTEPS, enough for bits/dim to tell two checkpoints apart

@@ -13,7 +13,7 @@ MOST_IMAGES = 4
 
 
 def compare(model: Model, seed, class_name, guidance):
-    """Yield (gallery, status) while each sampler draws four images, or fewer if the model is large."""
+    """Yield (gallery, status) while each sampler draws four images, or fewer if the model is slow."""
     seed = whole("seed", seed, 0, MAX_SEED)
     class_name = one_of("class", class_name or model.classes[0], model.classes)
     guidance = model.guidance(guidance, class_name)

@@ -19,7 +19,7 @@ NEEDS_NO_CLASS = "This model always needs a class, and such models cannot restor
 def noise(size: tuple[int, int], level: int) -> tuple[dict, str]:
     """Return the restoration pipeline's arguments to add or remove noise, and a caption.
 
-    `level` is 0 to 2, from light to strong. The functions below return them for other kinds of damage.
+    `level` is 0 to 2, from light to strong. The functions below do the same for other kinds of damage.
     """
     sigma = (0.15, 0.3, 0.5)[level]
     return {"task": "denoise", "noise_level": sigma}, f"Noise of {sigma}"
