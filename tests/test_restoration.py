@@ -99,6 +99,20 @@ def test_one_file_is_the_first_of_a_folder(tiny_run, images, tmp_path):
     assert np.abs(alone - pixels(tmp_path / "other.png")).max() > 1
 
 
+def test_noise_levels_are_in_the_order_of_file_names(tiny_run, tmp_path):
+    """Images of one size are restored together, so here in the order b, a, c."""
+    (tmp_path / "noisy").mkdir()
+    noise = np.random.default_rng(0)
+    for name, size, level in [("a", 32, 0.3), ("b", 28, 0.1), ("c", 32, 0.02)]:
+        array = np.clip(0.5 + level * noise.standard_normal((size, size)), 0, 1)
+        Image.fromarray((255 * array).round().astype(np.uint8)).save(tmp_path / "noisy" / f"{name}.png")
+    few = {"task": "denoise", "num_inference_steps": 1}
+    together = restore(tiny_run, tmp_path / "noisy", tmp_path / "out", **few).noise_levels
+    alone = [restore(tiny_run, tmp_path / "noisy" / f"{n}.png", tmp_path / f"{n}.png", **few) for n in "abc"]
+    assert together == pytest.approx([one.noise_levels[0] for one in alone], rel=1e-3)
+    assert together[0] > together[1] > together[2]
+
+
 @pytest.mark.parametrize("task", ["denoise", "deblur"])
 def test_batch_size_changes_nothing(tiny_run, images, tmp_path, task):
     for batch_size in (1, 16):

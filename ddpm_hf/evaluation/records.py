@@ -193,7 +193,7 @@ def record_table(record: dict) -> str:
     measured.sort(key=lambda entry: is_about_copying(entry["id"]))
     for entry in measured:
         value, error, *rest = (number(entry[key]) for key in ("value", "se", "floor", "n_gen", "n_ref"))
-        better = "lower" if entry.get("lower_is_better") else "higher"
+        better = {True: "lower", False: "higher"}.get(entry.get("lower_is_better"), "")
         rows.append([entry["id"], value, error, "" if is_about_copying(entry["id"]) else better, *rest])
     lines = table(rows).splitlines()
     if copying := sum(is_about_copying(entry["id"]) for entry in measured):

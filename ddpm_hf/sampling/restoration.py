@@ -56,7 +56,7 @@ class Restored:
         num_images: how many results there are, including those of earlier calls.
         sheet: the path of a picture of the first 16 inputs, each above its result.
         noise_levels: the standard deviation of the noise of each image that this call restored, for pixels in
-            [0, 1], sorted by the size of the images.
+            [0, 1], in the order of file names.
         painted: for inpaint, the share of each image, from 0 to 1, that its mask marks for painting; otherwise [].
     """
 
@@ -328,7 +328,10 @@ def begin_output(items: list[Item], output: Path, record: dict, *, is_file: bool
 def restore_items(
     items: list[Item], pipeline, options: dict, seed: int, batch_size: int, *, pixels: PixelFormat
 ) -> list[float]:
-    """Restore the images, write the results, and return the noise levels. The images of a batch have the same size."""
+    """Restore the images, write the results, and return the noise level of each item.
+
+    The images of a batch have the same size.
+    """
     is_png = pixels.suffix == ".png"
     options = options | {"output_type": "pil" if is_png else "pt"}
 
@@ -345,7 +348,7 @@ def restore_items(
             with writing("the image", item.output):
                 pixels.save(array, item.output)
 
-    noise_levels = []
+    noise_levels = {}
     batches = []
     for size in sorted({item.size for item in items}):
         same = [item for item in items if item.size == size]
@@ -357,9 +360,9 @@ def restore_items(
     ):
         for batch, (arrays, levels) in in_batches(restore_batch, batches):
             write(save, batch, arrays)
-            noise_levels += levels
+            noise_levels |= zip((item.index for item in batch), levels)
             bar.update(len(batch))
-    return noise_levels
+    return [noise_levels[item.index] for item in items]
 
 
 def draw_sheet(items: list[Item], path: Path, channels: int) -> Path:

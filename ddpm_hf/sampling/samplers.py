@@ -277,18 +277,23 @@ def check_settings(sampler: str, eta: float, variance_type: str | None, unet: nn
         raise UserError(f"sampler is {sampler!r}; choose {', '.join(SAMPLERS)}.")
     if not 0 <= eta <= 1 or (eta != 0 and "eta" not in settings_of(sampler)):
         raise UserError(
-            f"eta is {eta}, and the sampler is {sampler}: eta applies only to ddim and must be from 0 to 1, so change "
-            "eta or leave it out."
+            f"eta is {eta}, and the sampler is {sampler}: eta applies only to {samplers_with('eta')} and must be from "
+            "0 to 1, so change eta or leave it out."
         )
     if variance_type is not None and "variance_type" not in settings_of(sampler):
         raise UserError(
-            f"variance_type is {variance_type}, but the sampler is {sampler}: variance_type applies only to ddpm, so "
-            "leave it out."
+            f"variance_type is {variance_type}, but the sampler is {sampler}: variance_type applies only to "
+            f"{samplers_with('variance_type')}, so leave it out."
         )
     if variance_type == "learned_range" and unet.config.out_channels != 2 * unet.config.in_channels:
         raise UserError(
             "variance_type is learned_range, but the UNet predicts no variance: give fixed_small or fixed_large."
         )
+
+
+def samplers_with(setting: str) -> str:
+    """Return the names of the samplers that have a setting, e.g. "ddim" for eta."""
+    return " and ".join(name for name in SAMPLERS if setting in settings_of(name))
 
 
 def default_steps(sampler: str, num_train_timesteps: int) -> int:
