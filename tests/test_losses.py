@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import steps
 
+from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.diffusion.losses import (
     accuracy,
     by_band,
@@ -22,10 +23,12 @@ from ddpm_hf.diffusion.timestep_sampling import (
     draw_timesteps,
     draw_uniform,
     new_history,
+    spread_timesteps,
     timestep_probabilities,
     update_history,
 )
 from ddpm_hf.randomness import keyed_generator
+from ddpm_hf.training.batches_ahead import add_draws
 
 
 class Answer(torch.nn.Module):
@@ -172,6 +175,25 @@ def test_accumulation_does_not_change_which_timesteps_are_drawn(monkeypatch, tmp
     assert torch.allclose(*histories, rtol=1e-3)
     p = timestep_probabilities(histories[0])
     assert p.max() > 2 * p.min()  # no longer uniform
+
+
+def test_timesteps_of_low_discrepancy():
+    """Each range of a tenth of the timesteps gets a tenth of any 40 consecutive images, give or take one."""
+    ordinals = torch.arange(12_345, 12_345 + 20_000)
+    timesteps = spread_timesteps(ordinals, 1000, seed=0)
+    assert torch.equal(timesteps[4000:4040], spread_timesteps(ordinals[4000:4040], 1000, seed=0))
+    assert not torch.equal(timesteps, spread_timesteps(ordinals, 1000, seed=1))
+    counts = torch.bincount(timesteps, minlength=1000)
+    assert counts.sum() == 20_000 and counts.min() >= 18 and counts.max() <= 22
+    for batch in timesteps.split(40):
+        shares = torch.bincount(batch // 100, minlength=10)
+        assert shares.min() >= 2 and shares.max() <= 6
+    config = parse_config(["--preset=digits", "--timestep_sampling=low_discrepancy", "--seed=3"])
+    batch = add_draws({"ordinals": ordinals[:8], "images": torch.zeros(8, 1, 8, 8)}, config, None, None)
+    assert torch.equal(batch["timesteps"], spread_timesteps(ordinals[:8], 1000, seed=3))
+    # Over many runs, the timestep of one image is uniform: its mean is 499.5, with an error of 289 / sqrt(2000).
+    of_one = [spread_timesteps(torch.tensor([7]), 1000, seed=seed).item() for seed in range(2000)]
+    assert abs(sum(of_one) / 2000 - 499.5) < 4 * 289 / 2000**0.5
 
 
 def test_an_image_of_no_weight_teaches_nothing_and_counts_for_nothing(monkeypatch, tmp_path):

@@ -189,8 +189,10 @@ class DiffusionOptions:
         "(trains a classifier of noisy images, for guidance, instead of a UNet); default: hybrid with "
         "--variance_type learned_range, else simple [added]",
     )
-    timestep_sampling: Literal["uniform", "loss_second_moment"] = flag(
-        "uniform", "How timesteps are drawn; loss_second_moment draws timesteps with large losses more often [added]"
+    timestep_sampling: Literal["uniform", "low_discrepancy", "loss_second_moment"] = flag(
+        "uniform",
+        "How timesteps are drawn: uniform, each image by itself; low_discrepancy, also uniform, but spread evenly "
+        "over every batch; loss_second_moment, timesteps with large losses more often [added]",
     )
     loss_type: Literal["l2", "l1", "huber"] = flag(
         "l2", "Distance between the prediction and its target; huber is smooth L1 with beta 1 [added]"

@@ -10,7 +10,7 @@ import torch
 
 from ..data.batches import training_batches
 from ..diffusion.losses import draw_noise, training_labels
-from ..diffusion.timestep_sampling import draw_uniform
+from ..diffusion.timestep_sampling import draw_uniform, spread_timesteps
 from ..models.augmented import labels_with_augmentation
 
 
@@ -89,6 +89,8 @@ def add_draws(batch: dict, config, class_names: list[str] | None, num_embeddings
     """Return a batch with the noise, timestep and label of each image, and with the seed of the dropout masks."""
     ordinals, shape = batch["ordinals"], batch["images"].shape[1:]
     batch["noise"], batch["timesteps"] = draw_noise(ordinals, shape, config.ddpm_num_steps, config.seed)
+    if config.timestep_sampling == "low_discrepancy":
+        batch["timesteps"] = spread_timesteps(ordinals, config.ddpm_num_steps, config.seed)
     if config.timestep_sampling == "loss_second_moment":
         batch["uniform"] = draw_uniform(ordinals, config.seed)
     if config.class_conditional:

@@ -308,7 +308,7 @@ def restore_state(run: Run, checkpoint: Path | None):
         if not checkpoints.has_best(Path(config.output_dir), state.step):
             # The first model that is measured is then the best one in this folder.
             state.best_score, state.best_measure = float("inf"), ""
-    if config.timestep_sampling == "uniform":
+    if config.timestep_sampling != "loss_second_moment":
         state.loss_history = None
     elif state.loss_history is None:
         state.loss_history = new_history(config.ddpm_num_steps)
