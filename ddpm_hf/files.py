@@ -31,7 +31,7 @@ TOO_DEEP = f"it is nested more than {MAX_JSON_DEPTH} levels deep"
 
 @contextlib.contextmanager
 def writing(what: str, path, *, also: tuple = ()):
-    """Turn the errors of a full disk or a read-only folder into a UserError, inside a `with` block that writes.
+    """In a `with` block that writes, turn the errors of a full disk or a read-only folder into a UserError.
 
     Args:
         also: more exceptions that mean a failed write. Give RuntimeError for a block that calls torch.save, which
@@ -45,7 +45,7 @@ def writing(what: str, path, *, also: tuple = ()):
 
 
 def is_utf_8(path: Path) -> bool:
-    """Return whether a path is valid UTF-8. Linux allows any bytes, but safetensors loads only from such paths."""
+    """Return whether a path is valid UTF-8, as safetensors needs it. Linux allows any bytes."""
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -103,7 +103,7 @@ def check_new_output(flag: str, given: str | Path) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: Path):
-    """Yield an empty folder next to `path`, inside a `with` block that fills it. Rename it to `path` at the end.
+    """Yield an empty folder next to `path`, for a `with` block to fill. At its end, rename the folder to `path`.
 
     After an error, the new folder is removed instead. Its temporary name is random, so that it cannot be the name of a
     folder of the user.

@@ -61,7 +61,7 @@ def check_unlocked(place: Path, remedy: str):
 
 @contextlib.contextmanager
 def locked(place: Path, remedy: str):
-    """Hold the lock of `place`, an existing folder or an .npz file to write, inside a `with` block.
+    """During a `with` block, hold the lock of `place`: an existing folder, or an .npz file to write.
 
     Raises:
         UserError: if another process holds the lock. The message ends with `remedy`.

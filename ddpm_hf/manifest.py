@@ -109,7 +109,7 @@ def damaged(checkpoint: Path, reason: str) -> UserError:
 
 @contextlib.contextmanager
 def reading(checkpoint: Path):
-    """Turn every error of a `with` block that reads a checkpoint into a UserError, unless memory is full.
+    """In a `with` block that reads a checkpoint, turn every error into a UserError, unless memory is full.
 
     Damaged and foreign files raise too many kinds of errors to list them.
     """

@@ -48,7 +48,7 @@ def gather_in_order(numbers: Iterable[int], values: Iterable) -> list:
 
 @contextlib.contextmanager
 def tuned_convolutions(is_wanted: bool = True):
-    """Let cuDNN try its kernels for each new shape of a convolution, and take the fastest, inside a `with` block.
+    """During a `with` block, let cuDNN try its kernels for each new shape of a convolution, and take the fastest.
 
     Otherwise cuDNN chooses by fixed rules. What it measures can differ from one process to the next, so its choice and
     the round-off can differ too. On a CPU this has no effect.

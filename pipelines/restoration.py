@@ -51,8 +51,8 @@ def mean_operator(apply: Callable, spread: Callable, count: int = 1) -> tuple[Ca
     """Return (apply, solve) for a linear operator A with A A^T = I / count.
 
     Such an A takes the means of `count` pixels or channels, or selects the pixels of a mask. `apply(x)` is A x.
-    `solve(residual, lam)` is A^T (A A^T + lam I)^-1 residual, the pseudo-inverse at lam = 0. The argument `spread` is
-    the pseudo-inverse, count A^T.
+    `solve(residual, lam)` is A^T (A A^T + lam I)^-1 residual, the pseudo-inverse at lam = 0. `spread(y)` is the
+    pseudo-inverse too: A^T y, multiplied by `count` (1 for a mask).
     """
     return apply, lambda residual, lam: spread(residual) / (1 + count * lam)
 

@@ -90,7 +90,7 @@ def add_data_flags(parser):
     add("--label_column", help="column with the classes")
     add("--validation_split", help="held-out images: the name of a split, or a count or share of the training images")
     add("--class_names", type=names, help="keep only these classes, e.g. cat,dog")
-    add("--channels", type=int, help="channels of the images: 1 (grey), 3 (RGB), 4 (RGBA) or as many as arrays have")
+    add("--channels", type=int, help="channels of the images: 1 (grey), 3 (RGB), 4 (RGBA), or the number in arrays")
     add(
         "--pixel_range",
         type=names,
@@ -116,7 +116,7 @@ def add_data_flags(parser):
     add(
         "--reference_pipeline",
         choices=PIPELINES,
-        help="how the images of --reference were resized, if the file does not say so",
+        help="how the images of --reference were resized; only needed if its file does not say how",
     )
 
 

@@ -75,8 +75,8 @@ class DataOptions:
     preserve_input_precision: bool = flag(False, "Keep 16 and 32 bit images exact, instead of rounding them to 8 bit")
     channels: int | None = flag(
         None,
-        "Channels of the images: 1 (grey), 2 (grey and opacity), 3 (RGB), 4 (RGBA), or the number in arrays; default: "
-        "the number in arrays (.npy, .npz), 1 for grey pictures, 3 for other pictures [added]",
+        "Channels of the images: 1 (grey), 2 (grey and opacity), 3 (RGB), 4 (RGBA), or the number in .npy "
+        "and .npz files, which is their default; the default of pictures: 1 if they are grey, else 3 [added]",
         at_least=1,
         at_most=1024,
     )

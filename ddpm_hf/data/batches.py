@@ -65,7 +65,7 @@ def _with_plain_errors(batches):
 
 
 class ShuffledSet(Dataset):
-    """The images of an `ImageSet`, found by ordinal. Ordinal n is image `n % N` of the shuffled epoch `n // N`."""
+    """Images in the order of training: ordinal n is image `n % N` of the shuffled epoch `n // N`."""
 
     def __init__(self, images, config):
         self.images = images

@@ -311,5 +311,5 @@ def use_path(use, path, open_file=Image.open):
 
 @functools.lru_cache(maxsize=2)
 def flips(seed: int, block: int, count: int) -> torch.Tensor:
-    """Return a bool (count,) for the images of a block: True for each image to mirror."""
+    """Return a bool tensor (count,) for the images of a block: True for each image to mirror."""
     return torch.randint(2, (count,), generator=keyed_generator(seed, "flip", block)).bool()

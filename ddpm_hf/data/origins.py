@@ -9,7 +9,7 @@ from .folders import printable
 
 @contextlib.contextmanager
 def naming_origin(flags: dict, origin: str, advice: str = "and flags that you give override it"):
-    """If a UserError of a `with` block names some of `flags`, add to its message that these come from `origin`.
+    """In a `with` block: if a UserError names any of `flags`, add to its message that these flags come from `origin`.
 
     Args:
         flags: the flags that the user did not type, with their values. Flags whose value is None are left out.

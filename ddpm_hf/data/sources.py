@@ -148,7 +148,7 @@ def _load_copy(folder, tables, config):
 
 @contextlib.contextmanager
 def offline_if_unreachable(name):
-    """If the Hub cannot be reached, let `datasets` look only in its cache, inside a `with` block that loads `name`.
+    """In a `with` block that loads `name`: if the Hub cannot be reached, let `datasets` look only in its cache.
 
     Otherwise `datasets` asks six times within 23 seconds, also for what is in its cache, and prints every attempt.
 
@@ -176,7 +176,7 @@ def offline_if_unreachable(name):
 
 @contextlib.contextmanager
 def loading(source):
-    """Turn the errors of `datasets` into a UserError, inside a `with` block that loads `source`, a name or a path."""
+    """In a `with` block that loads `source`, a name or a path, turn the errors of `datasets` into a UserError."""
     try:
         yield
     except UserError:

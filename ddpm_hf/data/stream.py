@@ -16,7 +16,7 @@ SHUFFLE_BUFFER = 1000  # number of consecutive rows that are shuffled together
 
 
 class StreamedSet(Dataset):
-    """Images of a stream, found by ordinal. Each block of `SHUFFLE_BUFFER` rows is shuffled.
+    """Images of a stream, by their ordinal in the training. Each block of `SHUFFLE_BUFFER` rows is shuffled.
 
     We do not use `IterableDataset.shuffle`, because it loses the content of its buffer when a stream is resumed.
     """

@@ -131,7 +131,7 @@ def bound_terms(
 
     Args:
         images: uint8 (N, C, H, W).
-        indices: the number of each image in the data set. The noise of image i at t is keyed by (seed, i, t), so
+        indices: the index of each image in the data set. The noise of image i at t is keyed by (seed, i, t), so
             batch size and the number of processes do not change the noise.
         evaluations: triples (row of `images`, timestep, weight).
         num_evaluations: the length of `evaluations`, for the progress bar.
@@ -218,12 +218,13 @@ def bits_per_dim(
     """Return a dict with the bound of each image and its parts, in bits per dimension. `summarise` averages them.
 
     Each value is float64 (N,). "bits_per_dim" is "L0" + "L1_to_last" (the sum over t = 1 .. T-1) + "prior". "floored"
-    is the share of pixels at the decoder's floor; unless it is 0, "bits_per_dim" is not a bound. One noise is drawn
+    is the share of pixels whose probability was below the smallest that the decoder gives. "bits_per_dim" is a bound
+    only if this share is 0. One noise is drawn
     for each image and t.
 
     Args:
         images: uint8 (N, C, H, W), all images of a data set or some of them.
-        indices: the number of each image in the data set.
+        indices: the index of each image in the data set. It decides the noise of the image.
         num_timesteps: None evaluates all T terms. A number K evaluates L_0 and K - 1 random t > 0, as described in
             `_drawn_evaluations`. The result is unbiased: its mean over the draws is the full bound.
         pilot: the probabilities p_t of the draws, from `pilot_probabilities`. None computes them from a few images.

@@ -34,7 +34,7 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     It adds no `__init__`, so its config has the same entries as diffusers', and a folder saved by diffusers loads as
     this class. Coefficients are computed in float64 and cast once, to the dtype of the images but at least to float32,
-    because in bfloat16 1 - abar_t is 0 for the first ten timesteps.
+    because in bfloat16, the first values of 1 - abar_t are 0 (ten of Ho's linear betas).
 
     Example:
         >>> scheduler = PaperDDPMScheduler.nichol_cosine(1000)
@@ -90,7 +90,7 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     @cached_property
     def betas64(self) -> Tensor:
-        """The betas in float64, shape (T,): the `trained_betas`, the schedule's formula, or diffusers' betas."""
+        """The betas (T,) in float64: the `trained_betas`, else those of the schedule's formula, else diffusers'."""
         config, T = self.config, self.config.num_train_timesteps
         formula = None if config.rescale_betas_zero_snr else config.beta_schedule
         if formula is not None and config.trained_betas is not None:

@@ -56,7 +56,7 @@ class Evaluation:
         bound_images, bound_timesteps: how many held-out images bits_per_dim takes, and how many timesteps of each.
             None: all.
         reference_file: a file of statistics that FID uses in place of those of `train`.
-        reference_pipeline: how the images of `reference_file` were resized, if the file does not say so.
+        reference_pipeline: how the images of `reference_file` were resized. Only needed if the file does not say how.
         cache_dir: the folder that keeps features of real images.
         pairs_path: where memorization writes its picture of the closest pairs. None: no picture.
         on_step: called after every sampling step, but only if images are kept in memory.
@@ -391,7 +391,8 @@ def open_extractors(evaluation: Evaluation):
 
     Raises:
         UserError: if there are too few images, if an extractor does not accept the images, if the reference statistics
-            are from another pipeline, or if bits_per_dim lacks a model, or the labels for a conditional model.
+            are from another pipeline, if bits_per_dim has no model, or if
+            its model needs labels and the real images have none.
     """
     inputs.check_metrics(evaluation.metrics)
     for name in evaluation.metrics:

@@ -37,7 +37,7 @@ class Extractor(nn.Module):
 
 @contextlib.contextmanager
 def full_precision(device: torch.device):
-    """Compute in true float32 inside a `with` block. Autocast and TF32 would change a Fréchet distance."""
+    """During a `with` block, compute in true float32. Autocast and TF32 would change a Fréchet distance."""
     convolutions = torch.backends.cudnn.allow_tf32
     products = torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False

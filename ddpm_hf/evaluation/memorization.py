@@ -75,14 +75,14 @@ def memorization_report(
     """Return measures of memorization, and the `num_pairs` closest pairs.
 
     A pair is (index of a generated image, index of its nearest training image, distance). At most `num_held_out`
-    held-out images are used, evenly spaced. Half of them set the threshold and the scale of median_ratio. The
-    other half is measured like generated images. The measures are:
+    held-out images are used, evenly spaced. One half of them is measured like the
+    generated images. The other half gives the threshold and the divisor below. The measures are:
     - share_below_threshold: the share of images whose distance to the nearest training image is below a threshold.
-      Only 1 % of the held-out images are below it. This measure finds a few close copies.
-    - authpct: the percentage of images that are farther from their nearest training image than that training image is
-      from its nearest other training image (authenticity, Alaa et al. 2022). It falls if many images are a bit too
+      It is chosen so that 1 % of that half are below it. This measure finds a few close copies.
+    - authpct: the percentage of images x for which y, the training image nearest to x, is nearer to another training
+      image than to x (authenticity, Alaa et al. 2022). It falls if many images are a bit too
       close to training images.
-    - median_ratio: the median distance to the nearest training image, divided by the same median for held-out images.
+    - median_ratio: the median distance to the nearest training image, divided by the same median of that half.
       It also falls if many images are a bit too close.
     - the same three names with `_held_out`: the values for held-out images.
     - threshold: the threshold of share_below_threshold.

@@ -240,7 +240,7 @@ def build_classifier(config, channels: int, class_names: list[str], saved: dict 
 
 @contextlib.contextmanager
 def building(kind: str, seed: int):
-    """Seed torch's global generator inside a `with` block, and turn an error of building the network into a UserError.
+    """For a `with` block that builds a network: seed torch's global generator, and turn errors into a UserError.
 
     After the block, the generator has its earlier state again.
     """

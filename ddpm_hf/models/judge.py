@@ -29,7 +29,7 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 
 @contextlib.contextmanager
 def quiet_diffusers():
-    """Silence the log of diffusers inside a `with` block. The exceptions that it raises give the same reasons."""
+    """During a `with` block, silence the log of diffusers. Its exceptions give the same reasons."""
     level = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
     try:
@@ -103,7 +103,7 @@ def _output_shape(config: str, channels: int, height: int, width: int) -> torch.
 
 
 def check_sizes(config: dict):
-    """Check the numbers in a network's config, e.g. those that determine how much time and memory it takes."""
+    """Check the numbers in a network's config, because they decide how much time and memory it takes."""
     widths = config.get("block_out_channels", [224])
     is_list = isinstance(widths, (list, tuple)) and 1 <= len(widths) <= MAX_LEVELS
     if not is_list or not all(_is_whole(width, 1, MAX_CHANNELS) for width in widths):

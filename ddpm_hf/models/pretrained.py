@@ -127,7 +127,7 @@ def load_pretrained(name: str | Path, weights: str = "published") -> Pretrained:
 
 @contextlib.contextmanager
 def opening(what, advice: str):
-    """Turn every error inside a `with` block that opens files from elsewhere into a UserError with this advice."""
+    """In a `with` block that opens files from elsewhere, turn every error into a UserError with this advice."""
     try:
         yield
     except UserError:

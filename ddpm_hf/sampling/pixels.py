@@ -72,8 +72,8 @@ class PixelFormat:
 def pixel_format(model: Pretrained, type: str | None) -> PixelFormat:
     """Return the format of the samples of a model.
 
-    uint16 and float32 values are in the --pixel_range of the training. If training did not have this flag, they are
-    from 0 to 65535 (uint16) or from 0 to 1 (float32).
+    uint8 values are from 0 to 255. uint16 and float32 values are in the --pixel_range of the training. If training did
+    not have this flag, they are from 0 to 65535 (uint16) or from 0 to 1 (float32).
 
     Args:
         type: a name of PIXEL_TYPES. None: float32 if the model was trained with --preserve_input_precision, else

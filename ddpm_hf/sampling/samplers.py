@@ -1,9 +1,9 @@
 """Draw images from noise: ancestral DDPM sampling, DDIM and DPM-Solver++, over any subsequence of the timesteps.
 
 A sampler is a function that computes one step. `SAMPLERS` lists the samplers. Image k takes all its noise from
-`torch.Generator().manual_seed(seed + k)`, in the same order as in stock pipelines. The image therefore does not depend
-on the batch or the process. `DDPMPipeline(...)(generator=torch.Generator().manual_seed(seed + k))` draws the same
-image, up to round-off of 1e-5 in [-1, 1]. This occasionally changes an 8-bit pixel by one grey level.
+`torch.Generator().manual_seed(seed + k)`, in the same order as in stock pipelines. So it does not depend on the batch
+size or the number of processes, and `DDPMPipeline(...)(generator=torch.Generator().manual_seed(seed + k))` draws the
+same image. There is round-off of 1e-5 in [-1, 1], which occasionally changes an 8-bit pixel by one grey level.
 """
 
 import contextlib

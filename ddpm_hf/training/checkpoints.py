@@ -188,7 +188,7 @@ def can_start_again(folder: Path, logging_dir: str) -> bool:
 
 @contextlib.contextmanager
 def output_dir_locked(config, checkpoint: Path | None):
-    """Create the run folder if it is missing, and keep other runs out of it inside a `with` block.
+    """Create the run folder if it is missing, and keep other runs out of it during a `with` block.
 
     Raises:
         UserError: if the folder cannot be written to, or if another run is writing to it, or has changed it since

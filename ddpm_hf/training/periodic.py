@@ -364,7 +364,7 @@ def pending_rows(run: Run) -> list[torch.Tensor]:
 
 
 def averages(rows: list[torch.Tensor]) -> dict:
-    """Return the mean losses over all images, and the mean norm of the gradient over all steps, of these rows."""
+    """Average rows of steps: the losses over all images, and the norm of the gradient over all steps."""
     table = torch.stack(rows).double()
     sums, counts = table[:, :-1].sum(dim=0).view(2, NUM_BANDS)
     norms = table[:, -1][table[:, -1].isfinite()]
