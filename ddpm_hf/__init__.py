@@ -6,8 +6,8 @@
     images = ddpm_hf.sample(run.folder, 16, "ddim", num_inference_steps=50)
     print(ddpm_hf.evaluate(run.folder, suite="smoke"))
 
-Every name is imported when it is first used (PEP 562), so that `import ddpm_hf` and `--help` need no torch.
-docs/python_api.md describes all of these names.
+A name of this package is imported when it is first used (PEP 562). Therefore `import ddpm_hf` and `--help` do not
+load torch. docs/python_api.md describes all public names.
 """
 
 from importlib import import_module

@@ -23,7 +23,7 @@ def pipeline_file(name: str) -> Path:
 def pipeline_module(name: str) -> ModuleType:
     """Return the module of our community pipeline `name`.
 
-    The module is loaded only once, so that entries that are added to its tables stay there.
+    The module is loaded only once, so an entry that you add to one of its dicts, e.g. OPERATORS, stays there.
     """
     module_name = f"{__package__}_pipeline_{name}"
     if module_name not in sys.modules:

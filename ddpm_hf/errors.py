@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 def reason_of(error: Exception, lines: int = 1) -> str:
-    """Return the first `lines` lines of an error's message as one line, or its type if it has no message.
+    """Return the first `lines` lines of an error's message as one line, or the error's type if there is no message.
 
     If torch refuses to unpickle a file, torch's message is replaced, because it advises reading the file unsafely.
     """
@@ -31,7 +31,7 @@ def reason_of(error: Exception, lines: int = 1) -> str:
 def suggestion(word: str, known, otherwise: str = "see --help.") -> str:
     """Return advice for a mistyped `word`: the closest name in `known`.
 
-    Without a close name, the advice lists all names, or is `otherwise` if there are more than 12.
+    If no name is close, the advice lists all names. If there are more than 12 names, the advice is `otherwise`.
     """
     import difflib  # imported here to keep `import ddpm_hf` fast
 
@@ -46,7 +46,10 @@ def no_such(kind: str, word: str, known) -> str:
 
 
 def no_such_flag(word: str, known) -> str:
-    """Return the error message for a flag that is not in `known`, without its value, which may be an access token."""
+    """Return the error message for a `word` such as --flag=value whose flag is not in `known`.
+
+    The message does not contain the value, which may be an access token.
+    """
     return no_such("flag", re.split(r"[=\s]", word)[0], known)
 
 

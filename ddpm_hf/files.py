@@ -34,8 +34,8 @@ def writing(what: str, path, *, also: tuple = ()):
     """In a `with` block that writes, turn the errors of a full disk or a read-only folder into a UserError.
 
     Args:
-        also: more exceptions that mean a failed write. Give RuntimeError for a block that calls torch.save, which
-            raises it if writing fails. Such a block must not compute, because computing can raise RuntimeError too.
+        also: more exceptions that mean that writing failed. If the block calls torch.save, give RuntimeError, which
+            torch.save then raises. Such a block must not compute, because a computation can raise RuntimeError too.
     """
     try:
         yield
@@ -103,10 +103,10 @@ def check_new_output(flag: str, given: str | Path) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: Path):
-    """Yield an empty folder next to `path`, for a `with` block to fill. At its end, rename the folder to `path`.
+    """Give a `with` block an empty folder to fill. After the block, rename this folder to `path`.
 
-    After an error, the new folder is removed instead. Its temporary name is random, so that it cannot be the name of a
-    folder of the user.
+    If the block fails, the folder is removed instead. Until then it is next to `path` under a random name, so that it
+    cannot be a folder of the user.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as temporary:
@@ -125,11 +125,11 @@ def remove(path: Path):
 
 
 def read_json(path: Path, *, like: type = dict, missing=None):
-    """Return the content of a JSON file, or `missing` (if given) if the file does not exist.
+    """Return the content of a JSON file. If the file does not exist and `missing` is given, return `missing`.
 
     Raises:
-        UserError: for a file that cannot be read, that is too large, that `parse_json` refuses, or whose content is
-            not of the type `like` (dict or list).
+        UserError: if the file cannot be read, is too large, or is refused by `parse_json`. Also if the content is not
+            of the type `like` (dict or list).
     """
     if missing is not None and not path.exists():
         return missing
@@ -151,8 +151,8 @@ def parse_json(text: str):
 
     Raises:
         ValueError: for text that is not JSON, is nested more than MAX_JSON_DEPTH levels deep, or has a whole number
-            of more than MAX_DIGITS digits. Also for a string with half of a surrogate pair, because it cannot be
-            written to a file.
+            of more than MAX_DIGITS digits. Also for a string with half of a surrogate pair, because such a string
+            cannot be written to a file.
     """
     try:
         content = json.loads(text, parse_int=_whole_number)
@@ -175,7 +175,10 @@ def parse_json(text: str):
 
 
 def _whole_number(text: str) -> int:
-    """Return a whole number of a JSON text. Refuse a very long one, because adding a float to it would fail."""
+    """Return a whole number of a JSON text. Raise a ValueError if it has more than MAX_DIGITS digits.
+
+    Adding a float to a number of hundreds of digits would fail.
+    """
     if len(text) > MAX_DIGITS:
         raise ValueError(f"it has a whole number of more than {MAX_DIGITS} digits")
     return int(text)
@@ -187,7 +190,7 @@ def write_json(path: Path, content):
 
 
 def read_npz(path: Path, choose, advice: str) -> dict:
-    """Return the arrays of an .npz file that `choose` selects, by name. Pickles and decompression bombs are refused.
+    """Return a dict of the arrays of an .npz that `choose` selects by name. Refuse pickles and decompression bombs.
 
     Args:
         choose: a function that takes the list of all names and returns the names to read.

@@ -26,8 +26,8 @@ def in_thread(function: Callable, lock=None) -> Future:
     """Start `function()` in a thread that does not keep the process alive. Return a Future of its result.
 
     Args:
-        lock: the thread waits for this lock and holds it while the function runs. While it waits, the future can
-            be cancelled.
+        lock: the thread waits for this lock and holds it while the function runs. While the thread waits, the future
+            can be cancelled.
     """
     future = Future()
 
@@ -74,17 +74,19 @@ def ask_hub(request: Callable, seconds: float | None = None):
 
 
 def transfer_seconds(size: int) -> float:
-    """Return how many seconds a transfer of `size` bytes may take: 120, plus the time at SLOWEST bytes/second."""
+    """Return the time limit of a transfer of `size` bytes, in seconds: 120 + `size` / SLOWEST."""
     return 120 + size / SLOWEST
 
 
 def download(repo_id: str, patterns: list[str], ignore: str | None = None) -> Path:
     """Download the files of a repository that match `patterns`. Return their folder in HuggingFace's cache.
 
-    Files that are in the cache are not downloaded again. If a request to the Hub fails, the cached files are used.
+    Files that match the pattern `ignore` are left out. Files that are in the cache are not downloaded again. If a
+    request to the Hub fails, the cached files are used.
 
     Raises:
-        HFValidationError, HTTPError, OSError: see `ask_hub`.
+        HFValidationError: for a name that is not the name of a repository.
+        HTTPError, OSError: if a request to the Hub fails, and the repository is not in the cache.
     """
     options = {"allow_patterns": patterns, "ignore_patterns": ignore}
     try:

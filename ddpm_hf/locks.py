@@ -1,8 +1,8 @@
 """Let only one process at a time write to a folder or a file.
 
-The lock is advisory. It is on a small file in the folder, or next to the file. The kernel releases the lock when its
-process ends, even by `kill -9`, so a lock is never left behind. On Windows, and on file systems without locks, nothing
-is locked.
+The lock is advisory: a program that does not ask for the lock can still write. It is the lock of a small file in the
+folder, or next to the file. The kernel releases a lock when the process that holds it ends, even by `kill -9`. On
+Windows, and on file systems without locks, nothing is locked.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ HELD = set()  # the file descriptors of the locks that this process holds
 
 
 def _let_go():
-    """Close the inherited locks in a forked process, which would otherwise hold them after its parent was killed."""
+    """Close the inherited locks in a forked process. Otherwise they would stay after the parent process was killed."""
     while HELD:
         os.close(HELD.pop())
 
@@ -41,7 +41,10 @@ def lock_path(place: Path) -> Path:
 
 
 def writer_of(place: Path) -> str | None:
-    """Return a description of the process that holds the lock of `place`, or None. Nothing is written."""
+    """Return a description of the process that holds the lock of `place`, or None if no process holds the lock.
+
+    Nothing is written.
+    """
     try:
         descriptor = os.open(lock_path(place), os.O_RDONLY | NO_TRAPS)
     except OSError:
@@ -65,7 +68,7 @@ def locked(place: Path, remedy: str):
 
     Raises:
         UserError: if another process holds the lock. The message ends with `remedy`.
-        OSError: if the file of the lock cannot be written.
+        OSError: if the lock file cannot be written.
     """
     path = lock_path(place)
     while True:
@@ -96,12 +99,15 @@ def _in_use(place: Path, writer: str, remedy: str) -> UserError:
 
 
 def _name_in(descriptor: int) -> str:
-    """Return what the holder of a lock has written into its file."""
+    """Return what the process that holds a lock has written into the lock file, e.g. "process 12 on host"."""
     return os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
 
 
 def _lock(descriptor: int, shared: bool = False) -> bool:
-    """Try to lock an open file. Return False only if another process holds its lock."""
+    """Try to lock an open file. Return False if another process holds the lock, else True.
+
+    On a system without locks, return True.
+    """
     if fcntl is None:
         return True
     try:

@@ -1,7 +1,7 @@
 """List the files of a checkpoint with their sizes and hashes, so that damage and mix-ups are noticed.
 
-The file manifest.json is written last. Checkpoints of earlier versions have no manifest, so only
-their contents are checked.
+The file manifest.json is written last. Checkpoints of earlier versions have no manifest. In these, damage is noticed
+only if a file is missing or cannot be read.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ def _is_entry(item: tuple) -> bool:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Return whether all files of a checkpoint are there, with the sizes in its manifest if it has one."""
+    """Return whether a checkpoint has all its files. If it has a manifest, the sizes of the files are checked too."""
     needed = ("state.pt", "model.safetensors", "optimizer.bin")
     # Earlier versions removed a checkpoint file by file, so a kill could leave a part of it.
     if not all((checkpoint / name).is_file() for name in needed):
@@ -81,7 +81,7 @@ def check_files(checkpoint: Path, names: list[str] | None = None):
     """Raise a UserError if a checkpoint does not match its manifest. Without a manifest, check nothing.
 
     Args:
-        names: the files to hash. None: all files.
+        names: the files whose hashes are checked. None: all files.
 
     Raises:
         UserError: if a file is missing or is not the one that was saved, or if the checkpoint was renamed.
@@ -109,9 +109,9 @@ def damaged(checkpoint: Path, reason: str) -> UserError:
 
 @contextlib.contextmanager
 def reading(checkpoint: Path):
-    """In a `with` block that reads a checkpoint, turn every error into a UserError, unless memory is full.
+    """In a `with` block that reads a checkpoint, turn every error into a UserError, except that memory is full.
 
-    Damaged and foreign files raise too many kinds of errors to list them.
+    Damaged files, and files of other programs, raise too many kinds of errors to list them.
     """
     try:
         yield

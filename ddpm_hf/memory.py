@@ -23,8 +23,8 @@ def in_batches(
     Later batches keep the smaller size. The main process prints this size.
 
     Args:
-        work: what to do with a batch. After a failure it is called again with the first half of the batch, so it must
-            draw its random numbers from generators that it makes itself.
+        work: a function of a batch. If memory runs out, it is called again with the first half of the batch. It must
+            therefore create its random generators in each call.
         batches: sequences that can be sliced, e.g. ranges.
         most: split batches that are longer than this.
 

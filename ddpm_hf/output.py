@@ -17,7 +17,7 @@ class LossyStream:
             stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
-        """Write `text`, or drop it if the stream is closed, full, or cannot encode it; return its length."""
+        """Write `text` and return its length. If the stream is closed or full, or cannot encode `text`, drop it."""
         # A closed stream and a failed encoding raise ValueError.
         with contextlib.suppress(OSError, ValueError):
             self.stream.write(text)
@@ -40,8 +40,8 @@ class LossyStream:
 def drop_failing_output():
     """Replace sys.stdout and sys.stderr for the life of this process, so that printing never raises.
 
-    `train | tee log` loses its reader when Ctrl-C ends `tee`, and a disk that holds the log may be full. Neither may
-    end hours of work.
+    For example, Ctrl-C in `train | tee log` ends `tee`, so nothing reads the output any more. Or the disk with the log
+    is full. Without this function, printing would then end hours of work.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -21,7 +21,7 @@ LABEL_HEIGHT = 24  # pixels of a row with a label
 def save_picture(write, path, **options) -> Path:
     """Write a picture to `path` and return the path. A kill leaves no half-written picture there.
 
-    `write(path, format=..., **options)` writes the file. It is e.g. the `save` method of a PIL image.
+    `write(path, format=..., **options)` writes the file, e.g. the `save` method of a PIL image.
 
     Raises:
         UserError: if the picture cannot be written.
@@ -66,7 +66,7 @@ def side_by_side(images: torch.Tensor) -> torch.Tensor:
 
 
 def near_square(count: int) -> int:
-    """Return how many columns to use for `count` images: about as many as rows, with a full last row if possible."""
+    """Return the number of columns of a nearly square sheet of `count` images. If possible, the last row is full."""
     root = math.ceil(count**0.5)
     return next((columns for columns in range(root, 2 * root) if count % columns == 0), root)
 
@@ -93,9 +93,9 @@ def image_sheet(images: torch.Tensor, path, columns: int | None = None) -> Path:
 
 
 def check_sheet(sheet: Path, output: Path):
-    """Raise a UserError if `sheet`, the picture of all images in `output`, would replace a file of the user.
+    """Raise a UserError if writing `sheet`, the picture of all images in `output`, would replace a file of the user.
 
-    If `output` does not exist yet, a file at `sheet` is the user's.
+    If `sheet` exists but `output` does not, the file `sheet` is the user's.
     """
     if os.path.lexists(sheet) and not os.path.lexists(output):
         raise UserError(

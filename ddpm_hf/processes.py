@@ -42,7 +42,10 @@ def check_processes():
 
 
 def gather_in_order(numbers: Iterable[int], values: Iterable) -> list:
-    """Return the values of all processes, in the order of `numbers`, to every process. All processes call this."""
+    """Return the values of all processes, sorted by `numbers`. All processes must call this function.
+
+    Each process gives its own `values`, and in `numbers` one number for each value. Each gets the values of all.
+    """
     return [value for _, value in sorted(gather_object(list(zip(numbers, values))), key=lambda pair: pair[0])]
 
 
@@ -50,8 +53,8 @@ def gather_in_order(numbers: Iterable[int], values: Iterable) -> list:
 def tuned_convolutions(is_wanted: bool = True):
     """During a `with` block, let cuDNN try its kernels for each new shape of a convolution, and take the fastest.
 
-    Otherwise cuDNN chooses by fixed rules. What it measures can differ from one process to the next, so its choice and
-    the round-off can differ too. On a CPU this has no effect.
+    If `is_wanted` is False, cuDNN chooses by fixed rules. The measured times vary, so two processes can choose
+    different kernels, and their results can differ by round-off. On a CPU this function has no effect.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = is_wanted
@@ -62,7 +65,7 @@ def tuned_convolutions(is_wanted: bool = True):
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether a device multiplies bfloat16 matrices in hardware. If not, autocast would slow it down."""
+    """Return whether a device multiplies bfloat16 matrices in hardware. If not, autocast to bfloat16 is slow."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # The public torch.cpu.get_capabilities() is missing in the oldest torch that we support.

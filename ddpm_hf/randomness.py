@@ -18,17 +18,17 @@ def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
     `keyed_generator(config.seed, "noise", image_ordinal)`.
 
     torch's CPU generator keeps only 32 bits of a seed, so there are 2^32 streams. Two different keys share a
-    stream with a probability of 2^-32, so of a million keys about 116 pairs do. This changes no expected value.
+    stream with a probability of 2^-32. Among a million keys, about 116 pairs share one. Expected values stay right.
     """
     digest = hashlib.blake2b("/".join(map(str, (seed, *key))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def draws_for(ordinals: range, draw, seed: int, block_size: int) -> torch.Tensor:
-    """Return one value of `draw` for each of the consecutive `ordinals`.
+    """Return one random value for each of the consecutive `ordinals` (see data/dataset.py).
 
-    `draw(seed, block, block_size)` returns the values of `block_size` consecutive ordinals, drawn with the block
-    number as the key. Drawing a whole block at once is faster, and a value still depends only on its ordinal.
+    `draw(seed, block, block_size)` draws the values of a whole block of `block_size` ordinals, with the number of the
+    block as the key. This is faster than single draws, and a value still depends only on its ordinal.
     """
     first, end = ordinals[0], ordinals[-1] + 1
     blocks = range(first // block_size, -(-end // block_size))

@@ -9,15 +9,15 @@ from ..errors import no_such, no_such_flag, one_sentence
 
 
 def with_home(word: str) -> str:
-    """Return a word of a command line. In `~/x` and `--flag=~/x`, the ~ is replaced by the home folder."""
+    """Return a word of a command line, with the home folder in place of the ~ in `~/x` or `--flag=~/x`."""
     flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return flag + equals + os.path.expanduser(value)
 
 
 class OneSentenceErrors:
-    """A base class for an ArgumentParser. Errors are one sentence without the usage, with a suggested spelling.
+    """A base class for an ArgumentParser whose errors are one sentence, with a suggested spelling, without the usage.
 
-    It replaces a leading ~ in a value by the home folder, even in `--output=~/x`, where many shells do not replace it.
+    A leading ~ in a value is replaced by the home folder, even in `--output=~/x`, where many shells keep the ~.
     """
 
     def parse_args(self, words: list[str], namespace=None):

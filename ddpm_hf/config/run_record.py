@@ -21,7 +21,7 @@ def read_run(folder: str | Path) -> dict:
     """Return the content of a folder's train_config.json, or {} if there is no such file.
 
     Raises:
-        UserError: if the file is not JSON, or if an entry or a flag has a type that a run never writes.
+        UserError: if the file is not JSON, or if one of its entries has a wrong type.
     """
     path = Path(folder, "train_config.json")
     run = read_json(path, missing={})
@@ -42,9 +42,9 @@ def read_run(folder: str | Path) -> dict:
 
 
 def _could_be(value, annotation) -> bool:
-    """Return whether a flag may have a value of this type.
+    """Return whether the type of `value` fits `annotation`, the type of a flag.
 
-    If a flag is a choice of words or numbers, any word or number is accepted: earlier versions had other choices.
+    For a flag with a list of choices, any word or number is accepted, because earlier versions had other choices.
     """
     if isinstance(value, list):
         return all(isinstance(part, (str, int, float)) for part in value)

@@ -68,15 +68,15 @@ class DataOptions:
     )
     augment_probability: float = flag(
         0.0,
-        "Share of images to rotate, scale, stretch, shift and mirror at random; a label tells the UNet which images "
-        "these are, so that it generates images without such changes [added]",
+        "Share of images to rotate, scale, stretch, shift and mirror at random; a label marks these images, so that "
+        "the UNet still generates unchanged images [added]",
         fraction=True,
     )
     preserve_input_precision: bool = flag(False, "Keep 16 and 32 bit images exact, instead of rounding them to 8 bit")
     channels: int | None = flag(
         None,
-        "Channels of the images: 1 (grey), 2 (grey and opacity), 3 (RGB), 4 (RGBA), or the number in .npy "
-        "and .npz files, which is their default; the default of pictures: 1 if they are grey, else 3 [added]",
+        "Channels of the images: 1 (grey), 2 (grey and opacity), 3 (RGB), 4 (RGBA), or any number for .npy and .npz "
+        "files; default: for these files their own number, for pictures 1 if all are grey, else 3 [added]",
         at_least=1,
         at_most=1024,
     )
@@ -96,7 +96,7 @@ class DataOptions:
     )
     streaming: bool = flag(False, "Read the dataset as a stream, without storing it on disk [added]")
     validation_split: str | None = flag(
-        None, "Held-out images: a split's name, or a count (500) or share (0.05) of the training images [added]"
+        None, "Held-out images: the name of a split, a count (500), or a share of the training images (0.05) [added]"
     )
     dataloader_num_workers: int = flag(
         0, "Extra processes that decode images, for datasets that do not fit in memory", at_least=0
@@ -112,30 +112,35 @@ class ModelOptions:
     )
     init_from: str | None = flag(
         None,
-        "Model whose weights to start from: Hub id, or folder of a pipeline, a checkpoint or a UNet; its schedule, "
-        "prediction type, size and architecture are used too, unless their flags are given [added]",
+        "Model whose weights to start from: Hub id, or folder of a pipeline, a checkpoint or a UNet; if you do not "
+        "give their flags, its noise schedule, prediction type, image size and architecture are used too [added]",
     )
     base_channels: int | None = flag(None, "Channels of the first level; default: 128 [added]", at_least=1)
     channel_mults: list[str] | None = flag(
-        None, "Channels of each level, as multiples of --base_channels; default: up to 1,1,2,2,4,4 [added]"
+        None,
+        "Channels of each level, as multiples of --base_channels; default: 1,1,2,2,4,4, with fewer levels if the "
+        "images cannot be halved five times [added]",
     )
     layers_per_block: int | None = flag(None, "Residual blocks per level; default: 2 [added]", at_least=1, at_most=32)
     attention_resolutions: list[str] | None = flag(
         None,
-        "Sizes in pixels of the levels with attention, e.g. 16,8 (for rectangles, their shorter sides); default: the "
-        "last level but one [added]",
+        "Sizes in pixels of the levels with attention, e.g. 16,8; for rectangles, give the shorter side; default: the "
+        "second smallest level [added]",
     )
     dropout: float | None = flag(None, "Dropout in the residual blocks; default: 0 [added]", fraction=True)
     attention_head_dim: int = flag(
         8, "Channels of each attention head; 0: one head over all channels [added]", at_least=0
     )
     norm_num_groups: int = flag(
-        32, "Groups in a GroupNorm; halved until the number divides the channels of every level [added]", at_least=1
+        32,
+        "Groups in a GroupNorm; this number is halved until it divides the channels of every level [added]",
+        at_least=1,
     )
     norm_eps: float = flag(1e-5, "Added to the variance in a GroupNorm [added]", positive="e.g. 1e-5")
     resnet_time_scale_shift: Literal["default", "scale_shift"] = flag(
         "default",
-        "How a residual block uses the timestep: default adds it, scale_shift scales and shifts by it [added]",
+        "How a residual block uses the timestep embedding. default: adds it; scale_shift: scales and shifts by it "
+        "[added]",
     )
     flip_sin_to_cos: bool = flag(True, "Put the cosines of the timestep embedding before the sines [added]")
     freq_shift: int = flag(
@@ -169,13 +174,13 @@ class DiffusionOptions:
     ddpm_num_inference_steps: int = flag(1000, "Sampling steps of the preview images", at_least=1)
     ddpm_beta_schedule: str = flag(
         "linear",
-        "Noise schedule: ho_linear (scaled by 1000/T), nichol_cosine, a beta_schedule of diffusers, or another name "
-        "in BETA_SCHEDULES",
+        "Noise schedule: a beta_schedule of diffusers such as linear, ho_linear (linear with betas times 1000/T), "
+        "nichol_cosine, or a name that you added to BETA_SCHEDULES",
     )
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
         "epsilon",
-        "What the UNet predicts: epsilon (the noise), sample (the clean image), or v. With sample, the error is not "
-        "weighted; for the SNR weights of diffusers' script, add --snr_gamma 1e9",
+        "What the UNet predicts: epsilon (the noise), sample (the clean image), or v_prediction (a mix of both). For "
+        "sample, the loss has no weights; --snr_gamma 1e9 weights it by the SNR, as diffusers' script does",
     )
     rescale_betas_zero_snr: bool = flag(
         False, "Change the noise schedule so that its last timestep is pure noise; not for epsilon prediction [added]"
@@ -186,13 +191,13 @@ class DiffusionOptions:
     objective: str | None = flag(
         None,
         "Loss to train with: simple (Ho et al.), hybrid (Nichol & Dhariwal), vlb (the variational bound), or classify "
-        "(trains a classifier of noisy images, for guidance, instead of a UNet); default: hybrid with "
+        "(to train a classifier of noisy images for guidance, not a UNet); default: hybrid with "
         "--variance_type learned_range, else simple [added]",
     )
     timestep_sampling: Literal["uniform", "low_discrepancy", "loss_second_moment"] = flag(
         "uniform",
-        "How timesteps are drawn: uniform, each image by itself; low_discrepancy, also uniform, but spread evenly "
-        "over every batch; loss_second_moment, timesteps with large losses more often [added]",
+        "How timesteps are drawn. uniform: independently for each image; low_discrepancy: spread evenly over every "
+        "batch; loss_second_moment: timesteps with large losses more often [added]",
     )
     loss_type: Literal["l2", "l1", "huber"] = flag(
         "l2", "Distance between the prediction and its target; huber is smooth L1 with beta 1 [added]"
@@ -222,13 +227,16 @@ class OptimisationOptions:
     max_grad_norm: float = flag(1.0, "Clip the gradient to this norm; 0: do not clip [added]", at_least=0)
     use_ema: bool = flag(False, "Publish an exponential moving average of the weights")
     ema_inv_gamma: float = flag(
-        1.0, "The decay after s steps is 1 - (1 + s/inv_gamma)^-power; with 0 it is always --ema_max_decay", at_least=0
+        1.0,
+        "inv_gamma in the decay after s steps, 1 - (1 + s/inv_gamma)^-power; 0: the decay is always --ema_max_decay",
+        at_least=0,
     )
     ema_power: float = flag(0.75, "The power in the formula of --ema_inv_gamma", at_least=0)
     ema_max_decay: float = flag(0.9999, "Highest decay of the moving average", fraction=True)
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = flag(
         "no",
-        "Precision inside the UNet; the rest is float32. auto [added]: bf16 if the processor supports it, else no",
+        "Precision inside the UNet; the rest is float32. no: float32; auto [added]: bf16 if the processor supports "
+        "it, else no",
     )
     local_rank: int = flag(-1, "Rank of this process on its machine; older launchers set this flag")
 
@@ -250,8 +258,8 @@ class OutputOptions:
     validation_epochs: int = flag(1, "Epochs between measurements of the validation loss [added]", at_least=1)
     ema_snapshots: int = flag(
         0,
-        "Number of snapshots to save, spread evenly over the run, e.g. 32. Each holds two averages of the weights, "
-        "from which `ddpm_hf ema` makes averages of other lengths, and takes twice the space of the weights [added]",
+        "Number of snapshots of averaged weights to save, spread evenly over the run, e.g. 32. From them, `ddpm_hf "
+        "ema` makes averages over longer or shorter times. Each takes twice the disk space of the weights [added]",
         at_least=0,
         at_most=1000,
     )
@@ -308,12 +316,12 @@ GROUPS = [
 class TrainingConfig(*reversed(GROUPS)):
     """All flags of one run. They are checked when the config is created. `from_preset` starts from a preset.
 
-    Lists may be given as on the command line (`channel_mults="1,2,2"`) or as lists (`[1, 2, 2]`), and paths as strings
-    or `pathlib.Path`. The field `preset` only records where the values came from.
+    A list may be a list (`[1, 2, 2]`) or a text as on the command line (`channel_mults="1,2,2"`). A path may be a
+    string or a `pathlib.Path`. The field `preset` only records where the values came from.
 
-    The attribute `given_flags` is not a flag. It is the set of the flags that the user gave, without those of the
-    preset: the arguments of `from_preset`, or, for a config made directly, the flags whose value is not the default.
-    --init_from does not change these flags.
+    The attribute `given_flags` is not a flag. It is the set of the names of the flags that the user gave.
+    `from_preset` stores the names of its arguments there, without the flags of the preset. In a config made directly,
+    the set has each flag whose value is not the default. --init_from does not change the flags in this set.
 
     Raises:
         UserError: for a value that is not allowed. The message names the flag, the value and what is allowed.

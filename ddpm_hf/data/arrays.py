@@ -1,4 +1,4 @@
-"""Read images that are stored as arrays: .npy files, .npz files with many images, and pages as channels.
+"""Read images as arrays: .npy files, .npz files with many images, and files whose pages are channels of one image.
 
 An array is (H,W) or (H,W,C). It holds 8-bit integers, longer integers, or floats.
 """
@@ -26,7 +26,7 @@ def read_npy(file) -> np.ndarray:
     """Return the array (H,W,C) in a .npy file. Pickles are not read.
 
     Raises:
-        ValueError: for a file that is damaged or has another shape or type.
+        ValueError: if the file is damaged, or if the array is not numbers of shape (H,W) or (H,W,C).
     """
     check_npy(file, file.seek(0, io.SEEK_END))
     file.seek(0)
@@ -34,7 +34,7 @@ def read_npy(file) -> np.ndarray:
 
 
 def as_image(array: np.ndarray) -> np.ndarray:
-    """Return an array (H,W) or (H,W,C) as (H,W,C). Raise a ValueError for another shape or type."""
+    """Return an array (H,W) or (H,W,C) as (H,W,C). Raise a ValueError for another shape, or if it has no numbers."""
     array = array[..., None] if array.ndim == 2 else array
     if array.ndim != 3 or not array.size or array.dtype.kind not in "buif":
         raise ValueError(
@@ -44,7 +44,7 @@ def as_image(array: np.ndarray) -> np.ndarray:
 
 
 def page_numbers(image) -> list[int]:
-    """Return the numbers of the pages or frames of a Pillow image. Small copies and masks in a TIFF are left out."""
+    """Return the indices of the pages or frames of a Pillow image. Small copies and masks in a TIFF are left out."""
     if image.format in ONE_PICTURE:
         return [0]
     numbers = range(getattr(image, "n_frames", 1))
@@ -97,13 +97,13 @@ def white_of(dtype: np.dtype) -> int:
 
 
 def open_npz(path) -> datasets.Dataset:
-    """Return one row per image of an .npz file: the image (as .npy), and its label if the file has labels.
+    """Return a dataset of the images in an .npz file. A row has an image (as .npy), and a label if there are labels.
 
-    The images are the array `arr_0`, or else the first array that is not named as labels: (N,H,W) or (N,H,W,C). The
-    labels are an array of whole numbers (N,), named label, labels or arr_1.
+    The labels are an array of whole numbers (N,), named label, labels or arr_1. The images are the array `arr_0`, of
+    shape (N,H,W) or (N,H,W,C). If there is no `arr_0`, they are the first array whose name is not one for labels.
 
     Raises:
-        UserError: if the file cannot be read or has other arrays.
+        UserError: if the file cannot be read, or if the arrays have other shapes or types.
     """
 
     def choose(names: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ SHIFT = 1 / 8  # standard deviation of a shift, as a share of the side
 
 
 def augment(batch: dict, probability: float, seed: int) -> dict:
-    """Return a batch with each image changed with this probability. "augmented" (B,) bool is True for changed images.
+    """Return a batch in which each image is changed with `probability`. "augmented" (B,) bool marks changed images.
 
     The draw for an image is keyed by (seed, ordinal). A changed image is computed alone, so that its pixels do not
     depend on the batch.
@@ -37,8 +37,9 @@ def augment(batch: dict, probability: float, seed: int) -> dict:
 def draw_matrix(generator: torch.Generator, size: tuple[int, int]) -> torch.Tensor:
     """Return a random affine map (2, 3) of an image of height and width `size`, for `torch.nn.functional.affine_grid`.
 
-    It mirrors with probability 1/2; scales both sides by 2^N(0, 0.2^2); stretches one direction by 2^N(0, 0.2^2), and
-    shrinks the perpendicular direction by the same factor; rotates by any angle; shifts by N(0, (1/8)^2) of each side.
+    The map mirrors with probability 1/2. It scales both sides by 2^x. It stretches one direction by 2^y, and shrinks
+    the perpendicular direction by 2^y. It rotates by any angle. It shifts along each side by z times the length of the
+    side. x and y are drawn from N(0, 0.2^2), and each z from N(0, (1/8)^2).
     """
     mirror, turn, direction = torch.rand(3, generator=generator).tolist()
     scale, stretch, right, down = torch.randn(4, generator=generator).tolist()
@@ -53,7 +54,7 @@ def draw_matrix(generator: torch.Generator, size: tuple[int, int]) -> torch.Tens
 
 
 def transform(images: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Return images (B, C, H, W) under an affine map (2, 3). Beyond its borders, an image is reflected."""
+    """Apply an affine map (2, 3) to images (B, C, H, W). Outside its borders, an image continues as in a mirror."""
     grid = F.affine_grid(matrix.expand(len(images), 2, 3), images.shape, align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 

@@ -1,4 +1,4 @@
-"""Build the training batches. Each image of a batch is chosen by its ordinal, see dataset.py."""
+"""Build the training batches. An image has an ordinal, its number in the order of training (see dataset.py)."""
 
 import functools
 import itertools
@@ -20,13 +20,14 @@ def training_batches(
 
     A batch is `{"ordinals": (B,) int64, "images": (B,C,H,W), "labels": (B,) int64}`. Images are float32 in [-1, 1].
     Data without classes has no "labels". With `config.augment_probability`, "augmented" (B,) bool says which images
-    were changed. Streamed data adds "position", see `StreamedSet.state_dict`. With B =
-    `config.train_batch_size`, micro-batch k of process r of P has the ordinals
-    `first_ordinal + (k * P + r) * B + [0, B)`. An optimizer step that accumulates A micro-batches therefore takes the
-    next A * P * B images.
+    were changed. Streamed data adds "position", see `StreamedSet.state_dict`.
+
+    Let B be `config.train_batch_size`, and P the number of processes. Batch k of process r has the ordinals
+    `first_ordinal + (k * P + r) * B + [0, B)`. An optimizer step that accumulates A batches per process therefore
+    takes the next A * P * B images.
 
     Args:
-        complete: a function that gets each batch and returns what to yield in its place. Worker processes call it too.
+        complete: a function that gets each batch and returns what to yield instead. It may run in a worker process.
         pin_memory: put the tensors into pinned memory, from which they can be copied to a GPU in the background.
 
     Raises:
@@ -53,7 +54,7 @@ def _collate(batch, config, complete):
 
 
 def _with_plain_errors(batches):
-    """Yield the batches of a DataLoader. Raise a UserError of a worker process again, with its own sentence only."""
+    """Yield the batches of a DataLoader. If a worker process raises a UserError, raise it with only its sentence."""
     while True:
         try:
             batch = next(batches)
@@ -65,7 +66,7 @@ def _with_plain_errors(batches):
 
 
 class ShuffledSet(Dataset):
-    """Images in the order of training: ordinal n is image `n % N` of the shuffled epoch `n // N`."""
+    """N images in the order of training: the image with ordinal n is image `n % N` of the shuffled epoch `n // N`."""
 
     def __init__(self, images, config):
         self.images = images
@@ -87,7 +88,7 @@ class ShuffledSet(Dataset):
 
 @functools.lru_cache(maxsize=2)  # a batch can span two epochs
 def epoch_order(seed: int, epoch: int, num_images: int) -> torch.Tensor:
-    """Return the order in which an epoch uses the images: their row numbers, (num_images,)."""
+    """Return the row numbers (num_images,) of the images, in the order in which an epoch uses them."""
     return torch.randperm(num_images, generator=keyed_generator(seed, "order", epoch))
 
 

@@ -1,8 +1,8 @@
 """Find the images of a run and split them into training and validation images.
 
-The n-th image that a run trains on has the ordinal n. Its row, its crop and whether it is mirrored are drawn with n as
-the key. They therefore do not depend on the batch size, on the number of processes and workers, or on the step at
-which a run was resumed.
+The n-th image that a run trains on has the ordinal n. Which image this is, its crop and whether it is mirrored are
+drawn with n as the key. These draws therefore do not depend on the batch size, on the number of processes and
+workers, or on the step at which a run was resumed.
 """
 
 import functools
@@ -39,11 +39,11 @@ def load_images(config, channels=None):
         labels: (N,) int64, -1 for "no class"; None if there are no classes, or for a stream.
         class_names: the list of the class names, in the order of the labels; None if there are no classes. If
             `config.class_names` is given, it contains only these classes.
-        fingerprint: a hash of the images, or of what identifies them; 16 hex digits.
+        fingerprint: a hash that identifies the images, 16 hex digits.
 
     The training set has two more:
-        warnings: sentences to print about skipped images, and about likely mistakes in a sample (up to 256 images, or
-            the first 64 of a stream).
+        warnings: sentences to print about skipped images, and about likely mistakes in a sample of the images. The
+            sample is up to 256 images, or the first 64 of a stream.
         skipped: the images that --on_bad_image skip left out of both sets, each with the reason.
 
     Args:
@@ -146,7 +146,7 @@ def _describe(source, held_out, rows, classes, several):
 
 
 def _unused_classes(features, is_listed):
-    """Return a list with one phrase about a column that is named like classes but is not used, or []."""
+    """If a column is named like classes but is not used, return a list with one phrase about it, else []."""
     for name in sorted(LABEL_NAMES & set(features or {})):
         dtype = getattr(features[name], "dtype", "")
         if is_listed and _can_be_classes(dtype):
@@ -203,7 +203,7 @@ def _find_columns(rows, config):
 
 
 def _holds_files(feature):
-    """Return whether a column has bytes, or structs with `bytes`, which may be undeclared image files."""
+    """Return whether a column has bytes, or structs with a field `bytes`. These bytes may be image files."""
     if isinstance(feature, dict):
         feature = feature.get("bytes")
     return getattr(feature, "dtype", "") in ("binary", "large_binary")
@@ -237,7 +237,7 @@ def _each(rows):
 
 
 def _read_rows(stream, check, count=None):
-    """Return the first `count` rows of a stream, or all, with their row numbers. Each image is checked."""
+    """Return the first `count` rows of a stream (None: all rows), with their row numbers. Each image is checked."""
     with loading("the stream"):
         rows = [{"row": n} | row for n, row in enumerate(itertools.islice(stream, count))]
     for row in rows:

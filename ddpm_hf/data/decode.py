@@ -47,7 +47,8 @@ def open_image(file, pages=None):
     """Return the image in a file: an array (H,W,C) for .npy, else a Pillow image.
 
     Args:
-        pages: "channels" returns all pages of an image file as one array, one page after another.
+        pages: "channels" returns all pages of an image file as one array, the channels of the first page first. With
+            another value, only the first page is used.
     """
     start = file.read(len(MAGIC))
     file.seek(0)
@@ -60,14 +61,14 @@ def open_image(file, pages=None):
 def to_array(image, channels=None, exact=False, pixel_range=None):
     """Return an image as an upright array (H,W,C) with C = `channels`.
 
-    The array is uint8, and 16-bit and float values are rounded to 8 bits. With `exact` the array is float32 in [0, 1],
-    without rounding, except that Pillow itself opens 16-bit *color* images as 8-bit.
+    The array is uint8. 16-bit and float values are rounded to 8 bits. With `exact`, the array is float32 in [0, 1] and
+    is not rounded. But Pillow itself opens 16-bit *color* images as 8-bit.
 
     Args:
         image: a Pillow image, or an array (H,W,C).
-        channels: for a Pillow image 1 (grey), 2 (grey and opacity), 3 (RGB) or 4 (RGBA). With 1 or 3, transparent
-            parts become white. For an array: its own number, or 3 if it has one channel. None: 3 for a Pillow image,
-            the array's own number for an array.
+        channels: for a Pillow image: 1 (grey), 2 (grey and opacity), 3 (RGB) or 4 (RGBA); None: 3. With 1 or 3,
+            transparent parts become white. For an array: as many channels as the array has, or None. If it has one
+            channel, 3 is allowed too.
         pixel_range: the values of black and white in images of more than 8 bits. None: 0 and 65535 for integers, 0
             and 1 for floats.
 
@@ -119,10 +120,12 @@ def _array_to_array(array, channels, exact, pixel_range):
 
 
 def _to_scale(array, exact, pixel_range):
-    """Return an array of any type on a scale from 0 to 255 (uint8), or with `exact` from 0 to 1 (float32).
+    """Return an array of any type, scaled so that `pixel_range` becomes 0 to 255 (uint8), or 0 to 1 with `exact`.
+
+    With `exact`, the array is float32. If `pixel_range` is None, it is 0 to `white_of`.
 
     Raises:
-        UserError: if a value is not finite or outside `pixel_range` (which is 0 to `white_of` if None).
+        UserError: if a value is not finite or outside `pixel_range`.
     """
     black, white = pixel_range or (0, white_of(array.dtype))
     low, high = array.min(), array.max()
@@ -143,9 +146,9 @@ def _to_scale(array, exact, pixel_range):
 def read_image(item, channels, resolution, exact, *, pixel_range=None, pages=None):
     """Decode an item with `to_array`, and resize it with antialiasing to the smallest size that covers `resolution`.
 
-    One of its sides becomes as long as the same side of `resolution`, and the other becomes at least as long. The ends
-    of a very long or very wide image are cut off first, because to resize all of it could need gigabytes. At
-    `resolution` 256, for example, an image of 60,000 x 1 pixels would become 4 billion pixels.
+    The image becomes exactly as high or exactly as wide as `resolution`, and its other side is not shorter than in
+    `resolution`. The ends of a very long image are cut off first, because to resize the whole image could need
+    gigabytes. At `resolution` 256, for example, an image of 60,000 x 1 pixels would become 4 billion pixels.
     """
 
     def decode(file):
@@ -222,7 +225,7 @@ def read_batch(items, read, size, crop_generators=None, mirrored=None):
 
 
 def decode_all(rows, read, center_crop, pixels):
-    """Decode all rows into `pixels` (N,C,H,W), and return this array as a tensor; None if images need random crops."""
+    """Decode all rows into `pixels` (N,C,H,W). Return them as a tensor, or None if an image needs a random crop."""
     started = time.perf_counter()
     read(next(undecoded(rows, [0])))
     is_fast = time.perf_counter() - started < THREADS_PAY_FROM
@@ -274,7 +277,7 @@ def short_reason(error) -> str:
 
 
 def check_regular(path):
-    """Raise an OSError if a path is not a regular file. It is not opened, because to read a pipe might never end."""
+    """Raise an OSError if a path is not a regular file. Do not open it, because reading a pipe might never end."""
     if os.path.isfile(path):
         return
     for part in str(path).split("::"):  # e.g. zip://a.png::/data/images.zip

@@ -22,10 +22,11 @@ CHUNK_VALUES = 2**24  # values of pixels that are turned into floats at once
 
 @torch.no_grad()
 def near_duplicates(pixels: torch.Tensor) -> list[tuple[int, int]]:
-    """Return the pairs (k, n), k < n, of images that are near duplicates, in rising order.
+    """Return the pairs of indices (k, n), k < n, of images that are near duplicates, in rising order.
 
-    Images are compared after averaging them to at most 8x8 pixels, then in full. Brightness and contrast do not
-    matter. Images of one color are left out. At most the first 100,000 images are compared.
+    Images are first averaged to at most 8x8 pixels and compared. Those that are close are then compared in full.
+    Brightness and contrast do not matter. Images of one color are left out. At most the first 100,000 images are
+    compared.
 
     Args:
         pixels: (N, C, H, W), uint8 or float.
@@ -58,15 +59,15 @@ def _small(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return the distances (N,) of the unit vectors of images (N, C, H, W)."""
+    """Return the distances (N,) between the unit vectors of the images `one` and `other`, both (N, C, H, W)."""
     return (_unit(one.flatten(1)) - _unit(other.flatten(1))).norm(dim=1)
 
 
 def _close_pairs(vectors: torch.Tensor, radius: float) -> torch.Tensor:
     """Return the pairs (M, 2) of vectors (N, D) that are at most `radius` apart; at most 200,000 pairs.
 
-    Vectors that are close have close projections on any direction. They are therefore sorted by their projection on
-    one direction, and each is compared only with its neighbours in this order.
+    Vectors that are close have close projections on any direction. All vectors are therefore sorted by their
+    projection on one direction. Each vector is compared only with its neighbours in this order.
     """
     if len(vectors) < 2:
         return torch.empty(0, 2, dtype=torch.int64)
@@ -87,10 +88,11 @@ def _close_pairs(vectors: torch.Tensor, radius: float) -> torch.Tensor:
 
 
 def _direction(vectors: torch.Tensor) -> torch.Tensor:
-    """Return, approximately, the unit vector (D,) along which vectors (N, D) differ most, or 0 if they are all equal.
+    """Estimate the unit vector (D,) along which vectors (N, D) differ most. Return 0 if all vectors are equal.
 
     Power iteration takes time proportional to N D. The eigenvectors of a covariance matrix would take D^3, which is
-    minutes for images of hundreds of channels. Every direction gives the same pairs, and this one gives them fastest.
+    minutes for images of hundreds of channels. `_close_pairs` finds the same pairs with any direction, but is fastest
+    with this direction.
     """
     mean = vectors.mean(dim=0)
     direction = vectors[0] - mean
@@ -101,7 +103,7 @@ def _direction(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def describe_duplicates(pairs: list[tuple[str, str]]) -> list[str]:
-    """Return a list with one line about pairs of near duplicates, given by their names. It is empty without pairs."""
+    """Return a list with one hint that names a pair of near duplicates. If `pairs` is empty, return []."""
     if not pairs:
         return []
     copies = len({second for _, second in pairs})

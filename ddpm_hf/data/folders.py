@@ -6,9 +6,9 @@ this. The parts in brackets are optional::
     FOLDER/[train/][cat/][any/folders/]1.png
     FOLDER/[train/]metadata.csv
 
-The first folder is the split, but only if all images are in folders that are named as splits. The next folder is the
-class. metadata.csv, .jsonl or .parquet has a column `file_name`, the path of an image relative to the metadata file,
-and other columns such as `label`.
+The first folder is the split, but only if all images are in folders that have the names of splits. The next folder is
+the class. The metadata file can also be metadata.jsonl or metadata.parquet. It has a column `file_name`, the path of
+an image relative to the metadata file, and other columns such as `label`.
 """
 
 import hashlib
@@ -51,14 +51,14 @@ def holds_tables(folder: Path, files: dict) -> bool:
 
 
 def tables_in(files: dict) -> list[str]:
-    """Return the names of the tables and archives in `list_files`, which can contain images. Metadata are left out."""
+    """Return the names of the tables and archives in `files` (from `list_files`). Metadata files are left out."""
     return [name for name in files if _suffix(name) in TABLE_SUFFIXES and not _is_metadata(name)]
 
 
 def images_in(files: dict) -> list[str]:
-    """Return the names of the images in `list_files`: regular files with the suffix of an image format.
+    """Return the names of the images in `files` (from `list_files`): regular files with the suffix of an image format.
 
-    If there are none, return the .npy files. Next to pictures, these often hold something else.
+    If there are none, return the .npy files. If there are pictures, .npy files next to them are often not images.
     """
     regular = [name for name, facts in files.items() if facts is not None]
     pictures = [name for name in regular if _suffix(name) in IMAGE_SUFFIXES]
@@ -95,9 +95,9 @@ def open_image_folder(folder: Path, files: dict):
 def list_files(folder: Path) -> dict[str, tuple[int, int] | None]:
     """Return the files below a folder, sorted by path: `{path relative to folder: (bytes, time of last change)}`.
 
-    The value is None for a broken link, for anything that is not a regular file, e.g. a pipe, and for the folder of a
-    run of ddpm_hf, which is not entered. Hidden files and folders are left out. A link to a folder is not followed,
-    because it leads to files of `folder` that are listed already.
+    The value is None for a broken link, and for anything else that is not a regular file, e.g. a pipe. The folder of a
+    run of ddpm_hf is one entry with the value None, and its files are not listed. Hidden files and folders are left
+    out. A link to a folder is not followed, because it leads to files of `folder` that are listed already.
 
     Raises:
         UserError: if a folder cannot be read, or a link to an image or a folder leads out of `folder`.
@@ -202,9 +202,10 @@ def _image_rows(folder, names, columns, class_of, fingerprint):
 
 
 def split_folders(images: list[str]) -> dict[str, str]:
-    """Return `{top folder: split}`, or {} unless all images are in top folders with the names of splits.
+    """Return `{top folder: split}` if all images are in top folders with the names of splits, else {}.
 
-    `val` is the split `validation`, and so on. If two folders mean the same split, the second keeps its own name.
+    A split has several names, e.g. `val` means the split `validation`. If two folders mean the same split, the second
+    keeps its own name.
 
     Example:
         >>> split_folders(["train/cat/1.png", "val/cat/2.png"])
@@ -302,7 +303,7 @@ def _count(number, what):
 
 
 def _left_out(names, one, many):
-    """Return [] or a list of one phrase, e.g. `2 are not images (a.txt, b.txt)`."""
+    """Return a list with one phrase, e.g. `2 are not images (a.txt, b.txt)`, or [] if `names` is empty."""
     return [f"{len(names):,} {one if len(names) == 1 else many} ({examples(names)})"] if names else []
 
 

@@ -18,9 +18,9 @@ IN_PNG = {"1", "L", "LA", "I;16", "I;16B", "P", "RGB", "RGBA"}  # the modes that
 def split_pages(rows, cache_dir) -> tuple[datasets.Dataset, int]:
     """Return rows with one row for each page, and the number of files that have several pages.
 
-    All pages of a file keep its row number and its label. They are stored without a loss in the cache of `datasets`.
-    Reading them from the file each time would be slow, because to reach the last frame of a GIF, all frames before it
-    must be decoded. If no file has several pages, `rows` itself is returned.
+    All pages of a file keep its row number and its label. The pages are stored without a loss in the cache of
+    `datasets`. Reading pages from the file each time would be slow: to reach the last frame of a GIF, all frames
+    before it must be decoded. If no file has several pages, `rows` itself is returned.
 
     Args:
         rows: a `datasets.Dataset` with undecoded images.
@@ -44,7 +44,7 @@ def split_pages(rows, cache_dir) -> tuple[datasets.Dataset, int]:
 
 
 def _pages_of(item) -> list[int]:
-    """Return the page numbers of an item, or [0] for a file that cannot be read, which is refused or skipped later."""
+    """Return the indices of an item's pages; [0] for a file that cannot be read, which is refused or skipped later."""
     try:
         return use_file(lambda file: page_numbers(Image.open(file)), item)
     except UserError:

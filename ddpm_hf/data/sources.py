@@ -32,9 +32,9 @@ class Source:
     """The data that --dataset_name or --train_data_dir names.
 
     Attributes:
-        splits: `{split: rows}`. Rows are a `datasets.Dataset`, or with --streaming perhaps an `IterableDataset`.
+        splits: `{split: rows}`. Rows are a `datasets.Dataset`. With --streaming, they can be an `IterableDataset`.
         note: a phrase that says which files are used, or "".
-        places: the folders that image files may be in. None: any folder, because `list_files` found the files.
+        places: the folders in which image files may be. None: any folder, because the files are checked already.
     """
 
     splits: dict
@@ -190,7 +190,7 @@ def loading(source):
 
 
 def _reason_of(error):
-    """Return the reason in an error of `datasets`, on one line. A general error has the reason in its cause."""
+    """Return the reason of an error of `datasets` on one line. For a general error, take the reason of its cause."""
     text = " ".join(str(error).split("Example of usage")[0].split())
     if text.removeprefix(GENERATION_FAILED).strip(" .") == "" and error.__cause__ is not None:
         return _reason_of(error.__cause__)
@@ -201,8 +201,8 @@ def check_images(rows, check, wanted):
     """Call `check(row number, image)` for each wanted row whose image is stored as a path, not as bytes.
 
     Args:
-        rows: a `datasets.Dataset` with an undecoded column `image`. Give all rows, not a selection, so that images
-            that are stored as bytes are not read from the disk.
+        rows: a `datasets.Dataset` with an undecoded column `image`. Give all rows, because reading a selection would
+            also load the images that are stored as bytes.
         wanted: the row numbers to check, as a set or a range.
     """
     rows = rows.with_format("arrow")
@@ -218,8 +218,8 @@ def check_images(rows, check, wanted):
 def check_image(row: int, encoded: dict | None, places: list[Path] | None, allow_missing: bool = False):
     """Refuse an image that is missing, or that is a file outside of its dataset.
 
-    Otherwise, a downloaded dataset could name any file of this machine, which the model would learn and publish. Or it
-    could name a pipe, which might never end.
+    Otherwise, a downloaded dataset could name any file of this machine, and the model would learn and publish this
+    file. The dataset could also name a pipe, and reading a pipe might never end.
 
     Args:
         encoded: an undecoded image, see decode.py.

@@ -45,7 +45,7 @@ class StreamedSet(Dataset):
         return self.num_images
 
     def get(self, indices):
-        """Return those images at `indices` that are among the first 64, (B,C,H,W) float32 in [-1, 1]."""
+        """Return the images at `indices`, (B,C,H,W) float32 in [-1, 1]. Indices from 64 on are left out."""
         return read_batch([self.sample[k] for k in indices if k < len(self.sample)], self.read, self.size)
 
     def state_dict(self):

@@ -158,12 +158,12 @@ def _crop_hint(shapes: np.ndarray, size: tuple[int, int]) -> list[str]:
 
 
 def _look_at_pixels(items, depths, pixel_range, *, colored: bool, pages) -> tuple[bool, dict]:
-    """Return whether any image has colors, and the largest value of each depth, as a share of its scale.
+    """Return whether any image has colors, and a dict with the largest value (0 to 1) in the images of each depth.
 
-    Most often the first image answers both questions, so that the others need not be decoded.
+    Most often the first image answers both questions, and the others are not decoded.
 
     Args:
-        depths: one word per image. Images of different depths have different scales.
+        depths: the depth of each image (see `Kind`).
         colored: if True, do not look for colors, and return True.
     """
     brightest = dict.fromkeys(depths, 0.0)

@@ -40,15 +40,15 @@ def variational_term(
 ) -> Tensor:
     """Return one term of the bound for each image, (B,) in bits/dim: float64 for float64 images, else float32.
 
-    The term is KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)) for t > 0 and -log p_theta(x_0 | x_1) for t = 0
-    (Ho et al. 2020, eq. 5 and 13).
+    The term is KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t)), or -log p_theta(x_0 | x_1) for the first timestep
+    (Ho et al. 2020, eq. 5 and 13). In these formulas t counts from 1, but `timesteps` count from 0.
 
     Args:
         images, noisy: x_0 = k/127.5 - 1 and x_t, both (B, C, H, W); `timesteps` is (B,).
         prediction: (B, C, H, W), of the scheduler's prediction type.
         predicted_variance: for learned_range, the last C of the UNet's 2C output channels, not clamped (Nichol &
             Dhariwal 2021, eq. 15).
-        variance_type: a type of `PaperDDPMScheduler.reverse_log_variance`, which raises UserError for other types.
+        variance_type: see `PaperDDPMScheduler.reverse_log_variance`. It raises a UserError for an unknown type.
         clip: clamp the predicted x_0 to [-1, 1]. The papers do so when they score a model, but not in training.
     """
     options = dict(predicted_variance=predicted_variance, variance_type=variance_type, clip=clip)
@@ -78,7 +78,7 @@ def _nats_per_pixel(
 
 
 def discretized_log_likelihood(images: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Return the log-probability in nats of each 8-bit pixel under a Gaussian integrated over the pixel's bin.
+    """Return the log-probability in nats of each 8-bit pixel: a Gaussian, integrated over the bin of its level.
 
     This is eq. 13 of Ho et al. 2020. The normal CDF is approximated by tanh, and each probability is raised to at
     least 1e-12, as in the code that computed the published bits/dim. The error is about 0.01 bits/dim at t = 0. All
@@ -179,7 +179,7 @@ def _evaluate(
     dtype: torch.dtype = torch.float64,  # outside the UNet; float32 (for MPS) changes a term by 1e-5
     class_labels: Tensor | None = None,  # (N,), one per image, for a conditional UNet
 ) -> tuple[Tensor, Tensor]:
-    """Return, for one batch, the terms in bits/dim and the share of floored pixels: both float64 (B,) on the CPU."""
+    """Return `bits` and `floored` of one batch, as in `bound_terms`: both float64 (B,) on the CPU."""
     device = unet.device
     generators = [keyed_generator(seed, "bound", index, t) for index, t in zip(indices, timesteps.tolist())]
     noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators])
@@ -218,9 +218,8 @@ def bits_per_dim(
     """Return a dict with the bound of each image and its parts, in bits per dimension. `summarise` averages them.
 
     Each value is float64 (N,). "bits_per_dim" is "L0" + "L1_to_last" (the sum over t = 1 .. T-1) + "prior". "floored"
-    is the share of pixels whose probability was below the smallest that the decoder gives. "bits_per_dim" is a bound
-    only if this share is 0. One noise is drawn
-    for each image and t.
+    is the share of pixels whose probability was raised to FLOOR. "bits_per_dim" is a bound only if this share is 0.
+    One noise is drawn for each image and t.
 
     Args:
         images: uint8 (N, C, H, W), all images of a data set or some of them.
@@ -283,8 +282,8 @@ def num_pilot_images(num_train_timesteps: int, num_evaluations: int) -> int:
 def pilot_probabilities(unet, scheduler, images, indices, **options) -> Tensor:
     """Return the probabilities p_t, float64 (T,), with which `bits_per_dim` draws timesteps.
 
-    p_0 is 0: `bits_per_dim` evaluates the term of t = 0 for every image, and never has to draw it. The arguments are
-    those of `bound_terms`. All T timesteps of every image are evaluated; 16 to 64 images are enough.
+    p_0 is 0, because `bits_per_dim` evaluates the term of t = 0 for every image and does not draw t = 0. The arguments
+    are those of `bound_terms`. All T timesteps of every image are evaluated; 16 to 64 images are enough.
     """
     T = scheduler.config.num_train_timesteps
     evaluations = ((row, t, 1.0) for row in range(len(images)) for t in range(T))
@@ -299,7 +298,7 @@ def pilot_probabilities(unet, scheduler, images, indices, **options) -> Tensor:
 def importance_probabilities(second_moments: Tensor) -> Tensor:
     """Return p_t (n,) proportional to sqrt(E[L_t^2]), plus 0.1 % of the uniform distribution, so that no p_t is 0.
 
-    This is eq. 18 of Nichol & Dhariwal 2021; the 0.1 % are from their code. Multiplying all `second_moments` (n,) by
+    This is eq. 18 of Nichol & Dhariwal 2021; the 0.1 % is from their code. Multiplying all `second_moments` (n,) by
     the same factor does not change p_t.
     """
     p = second_moments.sqrt()
@@ -320,7 +319,7 @@ def _drawn_evaluations(pilot: Tensor, num_timesteps: int, seed: int, indices) ->
 
 
 def _stratified_draws(probabilities: Tensor, count: int, seed: int, index: int) -> list[tuple[int, float]]:
-    """Return pairs (t, weight): one draw from each of `count` slices of equal probability, with equal draws merged."""
+    """Return pairs (t, weight): draw one t from each of `count` slices of equal probability, then merge equal t."""
     uniform = torch.rand(count, dtype=torch.float64, generator=keyed_generator(seed, "bound timesteps", index))
     timesteps = draw_from(probabilities, (torch.arange(count) + uniform) / count)
     drawn, times = timesteps.unique(return_counts=True)

@@ -5,7 +5,7 @@ model's device: "images" (B, C, H, W) in [-1, 1], "noise" of the same shape and 
 with classes adds "labels" (B,) int64, -1 for "no class". For a conditional UNet the batch also has "class_labels", see
 `training_labels`.
 
-Only the network runs under autocast. Everything else is float32, because in bfloat16 1 - abar rounds to 0 for the
+Only the network runs under autocast. Everything else is float32. In bfloat16, `1 - abar` would round to 0 for the
 first ten timesteps.
 """
 
@@ -25,12 +25,11 @@ def simple_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gam
     """Return the loss L_simple (Ho et al. 2020, eq. 14): the distance of prediction and target, averaged over pixels.
 
     Args:
-        loss_type: "l2", "l1" or "huber". The last is smooth L1 with beta 1: half the squared error for errors below 1,
-            so for most errors of eps. It is not the pseudo-Huber loss of diffusers' scripts.
+        loss_type: "l2", "l1" or "huber". "huber" is smooth L1 with beta 1: half the squared error for errors below 1,
+            which most errors of eps are. It is not the pseudo-Huber loss of diffusers' scripts.
         snr_gamma: use Min-SNR weights with this gamma (Hang et al. 2023, https://huggingface.co/papers/2303.09556).
-            Without it, a UNet that predicts x_0 is trained by the plain squared error, like START_X of Nichol &
-            Dhariwal. diffusers' train_unconditional.py weights this error by the SNR, which makes it the error of
-            eps. A gamma above every SNR, e.g. 1e9, gives the same weights.
+            None: no weights. If the UNet predicts x_0, diffusers' train_unconditional.py weights the squared error by
+            the SNR. A gamma above every SNR, e.g. 1e9, does the same.
     """
 
     def loss(model, batch):
@@ -56,7 +55,7 @@ def hybrid_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gam
 
 
 def vlb_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2", snr_gamma: float | None = None):
-    """Return a loss that estimates the variational bound, in bits per dimension, as T times one of its T terms.
+    """Return a loss that estimates the variational bound in bits per dimension: T times the term of one timestep.
 
     `loss_type` and `snr_gamma` are not used, because a bound fixes the distance and the weights. TrainingConfig
     refuses them for this objective.
@@ -73,7 +72,7 @@ def classification_loss(scheduler: PaperDDPMScheduler, *, loss_type: str = "l2",
     """Return the loss of a classifier p(y | x_t, t): the cross-entropy in nats, and 0 for images without a class.
 
     Guidance uses the classifier at all noise levels, so it is trained at all of them (Dhariwal & Nichol 2021,
-    section 4). TrainingConfig refuses `loss_type` and `snr_gamma` for it.
+    section 4). `loss_type` and `snr_gamma` are not used. TrainingConfig refuses them for this objective.
     """
 
     def loss(model, batch):

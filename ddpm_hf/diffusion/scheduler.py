@@ -33,8 +33,8 @@ class PaperDDPMScheduler(DDPMScheduler):
     """DDPMScheduler plus float64 tables, posteriors and subsequences of the timesteps.
 
     It adds no `__init__`, so its config has the same entries as diffusers', and a folder saved by diffusers loads as
-    this class. Coefficients are computed in float64 and cast once, to the dtype of the images but at least to float32,
-    because in bfloat16, the first values of 1 - abar_t are 0 (ten of Ho's linear betas).
+    this class. Coefficients are computed in float64. They are then cast to the dtype of the images, but at least to
+    float32. In bfloat16, `1 - abar_t` would be 0 for the first timesteps.
 
     Example:
         >>> scheduler = PaperDDPMScheduler.nichol_cosine(1000)
@@ -70,10 +70,10 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     @property
     def arguments(self) -> dict:
-        """The arguments of DDPMScheduler that make this scheduler: its config without diffusers' own notes.
+        """The arguments of DDPMScheduler that make this scheduler: its config without the entries that begin with _.
 
-        from_config would ignore the arguments that the note _use_default_values lists, even if they were given by
-        position.
+        `from_config` would ignore the arguments in the entry `_use_default_values`. diffusers lists an argument there
+        even if it was given by position.
         """
         return {name: value for name, value in self.config.items() if not name.startswith("_")}
 
@@ -90,7 +90,12 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     @cached_property
     def betas64(self) -> Tensor:
-        """The betas (T,) in float64: the `trained_betas`, else those of the schedule's formula, else diffusers'."""
+        """The betas (T,) in float64.
+
+        With `rescale_betas_zero_snr`, they are diffusers' float32 betas. Without it, they are the `trained_betas`, if
+        the config has any. If not, the schedules linear, scaled_linear and squaredcos_cap_v2 are computed in float64,
+        and the betas of other schedules are diffusers' float32 betas.
+        """
         config, T = self.config, self.config.num_train_timesteps
         formula = None if config.rescale_betas_zero_snr else config.beta_schedule
         if formula is not None and config.trained_betas is not None:
@@ -128,7 +133,7 @@ class PaperDDPMScheduler(DDPMScheduler):
 
     @cached_property
     def _tables(self) -> dict[torch.device, Tensor]:
-        """For each device in use, abar_t in float64 with 1 in front, shape (T+1,)."""
+        """A dict from each device in use to a table (T+1,) of abar_t in float64, which begins with 1 for t = -1."""
         return {}
 
     def snr(self, timesteps: Timesteps) -> Tensor:
@@ -137,7 +142,10 @@ class PaperDDPMScheduler(DDPMScheduler):
         return (alpha_bar / (1 - alpha_bar)).float()
 
     def q_sample(self, original_samples: Tensor, noise: Tensor, timesteps: Timesteps) -> Tensor:
-        """Return x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4), at least in float32."""
+        """Return x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (Ho et al. 2020, eq. 4).
+
+        x_t has the dtype of x_0, but at least float32.
+        """
         signal, sigma = self._signal_and_sigma(timesteps, original_samples)
         return signal * original_samples + sigma * noise
 
@@ -265,8 +273,8 @@ class PaperDDPMScheduler(DDPMScheduler):
         - "trailing": round((k+1) T/S) - 1.
         - "linspace": round(k (T-1)/(S-1)), the stride of Nichol & Dhariwal's own respaced chains.
         The last three are as in Table 2 of https://huggingface.co/papers/2305.08891, without the config's
-        `steps_offset`. Sampling begins at T-1 with trailing, and with linspace for S > 1. With the other three names
-        it mostly begins lower if S < T.
+        `steps_offset`. Sampling begins at T-1 with trailing, and with linspace if S > 1. With the other three names,
+        it usually begins at a smaller t.
 
         Raises:
             UserError: for an unknown spacing, S outside 1..T, or timesteps that are not a subsequence of 0..T-1.
@@ -374,6 +382,6 @@ def _pairs(rising_timesteps) -> list[tuple[int, int]]:
 
 
 def _like(coefficient: Tensor, sample: Tensor) -> Tensor:
-    """Return float64 coefficients, one per image, in the dtype (at least float32) and number of axes of `sample`."""
+    """Return coefficients, one per image, so that they multiply `sample`: in its dtype, but at least float32."""
     dtype = torch.promote_types(sample.dtype, torch.float32)
     return coefficient.to(dtype).to(sample.device, non_blocking=True).reshape(-1, *[1] * (sample.ndim - 1))

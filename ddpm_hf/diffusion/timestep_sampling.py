@@ -1,12 +1,13 @@
-"""Two other ways to draw the timestep of each training image than uniformly and by itself.
+"""Draw the timesteps of the training images for --timestep_sampling low_discrepancy and loss_second_moment.
 
-`spread_timesteps` spreads the timesteps evenly over a batch. The other functions draw timesteps with large losses more
-often ("loss second moment"), which is the importance sampling of Nichol & Dhariwal 2021, section 3.3. p_t is
-proportional to sqrt(E[L_t^2]) over the last ten losses of each t, and an image has the weight 1/(T p_t). Until every
-t has ten losses, p_t is uniform. The history of losses is a tensor (T, 10) with the newest loss last, and NaN for
-missing losses. Checkpoints save it. It stays on the GPU, which would have to wait if the host read the losses.
+low_discrepancy spreads the timesteps evenly over a batch: see `spread_timesteps`. The other functions are for
+loss_second_moment, which draws timesteps with large losses more often. This is the importance sampling of Nichol &
+Dhariwal 2021, section 3.3. p_t is proportional to sqrt(E[L_t^2]) over the last ten losses of each t, and an image has
+the weight 1/(T p_t). Until every t has ten losses, p_t is uniform. The history of losses is a tensor (T, 10) with the
+newest loss last, and NaN for missing losses. Checkpoints save the history. It stays on the GPU, because the GPU would
+have to wait if the CPU read the losses.
 
-With loss second moment, the timestep of image n is drawn with a random number in [0, 1) that is keyed by (seed, n).
+With loss_second_moment, the timestep of image n is drawn with a random number in [0, 1) that is keyed by (seed, n).
 Batch size, accumulation and processes therefore change a timestep only through round-off in the losses of the history.
 The history is updated once per optimizer step, with all losses of the step in the order of their ordinals.
 """
@@ -37,9 +38,9 @@ def spread_timesteps(ordinals: Tensor, num_train_timesteps: int, seed: int) -> T
     """Return timesteps (B,) int64 that are spread evenly over every run of consecutive images.
 
     The timestep of image n is floor(T ((u + n phi) mod 1)), where phi is the golden ratio and u is a random number in
-    [0, 1) for the whole run. Each timestep is uniform, but the mean loss of a batch depends less on which timesteps it
-    happens to have. The aim is that of the low-discrepancy sampler of Kingma et al. 2021 (Variational Diffusion
-    Models, appendix I.1), who give image i of a batch (u + i / B) mod 1. Here nothing depends on the batch.
+    [0, 1) for the whole run. Each timestep is uniform. But every batch has small and large timesteps, so its mean loss
+    varies less. The low-discrepancy sampler of Kingma et al. 2021 (Variational Diffusion Models, appendix I.1) has the
+    same aim. It gives image i of a batch (u + i / B) mod 1. Here nothing depends on the batch.
     """
     phi = (5**0.5 - 1) / 2  # the golden ratio without its whole part
     u = torch.rand((), dtype=torch.float64, generator=keyed_generator(seed, "timesteps"))
