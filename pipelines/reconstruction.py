@@ -77,7 +77,7 @@ class ReconstructionPipeline(DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
     ) -> ReconstructionOutput | tuple:
-        """Invert `image` and decode it again; return the images with the PSNR of each. See `invert` and `decode`."""
+        """Turn images into latents (see `invert`) and back (see `decode`). Return the new images and their PSNR."""
         check_output(output_type, callback_on_step_end_tensor_inputs)
         image = self.preprocess(image)
         output = self.decode(
@@ -115,8 +115,8 @@ class ReconstructionPipeline(DiffusionPipeline):
         A step of DDIM is undone by iterating x_t <- (x_t' + sin(d) v(x_t, t)) / cos(d), as in AIDI (Pan et al. 2023,
         https://huggingface.co/papers/2309.04907). The first iteration starts with the v of the previous step. One
         iteration costs as much as plain inversion and is much more precise. We measured this by inverting and decoding
-        four MNIST test digits, with the mnist preset after 500 training steps. These are the mean and the lowest PSNR
-        in dB, with the evaluations of the UNet to invert + decode:
+        four MNIST test digits in 100 steps, with the mnist preset after 500 training steps. Each line has the mean and
+        the lowest PSNR in dB. In brackets are the evaluations of the UNet to invert + decode:
 
         - plain inversion: 41.2, 33.1 (100 + 100); with 20 steps: 23.9, 17.3
         - one iteration: 55.8, 55.4 (101 + 100); with 20 steps: 44.1, 41.3
@@ -208,7 +208,7 @@ class ReconstructionPipeline(DiffusionPipeline):
             num_images: at least 2. The first and the last are reconstructions of a and b.
             num_inference_steps, num_fixed_point_iterations, output_type: see `invert` and `decode`.
             class_labels: one number for all images, or None; see `invert`.
-            generator: for the random latents. One generator draws first for a, then for b. A list has one for each.
+            generator: one for both random latents, first that of a, or a list of two: one for a and one for b.
 
         Raises:
             ValueError: for images or arguments that do not suit this model.

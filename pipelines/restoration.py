@@ -1,17 +1,17 @@
 """Denoise, inpaint, enlarge, colour or deblur images with any DDPM that was trained on clean images.
 
-The degraded image is y = A x + noise, where A is linear and known. Every step of the reverse process predicts a clean
-image x_0 and corrects it by
+The degraded image is y = A x + noise, where A is linear and known. Every sampling step predicts a clean image x_0 and
+corrects it by
 
     x_0 <- x_0 + A^T (A A^T + lam I)^-1 (y - A x_0),    lam = noise_level^2 / (1 - alphas_cumprod[t]).
 
-The corrected x_0 is the posterior mean if x_0 given x_t is Gaussian with the variance 1 - alphas_cumprod[t]. PiGDM
+The corrected x_0 is the posterior mean if p(x_0 | x_t) is Gaussian with the variance 1 - alphas_cumprod[t]. PiGDM
 (Song et al. 2023, https://openreview.net/forum?id=9_gsMA8MRKQ) assumes the same variance. With lam = 0 this is the
-correction of DDNM (Wang et al. 2023, https://huggingface.co/papers/2212.00490). With other lam it is close to that of
-DiffPIR (Zhu et al. 2023, https://huggingface.co/papers/2305.08995).
+correction of DDNM (Wang et al. 2023, https://huggingface.co/papers/2212.00490). With lam > 0 it is close to the
+correction of DiffPIR (Zhu et al. 2023, https://huggingface.co/papers/2305.08995).
 
-A restoration is not a sample of the posterior p(x_0 | y). With Gaussian data, for which the posterior is known, the
-mean of many restorations is right, but their variance is about half of the posterior's (0.41 to 0.53 of it in 25 to
+A restoration is not a sample of the posterior p(x_0 | y). We tested this with Gaussian data, whose posterior is known.
+The mean of many restorations is right. Their variance is about half of the posterior's (0.41 to 0.53 of it in 25 to
 1000 steps), because each step adds noise around the mean of x_0. Do not measure uncertainty by the spread of
 restorations.
 
@@ -50,9 +50,9 @@ class RestorationOutput(BaseOutput):
 def mean_operator(apply: Callable, spread: Callable, count: int = 1) -> tuple[Callable, Callable]:
     """Return (apply, solve) for a linear operator A with A A^T = I / count.
 
-    Such an A takes the means of `count` pixels or channels, or selects the pixels of a mask. `apply(x)` is A x.
-    `solve(residual, lam)` is A^T (A A^T + lam I)^-1 residual, the pseudo-inverse at lam = 0. `spread(y)` is the
-    pseudo-inverse too: A^T y, multiplied by `count` (1 for a mask).
+    A takes the means of `count` pixels or channels, or selects the pixels of a mask (`count` is 1). `apply(x)` returns
+    A x. `spread(y)` returns A^T y multiplied by `count`, which is the pseudo-inverse of A applied to y.
+    `solve(residual, lam)` returns A^T (A A^T + lam I)^-1 residual.
     """
     return apply, lambda residual, lam: spread(residual) / (1 + count * lam)
 
@@ -60,8 +60,9 @@ def mean_operator(apply: Callable, spread: Callable, count: int = 1) -> tuple[Ca
 def gaussian_operator(sigma: float, height: int, width: int, device: torch.device) -> tuple[Callable, Callable]:
     """Return (apply, solve) for a blur like scipy.ndimage.gaussian_filter(x, sigma, mode="reflect", truncate=4).
 
-    A x = B_h x B_w^T with symmetric B = V diag(s) V^T, so A has the eigenvalues outer(s_h, s_w). Eigenvalues
-    below 1e-4 count as 0, because float32's rounding destroys the little signal that they keep.
+    A x = B_h x B_w^T, where B_h blurs along the height and B_w along the width. Both are symmetric, B = V diag(s) V^T.
+    The eigenvalues of A are the products of an eigenvalue of B_h and an eigenvalue of B_w. Eigenvalues below 1e-4
+    count as 0, because float32's rounding destroys the little signal that they keep.
     """
 
     def eigen(n):
@@ -146,8 +147,8 @@ class RestorationPipeline(DiffusionPipeline):
                 each other near t = 0. This raises the SSIM of deblurred digits from .988 to .997.
             num_samples: how many restorations to average. The mean of 4 has 1 to 2 dB more PSNR, but a single one is
                 sharper. None: 4, or 1 if there is a single step, because one step already gives the mean of all clean
-                images that fit. The variance of single restorations is half of the posterior's. For "denoise" in
-                several steps it is a larger part: 0.7 in 10 steps, 0.96 in 100.
+                images that fit. Single restorations have half of the posterior's variance. For "denoise" in several
+                steps they have more: 0.7 of it in 10 steps, and 0.96 of it in 100 steps.
             eta: share of the noise that each step draws anew. With 0.5 instead of 1, PSNR is 1 to 5 dB lower, and the
                 mean of "denoise" is off by a quarter to half of a posterior standard deviation.
             generator: one for all images, or a list with one per image. With a list, image k is the same in any batch.
@@ -213,7 +214,7 @@ class RestorationPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pt",
     ) -> list | np.ndarray | Tensor:
-        """Return y = A x + noise, a degraded image. `__call__` restores it if it gets the same arguments.
+        """Return y = A x + noise, a degraded image. To restore it, give the same arguments to `__call__`.
 
         Only PIL images are clipped to [0, 1]. For "inpaint", pixels to paint are 0.5 in A x.
         """
@@ -236,11 +237,13 @@ class RestorationPipeline(DiffusionPipeline):
     def _unclip(self, y: Tensor, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the noise level (N,) of y (N, C, H, W), and y with new noise in pixels that were clipped.
 
-        If `sigma` is None it is estimated, as the solution of sigma^2 = mean (y - D)^2 / (1 - mean dD/dy), where D is
-        the image denoised at sigma. By Tweedie's and Stein's formulas, this sigma has the highest likelihood. The
-        iteration starts from the median estimate of Donoho & Johnstone 1994. If all pixels of an image are in
-        [-1, 1], those at -1 or 1 count as clipped. Each of them is replaced by a draw from N(D, sigma^2) beyond -1
-        or 1. This raises the PSNR of digits at sigma 0.25 from 18.9 to 24.5 dB.
+        If `sigma` is None, estimate it: solve sigma^2 = mean (y - D)^2 / (1 - mean dD/dy) by iteration, where D is the
+        image denoised at sigma. By Tweedie's and Stein's formulas, this sigma has the highest likelihood. The
+        iteration starts from the median estimate of Donoho & Johnstone 1994.
+
+        If all pixels of an image are in [-1, 1], its pixels at -1 or 1 count as clipped. Each clipped pixel gets a
+        random value from the part of N(D, sigma^2) beyond -1 or 1. This raises the PSNR of digits at sigma 0.25 from
+        18.9 to 24.5 dB.
         """
         clipped = (y.abs() >= 1) & (y.abs() <= 1).flatten(1).all(dim=1)[:, None, None, None]
         is_known, given, kept = sigma is not None, y, 1 - clipped.float().flatten(1).mean(dim=1).clamp(max=0.8)
@@ -283,11 +286,11 @@ class RestorationPipeline(DiffusionPipeline):
         return predict_original_sample(output, x, alpha_bar, config.prediction_type).clamp(-reach, reach)
 
     def _schedule(self, steps: int, B: int, sigma: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return timesteps (steps, B), alphas_cumprod and 1 - alphas_cumprod, both (steps + 1, B, 1, 1, 1).
+        """Return timesteps (steps, B), and alphas_cumprod and 1 - alphas_cumprod, each (steps + 1, B, 1, 1, 1).
 
-        The third is computed in float64, because in float32 the difference is 0 near t = -1. The timesteps are
-        evenly spaced, from the one whose noise is `sigma` to the clean image. If `sigma` is None, they cover all T
-        timesteps, and are closer to each other near 0.
+        1 - alphas_cumprod is computed in float64, because float32 gives 0 near the clean image (t = -1). The timesteps
+        are evenly spaced, from the timestep whose noise is `sigma` to the clean image. If `sigma` is None, the
+        timesteps cover all T, and are closer to each other near 0.
         """
         table = ddpm_scheduler(self.scheduler).alphas_cumprod.double()
         # Interpolate log-SNR linearly between timesteps. The clean image, t = -1, gets a very high log-SNR.
@@ -311,7 +314,7 @@ class RestorationPipeline(DiffusionPipeline):
         return (masks <= masks.amax((1, 2, 3), True) / 2).float().expand(N, -1, -1, -1)
 
     def _read(self, image, task, noise_level, *, scale_factor=1, blur_sigma=1.0, is_degraded=True):
-        """Check the arguments. Return the image (N, C, H, W) in [-1, 1], and its noise level (N,), if known."""
+        """Check the arguments. Return images (N, C, H, W) in [-1, 1], and noise levels (N,), or None if not known."""
         _check(task in OPERATORS, f"task is {task!r}; choose {', '.join(OPERATORS)}.")
         fits = task != "colorize" or self.unet.config.in_channels == 3
         _check(fits, "colorize needs a model of RGB images, and this one draws other images; give another model.")

@@ -1,10 +1,10 @@
 """Label augmented training images for the UNet, and make a UNet to publish that draws images without augmentation.
 
-A stock UNet2DModel has no input for this, so a UNet that is trained with --augment_probability uses class embeddings.
-It has twice as many as its classes need, or two if it has no classes. The first half is for unchanged images, and the
-second half for augmented images. The published UNet keeps only the first half. Without classes, this half is
-one vector, which the UNet adds to the output of time_embedding.linear_2. Adding it to the bias of this layer instead
-gives the same output, and leaves a stock unconditional UNet2DModel.
+A stock UNet2DModel has no input that says whether an image is augmented, so --augment_probability uses class
+embeddings for this. The UNet has twice as many embeddings as its classes need, or two embeddings without classes. The
+first half is for unchanged images, and the second half is for augmented images. The published UNet keeps only the
+first half. Without classes, this half is one vector, which the UNet adds to the output of time_embedding.linear_2. We
+add the vector to the bias of this layer instead. This gives the same output and a stock unconditional UNet2DModel.
 """
 
 import copy
@@ -17,8 +17,8 @@ def labels_with_augmentation(class_labels: torch.Tensor | None, augmented: torch
     """Return the labels (B,) int64 of a batch for a UNet that is trained with --augment_probability.
 
     Args:
-        class_labels: (B,) int64, the result of `training_labels`; None without classes.
-        augmented: (B,) bool.
+        class_labels: (B,) int64, the result of `training_labels`; None if the UNet has no classes.
+        augmented: (B,) bool, True for augmented images.
         num_embeddings: the number of class embeddings of the UNet that is trained.
     """
     labels = torch.zeros(len(augmented), dtype=torch.int64) if class_labels is None else class_labels

@@ -93,7 +93,8 @@ def follow(config: TrainingConfig, base: BaseModel | None, saved: dict | None) -
     The base model overrides a preset.
 
     Args:
-        saved: the train_config.json of the checkpoint to resume, or None. Its flags then replace those of the model.
+        saved: the train_config.json of the checkpoint to resume, or None. In a resumed run, these flags are set by the
+            checkpoint instead of the base model.
 
     Raises:
         UserError: if the result is not an allowed config, or if a given flag contradicts the model.
@@ -119,7 +120,7 @@ def follow(config: TrainingConfig, base: BaseModel | None, saved: dict | None) -
 
 
 def _values_of(config: TrainingConfig, base: BaseModel) -> dict:
-    """Return the values that flags take over from the base model, by flag."""
+    """Return a dict of the flags that follow the base model, with the values of the base model."""
     unet = base.unet
     values = {"objective": None}  # chosen again, to suit the variance_type
     if config.model_config_name_or_path is None:
@@ -148,7 +149,7 @@ def _values_of(config: TrainingConfig, base: BaseModel) -> dict:
 
 
 def _schedule_name(scheduler: dict) -> str | None:
-    """Return the --ddpm_beta_schedule that has the betas of a scheduler's config, or None if there is none."""
+    """Return the --ddpm_beta_schedule that has the betas of a scheduler's config. None: no schedule has them."""
     T, betas = scheduler["num_train_timesteps"], PaperDDPMScheduler.from_config(scheduler).betas
     rescale = {"rescale_betas_zero_snr": scheduler["rescale_betas_zero_snr"]}
     for name in [scheduler["beta_schedule"], *BETA_SCHEDULES]:
@@ -158,7 +159,10 @@ def _schedule_name(scheduler: dict) -> str | None:
 
 
 def run_scheduler(config: TrainingConfig, base: BaseModel | None, saved: dict | None) -> PaperDDPMScheduler:
-    """Return the scheduler of a run: that of its checkpoint, that of its base model, or the one that flags describe.
+    """Return the scheduler of a run, from its flags or with the betas of its base model.
+
+    A new run takes the betas of its base model if both have the same number of timesteps and --ddpm_beta_schedule is
+    not given. A resumed run with a base model takes the betas of its checkpoint.
 
     Args:
         saved: the train_config.json of the checkpoint to resume, or None.
@@ -187,7 +191,7 @@ def run_scheduler(config: TrainingConfig, base: BaseModel | None, saved: dict | 
 def unet_arguments(config: TrainingConfig, base: BaseModel, needed: dict) -> dict:
     """Return the UNet2DModel arguments of a run: those of its base model, changed by the flags that were given.
 
-    --dropout may also come from a preset, because it belongs to the training.
+    A preset changes only the dropout of the UNet, because dropout belongs to the training.
 
     Args:
         needed: the entries that depend on the data, e.g. "in_channels".
@@ -216,9 +220,10 @@ def copy_weights(unet: UNet2DModel, base: BaseModel, classes: Classes) -> dict:
     """Copy every layer of `base` that has the same name and shapes in `unet`.
 
     If only `unet` has class embeddings, they become zeros, so that its output is the same for every class. If both
-    have them, each class starts from the class of the same name, or of the same number if there are no names. Every
-    other class starts from "no class" of `base`, or from the mean of its classes if it has no such embedding. If only
-    `base` has class embeddings, that of "no class" is added to the bias of the timestep embedding.
+    have class embeddings, each class starts from the class of `base` with the same name, or with the same number if
+    `base` has no names. Every other class starts from "no class" of `base`. If `base` has no embedding for "no class",
+    the class starts from the mean of all classes of `base`. If only `base` has class embeddings, its embedding for
+    "no class" is added to the bias of the timestep embedding.
 
     Args:
         classes: the classes of `unet`.
@@ -282,7 +287,7 @@ def _class_table(own, table, base: Classes, classes: Classes) -> tuple[torch.Ten
 
 
 def _layers(names, order) -> list[str]:
-    """Return the layers of these weights, each once, in the order of `order`."""
+    """Return the layers that the weights `names` belong to, each layer once, in the order of `order`."""
     return list(dict.fromkeys(_layer(name) for name in order if name in names))
 
 
@@ -292,7 +297,7 @@ def _layer(weight: str) -> str:
 
 
 def describe_start(base: BaseModel, copied: dict) -> str:
-    """Return the sentences that say what was taken from the base model, and name every layer that was not."""
+    """Return sentences that say what was copied from the base model, and name every layer that was not copied."""
     parts = [f"Starting from the weights of {base.facts['name']}."]
     if copied["random_layers"]:
         listed = ", ".join(copied["random_layers"])

@@ -56,7 +56,7 @@ class Classes:
 
     @property
     def no_class(self) -> int | None:
-        """The number of the embedding that means "no class". Guidance needs it. None if the network has none."""
+        """The number of the embedding "no class", for classifier-free guidance. None if this embedding is missing."""
         return len(self) if self.num_embeddings > len(self) else None
 
     @property
@@ -85,9 +85,9 @@ class Classes:
         )
 
     def numbers(self, labels: int | str | Iterable[int | str] | None) -> list[int] | None:
-        """Return the numbers of the requested labels: one label, or several. None requests all classes in turn.
+        """Return the numbers of the requested classes. `labels` is one name or number, or several.
 
-        The result is None if `labels` is None and there are no classes.
+        If `labels` is None, return the numbers of all classes, or None if there are no classes.
 
         Raises:
             UserError: for a label that is not one of these classes.

@@ -21,8 +21,8 @@ from torch.nn import Module
 class AttentionPool(Module):
     """Pool features (B, C, H, W) to logits: attention whose only query is the mean of the pixels.
 
-    The mean and the pixels are the H W + 1 tokens, each with a learned position (Radford et al. 2021, section 2.3,
-    and Dhariwal & Nichol 2021, section 4).
+    The tokens are the mean and all pixels. Each token has a learned position (Radford et al. 2021, section 2.3, and
+    Dhariwal & Nichol 2021, section 4).
     """
 
     def __init__(self, channels: int, height: int, width: int, head_dim: int, num_classes: int):
@@ -47,9 +47,9 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
     """A classifier of images at any noise level of a schedule with `num_train_timesteps` steps.
 
     Arguments with the names of UNet2DModel's arguments have the same meaning. `sample_size`, `beta_schedule` and
-    `quarters` record what the classifier was trained on. `pool` is "mean" or "attention" (see `AttentionPool`); a
-    classifier with attention takes images of `sample_size` only. `id2label` is None or names every class:
-    {0: "cat", ...}, with ints or strings as keys.
+    `quarters` record what the classifier was trained on. `quarters` holds abar at a quarter, a half and three quarters
+    of the timesteps. `pool` is "mean" or "attention" (see `AttentionPool`). With "attention", the size of the images
+    must be `sample_size`. `id2label` is None or names every class: {0: "cat", ...}, with ints or strings as keys.
 
     Raises:
         ValueError: if `down_block_types` and `block_out_channels` differ in length, if `id2label` does not name each

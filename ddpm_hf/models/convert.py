@@ -42,11 +42,12 @@ def convert(name: str | Path, output: str | Path, *, weights: str = "published",
     `convert_checkpoint`.
 
     Args:
-        name: a folder or Hub id of a DDPM's pipeline, of a UNet2DModel, or a folder `checkpoint-<step>` of diffusers'
-            train_unconditional.py.
+        name: the folder or Hub id of a DDPM's pipeline or of a UNet2DModel, or a folder `checkpoint-<step>` of
+            diffusers' train_unconditional.py.
         output: a folder that does not exist yet.
-        weights: for a checkpoint of diffusers' script. "published" converts the moving average (unet_ema) if there is
-            one. "raw" converts the weights before averaging (unet).
+        weights: for a checkpoint of diffusers' script. "published" converts the moving average (unet_ema), or `unet`
+            if there is no unet_ema. "raw" converts `unet`, the weights before averaging. Without a unet_ema, "raw" is
+            an error.
         schedule: ddpm_num_steps, ddpm_beta_schedule and prediction_type, for a model without a scheduler. Default: the
             settings of diffusers' script, see SCHEDULE.
 
@@ -82,14 +83,14 @@ def convert_checkpoint(
     """Convert a checkpoint (.pt) of OpenAI's improved-diffusion or guided-diffusion to a stock pipeline.
 
     The new model computes the same function. If the old model has 4,000 timesteps and --rescale_timesteps, the new
-    model has every fourth of them. A classifier becomes a folder that `load_classifier` reads.
+    model has 1,000 timesteps: every fourth. A classifier becomes a folder that `load_classifier` reads.
 
     Args:
         output: a folder that does not exist yet.
-        original: the program, improved-diffusion or guided-diffusion. None: the file name decides. It must then
-            be that of a published checkpoint, such as cifar10_uncond_50M_500K.pt.
-        original_flags: the flags of the training command, e.g. "--image_size 32 --learn_sigma True". None: those of
-            the published checkpoint with this file name.
+        original: the program, improved-diffusion or guided-diffusion. May be None if the file has the name of a
+            published checkpoint, such as cifar10_uncond_50M_500K.pt.
+        original_flags: the flags of the training command, e.g. "--image_size 32 --learn_sigma True". May be None if
+            the file has the name of a published checkpoint, because its flags are known.
 
     Raises:
         UserError: if stock diffusers cannot express the model exactly (the message names the layer), if the flags are
@@ -129,7 +130,7 @@ def _unet_folder(name: str, folder: Path, weights: str) -> Path:
 
 
 def _read_scheduler(name: str, folder: Path, schedule: dict) -> PaperDDPMScheduler:
-    """Return the scheduler of a pipeline. Raise a UserError if flags describe another one."""
+    """Return the scheduler of a pipeline. Raise a UserError if a flag of `schedule` was given."""
     if schedule:
         raise UserError(f"{name} has a scheduler of its own: leave --{min(schedule)} out.")
     return read_scheduler(folder)

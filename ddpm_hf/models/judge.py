@@ -39,7 +39,7 @@ def quiet_diffusers():
 
 
 def check_index(index: dict):
-    """Check that `id2label`, if model_index.json has it, names the classes from 0 on."""
+    """Raise a ValueError if model_index.json has an `id2label` that does not name the classes 0, 1, 2, ..."""
     labels = index.get("id2label")
     if labels is None:
         return
@@ -49,7 +49,7 @@ def check_index(index: dict):
 
 
 def check_unet(config: dict, index: dict | None = None):
-    """Check that a UNet2DModel with this config can be built and can draw images.
+    """Raise a ValueError if a UNet2DModel with this config cannot be built or cannot draw images.
 
     The UNet is built and called once on torch's meta device, where tensors have shapes but need no memory. This finds
     parts that do not fit together, whatever the size of the UNet.
@@ -103,7 +103,7 @@ def _output_shape(config: str, channels: int, height: int, width: int) -> torch.
 
 
 def check_sizes(config: dict):
-    """Check the numbers in a network's config, because they decide how much time and memory it takes."""
+    """Raise a ValueError if a number in a network's config is out of range. This limits time and memory."""
     widths = config.get("block_out_channels", [224])
     is_list = isinstance(widths, (list, tuple)) and 1 <= len(widths) <= MAX_LEVELS
     if not is_list or not all(_is_whole(width, 1, MAX_CHANNELS) for width in widths):
@@ -144,7 +144,7 @@ def build_unet(config: dict, tensors: dict[str, torch.Tensor]) -> UNet2DModel:
 
 
 def check_scheduler(config: dict):
-    """Check a scheduler's config before a DDPMScheduler is made from it."""
+    """Raise a ValueError if a scheduler's config has an entry that is not allowed."""
     T = config.get("num_train_timesteps", 1000)
     if not _is_whole(T, 1, MAX_T):
         raise ValueError(f"its num_train_timesteps is {_short(T)}, but must be a whole number from 1 to {MAX_T:,}")
@@ -176,7 +176,7 @@ def check_scheduler(config: dict):
 
 
 def check_schedule(scheduler):
-    """Check that the noise schedule of a scheduler is finite, and that sampling never divides by 0."""
+    """Raise a ValueError if a noise schedule is not finite, or if sampling with it would divide by 0."""
     signal = scheduler.alphas_cumprod
     if not (signal.isfinite().all() and signal[0] < 1 and (signal[:-1] > 0).all() and signal[-1] >= 0):
         raise ValueError(
@@ -190,7 +190,7 @@ def check_schedule(scheduler):
 
 
 def check_together(unet_config, scheduler_config):
-    """Check that a UNet and a scheduler belong together."""
+    """Raise a ValueError if the scheduler needs timesteps or a variance that the UNet does not have."""
     is_learned = scheduler_config.get("variance_type") == "learned_range"
     if is_learned and unet_config["out_channels"] != 2 * unet_config["in_channels"]:
         raise ValueError("its variance_type is learned_range, but its UNet has no output channels for a variance")
@@ -200,7 +200,7 @@ def check_together(unet_config, scheduler_config):
 
 
 def check_weights(network: torch.nn.Module):
-    """Check that all weights of a network are finite."""
+    """Raise a ValueError if a weight of a network is not finite."""
     for name, tensor in network.state_dict().items():
         if not tensor.isfinite().all():
             raise ValueError(f"its weights {name} are not all finite numbers, so its training diverged")

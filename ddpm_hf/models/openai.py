@@ -127,8 +127,8 @@ def read_checkpoint(path: Path, program: str | None, text: str | None):
             defaults of `program`. Both arguments may be None for a file with the name of a published checkpoint.
 
     Raises:
-        UserError: for flags that are missing, unknown or do not fit the checkpoint, and for a network that diffusers
-            cannot express. The message names the layer.
+        UserError: if a flag is missing, is unknown or does not fit the checkpoint, or if diffusers cannot express the
+            network. The message names the layer.
         Exception: anything that torch raises for a broken file.
     """
     tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -153,7 +153,7 @@ def read_checkpoint(path: Path, program: str | None, text: str | None):
 
 
 def _all_flags(path: Path, program: str | None, text: str | None) -> dict:
-    """Return the value of every flag: the default, what a published checkpoint has, or what `text` gives."""
+    """Return all flags with their values: those of `text` or of a published checkpoint, and defaults for the rest."""
     published = {name: (one, flags) for one, known in PUBLISHED.items() for name, flags in known.items()}
     if text is None and path.name in published and program in (None, published[path.name][0]):
         program, flags = published[path.name]
@@ -170,7 +170,7 @@ def _all_flags(path: Path, program: str | None, text: str | None) -> dict:
 
 
 def _given(text: str, known: dict):
-    """Yield the name and the value of each flag in a command line. Flags that change nothing are yielded too."""
+    """Yield the name and the value of each flag in a command line. Raise a UserError if they cannot be read."""
     try:
         words = shlex.split(text.replace("=", " "))
     except ValueError as error:
@@ -214,7 +214,7 @@ def _check_tensors(tensors):
 
 
 def _classifier_flags(flags: dict) -> dict:
-    """Return the flags of a classifier under the names that a UNet's flags have."""
+    """Return the flags of a classifier, renamed to the corresponding flags of a UNet."""
     if "classifier_width" not in flags:
         raise ValueError("it has no output_blocks, so it is a classifier: give --original guided-diffusion")
     own = {name.removeprefix("classifier_"): flags[name] for name in CLASSIFIER_FLAGS}
@@ -227,8 +227,8 @@ def _scheduler(flags: dict) -> PaperDDPMScheduler:
     """Return the scheduler of a model.
 
     With --rescale_timesteps, the network was trained with the timesteps 1000 t/T. A scheduler of diffusers has only
-    whole timesteps. So for T = 4000, the new scheduler has every 4th timestep of the chain, with the betas that make
-    abar the same at each of them (Nichol & Dhariwal 2021, eq. 19). The network then gets 1000 t/T = 0, 1, ..., 999.
+    whole timesteps. So for T = 4000, the new scheduler has every 4th timestep of the old one, and the network gets
+    1000 t/T = 0, 1, ..., 999. The new betas keep abar at these timesteps (Nichol & Dhariwal 2021, eq. 19).
     """
     T, name = flags["diffusion_steps"], flags["noise_schedule"]
     if name not in SCHEDULES:
@@ -253,7 +253,7 @@ def _scheduler(flags: dict) -> PaperDDPMScheduler:
 
 
 def _levels(flags: dict) -> tuple[list[int], list[bool]]:
-    """Return the channels of each level, and whether it has attention."""
+    """Return two lists: the channels of each level, and whether each level has attention."""
     size = flags["image_size"]
     try:
         mults = [int(mult) for mult in flags.get("channel_mult", "").split(",") if mult] or CHANNEL_MULTS[size]
@@ -414,10 +414,10 @@ def _converted(
 
 
 def _split_qkv(name: str, tensor: Tensor, flags: dict, head_dim: int | None) -> Tensor:
-    """Return queries, keys and values of an attention layer, shape (3, C, C) for weights or (3, C) for biases.
+    """Return q, k and v of an attention layer of C channels, shape (3, C, C) for weights or (3, C) for biases.
 
-    The 3C rows are ordered by head, then by q, k, v. With --use_new_attention_order they are ordered by q, k, v, then
-    by head, which is the order of diffusers.
+    The 3C rows of `tensor` are ordered by head, then by q, k, v. With --use_new_attention_order they are ordered by q,
+    k, v, then by head, as in diffusers.
     """
     tensor = tensor.flatten(1) if tensor.ndim == 3 else tensor  # the weight of a convolution of size 1
     width = len(tensor) // 3
@@ -431,7 +431,7 @@ def _split_qkv(name: str, tensor: Tensor, flags: dict, head_dim: int | None) -> 
 
 
 def _network(kind: type, config: dict, tensors: dict[str, tuple[str, Tensor]], names: dict[str, str]):
-    """Return a network with these tensors, after checking that they are exactly its weights."""
+    """Return a network with these tensors. Raise a ValueError if they are not exactly the weights of the network."""
     judge.check_sizes(config)
     with judge.quiet_diffusers(), torch.device("meta"):
         network = kind(**config)

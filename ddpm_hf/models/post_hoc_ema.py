@@ -1,12 +1,12 @@
-"""Average the weights over a length that is chosen after training (post-hoc EMA).
-
-Karras et al. 2024, https://huggingface.co/papers/2312.02696, section 3 and appendix C. A run keeps two averages of its
-weights, and saves snapshots of both at regular steps. After training, a sum of snapshots with suitable factors is
-almost exactly the average of any other length, at any step.
+"""Average the weights of a run, and choose after training how many steps the average covers (post-hoc EMA).
 
 In the average after t steps, the weights of step s have a share proportional to s^gamma. The `length` of the average
 (sigma_rel in the paper) is the standard deviation of s under these shares, divided by t. An average of length 0.05 is
 mostly over the last tenth of the steps.
+
+A run keeps averages of two lengths, and saves snapshots of both at regular steps. After training, a weighted sum of
+snapshots is almost exactly the average of any other length, at any step. The method is from Karras et al. 2024,
+https://huggingface.co/papers/2312.02696, section 3 and appendix C.
 """
 
 import copy
@@ -34,8 +34,8 @@ FOLDER = "ema_snapshots"
 def gamma_of(length: float) -> float:
     """Return the exponent gamma of an average of this length.
 
-    length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), the variance of a power function. So gamma is the largest
-    root of a cubic polynomial.
+    length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) is the variance of s/t if the share of step s is proportional
+    to s^gamma. So gamma is the largest root of a cubic polynomial.
 
     Raises:
         UserError: for a length outside SHORTEST to LONGEST.
@@ -55,16 +55,16 @@ def power_decay(length: float, updates: int) -> float:
 
 
 def make_power_averages(network: nn.Module, is_wanted: bool) -> dict[float, nn.Module]:
-    """Return the averages that are kept during training, by their length, or {} if they are not wanted.
+    """Return a dict from each length in LENGTHS to a copy of `network`, which will hold the average of this length.
 
-    Each is a copy of `network`.
+    Return {} if `is_wanted` is False.
     """
     copies = [copy.deepcopy(network).eval().requires_grad_(False) for _ in LENGTHS] if is_wanted else []
     return dict(zip(LENGTHS, copies))
 
 
 def state_of(averages: dict[float, nn.Module]) -> dict[str, torch.Tensor]:
-    """Return the tensors of all averages by "<length>/<name>"."""
+    """Return a dict of the tensors of all averages. Its keys are "<length>/<name>"."""
     return {f"{length}/{name}": each for length, ema in averages.items() for name, each in ema.state_dict().items()}
 
 
@@ -89,16 +89,16 @@ def save_snapshot(output_dir, averages: dict[float, nn.Module], step: int):
 
 
 def find_snapshots(output_dir) -> dict[int, Path]:
-    """Return the snapshots of a run by their step, in rising order."""
+    """Return the snapshots of a run as a dict from step to file, in rising order of the steps."""
     found = files_in(output_dir, [f"{FOLDER}/step_#.safetensors"])
     return dict(sorted((int(re.findall(r"\d+", path.name)[0]), path) for path in found))
 
 
 def end_of_average(output_dir, step: int | None) -> int:
-    """Return the step at which an average ends: `step`, or that of the last snapshot.
+    """Return the step at which an average ends: `step`, or the step of the last snapshot if `step` is None.
 
     Raises:
-        UserError: if the run has no snapshots, or none of `step`.
+        UserError: if the run has no snapshots, or has no snapshot of `step`.
     """
     found = list(find_snapshots(output_dir))
     if not found:
@@ -110,9 +110,10 @@ def end_of_average(output_dir, step: int | None) -> int:
 
 
 def inner_products(steps: np.ndarray, gammas: np.ndarray, others: np.ndarray, their_gammas: np.ndarray) -> np.ndarray:
-    """Return the integral over time of the product of the shares of two averages, for each pair, float64 (n, m).
+    """Return the inner products of the shares of n averages with the shares of m other averages, float64 (n, m).
 
-    The share of step s in the average at step t is (gamma + 1) s^gamma / t^(gamma + 1) for s < t, and 0 after t.
+    In the average at step t, the share of step s is (gamma + 1) s^gamma / t^(gamma + 1) for s < t, and 0 for s > t. An
+    inner product is the integral over s of the product of two shares.
     """
     t, u, g, h = steps[:, None], others[None], gammas[:, None], their_gammas[None]
     common = np.minimum(t, u)
@@ -120,11 +121,12 @@ def inner_products(steps: np.ndarray, gammas: np.ndarray, others: np.ndarray, th
 
 
 def mixture(steps: list[int], gammas: list[float], step: int, gamma: float) -> tuple[np.ndarray, float]:
-    """Return the factors of snapshots in the sum that approximates the average (step, gamma), and its relative error.
+    """Return the factors of a sum of snapshots that approximates another average, and the relative error of the sum.
 
-    The factors are the least squares solution for the shares of the steps (section 3.2 of the paper). They must sum to
-    1, so that weights that never change stay exact. The error is the L2 norm of the difference from the wanted shares,
-    divided by the L2 norm of the wanted shares.
+    `steps` and `gammas` describe the snapshots, `step` and `gamma` the wanted average. The factors are the least
+    squares solution for the shares of the steps (section 3.2 of the paper). The factors must sum to 1, so that weights
+    that never change stay exact. The error is the L2 norm of the difference between the shares in the sum and the
+    wanted shares, divided by the L2 norm of the wanted shares.
     """
     t, g = np.array(steps, dtype=np.float64), np.array(gammas, dtype=np.float64)
     wanted = np.array([step], dtype=np.float64), np.array([gamma], dtype=np.float64)
@@ -139,7 +141,7 @@ def mixture(steps: list[int], gammas: list[float], step: int, gamma: float) -> t
 
 
 def reconstruct(output_dir, length: float, step: int | None = None) -> tuple[dict[str, torch.Tensor], float]:
-    """Return the weights averaged over a length, and the relative error of their shares (see `mixture`).
+    """Return the average of the weights with this length, and its relative error (see `mixture`).
 
     Args:
         output_dir: a run with --ema_snapshots.

@@ -46,8 +46,8 @@ class Pretrained:
     Attributes:
         facts: entries for records: "name" (a Hub id or the folder's name), "revision" (the commit on the Hub),
             "weights" ("published", or "raw" for weights before averaging), "unet_sha256" (a hash of the weights),
-            "schedule" (a hash of the scheduler), "parameters" (their number), "train_step" (of a checkpoint) and
-            "commit" (of the ddpm_hf source that trained the model). Unknown facts are None.
+            "schedule" (a hash of the scheduler), "parameters" (a number), "train_step" (of a checkpoint) and "commit"
+            (of the ddpm_hf source that trained the model). Unknown facts are None.
         run: the content of train_config.json, or {}.
         folder: the folder that the model was read from.
         classes: the classes that can be requested. It is empty, and therefore falsy, for an unconditional UNet.

@@ -1,6 +1,6 @@
 """Save a UNet as stock diffusers' `DDPMPipeline`, or save a classifier together with its code.
 
-The model_index.json of a run names only classes of diffusers, so it loads where ddpm_hf is not installed. Stock
+The model_index.json of a run names only classes of diffusers, so the model loads where ddpm_hf is not installed. Stock
 diffusers has no class-conditional pipeline, so for a conditional UNet we save our own pipeline file next to the
 weights.
 """
@@ -54,15 +54,14 @@ def save_pipeline(
 def stock_spacing(variance_type: str) -> str:
     """Return the `timestep_spacing` to publish. It matters only to stock pipelines that take S < T steps.
 
-    Models with learned_range get "linspace", whose last timestep is 0. With "trailing" the last timestep is above 0,
-    and stock DDPM adds noise after every step except the one at t = 0, so its images would have visible noise.
-    "linspace" is also the stride of Nichol & Dhariwal. For these models, the choice does not matter to stock DDIM,
-    which cannot use a UNet that predicts its variance.
+    Models with learned_range get "linspace", the spacing of Nichol & Dhariwal, whose last timestep is 0. The last
+    timestep of "trailing" is above 0. Stock DDPM adds noise after every step except the one at t = 0, so with
+    "trailing" its images would have visible noise. (Stock DDIM cannot use a UNet that predicts its variance.)
 
     All other models get "trailing", the default of our own samplers. With fixed_small, the noise that stock DDPM adds
-    after the last step is only 1e-10. With fixed_large, stock DDPM needs all T steps, as the model card says. Stock
-    DDIM begins with pure noise. If S divides T, it draws the images that we scored. Otherwise its step from t goes to
-    t - T//S, which is not the next timestep. (With "linspace" this would happen for every S < T.)
+    after the last step is only 1e-10. With fixed_large, stock DDPM needs all T steps, as the model card says. If S
+    divides T, stock DDIM draws the same images as our DDIM. Otherwise a step of stock DDIM goes from t to t - T//S,
+    which is not the next timestep. (With "linspace" this would happen for every S < T.)
     """
     return "linspace" if variance_type == "learned_range" else "trailing"
 

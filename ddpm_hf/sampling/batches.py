@@ -22,8 +22,8 @@ AUTO_ON_GPU = 512
 def batch_size_of(batch_size: int | str, num_images: int) -> int:
     """Return a batch size as a number.
 
-    "auto" is AUTO. On a CUDA device, it is the number of images that each process draws, but at least AUTO and at most
-    AUTO_ON_GPU.
+    Without a CUDA device, "auto" is AUTO. On a CUDA device, it is the number of images that each process draws, but at
+    least AUTO and at most AUTO_ON_GPU.
 
     Args:
         num_images: how many images all processes draw together.
@@ -50,14 +50,14 @@ def draw_in_batches(
     on_step: Callable[[int, int, torch.Tensor, torch.Tensor], None] | None = None,
     progress: bool = True,
 ) -> Iterator[tuple[Sequence[int], object]]:
-    """Draw batches of images, and yield (numbers of the images, convert(images)) for each batch.
+    """Draw batches of images, and yield (indices of the images, convert(images)) for each batch.
 
-    If memory runs out, batches are halved as in `in_batches`. Each image has its own random generator, so this changes
-    the images only by round-off.
+    If memory runs out, batches are halved as in `in_batches`. Each image has its own random generator, so the size of
+    the batches changes the images only by round-off.
 
     Args:
-        batches: the numbers of the images of each batch.
-        convert: takes the images of a batch, float32 (B, C, H, W) in [-1, 1] on the UNet's device.
+        batches: the indices of the images of each batch.
+        convert: a function of the images of a batch, float32 (B, C, H, W) in [-1, 1] on the UNet's device.
         most: draw at most this many images together.
         on_step: called after every step of every batch, as in `Sampler.draw`.
         progress: whether to show a progress bar.

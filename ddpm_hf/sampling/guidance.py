@@ -60,7 +60,7 @@ class ClassifierGuided(Guided):
 
     Every sampler is guided in this way, DDPM too. For DDPM, Dhariwal & Nichol have another rule, Algorithm 1, which
     shifts the mean of each step. For small steps, the two rules agree. With the linear schedule and 1,000 timesteps,
-    the shift here is 1 % larger for t from 300 to 990 and 16 % larger at t = 10.
+    the shift here is larger than in Algorithm 1: by 1 % for t from 300 to 990, and by 16 % at t = 10.
 
     eps = eps(x_t) - scale sqrt(1 - abar_t) grad log p(y | x_t). The factor sqrt(1 - abar_t) converts a gradient to the
     scale of eps, because the gradient of log p(x_t) is -eps / sqrt(1 - abar_t).
@@ -101,8 +101,8 @@ def as_prediction(scheduler: PaperDDPMScheduler, original_samples, sample, times
     The prediction is eps, x_0 or v, as the scheduler's `prediction_type` says. It is computed from the clipped x_0.
 
     Guidance moves x_0 far out of range. All samplers clip x_0, but DDIM would still use the eps of the unclipped x_0.
-    At scale 2, a classifier then recognized 70 % of 40 requested digits. With the eps of the clipped x_0, the
-    classifier recognized all 40.
+    At scale 2, a classifier recognized 70 % of 40 requested digits with the eps of the unclipped x_0, and all 40 with
+    the eps of the clipped x_0.
     """
     alpha_bar = scheduler.alphas_cumprod_at(timesteps).reshape(-1, 1, 1, 1)
     original = clipped(original_samples, scheduler)

@@ -26,7 +26,7 @@ class Item:
 
 
 def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]:
-    """Return an Item for an image file, or one for each image directly in a folder, in the order of file names."""
+    """Return a list: an Item for an image file, or an Item per image directly in a folder, ordered by file name."""
     if place.is_file():
         if output.resolve() == place.resolve():
             raise UserError(f"OUTPUT {output} is the same file as INPUT: give another name as OUTPUT.")
@@ -55,10 +55,10 @@ def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]
 
 
 def read(path: Path, pixel_range: tuple[float, float] | None, channels: int = 3) -> torch.Tensor:
-    """Read an image as float32 (C, H, W) in [0, 1]. If `channels` is 1 or 3, C is 1 for a grey image, else 3.
+    """Read an image as float32 (C, H, W) in [0, 1], and turn it upright.
 
-    The image is turned upright. If `channels` is 1 or 3, transparent areas become white. `pixel_range` has the values
-    of black and white, see data/decode.py.
+    If `channels` is 1 or 3, C is 1 for a grey image and 3 for a color image, and transparent areas become white. For
+    other `channels`, C is `channels`. `pixel_range` has the values of black and white, see data/decode.py.
     """
     wanted = 3 if channels == 1 else channels
     array = use_path(lambda image: to_array(image, wanted, exact=True, pixel_range=pixel_range), path, open_image)

@@ -41,7 +41,7 @@ class PixelFormat:
 
     @property
     def record(self) -> dict:
-        """The entry "pixels" for samples.json. There is none, i.e. {}, for 8-bit images that are grey or RGB."""
+        """A dict with the entry "pixels" for samples.json. It is empty for 8-bit images that are grey or RGB."""
         if self.type == "uint8" and self.channels in (1, 3):
             return {}
         return {"pixels": {"channels": self.channels, "type": self.type, "range": [self.low, self.high]}}
@@ -107,7 +107,7 @@ def trained_range(model: Pretrained) -> tuple[float, float] | None:
 
 
 def recorded_format(record: dict | None) -> PixelFormat | None:
-    """Return the format in the record of samples. None: the samples are 8-bit images, grey or RGB."""
+    """Return the format in the record of samples. Return None if the record has none: 8-bit images, grey or RGB."""
     if not record or "pixels" not in record:
         return None
     pixels = record["pixels"]

@@ -1,8 +1,8 @@
 """Restore images with a model that was trained on clean images, through pipelines/restoration.py.
 
-The images are in memory, or are read from files and written to files. Image files are numbered in the order of their
-names. Image k takes its noise from `torch.Generator().manual_seed(seed + k)`, so its result does not depend on the
-batch, except for round-off of at most one grey level. All images are read before any result is written. After an
+The images are in memory, or they are files and the results are files too. Image files are numbered in the order of
+their names. Image k takes its noise from `torch.Generator().manual_seed(seed + k)`, so the other images in its batch
+change its result by at most one grey level, by round-off. All images are read before any result is written. After an
 interruption, the same command restores the missing images. The file restoration.json states the model, inputs and
 settings of the results.
 """
@@ -236,16 +236,16 @@ def check_task_settings(settings: dict, mask, batch_size: int):
 class Accepted(Exception):
     """Stops a trial restoration after its first step.
 
-    `check_items` raises it from `callback_on_step_end`, which the pipeline calls only if it accepts the image and the
-    settings.
+    `check_items` raises this exception from `callback_on_step_end`. The pipeline calls this callback only after it has
+    accepted the image and the settings.
     """
 
 
 def check_items(items: list[Item], pipeline, options: dict, seed: int) -> str:
-    """Check that all items can be restored, and return the SHA-256 of all images and masks.
+    """Raise a UserError if an item cannot be restored. Return the SHA-256 of all images and masks.
 
-    Every item is read, and its size and its share of pixels to paint are set. The pipeline takes one step with the
-    first image of each size.
+    Read every item, and set its size and its share of pixels to paint. Then the pipeline takes one step with the first
+    image of each size.
     """
 
     def accept(*step):
@@ -303,7 +303,11 @@ def refused_as_user_error(what: str):
 
 
 def begin_output(items: list[Item], output: Path, record: dict, *, is_file: bool, overwrite: bool) -> list[Item]:
-    """Create the output, or check that its record equals `record`. Return the items that have no result yet."""
+    """Create the output, and return the items that have no result yet.
+
+    Without `overwrite`, a folder whose record equals `record` is continued. Any other folder that is not empty, and an
+    existing file, is a UserError.
+    """
     if is_file:
         if os.path.lexists(output) and not overwrite:  # True also for a broken link
             raise UserError(f"{output} already exists: give another OUTPUT, or --overwrite to replace it.")

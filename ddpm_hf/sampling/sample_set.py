@@ -39,9 +39,9 @@ SECOND_WRITER = "wait until it is done, or give another --output (for `evaluate`
 
 @dataclass
 class SampleSet:
-    """Images, uint8 (N, C, H, W), in the order of their numbers.
+    """Images, uint8 (N, C, H, W), in the order of their indices.
 
-    `sampler` and `model` are records of the sampler and the model that drew the images, or {} if these are unknown.
+    `sampler` and `model` are records of the sampler and the model that drew the images. An unknown record is {}.
     """
 
     images: torch.Tensor
@@ -91,7 +91,7 @@ def read_samples(path) -> SampleSet:
 
 
 def _read_arrays(path: Path) -> tuple[np.ndarray, dict | None]:
-    """Return the images of an .npz file or a folder as they are stored, (N, H, W, C), and their record or None."""
+    """Return the images of an .npz file or a folder as stored, (N, H, W, C), and their record (or None)."""
     if path.suffix == ".npz":
         return _read_npz(path)
     record = read_sample_record(path)
@@ -132,7 +132,7 @@ def _read_npz(path: Path) -> tuple[np.ndarray, dict | None]:
 def _read_folder(folder: Path, record: dict | None) -> np.ndarray:
     """Return the images in the PNG files of a folder, or of its subfolders, (N, H, W, C), in the order of names.
 
-    With a record, only the first `num_images` images are read, as the record says. They may be .npy files.
+    With a record, only as many images are read as it states. Their files are .png or .npy, as the record says.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give a folder of PNG files, or an .npz.")
@@ -251,7 +251,7 @@ def _checked_record(content, path: Path) -> dict | None:
 def _is_sampler(sampler: dict) -> bool:
     """Return whether the record of a sampler has the entries that we read, with the types of `Sampler.record`.
 
-    The method must be short and of plain characters, because it becomes part of file names.
+    The entry "method", the name of the sampler, must be short and of plain characters, because file names contain it.
     """
     method, steps, labels, names = (
         sampler.get(key) for key in ("method", "num_inference_steps", "class_labels", "class_names")
@@ -270,7 +270,7 @@ def file_name(k: int, suffix: str = ".png") -> str:
 
 
 def check_count(num_images: int):
-    """Raise a UserError for a number of images that is impossible."""
+    """Raise a UserError if the number of images is below 1 or above MAX_IMAGES."""
     if num_images < 1:
         raise UserError(f"--num_images is {num_images}; it must be at least 1.")
     if num_images > MAX_IMAGES:
@@ -353,7 +353,7 @@ def draw_samples(
 
 
 def _read_drawn(output: Path, folder: Path, record: dict) -> np.ndarray:
-    """Return the images that an .npz file `output` already holds, (N, H, W, C).
+    """Return the images that an .npz file `output` already holds, (N, H, W, C). N is 0 for any other `output`.
 
     Raises:
         UserError: if `output` or `folder` holds other samples than `record` describes.
@@ -369,7 +369,7 @@ def _read_drawn(output: Path, folder: Path, record: dict) -> np.ndarray:
 
 
 def _time_call(model: Pretrained, sampler: Sampler, batch_size: int) -> tuple[int, float]:
-    """Return how many images fit into memory, at most `batch_size`, and the seconds of one such step."""
+    """Return how many images fit into memory, at most `batch_size`, and the seconds of one step with them."""
 
     def time_call(batch: range) -> float:
         return step_seconds(sampler.network(model), len(batch), DTYPES[sampler.dtype], sampler.size)

@@ -1,9 +1,9 @@
 """Draw images from noise: ancestral DDPM sampling, DDIM and DPM-Solver++, over any subsequence of the timesteps.
 
 A sampler is a function that computes one step. `SAMPLERS` lists the samplers. Image k takes all its noise from
-`torch.Generator().manual_seed(seed + k)`, in the same order as in stock pipelines. So it does not depend on the batch
-size or the number of processes, and `DDPMPipeline(...)(generator=torch.Generator().manual_seed(seed + k))` draws the
-same image. There is round-off of 1e-5 in [-1, 1], which occasionally changes an 8-bit pixel by one grey level.
+`torch.Generator().manual_seed(seed + k)`, in the same order as in stock pipelines. So image k is the same for every
+batch size and number of processes, and `DDPMPipeline(...)(generator=torch.Generator().manual_seed(seed + k))` draws it
+too. Only round-off of 1e-5 remains, for pixels in [-1, 1]. It occasionally changes an 8-bit pixel by one grey level.
 """
 
 import contextlib
@@ -70,9 +70,9 @@ def ddpm_step(scheduler: PaperDDPMScheduler, step: Step, *, variance_type: str) 
 def ddim_step(scheduler: PaperDDPMScheduler, step: Step, *, eta: float = 0.0) -> tuple[Tensor, float | None]:
     """Return the mean and the standard deviation of x_t' by eq. (12) of Song et al. 2021.
 
-    The standard deviation is eta sqrt(beta~), by eq. (16). If it is 0, None is returned in its place. As in stock
-    diffusers, clipping x_0 does not change the predicted noise. Therefore eta=1 equals ddpm, with fixed_small, only if
-    clip=False.
+    The standard deviation is eta sqrt(beta~), by eq. (16). If eta is 0, None is returned in its place. As in stock
+    diffusers, clipping x_0 does not change the predicted noise. So eta=1 and ddpm with fixed_small draw the same
+    images only if clip=False.
     """
     alpha_bar_prev = scheduler.alphas_cumprod_at(step.prev_timestep)
     variance = eta**2 * scheduler.posterior_coefficients(step.timestep, step.prev_timestep)[2]
@@ -86,7 +86,7 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
 
     The paper is https://huggingface.co/papers/2211.01095. The last step, to the clean image, returns the predicted
     x_0. This is the limit of a first-order step. The predicted x_0 is clipped as the config says. diffusers'
-    DPMSolverMultistepScheduler never clips, so it draws the same images as clip=False.
+    DPMSolverMultistepScheduler never clips. It draws the images that we draw with clip=False.
     """
     if step.prev_timestep < 0:
         return step.pred_original_sample, None
@@ -111,7 +111,7 @@ SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmsolver++": dpmsolver_step}
 
 
 def check_seed(seed: int):
-    """Raise a UserError unless `seed` is an int from -2^63 to 2^63 - 1. torch then accepts seed + k as well."""
+    """Raise a UserError if `seed` is not an int from -2^63 to 2^63 - 1. For these seeds, torch accepts seed + k."""
     if type(seed) is not int or not -(2**63) <= seed < 2**63:
         raise UserError(f"--seed is {seed}, but must be a whole number from -2^63 to 2^63 - 1: give another one.")
 
@@ -255,11 +255,11 @@ def own_settings_of(sampler: str, given: dict) -> dict:
 
 @functools.cache
 def code_of(function: Callable) -> str | None:
-    """Return 8 digits that change with the code of a sampler or metric. None for code of this package.
+    """Return 8 hex digits that change with the code of a sampler or metric. None for code of this package.
 
-    The digits are a hash of the whole file that defines the function, because the function may call others in it. In a
-    notebook, they are a hash of the function's own source. If the source cannot be read, they are random, because
-    nothing shows whether the code has changed.
+    The digits are a hash of the whole file that defines the function, because the function may call other functions of
+    this file. In a notebook, the digits are a hash of the function's own source. If the source cannot be read, the
+    digits are random, because nothing shows whether the code has changed.
     """
     if function.__module__.partition(".")[0] == __name__.partition(".")[0]:
         return None
@@ -324,7 +324,7 @@ def image_shape(unet: nn.Module, size: tuple[int, int] | None = None) -> tuple[i
 
 
 def _noise(generators: Sequence[torch.Generator], shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Return standard normal noise. Each image has its own CPU generator, so no device changes its noise."""
+    """Return standard normal noise. Each image has its own CPU generator, so its noise is equal on every device."""
     return torch.cat([torch.randn(1, *shape, generator=generator) for generator in generators]).to(device)
 
 

@@ -123,7 +123,7 @@ class Sampler:
         )
 
     def classes(self, model: Pretrained) -> Classes:
-        """Return the classes that can be requested: those of the classifier, or without one, those of the model."""
+        """Return the classes that can be requested: those of the classifier, or of the model without a classifier."""
         if self.classifier is None:
             return model.classes
         config = self.classifier.config
@@ -224,7 +224,7 @@ class Sampler:
 
 
 def size_to_draw(size, unet: nn.Module) -> tuple[int, int] | None:
-    """Return --size as (H, W), or None if it is the size that the UNet was trained on.
+    """Return --size as (H, W), or None if the UNet was trained on this size.
 
     Raises:
         UserError: for a size that the levels of the UNet cannot halve.

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 def writer_thread():
     """Yield a function `write(function, *values)`, which calls function(*values) on a thread.
 
-    `write` first waits until the previous call is done, so at most one batch is in memory besides the new one. It
-    raises the error of the previous call, if there was one. The end of the `with` block does the same for the last
-    call. After an error or Ctrl-C inside the block, a call that has begun is still finished.
+    `write` first waits until the previous call is done, so at most one batch is in memory besides the new one. If the
+    previous call failed, `write` raises its error. The end of the `with` block waits for the last call and raises its
+    error. After an error or Ctrl-C inside the block, a call that has begun is still finished.
     """
     calls = []
     with ThreadPoolExecutor(1) as pool:
