@@ -1,4 +1,4 @@
-"""The metric bits_per_dim: which images it takes, what it costs, and its entry for the record."""
+"""The metric bits_per_dim: choose its images, compute it, and count the network evaluations that it needs."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def bits_per_dim(look: Look) -> list[dict]:
     """Return the variational bound (Ho et al. 2020) on the held-out images, in bits per dimension.
 
     Without held-out images, the training images are used. Every process computes the bound of a share of the images.
-    The noise of an image depends only on the number of the image.
+    The noise of an image depends only on the index of the image.
     """
     evaluation = look.evaluation
     state = PartialState()
@@ -59,10 +59,11 @@ def bits_per_dim(look: Look) -> list[dict]:
 
 
 def bound_rows(evaluation) -> tuple[Any, list[int], list[int] | None]:
-    """Return the images of bits_per_dim: their ImageSet, their rows, and the rows of the pilot images.
+    """Return the ImageSet of bits_per_dim, the indices of the images to use, and the indices of the pilot images.
 
-    All T terms of the pilot images are computed, to decide how often each timestep is drawn for the other images. The
-    pilot rows are None if all T terms of every image are computed.
+    The pilot images are a few of the images to use. All T terms of their bounds are computed first, to decide how
+    often each timestep is drawn. If all T terms of every image are computed anyway, there are no pilot images, and
+    the third value is None.
     """
     source = evaluation.train if evaluation.held_out is None else evaluation.held_out
     count = min(evaluation.bound_images or len(source), len(source))
@@ -75,7 +76,7 @@ def bound_rows(evaluation) -> tuple[Any, list[int], list[int] | None]:
 
 
 def bound_evaluations(evaluation) -> int:
-    """Return how many times bits_per_dim evaluates the network on one image, over all images and timesteps."""
+    """Return how many images bits_per_dim gives to the network. An image counts once for each timestep."""
     _, rows, few = bound_rows(evaluation)
     T = len(evaluation.model.scheduler)
     return len(rows) * T if few is None else len(rows) * evaluation.bound_timesteps + len(few) * T

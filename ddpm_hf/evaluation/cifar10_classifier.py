@@ -1,8 +1,8 @@
 """A small classifier of CIFAR-10 that scores models of color images. Its weights come with the package.
 
 The metric `fd_cifar10-<first 8 digits of SHA256>` is the Fréchet distance in the features of this classifier. It is
-not FID. With another classifier, values differ, so the weights are fixed. They were made by this command, in 62 CPU
-minutes on one core, from a copy of CIFAR-10 that was compressed as JPEG once:
+not FID. Another classifier gives other values, so the weights are fixed. This command made them in 62 minutes on one
+CPU core, from a copy of CIFAR-10 that had been compressed as JPEG:
 
     python -m ddpm_hf.evaluation.train_classifier cifar10 --dataset_name uoft-cs/cifar10 --output cifar10.safetensors
 """
@@ -29,8 +29,8 @@ DEVIATION = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
 class Cifar10Classifier(SmallClassifier):
     """Seven convolutions and a linear layer, with 1.2 M parameters.
 
-    The features are means over 3x3 positions, and over the image and its mirror image. The activations are GELU. A
-    ReLU that is 0 for all images would make the covariance of the features singular.
+    The features are means over the 3x3 positions of the last layer, and over the image and its mirror image. The
+    activations are GELU, because a ReLU that is 0 for all images makes the covariance of the features singular.
     """
 
     name = "cifar10"
@@ -57,9 +57,9 @@ class Cifar10Classifier(SmallClassifier):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features (B, 224) and logits (B, 10), float32, for uint8 images (B, 3, 32 k, 32 k), k = 1, 2, ...
+        """Return float32 features (B, 224) and logits (B, 10) for square uint8 images (B, 3, H, H).
 
-        Larger images are reduced to 32x32: each pixel is the mean of k x k pixels.
+        H must be a multiple of 32. Larger images are reduced to 32x32 by averaging squares of pixels.
 
         Raises:
             UserError: for images of another type or size.
@@ -78,7 +78,7 @@ class Cifar10Classifier(SmallClassifier):
 
     @staticmethod
     def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-        """Scale the images for `body`, mirror half of them, shift each by up to 4 pixels, and cut out a square.
+        """Normalize the images, mirror half of them, shift each by up to 4 pixels, and erase a square in each.
 
         The square has 8x8 pixels and a random center (DeVries & Taylor 2017, https://huggingface.co/papers/1708.04552).
         """
@@ -101,7 +101,7 @@ def _block(channels_in: int, channels: int) -> list[nn.Module]:
 
 
 def scale(images: Tensor) -> Tensor:
-    """Return uint8 images as float32 of the same shape, scaled so that CIFAR-10 has mean 0 and deviation 1."""
+    """Return uint8 images as float32 of the same shape, scaled to mean 0 and deviation 1 over CIFAR-10."""
     return (images.float() / 255 - MEAN.to(images.device)) / DEVIATION.to(images.device)
 
 

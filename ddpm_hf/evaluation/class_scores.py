@@ -1,4 +1,4 @@
-"""The metrics fd_mnist and fd_cifar10. They use the small classifiers for distances and for scores of the classes."""
+"""The metrics fd_mnist and fd_cifar10. They score images with the small classifiers of MNIST and CIFAR-10."""
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ def fd_mnist(look: Look) -> list[dict]:
     """Return the scores of the digit classifier: distances in its features, class balance, confidence, coverage.
 
     The Fréchet distances are not FID. Their ids contain the hash of the classifier, because values of different
-    classifiers cannot be compared. If digits were requested, the share of images that show the requested digit is
-    a score too.
+    classifiers cannot be compared. If digits were requested, another score is the share of images that show the
+    requested digit.
     """
     return classifier_scores(look, "fd_mnist")
 
 
 def fd_cifar10(look: Look) -> list[dict]:
-    """Return the scores of the CIFAR-10 classifier. They are those of `fd_mnist`, for color images."""
+    """Return the same scores as `fd_mnist`, but with the CIFAR-10 classifier."""
     return classifier_scores(look, "fd_cifar10")
 
 
@@ -69,19 +69,20 @@ def class_accuracy(look: Look) -> dict:
 
 
 def knows(known: tuple[str, ...], names: list[str] | None) -> bool:
-    """Return True if there are class names, and all of them are in `known`, the classes of a classifier."""
+    """Return True if `names` is not empty, and `known` (the classes of a classifier) contains every name."""
     return bool(names) and set(names) <= set(known)
 
 
 def class_numbers(names: list[str], known: tuple[str, ...]) -> Tensor:
-    """Return the number of each name in `known`, int64 (len(names),)."""
+    """Return the index in `known` of each name, int64 (len(names),)."""
     return torch.tensor([known.index(name) for name in names])
 
 
 def class_counts(image_set, logits: Tensor, known: tuple[str, ...]) -> Tensor:
-    """Return the number of images of each class in `known`, int64 (k,).
+    """Return how many images each class in `known` has, int64 (k,).
 
-    If the images have no labels, or labels of other classes, guess the classes from `logits` (N, k).
+    Count the labels of the images. If there are no labels, or if `known` lacks one of their classes, guess the class
+    of each image from its `logits` (N, k).
     """
     if not knows(known, image_set.class_names):
         return torch.bincount(logits.argmax(dim=1), minlength=len(known))

@@ -33,7 +33,7 @@ SHOWN = 4  # an error message names at most this many differences
 
 
 def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
-    """Return a table of the scores of several records, with standard errors, floors and the best record.
+    """Return a table of the scores of several records. It shows standard errors, and which record is best.
 
     Args:
         records: paths of records that `evaluate` wrote, or results of `evaluate`. Each becomes a column.
@@ -64,17 +64,17 @@ def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
 def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = False) -> str:
     """Return a table of values with their errors. It has a row for each metric and a column for each record.
 
-    Two more columns say which direction is better, and which record is best, see `best`. Below the table are warnings
-    about records that share images, see `shared_images`.
+    Two more columns say whether lower or higher is better, and which record is best (see `best`). Below the table are
+    warnings about records that share images (see `shared_images`).
 
     Args:
-        records: the records, by the heading of their column.
+        records: a dict from the heading of a column to its record.
         vary: dotted names of fields that may differ, e.g. `sampler.eta`. `sampler` stands for all fields below it, and
             `n_gen` for the field n_gen of every metric. The fields that differ become rows at the top.
         markdown: return Markdown instead of aligned text.
 
     Raises:
-        UserError: if another field that `protocol` returns differs. The message names the field and both values.
+        UserError: if a field of `protocol` that is not in `vary` differs. The message names the field and both values.
     """
     records = {name: with_guidance(record) for name, record in records.items()}
     flat = {name: flatten(record) for name, record in records.items()}
@@ -119,10 +119,12 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
 
 
 def direction(entries: dict[str, dict]) -> str:
-    """Return which values of a score are better, "lower" or "higher", or "" if the entries do not agree on one.
+    """Return which values of a score are better: "lower" or "higher".
+
+    Return "" if the entries disagree or do not say it, and for scores about copying.
 
     Args:
-        entries: the entries of one metric, by the heading of their record.
+        entries: a dict from the heading of a record to its entry of the score.
     """
     said = {entry.get("lower_is_better") for entry in measured(entries).values() if not is_about_copying(entry["id"])}
     return {True: "lower", False: "higher"}.get(said.pop(), "") if len(said) == 1 else ""
@@ -136,15 +138,15 @@ def measured(entries: dict[str, dict]) -> dict[str, dict]:
 def best(entries: dict[str, dict]) -> str:
     """Return the heading of the record whose score is clearly better than the scores of all other records.
 
-    The errors a and b of two scores are taken as independent, so their difference has the error sqrt(a^2 + b^2). If
-    two records have the same seed, they share a part of their errors, and the true error of the difference is smaller.
+    The standard errors a and b of two scores are taken as independent, so the error of the difference is
+    sqrt(a^2 + b^2). Records with the same seed share a part of their errors, and the true error is smaller.
 
     Args:
-        entries: the entries of one metric, by the heading of their record.
+        entries: a dict from the heading of a record to its entry of the score.
 
     Returns:
-        The heading; "not clear" if a difference is at most BEYOND errors; "" if only one record has the metric, if a
-        value has no error, or if no direction is better.
+        The heading. "not clear" if the best score differs from another score by at most BEYOND errors. "" if there are
+        fewer than two scores, if a score has no error, or if `direction` returns "".
     """
     better = direction(entries)
     entries = measured(entries)
@@ -179,13 +181,13 @@ def describe_unlike(unlike: dict[str, str]) -> str:
 
 
 def group_of(field: str) -> str:
-    """Return the group of a field, which `vary` takes: "sampler", "data", or the last part of a metric's field."""
+    """Return the name of a group of fields, for `vary`: "sampler", "data", or the last part of the dotted field."""
     start, _, rest = field.partition(".")
     return start if start in ("sampler", "data") else rest.rpartition(".")[2] or start
 
 
 def check_vary(vary: list[str], fields: list[str]):
-    """Raise a UserError if a name in `vary` is neither one of the dotted `fields` nor the beginning of one."""
+    """Raise a UserError if a name in `vary` is not one of the dotted `fields`, and not a beginning such as sampler."""
     parts = [field.split(".") for field in fields]
     known = dict.fromkeys(".".join(part[:n]) for part in parts for n in range(1, len(part) + 1))
     for name in vary:
@@ -218,16 +220,16 @@ def shared_images(records: dict[str, dict]) -> list[str]:
 
 
 def with_guidance(record: dict) -> dict:
-    """Return a record of images of classes with its guidance scale, which records leave out if it is 1."""
+    """Return the record. If it draws classes and states no guidance scale, add the scale 1."""
     sampler = record["sampler"]
     has_classes = sampler.get("class_labels") is not None
     return record | {"sampler": {"guidance_scale": 1.0} | sampler} if has_classes else record
 
 
 def protocol(record: dict) -> dict:
-    """Return the fields that must be equal in comparable records, by dotted name.
+    """Return the fields that must be equal in comparable records, as a dict with dotted names.
 
-    These are the fields of the sampler and the data, and the extractor and the number of images of each metric.
+    The fields describe the sampler, the data, and how each metric was computed.
     """
     fields = {key: value for key, value in flatten(record).items() if not is_below(key, NOT_PROTOCOL)}
     for entry in record["metrics"]:

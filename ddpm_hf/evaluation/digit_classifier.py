@@ -2,7 +2,7 @@
 
 The metric `fd_mnist-<first 8 digits of SHA256>` is the Fréchet distance in the features of this classifier. It is not
 FID. With another classifier, even with this one trained from another seed, values differ by up to a factor of two.
-The weights are therefore fixed. They were made by this command, in about two minutes on one core:
+The weights are therefore fixed. This command made them in about two minutes on one CPU core:
 
     python -m ddpm_hf.evaluation.train_classifier digits --dataset_name ylecun/mnist --output digits.safetensors
 """
@@ -25,7 +25,7 @@ MAX_SHIFT = 2  # pixels; training images are shifted, because models draw digits
 class DigitClassifier(SmallClassifier):
     """Two convolutions of 5x5 and two linear layers, with 114,314 parameters. The features are the last layer's input.
 
-    The activations are GELU. A ReLU that is 0 for all images would make the covariance of the features singular.
+    The activations are GELU, because a ReLU that is 0 for all images makes the covariance of the features singular.
     """
 
     name = "digits"
@@ -70,12 +70,12 @@ class DigitClassifier(SmallClassifier):
 
     @staticmethod
     def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-        """Shift each image by up to 2 pixels, then scale the images for `body`. New pixels are black."""
+        """Shift each image by up to 2 pixels, and normalize the images. New pixels at the edge are black."""
         return scale(shift_randomly(images, generator, MAX_SHIFT))
 
 
 def scale(images: Tensor) -> Tensor:
-    """Return uint8 images as float32 of the same shape, scaled so that MNIST's pixels have mean 0 and deviation 1."""
+    """Return uint8 images as float32 of the same shape, scaled to mean 0 and deviation 1 over MNIST."""
     return (images.float() / 255 - 0.1307) / 0.3081
 
 

@@ -126,10 +126,10 @@ def _from_hub(source: str) -> Path:
 def hub_position_embeddings(position_embeddings: Tensor, side: int) -> Tensor:
     """Interpolate position embeddings (1, 1 + grid^2, d) to (1, 1 + side^2, d), as the code of DINOv2 does.
 
-    The first embedding is that of the CLS token, and it is not changed. The code of DINOv2 (Oquab et al. 2023,
-    https://huggingface.co/papers/2304.07193, `interpolate_pos_encoding` in their vision_transformer.py) interpolates
-    with the scale (side + 0.1) / grid, so that rounding cannot lose a row. This scale also decides where the grid is
-    read: output k is read at (k + 1/2) / scale - 1/2.
+    The first embedding, of the CLS token, is not changed. The code of DINOv2 (Oquab et al. 2023,
+    https://huggingface.co/papers/2304.07193, `interpolate_pos_encoding` in their vision_transformer.py) uses the scale
+    (side + 0.1) / grid. Without the 0.1, rounding could give a row too few. The 0.1 also changes the values, because
+    output k is read at the position (k + 1/2) / scale - 1/2 of the grid.
     """
     token, patches = position_embeddings[:, :1], position_embeddings[:, 1:]
     grid = math.isqrt(patches.shape[1])

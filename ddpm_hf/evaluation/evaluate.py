@@ -46,23 +46,23 @@ class Evaluation:
         train, held_out: ImageSets of real images. `held_out` may be None.
         data_name: the name of the data in the record.
         model: the model to score. bits_per_dim needs it. None if only samples are scored.
-        sampler: draws images from `model`; `Sampler.resolve` has filled in its defaults. None if `samples` are given.
+        sampler: draws images from `model`. `Sampler.resolve` must have returned it. None if `samples` are given.
         samples: images that were drawn earlier. None: draw new images.
         num_images: how many images to draw, or the number of `samples`.
         samples_dir: the folder to draw images into. None: keep the images in memory.
         features: the extractor for metrics that can use any extractor, such as kid.
-        options: keyword arguments for the loader of each extractor, by the name of the extractor.
+        options: a dict from the name of each extractor to the keyword arguments of its loader.
         batch_size: how many images are drawn, or given to an extractor, at a time.
-        bound_images, bound_timesteps: how many held-out images bits_per_dim takes, and how many timesteps of each.
-            None: all.
+        bound_images, bound_timesteps: how many held-out images bits_per_dim uses, and how many timesteps of each
+            image. None: all of them.
         reference_file: a file of statistics that FID uses in place of those of `train`.
-        reference_pipeline: how the images of `reference_file` were resized. Only needed if the file does not say how.
+        reference_pipeline: how the images of `reference_file` were resized, if the file does not say it.
         cache_dir: the folder that keeps features of real images.
         pairs_path: where memorization writes its picture of the closest pairs. None: no picture.
-        on_step: called after every sampling step, but only if images are kept in memory.
+        on_step: a function to call after every sampling step. It is not called if `samples_dir` is given.
         extractors: a dict from the name of each extractor to the extractor, or to a sentence that says why it is
             unavailable. `open_extractors` fills it.
-        real: the References of `train` and `held_out`, by the name of the extractor. `score` fills this dict.
+        real: a dict from the name of each extractor to the References of `train` and `held_out`. `score` fills it.
     """
 
     metrics: list[str]
@@ -89,7 +89,7 @@ class Evaluation:
 
     @property
     def sampler_record(self) -> dict:
-        """The record of the sampler that drew the images. {} for samples without such a record."""
+        """The settings that the images were drawn with, as in a record. {} if they are not known."""
         return self.samples.sampler if self.samples is not None else self.sampler.record(self.model)
 
     @property
@@ -108,7 +108,7 @@ class Evaluation:
         return self.features if name == "chosen" else name
 
     def why_skipped(self, metric: str) -> str | None:
-        """Return the reason if a metric is skipped, or None if it is computed. Call `open_extractors` first."""
+        """Return why a metric is skipped, or None if it is computed. Call `open_extractors` first."""
         extractor = self.extractors.get(self.extractor_of(metric))
         return extractor if isinstance(extractor, str) else None
 
@@ -129,12 +129,12 @@ class Evaluated:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The value of each score by its id, without skipped metrics."""
+        """A dict from the id of each score to its value, without skipped metrics."""
         return scores_of(self.record)
 
     @property
     def skipped(self) -> dict[str, str]:
-        """The reason for each skipped metric, by the name of the metric."""
+        """A dict from the name of each skipped metric to the reason."""
         return {entry["id"]: entry["reason"] for entry in self.record["metrics"] if "reason" in entry}
 
     @property
@@ -188,33 +188,34 @@ def evaluate(
             `bound_timesteps` override the numbers of the suite.
         num_images: how many images to draw, or how many of the samples to use. Metrics that compare features need at
             least 40.
-        bound_images, bound_timesteps: bits_per_dim uses this many held-out images (at least 1), and this many
-            timesteps of each image (at least 2). 0 means all.
+        bound_images, bound_timesteps: how many held-out images bits_per_dim uses, and how many timesteps of each
+            image (2 or more). 0: all of them.
         features: the extractor of kid and precision_recall: inception, dinov2, digits or cifar10. None: digits for
             MNIST, else inception.
         weights: published or raw, see `load`.
         batch_size: how many images are drawn, or given to a network, together. "auto": up to 512 on a GPU, 64
             elsewhere. If memory runs out, batches are halved. The batch size changes scores only by rounding.
-        sampler: how to draw images, a name or a `Sampler`. None: the sampler of the suite.
+        sampler: the name of a sampler, or a `Sampler`. None: the sampler of the suite.
         resolution: the size of the images that `calibrate` compares, in pixels: 64, or "48x64" (height x width).
         inception: a file with the weights of Inception. None: the weights that pytorch-fid released.
         inception_pipeline: how images are resized for Inception: tf1, antialias or pytorch.
         dinov2: a folder or a Hub id with the weights of DINOv2.
-        reference, reference_pipeline: a file of statistics (mu, sigma) for FID, and how its images were resized, if
-            the file does not say so: pytorch (pytorch-fid) or tf1 (EDM, TTUR).
-        output: the path of the record. None: a new file in the folder `evaluations`. This folder is in the folder of
-            the run, or in the current folder if there is no run on this machine.
+        reference: a file of statistics (mu, sigma) for FID, in place of those of the training images.
+        reference_pipeline: how the images of `reference` were resized, if the file does not say it: pytorch for a file
+            of pytorch-fid, tf1 for a file of EDM or TTUR.
+        output: the path of the record. None: a new file in the folder `evaluations` of the run. For a model from the
+            Hub, and for samples without a model, this folder is in the current folder.
         overwrite: replace the record at `output`.
         samples_dir: the folder to draw images into. None: a subfolder of `evaluation_samples`, which is next to
             `evaluations`.
-        cache_dir: the folder that keeps features of real images. None: the folder that DDPM_HF_CACHE names, or ddpm_hf
-            in HuggingFace's cache.
-        flags: fields of the sampler (num_inference_steps, seed, ...), and flags that choose the real images as in
-            training: dataset_name, dataset_config_name, image_column, label_column, validation_split, class_names,
-            channels, pixel_range, on_bad_image, pages. They override the flags in the train_config.json of the model.
+        cache_dir: the folder that keeps features of real images. None: the folder in the environment variable
+            DDPM_HF_CACHE. If this is not set: ddpm_hf in HuggingFace's cache.
+        flags: fields of the sampler, e.g. num_inference_steps or seed. Also flags that choose the real images, in
+            place of those in the model's train_config.json: dataset_name, dataset_config_name, image_column,
+            label_column, validation_split, class_names, channels, pixel_range, on_bad_image, pages.
 
     Returns:
-        The record, its path and its scores on the main process. None on other processes.
+        The result on the main process, with the record, its path and the scores. None on other processes.
 
     Raises:
         UserError: for inputs that cannot be read or do not fit together. In this case nothing was drawn or written.
@@ -353,9 +354,9 @@ def score(evaluation: Evaluation, images: torch.Tensor) -> list[dict]:
 
 
 def entries_of(name: str, look: Look) -> list[dict]:
-    """Return the entries of a metric. If the metric fails, print why, and return an entry that says so.
+    """Return the entries of a metric. If the metric fails, return an entry that says why.
 
-    The other scores are kept, and a training goes on, because drawing the images took long.
+    So the other metrics are still computed, and a training goes on.
     """
     try:
         entries = METRICS[name].function(look)
@@ -373,7 +374,7 @@ def entries_of(name: str, look: Look) -> list[dict]:
 def _real_features(evaluation: Evaluation, name: str) -> tuple[Reference, Reference | None]:
     """Return the References of the training images and of the held-out images. Compute them once per extractor.
 
-    The second is None if too few images are held out for floors.
+    The Reference of the held-out images is None if there are fewer than FEWEST.
     """
     if name not in evaluation.real:
         extractor = evaluation.extractors[name]
@@ -391,8 +392,7 @@ def open_extractors(evaluation: Evaluation):
 
     Raises:
         UserError: if there are too few images, if an extractor does not accept the images, if the reference statistics
-            are from another pipeline, if bits_per_dim has no model, or if
-            its model needs labels and the real images have none.
+            do not suit the extractor, if bits_per_dim has no model, or if the images lack labels that the model needs.
     """
     inputs.check_metrics(evaluation.metrics)
     for name in evaluation.metrics:
@@ -443,7 +443,7 @@ def check_count(evaluation: Evaluation):
 
 
 def warnings_about(evaluation: Evaluation) -> list[str]:
-    """Return the lines to print before the work: the size if there is no model, and warnings about the scores."""
+    """Return the lines to print before the work: warnings, and the size of the images if there is no model."""
     reasons = by_reason({name: evaluation.why_skipped(name) for name in evaluation.metrics})
     lines = [f"Warning: {ids} will be skipped: {reason}" for ids, reason in reasons]
     if evaluation.model is None:

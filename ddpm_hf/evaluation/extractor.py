@@ -23,8 +23,8 @@ def load_extractor(name: str, **options) -> Extractor:
     """Return an extractor on the device of this process. `options` are arguments of its loader, e.g. `weights`.
 
     Raises:
-        MissingWeights: if its weights are not on this machine and cannot be downloaded.
-        UserError: for a name that is not in `EXTRACTORS`, or a file that does not hold its weights.
+        MissingWeights: if the weights are not on this machine and cannot be downloaded.
+        UserError: for a name that is not in `EXTRACTORS`, or a file without weights of this extractor.
     """
     if name not in EXTRACTORS:
         raise UserError(no_such("extractor of features", name, EXTRACTORS))

@@ -54,7 +54,7 @@ def kid(look: Look) -> list[dict]:
 def precision_recall(look: Look) -> list[dict]:
     """Return precision, recall, density and coverage of the generated images.
 
-    If there are more generated images than real features, the last generated images are left out.
+    The last generated images are left out if there are more of them than features of real images.
     """
     real = look.train.features
     features = look.generated.features[: len(real)]
@@ -71,7 +71,7 @@ def precision_recall(look: Look) -> list[dict]:
 
 
 def inception_score(look: Look) -> list[dict]:
-    """Return the Inception score (Salimans et al. 2016), i.e. the mean over 10 splits of the images, and its error."""
+    """Return the Inception score (Salimans et al. 2016) and its error. The score is the mean over 10 parts."""
     value, deviation = statistics.inception_score(look.generated.logits, SPLITS)
     floor = None
     if look.held_out is not None:
@@ -86,8 +86,8 @@ def frechet(look: Look, stem: str, tail: str = "", train: Reference | None = Non
     """Return the Fréchet distances to the training images ("full") and to the held-out ones ("test").
 
     Args:
-        stem, tail: the beginning and the end of the id.
-        train: statistics to use in place of the statistics of the training images.
+        stem, tail: the beginning and the end of the ids of the entries.
+        train: statistics to use in place of those of the training images.
     """
     device = PartialState().device  # roots of large matrices are fast on a GPU
     features = look.generated.features.to(device)
@@ -114,6 +114,6 @@ def frechet(look: Look, stem: str, tail: str = "", train: Reference | None = Non
 
 
 def tail_of(look: Look) -> str:
-    """Return the end of an id that names how Inception's images are resized. It is empty for tf1, the default."""
+    """Return the end of an id: how images are resized for Inception, e.g. "_pytorch". Return "" for the default."""
     extractor = look.extractor
     return f"_{extractor.pipeline}" if extractor.name == "inception" and extractor.pipeline != "tf1" else ""

@@ -61,14 +61,14 @@ def check_images(network: str, images: torch.Tensor):
 
 @dataclass
 class Features:
-    """Features (N, d), and logits (N, k) or None, float32 on the CPU, in the order of the images."""
+    """The features (N, d) and logits (N, k) of N images, float32 on the CPU. `logits` can be None."""
 
     features: torch.Tensor
     logits: torch.Tensor | None
 
 
 def images_at(source, indices) -> torch.Tensor:
-    """Return the images numbered `indices`, uint8 (B, C, H, W), of a uint8 tensor (N, C, H, W) or an ImageSet."""
+    """Return the images at `indices`, uint8 (B, C, H, W). `source` is a uint8 tensor (N, C, H, W) or an ImageSet."""
     if isinstance(source, torch.Tensor):
         return source[indices]
     if source.pixels is not None and source.pixels.dtype == torch.uint8:
@@ -86,11 +86,11 @@ def extract(extractor: Extractor, source, indices=None, batch_size: int = 64, wh
 
     Every process must call this function with the same arguments. Each process takes a share of the batches, and this
     share may be empty. The batches are the same for any number of processes, so the number of processes does not
-    change the features. With another `batch_size`, number of threads or processor, features differ by rounding, by up
-    to 1e-6 of the largest feature.
+    change the features. Another `batch_size`, number of threads or type of processor changes them by rounding, at most
+    by 1e-6 of the largest feature.
 
     Args:
-        indices: the numbers of the images. None: all images.
+        indices: the indices of the images in `source`. None: all images.
         what: the name of the images in the progress bar.
     """
     state = PartialState()

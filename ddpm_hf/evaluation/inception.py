@@ -141,7 +141,7 @@ class InceptionV3(nn.Module):
 class _Block(nn.Module):
     """Branches with the same input. Their outputs are concatenated. The last branch begins with a 3x3 pooling.
 
-    A pool branch without convolutions halves the resolution by max pooling.
+    If the last branch has no convolutions, its pooling halves the resolution.
     """
 
     def __init__(self, in_channels: int, branches: dict, average: bool):
@@ -177,7 +177,8 @@ class _Block(nn.Module):
 def _named(branch: str, stages: list) -> Iterator[tuple[list[str], list[tuple]]]:
     """Yield the names and the convolutions of each stage of a branch.
 
-    The names of two stages are e.g. [branch_1] and [branch_2a, branch_2b]. The name of a single stage is [branch].
+    A stage is one convolution, or two with the same input. The names are e.g. [branch_1] for the first stage, and
+    [branch_2a, branch_2b] for a second stage of two convolutions. If there is only one stage, its name is [branch].
     """
     for number, stage in enumerate(stages, 1):
         name = branch if len(stages) == 1 else f"{branch}_{number}"
@@ -185,7 +186,7 @@ def _named(branch: str, stages: list) -> Iterator[tuple[list[str], list[tuple]]]
 
 
 def _convolution(in_channels: int, channels: int, height: int, width: int, stride: int = 1, *, padded: bool = True):
-    """Return a convolution, its batch norm and a ReLU. Padding keeps the resolution if the stride is 1."""
+    """Return a convolution, a batch norm and a ReLU. If `padded` and the stride is 1, the resolution is kept."""
     padding = (height // 2, width // 2) if padded and stride == 1 else 0
     block = nn.Sequential()
     block.add_module("conv", nn.Conv2d(in_channels, channels, (height, width), stride, padding, bias=False))
@@ -281,10 +282,11 @@ def _fetch(path: Path, end: float):
     We do not use `torch.hub.download_url_to_file`, because it waits for ever for a server that is silent.
 
     Args:
-        end: the time, as time.monotonic() gives it, after which a TimeoutError without a message is raised.
+        end: the time at which to give up, on the clock time.monotonic().
 
     Raises:
-        OSError: if the server does not answer, is too slow, or sends another file. Also if `path` cannot be written.
+        TimeoutError: without a message, if the download is not complete at `end`.
+        OSError: if the server does not answer or sends another file, or if `path` cannot be written.
         HTTPException: if the answer is broken.
     """
     digest = hashlib.sha256()

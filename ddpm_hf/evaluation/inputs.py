@@ -38,7 +38,7 @@ SAME_IN_A_COPY = ["validation_split", "class_names", "center_crop", *PIXEL_FLAGS
 
 
 def check_metrics(names: list[str]):
-    """Raise a UserError for a name that is not in METRICS, and for one string instead of a list."""
+    """Raise a UserError if `names` is a string instead of a list, or if a name is not in METRICS."""
     if isinstance(names, str):
         raise UserError(f"metrics={names!r} is a string: give a list of names, such as {names.split(',')}")
     for name in names:
@@ -72,8 +72,7 @@ def choose_sampler(model: Pretrained, sampler: str | Sampler | None, settings: d
     The warnings of the sampler are printed.
 
     Args:
-        settings: fields of the sampler. If they do not determine the number of steps, and the sampler is that of the
-            suite, the suite's number is used.
+        settings: fields of the sampler. If they do not set the number of steps, the suite sets it for its own sampler.
         suite: a row of SUITES.
 
     Raises:
@@ -96,9 +95,9 @@ def choose_sampler(model: Pretrained, sampler: str | Sampler | None, settings: d
 
 
 def check_without_sampler(sampler, settings: dict):
-    """Raise a UserError if settings of a sampler are given, but the images were drawn earlier.
+    """Raise a UserError if a sampler or its settings are given, because the images were drawn earlier.
 
-    Values that are the defaults are accepted, because the command always gives them.
+    Default values are accepted, because the command passes them too.
     """
     sampler_named(sampler or "ddpm", settings)  # refuses settings that do not exist
     changed = [name for name, value in settings.items() if value != getattr(Sampler, name, None)]
@@ -111,7 +110,7 @@ def check_without_sampler(sampler, settings: dict):
 def open_subject(
     subject, samples, *, calibrate: bool, weights: str, num_images: int | None
 ) -> tuple[Pretrained | None, SampleSet | None]:
-    """Return the model and the samples to score. One of them may be None. With `calibrate`, both are None.
+    """Return the model and the samples to score. What is not given is None. With `calibrate`, both are None.
 
     Raises:
         UserError: if there is nothing to score, or if the model and the samples do not belong together.
@@ -217,8 +216,8 @@ def check_labels(model: Pretrained, train: ImageSet, held_out: ImageSet | None):
     last = model.classes.num_embeddings - 1
     if labels is None or labels.min() < 0 or labels.max() > last:
         raise UserError(
-            f"to compute bits_per_dim for this model, each real image needs a class from 0 to {last}, but this data "
-            "does not have them: give --label_column, or leave bits_per_dim out."
+            f"bits_per_dim of this model needs a label from 0 to {last} for each real image, but some images have no "
+            "such label: give --label_column, or leave bits_per_dim out."
         )
     names = model.classes.names
     if names and list(names) != train.class_names:
@@ -229,7 +228,7 @@ def check_labels(model: Pretrained, train: ImageSet, held_out: ImageSet | None):
 
 
 def match_channels(images: torch.Tensor, train: ImageSet) -> torch.Tensor:
-    """Return samples (N, C, H, W), cut to one channel if the real images have one and the samples are grey.
+    """Return samples (N, C, H, W). If the samples and the real images are grey, return only one channel.
 
     Many programs save grey images with three equal channels.
     """
@@ -254,10 +253,12 @@ def describe_shape(shape: tuple[int, int, int]) -> str:
 
 
 def record_path(output, overwrite: bool, folder: Path, stem: str) -> Path:
-    """Return the path of the record: `output`, or {stem}.json in `folder`, which `write_new_record` makes unique.
+    """Return the path for the record: `output`. If it is None: {stem}.json in `folder`.
+
+    If {stem}.json exists, `write_new_record` takes another name.
 
     Raises:
-        UserError: if `output` exists and `overwrite` is False, or if nothing can be written there.
+        UserError: if `output` exists and `overwrite` is False, or if `output` cannot be written.
     """
     if output is None:
         return folder / f"{stem}.json"
@@ -269,7 +270,7 @@ def record_path(output, overwrite: bool, folder: Path, stem: str) -> Path:
 
 
 def run_subfolder(model: Pretrained | None, name: str) -> Path:
-    """Return the subfolder `name` of the run folder. For a Hub model or no model, return it in the current folder."""
+    """Return the folder `name` in the run folder. For a Hub model or no model: in the current folder."""
     if model is None or model.facts["revision"] is not None:
         return Path(name)
     return model.run_folder / name
@@ -278,8 +279,8 @@ def run_subfolder(model: Pretrained | None, name: str) -> Path:
 def name_of_sampler(model: Pretrained | None, sampler: dict) -> str:
     """Return a short name for a sampler's record, e.g. ddim50-1a2b3c.
 
-    The last 6 digits are a hash of all settings in the record, of the weights and of the noise schedule. Without a
-    model or a record, the name is "samples".
+    The last 6 digits are a hash of the record, the weights and the noise schedule. The name is "samples" if there is
+    no model or if the record is empty.
     """
     if model is None or not sampler:
         return "samples"

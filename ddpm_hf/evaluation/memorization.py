@@ -28,7 +28,7 @@ EXACT = 1023  # float32 can add up this many products of two numbers from -128 t
 def memorization(look: Look) -> list[dict]:
     """Return how close the generated images are to training images, and draw the closest pairs.
 
-    The floors are the values for held-out images, or 0 for exact copies and duplicates.
+    The floor of a score is its value for held-out images. For exact copies and duplicates, the floor is 0.
     """
     if not PartialState().is_main_process:
         return []
@@ -75,19 +75,18 @@ def memorization_report(
     """Return measures of memorization, and the `num_pairs` closest pairs.
 
     A pair is (index of a generated image, index of its nearest training image, distance). At most `num_held_out`
-    held-out images are used, evenly spaced. One half of them is measured like the
-    generated images. The other half gives the threshold and the divisor below. The measures are:
-    - share_below_threshold: the share of images whose distance to the nearest training image is below a threshold.
-      It is chosen so that 1 % of that half are below it. This measure finds a few close copies.
-    - authpct: the percentage of images x for which y, the training image nearest to x, is nearer to another training
-      image than to x (authenticity, Alaa et al. 2022). It falls if many images are a bit too
-      close to training images.
-    - median_ratio: the median distance to the nearest training image, divided by the same median of that half.
-      It also falls if many images are a bit too close.
-    - the same three names with `_held_out`: the values for held-out images.
-    - threshold: the threshold of share_below_threshold.
-    - exact_copies: the number of images that are equal to a training image.
-    - duplicates: the number of images that are equal to another generated image.
+    held-out images are used, evenly spaced. They are split into two halves, A and B. The measures are:
+    - threshold: a distance. 1 % of the images in A are nearer than it to a training image.
+    - share_below_threshold: the share of generated images that are nearer to a training image than the threshold.
+      This measure finds a few close copies.
+    - authpct: the percentage of generated images that are authentic (Alaa et al. 2022). Image x is authentic if its
+      nearest training image is nearer to another training image than to x. The percentage falls if many images are
+      a bit too close to training images.
+    - median_ratio: the median distance to the nearest training image, divided by the same median for A. It also
+      falls if many images are a bit too close.
+    - the last three names with `_held_out`: the values for the images in B, instead of the generated images.
+    - exact_copies: the number of generated images that are equal to a training image.
+    - duplicates: the number of generated images that are equal to another generated image.
     Without held-out images, only exact_copies and duplicates are measured, and the other measures are None. No measure
     finds copies that are shifted by a pixel.
 
@@ -95,8 +94,8 @@ def memorization_report(
         generated, train, held_out: uint8 (N, C, H, W), all on one device.
 
     Raises:
-        UserError: if images have another type or differ in shape, if there are too few images, or if most held-out
-            images are training images.
+        UserError: if the images are not uint8 of one shape, if there are too few images, or if most held-out images
+            are training images.
     """
     _check("generated", generated, train, least=1)
     _check("training", train, train, least=2)
@@ -176,11 +175,11 @@ def _check(name: str, images: Tensor, train: Tensor, least: int):
 def _nearest(images: Tensor, train: Tensor, title: str, progress: bool, own: Tensor | None = None):
     """Find the nearest training image of each image. Return the distances (N,), float64, and the indices (N,).
 
-    Of several equally near training images, the first counts. Squared distances are whole numbers, and the number
-    types used here represent them exactly.
+    If several training images are equally near, return the first. Squared distances are computed without rounding.
 
     Args:
-        own: indices (N,). For image k, the training image own[k] is left out, e.g. because it is image k itself.
+        own: indices (N,). Image k is not compared with the training image own[k], because they are the same image.
+            None: compare all images.
     """
     images, train = images.flatten(1), train.flatten(1)
     smallest = torch.full((len(images),), math.inf, dtype=torch.float64, device=train.device)

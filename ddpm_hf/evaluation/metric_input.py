@@ -1,4 +1,4 @@
-"""Define Look, the input of a metric, and the functions for floors that several metrics use."""
+"""Define Look, the input of a metric, and functions that several metrics use."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +22,13 @@ class Look:
     `look.entry(id, value, lower_is_better=..., se=..., floor=...)` makes an entry.
 
     Attributes:
-        evaluation: `evaluation.train` and `evaluation.held_out` are the real images (`get(rows)` returns float32
-            images in [-1, 1]), and `evaluation.model` is the model, as `load` returns it.
+        evaluation: `evaluation.train` and `evaluation.held_out` are the real images. Their method `get(indices)`
+            returns float32 images (B, C, H, W) in [-1, 1]. `evaluation.model` is the model, as `load` returns it.
         images: the generated images, uint8 (N, C, H, W).
         extractor: the network that extracted the features.
         generated: the features of the generated images.
-        train: the Reference of the training images.
-        held_out: the Reference of the held-out images; None if fewer than FEWEST are held out.
+        train: a `Reference`: the statistics and features of the training images.
+        held_out: the same for the held-out images. None if fewer than 40 images are held out.
     """
 
     evaluation: Any
@@ -53,10 +53,11 @@ class Look:
         """Return an entry for the record.
 
         Args:
-            se, se_method: the standard error of the value, and in a few words how it was computed.
-            floor: the value of real images.
-            n_gen, n_ref: the numbers of generated and of real images that the value was computed from. If `n_gen` is
-                None, it is the number of all generated images.
+            se: the standard error of the value.
+            se_method: a few words on how the standard error was computed.
+            floor: the value that held-out real images have.
+            n_gen: the number of generated images behind the value. None: all of them.
+            n_ref: the number of real images behind the value.
         """
         return {
             "id": id,
@@ -73,12 +74,12 @@ class Look:
 
     @property
     def count(self) -> str:
-        """The number of generated images as ids contain it, e.g. 50k."""
+        """The number of generated images as text for ids, e.g. 50k for 50,000."""
         return format_count(len(self.images))
 
 
 def has_floor(evaluation) -> bool:
-    """Return True if at least FEWEST images are held out. Then floors are computed from these images."""
+    """Return True if at least FEWEST images are held out, so that floors can be computed."""
     return evaluation.held_out is not None and len(evaluation.held_out) >= FEWEST
 
 
@@ -91,5 +92,5 @@ def random_rows(rows: Tensor, n: int) -> Tensor:
 
 
 def format_count(n: int) -> str:
-    """Return a number of images as ids contain it: 50k, 2k, 2048."""
+    """Return a number of images as text for ids: 50k for 50,000, and 2048 for 2,048."""
     return f"{n // 1000}k" if n % 1000 == 0 and n else str(n)

@@ -1,8 +1,7 @@
-"""The table METRICS: each metric with its function, the network it needs, the data it suits, and its names.
+"""The table METRICS. Each metric has a function, the network that it needs, the data that it suits, and names.
 
-A metric takes a `Look` and returns entries for the record. An entry is a dict with "id", "value", "se" (the standard
-error of the value), "floor" (the value for real images), "n_gen", "n_ref", "lower_is_better" and "extra". The id names
-the measure and the network.
+The function takes a `Look` and returns entries for the record. `Look.entry` makes an entry and explains its fields.
+The id of an entry names the measure and the network.
 """
 
 import re
@@ -27,10 +26,10 @@ class Metric:
             process only. A metric without one is called on every process.
         extractor: the network that the metric needs: a name of EXTRACTORS, or "chosen" for the extractor that
             --features names. None: the metric needs only pixels or the model.
-        suits: takes (training images, model or None) and returns True if the metric is computed by default.
-        hub_names: the name on the Hub of each score that has one. The key is the part of the score's id before the
-            first number: {"is": "inception_score"}.
-        words: a description of each score, for model cards. The key is the beginning of the score's id.
+        suits: takes the training images and the model (or None). Returns True if the metric is computed by default.
+        hub_names: names of scores on the Hub. The keys are the ids of the scores up to their first digit:
+            {"is": "inception_score"} for is50k.
+        words: descriptions of the scores for model cards. The keys are the beginnings of the ids.
 
     Example:
         >>> def brightness(look):  # look.images: uint8 (N, C, H, W)
@@ -122,7 +121,7 @@ METRICS = {
 
 
 def in_words(id: str) -> str | None:
-    """Return what the score with this id is, in words, or None for a metric without words."""
+    """Return the description of the score with this id, or None if METRICS has no words for it."""
     words = {start: words for metric in METRICS.values() for start, words in metric.words.items()}
     start = next((start for start in words if re.match(rf"{re.escape(start)}(?![a-z])", id)), None)
     return None if start is None else words[start] + (", to held-out images" if "_test" in id else "")

@@ -92,7 +92,7 @@ def write_new_record(record: dict, path: Path, pairs: Path, overwrite: bool = Fa
     The name is chosen only after the evaluation, so that two evaluations at the same time get different names.
 
     Args:
-        pairs: the picture of the closest pairs, which gets the name of the record. It may be missing.
+        pairs: the path of the picture of the closest pairs, if there is one. The picture gets the name of the record.
         overwrite: replace the record at `path`.
 
     Raises:
@@ -186,7 +186,7 @@ def is_value(value) -> bool:
 def record_table(record: dict) -> str:
     """Return a record as text: a table of the scores, what its columns mean, then the skipped metrics.
 
-    The scores about copying are at the end of the table, below the line COPYING. Their column "better" is empty.
+    The scores about copying are at the end of the table, below the text COPYING. Their column "better" is empty.
     """
     rows = [["metric", "value", "+-", "better", "real images", "N", "N real"]]
     measured = [entry for entry in record["metrics"] if entry.get("status") != "skipped"]
@@ -214,17 +214,17 @@ def record_table(record: dict) -> str:
 
 
 def is_about_copying(id: str) -> bool:
-    """Return whether the score with this id says if images are copies of training images, not how good they are."""
+    """Return whether the score with this id is about copies of training images instead of quality."""
     return id.startswith("memorization_")
 
 
 def scores_of(record: dict) -> dict[str, float]:
-    """Return the value of each score of a record by its id, without skipped metrics."""
+    """Return a dict from the id of each score of a record to its value, without skipped metrics."""
     return {entry["id"]: entry["value"] for entry in record["metrics"] if "value" in entry}
 
 
 def by_reason(reasons: dict[str, str | None]) -> list[tuple[str, str]]:
-    """Return pairs (names of metrics joined by commas, reason), one for each reason that is not None."""
+    """Return a pair (names of metrics joined by commas, reason) for each reason other than None."""
     found = dict.fromkeys(reason for reason in reasons.values() if reason is not None)
     return [(", ".join(id for id, why in reasons.items() if why == reason), reason) for reason in found]
 

@@ -1,8 +1,8 @@
 """The statistics and features of real images, for comparison with samples. They are computed once and cached as .npz.
 
 A file has `mu` and `sigma` (float64), in the format of pytorch-fid, EDM, TTUR and clean-fid. Our files also have
-`num_samples`, `features` and `logits` (of at most 10,000 images, evenly spaced in the set) and `meta` (JSON about the
-extractor and the data).
+`num_samples`, `meta` (JSON about the extractor and the data), and the `features` and `logits` of at most 10,000
+images, which are evenly spaced in the set.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Reference:
     Attributes:
         mean, covariance: float64 (d,) and (d, d), over all images.
         num_samples: the number of images; None if the file does not state it.
-        features, logits: float32 (N, d) and (N, k) of at most MAX_FEATURES images. None if the file has none.
+        features, logits: float32 (N, d) and (N, k) of at most MAX_FEATURES images. None if they are not in the file.
         meta: facts about the extractor and the data.
     """
 
@@ -47,14 +47,15 @@ class Reference:
 
 
 def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_dir=None) -> Reference:
-    """Return the Reference of an ImageSet, from the cache if it is there. Every process must call this function.
+    """Read the Reference of an ImageSet from the cache, or compute it. Every process must call this function.
 
     The name of the cached file contains the id of the extractor and a hash of the pixels after resize and crop, so
     different data have different files. Images are not mirrored.
 
     Args:
         what: the name of the images in the progress bar.
-        cache_dir: the cache. None: the folder that DDPM_HF_CACHE names, or ddpm_hf in HuggingFace's cache.
+        cache_dir: the cache. None: the folder in the environment variable DDPM_HF_CACHE. If this is not set: ddpm_hf
+            in HuggingFace's cache.
     """
     name = f"{extractor_id(extractor)}-{image_set.fingerprint}-{len(image_set)}.npz"
     cache = cache_dir or os.environ.get("DDPM_HF_CACHE") or Path(HF_HOME) / "ddpm_hf"
@@ -82,7 +83,7 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
 
 
 def kept_rows(count: int) -> torch.Tensor:
-    """Return which of `count` images have rows in `features` and `logits`, int64 (N,), with N <= MAX_FEATURES."""
+    """Return the indices of the images whose features are kept, int64 (N,): at most MAX_FEATURES of `count`."""
     return torch.linspace(0, count - 1, min(MAX_FEATURES, count)).round().long()
 
 
@@ -116,8 +117,7 @@ def read_reference(path, extractor=None, pipeline: str | None = None) -> Referen
             pytorch-fid, and `tf1` for a file of EDM or TTUR.
 
     Raises:
-        UserError: if the file cannot be read, if its statistics are of another size, network or pipeline, or if sigma
-            is not a covariance.
+        UserError: if the file cannot be read, or if its statistics cannot be used with `extractor`.
     """
     path = Path(path)
     arrays = read_npz(path, lambda names: [name for name in ARRAYS if name in names], "give statistics (mu, sigma)")

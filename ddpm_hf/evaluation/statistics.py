@@ -2,7 +2,7 @@
 
 Features are float32 or float64 (N, d) on any device, with one row for each image. Statistics are float64 on the device
 of the features, or on the CPU if that device has no float64. Functions of features raise a UserError for fewer than 2
-images, for numbers that are not finite, and for two arguments with different d.
+images, for numbers that are not finite, and for features of different sizes d.
 """
 
 import torch
@@ -16,7 +16,7 @@ CHUNK = 2**23  # how many float64 numbers a temporary matrix has at most: 64 MB
 
 
 def mean_and_covariance(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean (d,) and the covariance (d, d) of features (N, d), with the divisor N - 1.
+    """Return the mean (d,) and the covariance (d, d) of features (N, d). The covariance has the divisor N - 1.
 
     The mean is subtracted before squaring, so that large means lose no precision.
     """
@@ -35,9 +35,9 @@ def frechet_distance(
 ) -> tuple[float, float]:
     """Return the squared Fréchet distance of two Gaussians, and its part |mean_a - mean_b|^2.
 
-    The distance is |mean_a - mean_b|^2 + Tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6). The trace of
-    (A B)^(1/2) is computed as the nuclear norm of A^(1/2) B^(1/2). Unlike a square root of the product, this is exact
-    for covariances without full rank.
+    The distance is |mean_a - mean_b|^2 + Tr(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017, eq. 6), where A and B are the
+    covariances. The trace of (A B)^(1/2) is computed as the nuclear norm of A^(1/2) B^(1/2). This is exact even if A
+    or B does not have full rank.
 
     Args:
         mean_a, mean_b: (d,).
@@ -48,9 +48,10 @@ def frechet_distance(
 
 
 def frechet_distance_of_features(features_a: Tensor, features_b: Tensor) -> tuple[float, float]:
-    """Return the `frechet_distance` of features (N, d) and (M, d). For N <= d, no (d, d) matrix is needed.
+    """Return the `frechet_distance` of features (N, d) and (M, d).
 
-    Centered features divided by sqrt(N - 1) are a root of their covariance, so the distance is exact.
+    For N <= d, the centered features divided by sqrt(N - 1) are used as a root of the covariance. This root is exact,
+    and needs no (d, d) matrix.
     """
     _check_sizes(features_a, features_b)
     return _frechet(*_mean_and_root(features_a), *_mean_and_root(features_b))
@@ -63,8 +64,8 @@ def frechet_standard_error(features: Tensor, mean: Tensor, covariance: Tensor, n
     one block at a time. The error includes the random choice of the generated images. It does not include the choice
     of the reference images or of the training seed.
 
-    The blocks are random, because images are often ordered by class. If ten classes take turns, each of 20 interleaved
-    blocks has a single class, and the error is ten times too large.
+    The blocks are random, because images are often ordered by class. Blocks of every 20th image would have only one
+    class each if ten classes take turns. The error would then be ten times too large.
 
     Raises:
         UserError: for fewer than 2 blocks, or fewer than 2 images per block.
@@ -96,10 +97,10 @@ def frechet_at_infinity(
 ) -> float:
     """Return the `frechet_distance` of features (N, d) to a mean and a covariance, extrapolated to N = infinity.
 
-    This is FID_infinity of Chong & Forsyth 2020. The bias of the distance is about proportional to 1/n. The distance
-    is therefore computed for `num_points` random subsets of n = min(5000, N/10) to N images, and a line in 1/n is
-    fitted. The result is the value of the line at 1/n = 0. It has no such bias, but is noisier than the
-    distance.
+    This is FID_infinity of Chong & Forsyth 2020. The bias of the distance for n images is about proportional to 1/n.
+    The distance is therefore computed for `num_points` random subsets of n = min(5000, N/10) to N images, and a line
+    in 1/n is fitted. The result is the value of the line at 1/n = 0. It lacks this bias, but has a larger standard
+    error than the distance.
 
     Raises:
         UserError: for fewer than 20 images, or fewer than 2 points.
@@ -139,8 +140,8 @@ def kernel_distance(features_a: Tensor, features_b: Tensor) -> tuple[float, floa
     The distance is the unbiased estimate of the squared maximum mean discrepancy with the kernel (x.y / d + 1)^3
     (Binkowski et al. 2018, eq. 4), over all pairs rather than over random subsets. It can be below 0.
 
-    For fixed `features_b`, the distance is a U-statistic of `features_a`: the mean of h(x, x') over all pairs. The
-    standard error is the root of the unbiased estimate of its variance (Hoeffding 1948, eq. 5.13), or 0 if that
+    For fixed `features_b`, the distance is a U-statistic: the mean of a function over all pairs of `features_a`. The
+    standard error is the root of the unbiased estimate of the variance (Hoeffding 1948, eq. 5.13), or 0 if this
     estimate is below 0. As in `frechet_standard_error`, the error includes the random choice of `features_a`. It does
     not include the choice of `features_b` or of the training seed.
 
@@ -170,11 +171,12 @@ def kernel_distance(features_a: Tensor, features_b: Tensor) -> tuple[float, floa
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, float]:
     """Return precision, recall, density and coverage of generated features (M, d) for real ones (N, d).
 
-    Each point has a ball around it. The radius is the distance to the k-th nearest other point of the same set.
-    - precision: the share of generated points inside a real ball (Kynkäänniemi et al. 2019, eq. 2);
-    - recall: the share of real points inside a generated ball (eq. 2 too);
-    - density: the mean number of real balls around a generated point, divided by k (Naeem et al. 2020);
-    - coverage: the share of real balls with a generated point inside.
+    Each feature vector is the center of a ball. The radius is the distance to the k-th nearest other vector of the
+    same set. A real ball is a ball of a real image, and a generated ball is a ball of a generated image.
+    - precision: the share of generated vectors inside a real ball (Kynkäänniemi et al. 2019, eq. 2);
+    - recall: the share of real vectors inside a generated ball (eq. 2 too);
+    - density: how many real balls a generated vector is in, on average, divided by k (Naeem et al. 2020);
+    - coverage: the share of real balls with a generated vector inside.
 
     Raises:
         UserError: for k < 1, or if a set has k images or fewer.
@@ -182,7 +184,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> dict[str, f
     _check_sizes(real, generated)
     if not 1 <= k < min(len(real), len(generated)):
         given = f"precision_recall has {len(real)} real and {len(generated)} generated images and k={k}"
-        raise UserError(f"{given}; choose a k of at least 1 and below both numbers of images.")
+        raise UserError(f"{given}; choose a k that is at least 1 and smaller than both numbers of images.")
     for features in (real, generated):
         _check(features)
     # Center the features. Distances can then be computed from products, with errors below 1e-9 of a radius. Computing
@@ -212,8 +214,8 @@ def inception_score(logits: Tensor, num_splits: int = 10) -> tuple[float, float]
     """Return the Inception score of logits (N, classes): its mean and its standard deviation over the splits.
 
     The score of a split is exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016, section 4). The images are split in
-    their order, without shuffling, into parts whose lengths differ by 1 at most. The deviation has the divisor
-    `num_splits`.
+    their order, without shuffling, into parts whose sizes differ by at most one image. The standard deviation has the
+    divisor `num_splits`.
 
     Raises:
         UserError: for fewer images than splits, or no split.
@@ -233,13 +235,16 @@ def class_report(logits: Tensor, reference_frequencies: Tensor) -> dict:
     """Return the class balance and the confidence of generated images, from a classifier's logits (N, classes).
 
     - frequencies: the share of images of each class, by the highest logit;
-    - total_variation: half the sum of the absolute differences to `reference_frequencies` (classes,), which may be
-      counts or shares. It is 0 for equal frequencies, and 1 if no class is in both;
+    - total_variation: half the sum of |share - reference share| over all classes. It is 0 if all shares are equal to
+      those of the reference, and 1 if the generated and the reference images have no class in common;
     - mean_confidence: the mean of the highest probability;
     - mean_entropy: the mean entropy of the probabilities, in nats.
 
+    Args:
+        reference_frequencies: how many reference images each class has, or which share of them, (classes,).
+
     Raises:
-        UserError: for frequencies of another number of classes, or no images.
+        UserError: if there are no images, or if `reference_frequencies` has another number of classes.
     """
     if not len(logits) or logits.shape[1:] != reference_frequencies.shape:
         given = f"class_report has logits {tuple(logits.shape)} and {len(reference_frequencies)} frequencies"
@@ -286,8 +291,8 @@ def _check_blocks(name: str, num_images: int, num_blocks: int):
 def _root(covariance: Tensor) -> Tensor:
     """Return R (d, d) with R^T R = covariance.
 
-    For an eigenvalue of 0, eigh returns about 1e-16 of the largest eigenvalue. Its root would be 1e-8 of the largest
-    root, so such eigenvalues are set to 0.
+    Because of rounding, eigh returns about 1e-16 of the largest eigenvalue in place of 0. The root would be 1e-8 of
+    the largest root, which is too much. Eigenvalues as small as the rounding are therefore set to 0.
     """
     values, vectors = torch.linalg.eigh(_float64(covariance))
     noise = values[-1] * len(values) * torch.finfo(torch.float64).eps
@@ -319,9 +324,9 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _kernel_sums(x: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums (N,) of h(x_i, x_j) over all j other than i, and the sum of h(x_i, x_j)^2 over all these pairs.
+    """Return the sum of h_ij over j for each i, (N,), and the sum of h_ij^2 over i and j, both without i = j.
 
-    h(x_i, x_j) is the kernel minus offset_i and offset_j (N,). It is symmetric, so each pair is computed once.
+    h_ij is the kernel of x_i and x_j, minus offset[i] and offset[j]. As h_ij = h_ji, each pair is computed once.
     """
     rows, squares = x.new_zeros(len(x)), x.new_zeros(())
     for start in range(0, len(x), _rows(len(x))):
@@ -340,7 +345,7 @@ def _distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _radii(features: Tensor, k: int) -> Tensor:
-    """Return the distance (N,) to the k-th nearest other point, enlarged by a factor of 1 + 1e-6 against rounding."""
+    """Return the radii (N,) of the balls of `precision_recall`, times 1 + 1e-6 as a margin for rounding."""
     parts = features.split(_rows(len(features)))
     return torch.cat([_distances(part, features).kthvalue(k + 1).values for part in parts]) * (1 + 1e-6)
 

@@ -1,4 +1,4 @@
-"""Train a classifier that scores use. These commands train the weights that come with the package:
+"""Train a small classifier that scores images. These commands made the weights in the package:
 
 python -m ddpm_hf.evaluation.train_classifier digits --dataset_name ylecun/mnist --output digits.safetensors
 python -m ddpm_hf.evaluation.train_classifier cifar10 --dataset_name uoft-cs/cifar10 --output cifar10.safetensors
@@ -32,8 +32,8 @@ def train_classifier(
     the same weights.
 
     Args:
-        recipe: replaces values of `kind.recipe`: num_epochs, batch_size, learning_rate, weight_decay, label_smoothing,
-            autocast (True: bfloat16 inside the network).
+        recipe: settings in place of those in `kind.recipe`: num_epochs, batch_size, learning_rate, weight_decay,
+            label_smoothing, autocast (True: bfloat16 inside the network).
     """
     recipe = kind.recipe | recipe
     with torch.device("meta"):
@@ -64,13 +64,13 @@ def train_classifier(
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m ddpm_hf.evaluation.train_classifier", description="Train a classifier that scores use."
+        prog="python -m ddpm_hf.evaluation.train_classifier", description="Train a classifier that scores images."
     )
     parser.add_argument("kind", choices=CLASSIFIERS)
     parser.add_argument("--dataset_name", required=True, help="the data: a Hub id, or a folder in the Hub's layout")
     parser.add_argument("--output", required=True, type=Path, help="the safetensors file to write the weights to")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
-    parser.add_argument("--num_epochs", type=int, help="default: the number for the weights in the package")
+    parser.add_argument("--num_epochs", type=int, help="default: as many as for the weights in the package")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     try:

@@ -70,13 +70,13 @@ def check_has_model(folder: Path):
 def write_card(folder: str | Path, name: str | None = None, place: str | Path | None = None) -> bool:
     """Write README.md, the model card of a run or an export, and return True.
 
-    If README.md exists and was not written by ddpm_hf, or is a link, keep it and return False.
+    Keep a README.md that is a link or that ddpm_hf did not write, and return False.
 
     Args:
         folder: a folder with a pipeline or a classifier. The card also shows the records and pictures of a run, the
             scores in evaluations/, and how to call the pipeline files in the folder.
-        name: the repository's name, e.g. "me/ddpm-cifar10". None: the repository to which the folder was last pushed,
-            else the run's --hub_model_id, else the folder's name.
+        name: the repository's name, e.g. "me/ddpm-cifar10". None: the first of these names that is known: the
+            repository of the last push, the run's --hub_model_id, the folder's name.
         place: the path in the card's example code, if the model has no repository. None: the path of `folder`.
 
     Raises:
@@ -97,7 +97,7 @@ def write_card(folder: str | Path, name: str | None = None, place: str | Path | 
 
 
 def write_card_or_warn(folder: str | Path, name: str | None = None):
-    """Write the card as `write_card` does. If that fails, log a warning, because a card must not end other work."""
+    """Call `write_card`. If it fails, log a warning, so that the caller can go on without a card."""
     try:
         write_card(folder, name)
     except UserError as error:
@@ -175,9 +175,9 @@ def introduction(folder: Path, flags: dict, data: str | None, dataset_name: str 
     """Return the introduction of the card: what the model is, its data, the model it started from, its classes.
 
     Args:
-        data: --dataset_name or --train_data_dir.
-        dataset_name: --dataset_name. None for images of the user.
-        base: the "base_model" of train_config.json; {} without --init_from.
+        data: the value of --dataset_name or --train_data_dir. None if neither is known.
+        dataset_name: the value of --dataset_name. None if the images are the user's own.
+        base: the "base_model" of train_config.json. {} if the training began without --init_from.
     """
     unet = read_json(folder / "unet" / "config.json", missing={}) or read_json(
         folder / "classifier" / "config.json", missing={}
@@ -204,9 +204,9 @@ def introduction(folder: Path, flags: dict, data: str | None, dataset_name: str 
 
 
 def pictures(folder: Path) -> list[str]:
-    """Return Markdown for the best sheet of samples, and for the animation from noise to images, if they exist.
+    """Return Markdown for a sheet of samples, and for the animation from noise to images, if they exist.
 
-    The best sheet is the one with guidance or, if there is none, the last one of the training.
+    The sheet is the one with guidance. If there is none, the last sheet of the training is shown.
     """
     sheets = sorted(files_in(folder, ["samples/epoch_#.png"]), key=lambda sheet: (len(sheet.name), sheet.name))
     epochs = {f"Samples after epoch {int(sheet.stem.partition('_')[2])}, not selected": sheet for sheet in sheets[-1:]}
@@ -281,6 +281,6 @@ def limits(flags: dict, data: str | None, entries: list[dict], *, is_started: bo
 
 
 def data_and_licence(about_data: str, licence: str | None) -> str:
-    """Return the paragraph about the data's origin, and the licence of the model."""
+    """Return the paragraph about the origin of the data and the licence of the model."""
     model = f" The licence of the model: `{licence}`." if licence else ""
     return f"## Data and licence\n\nThe images: {about_data}{model}"

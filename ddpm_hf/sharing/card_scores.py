@@ -15,9 +15,9 @@ from ..models.pretrained import published_hash
 
 
 def of_these_weights(records: dict[str, dict], folder: Path) -> dict[str, dict]:
-    """Return the records whose scores are of the weights in the folder.
+    """Return the records that score the weights in the folder.
 
-    A run also has records of earlier steps (--eval_metrics), and perhaps of --weights raw.
+    A run can also have records of other weights: of earlier steps (--eval_metrics), or of --weights raw.
     """
     published = published_hash(folder)
     return {
@@ -30,10 +30,9 @@ def of_these_weights(records: dict[str, dict], folder: Path) -> dict[str, dict]:
 def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
     """Return one (name of the record, entry) per metric, from the record that used the most images.
 
-    Of two records with the same number of images, the better value is taken.
-    Entries of quick checks are left out: they have no more images than the suite "smoke".
-    All scores of generated images are from records with the same sampler settings: those of the record with the most
-    images and metrics. Scores of different settings would describe different images.
+    If two records used the same number of images, the better value is taken. Quick checks are left out (see
+    `is_quick_check`). All scores of generated images must have the same sampler settings, because other settings draw
+    other images. The settings are those of the record with the most images (if several: with the most metrics).
     """
     best = {}
     shown = {
@@ -53,7 +52,7 @@ def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
 
 
 def way_of_drawing(record: dict) -> dict:
-    """Return the settings of a record's sampler that the images of one table must share: all but the seed."""
+    """Return the settings of a record's sampler without the seed. They are equal for all images of a table."""
     return record["sampler"] | {"seed": None}
 
 
@@ -73,7 +72,10 @@ def is_shown(entry: dict, record: dict) -> bool:
 
 
 def is_quick_check(entry: dict, record: dict) -> bool:
-    """Return whether a score is from no more images than in the suite "smoke", and not from all held-out images."""
+    """Return whether a score used too few images for a card: no more than the suite "smoke".
+
+    A bits_per_dim of all held-out images is not a quick check, even if they are few.
+    """
     smoke, held_out = SUITES["smoke"], (record["data"].get("held_out") or {}).get("n")
     if entry["n_gen"] is not None:
         return entry["n_gen"] <= smoke["num_images"]
@@ -81,7 +83,7 @@ def is_quick_check(entry: dict, record: dict) -> bool:
 
 
 def is_headline(id: str) -> bool:
-    """Return whether a score belongs in the card's metadata: a distance or a likelihood, not a detail."""
+    """Return whether a card's metadata has a score: not if it is about copying or classes, or density or coverage."""
     return not is_about_copying(id) and not id.startswith(("class_", "density", "coverage"))
 
 
@@ -180,7 +182,7 @@ def with_error(entry: dict) -> str:
 
 
 def other_ways(records: dict[str, dict], chosen: list[tuple[str, dict]]) -> list[str]:
-    """Return Markdown with the main scores of the same weights with other sampler settings than in the tables."""
+    """Return Markdown with the main scores of records whose sampler settings are not in the tables."""
     shown = [way_of_drawing(records[file]) for file, entry in chosen if entry["n_gen"] is not None]
     lines = []
     for file, record in records.items():

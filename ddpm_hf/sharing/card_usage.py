@@ -20,7 +20,7 @@ EARLIER_PIPELINES = dict.fromkeys(["class_conditional", "classifier_guided"], PI
 
 
 def path_here(folder: Path) -> str:
-    """Return the path of a folder inside the current one, or the name of another, so that no path is published."""
+    """Return a folder's path relative to the current folder, or only its name if it is not inside."""
     folder = folder.resolve()
     try:
         return folder.relative_to(Path.cwd()).as_posix() if folder != Path.cwd() else folder.name
@@ -77,8 +77,8 @@ python -m ddpm_hf evaluate {model}"""
 def fewer_steps(name: str, scheduler: dict) -> str:
     """Return a Markdown paragraph that says how stock diffusers draws in fewer than T steps.
 
-    Stock DDPM adds noise after every step except at t = 0. In fewer steps, the spacing "trailing" ends above t = 0, so
-    noise is added after the last step too.
+    `DDPMPipeline` adds noise after every step, except after a step at t = 0. In fewer than T steps, the spacing
+    "trailing" has no step at t = 0, so noise is added after the last step too.
     """
     steps, is_learned = scheduler["num_train_timesteps"], scheduler["variance_type"] == "learned_range"
     ends_at_0 = scheduler["timestep_spacing"] in ("leading", "linspace")

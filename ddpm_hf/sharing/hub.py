@@ -23,18 +23,18 @@ PUSHING = threading.Lock()  # held by the push that is uploading, so that pushes
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a name has the form USER/NAME of a repository and is not a path on this disk."""
+    """Return whether a name has the form USER/NAME, and there is no file or folder of this name here."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def create_repository(name: str, private: bool = False, token: str | None = None, **space) -> str:
-    """Create a repository unless it exists; return its id, e.g. `me/ddpm-cifar10`.
+    """Create a repository if it does not exist yet. Return its id, e.g. `me/ddpm-cifar10`.
 
-    A run calls this before its first step. So a run that cannot push fails before the training instead of after it.
+    A run calls this function before its first step. If it cannot push, it fails before the training and not after it.
 
     Args:
-        private: require a private repository. False leaves the choice to the Hub.
-        space: more arguments of `HfApi.create_repo`, if the repository is a Space: `repo_type` and `space_sdk`.
+        private: whether the repository must be private. If False, the Hub decides about a new one.
+        space: for a Space, the arguments `repo_type` and `space_sdk` of `HfApi.create_repo`.
 
     Raises:
         UserError: if the Hub cannot be reached or refuses, if the answer is not from the Hub, or if a private
@@ -71,8 +71,8 @@ def push_in_background(
     no error, because a network failure must not end hours of training.
 
     Args:
-        replaces: an earlier push of the same run. If it has not begun, it is cancelled and its copy of the files
-            removed. So the disk has at most two copies: of the push that is uploading, and of the newest push.
+        replaces: an earlier push of the same run. If its upload has not begun, the push is cancelled, and its copy of
+            the files is removed. So the disk never has more than two copies of the files.
     """
     if replaces is not None:
         replaces.cancel()
@@ -113,7 +113,7 @@ def upload_seconds(output_dir: str | Path) -> float:
 
 
 def push_again(output_dir: str | Path, repo_id: str) -> str:
-    """Return the advice to push a run again."""
+    """Return a text that says how to push a run again."""
     return f"push it again with `python -m ddpm_hf push {output_dir} --hub_model_id {repo_id}`"
 
 
@@ -132,7 +132,8 @@ def wait_for_push(pushing: "Future[bool]", output_dir: str | Path, repo_id: str)
 def retry(upload, repo_id: str, remedy: str) -> bool:
     """Call `upload` until it succeeds, at most 1 + len(WAITS) times. Return whether it succeeded.
 
-    Each failure is logged as a warning. The last warning ends with `remedy`.
+    After a final error (see `is_final`), do not try again. Each failure is logged as a warning. The last warning ends
+    with `remedy`.
     """
     for wait in (*WAITS, None):
         try:

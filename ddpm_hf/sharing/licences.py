@@ -28,12 +28,12 @@ UNKNOWN_LICENCE = (
 
 
 def licence_of(dataset_name: str | None, base_model: dict) -> tuple[str | None, str]:
-    """Return the licence of a model (None if it is not known here), and a sentence about its data.
+    """Return the licence of a model (None if it is not known), and a sentence about the training images.
 
     Args:
-        dataset_name: --dataset_name of the training: a Hub id, or the name of a folder with a copy. None for
-            the user's own images, because the name of their folder says nothing about the licence.
-        base_model: the "base_model" of train_config.json; {} without --init_from.
+        dataset_name: the --dataset_name of the training: a Hub id, or the name of a folder with a copy of a known
+            data set. None for the user's own images.
+        base_model: the "base_model" of train_config.json. {} if the training began without --init_from.
     """
     name = dataset_name or ""
     known = (entry for pattern, entry in LICENCES.items() if re.fullmatch(pattern, name, re.IGNORECASE))

@@ -22,8 +22,8 @@ TOKEN = rb"hf_[A-Za-z0-9]{30,}"
 def copy_published(folder: Path, target: Path, patterns: list[str], token: str | None = None):
     """Copy the files of `folder` that match `patterns` to `target`, an existing folder; see `files_in`.
 
-    A file that holds an access token is left out with a warning, and so is a JSON file that cannot be read. A
-    JSON file in `evaluations` is left out if it is not a record. Local paths are cut to their last parts.
+    A file that holds an access token, or a JSON file that cannot be read, is left out with a warning. A JSON file in
+    `evaluations` is left out if it is not a record. The copies contain no paths of this machine.
 
     Args:
         token: a token to look for, besides the token of `hf auth login` and any text that looks like a token.
@@ -43,8 +43,8 @@ def check_weights(folder: Path):
     """Raise a UserError if a folder has no weights that can be published, e.g. because its `unet` is a link."""
     if not any(path.suffix == ".safetensors" for path in files_in(folder, [*PIPELINE, *CLASSIFIER])):
         raise UserError(
-            f"{folder} has no weights to push (unet or classifier has no .safetensors file, or is a link, and links "
-            "are not followed): put the files themselves there, e.g. with `cp -rL`."
+            f"{folder} has no weights to push (no .safetensors file in unet or classifier; links are not followed): "
+            "put the files themselves there, e.g. with `cp -rL`."
         )
 
 
@@ -57,9 +57,10 @@ def holds_token(path: Path, tokens: list[bytes]) -> bool:
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether a file may be published. A JSON file must be readable and, in `evaluations`, be a record.
+    """Return whether a file may be published.
 
-    A JSON file that cannot be read is named in a warning.
+    A JSON file that cannot be read may not be published, and a warning names it. In `evaluations`, a JSON file must
+    be a record.
     """
     if path.suffix != ".json":
         return True
