@@ -2,9 +2,9 @@
 
     DDPM_MODEL=runs/digits python spaces/app.py
 
-DDPM_MODEL is the folder or the Hub id of a pipeline in diffusers' format; default: examples/mnist beside this folder,
-if it is there. DDPM_REQUEST_SECONDS is how long one request may take; default: 60. GRADIO_SERVER_NAME and
-GRADIO_SERVER_PORT are the address of the page.
+DDPM_MODEL is the folder or the Hub id of a pipeline in diffusers' format. If DDPM_MODEL is not set, the page uses
+examples/mnist, which must then be beside the folder of this file. DDPM_REQUEST_SECONDS is how long one request may
+take; default: 60. GRADIO_SERVER_NAME and GRADIO_SERVER_PORT are the address of the page.
 """
 
 import atexit
@@ -127,8 +127,8 @@ class Page(gr.Blocks):
 class BoundedRequests:
     """ASGI middleware that bounds the size and the duration of requests, and the disk space of uploads.
 
-    It refuses requests of more than MAX_BODY bytes, even without a content-length, and requests that do not arrive in
-    time. Before it answers an upload, it deletes the oldest uploads if their total size is too large.
+    It refuses requests of more than MAX_BODY bytes, also if they do not announce their length, and requests that do
+    not arrive in time. Before it answers an upload, it deletes the oldest uploads if their total size is too large.
     """
 
     def __init__(self, app):

@@ -26,7 +26,7 @@ def close_half_sent(server, seconds: float = HEAD_SECONDS):
 
 
 def awaits_head(connection) -> bool:
-    """Return whether a connection waits for the head of a request. Web sockets, which have no cycle, do not."""
+    """Return whether a connection waits for the head of a request. A web socket never does, and has no `cycle`."""
     cycle = getattr(connection, "cycle", connection)
     return cycle is None or getattr(cycle, "response_complete", False)
 

@@ -74,7 +74,7 @@ def _as_8_bit(image: Image.Image) -> Image.Image:
 
 
 def read_drawing(data_url: str | None) -> Image.Image:
-    """Return the drawing in a data URL from the page's canvas, a PNG. Raise Refused for an empty canvas."""
+    """Return the drawing in a data URL: a PNG, from the canvas of the page. Raise Refused for an empty canvas."""
     head, _, body = (data_url if isinstance(data_url, str) else "").partition(",")
     if not body:
         raise Refused("Nothing is drawn yet: draw something, or choose another source.")

@@ -27,7 +27,7 @@ FILES += ["unet/*.json", "unet/*.safetensors", "scheduler/*.json"]
 
 
 def evaluations(guidance: float) -> int:
-    """Return how often one step of one image evaluates the network."""
+    """Return how often a step evaluates the network for each image: twice with guidance, else once."""
     return 1 if guidance == 1 else 2
 
 
@@ -61,11 +61,11 @@ class Model:
 
     @property
     def first_guidance(self) -> float:
-        """The guidance scale that the page opens with; 1, no guidance, where the model cannot be guided."""
+        """The guidance scale that the page opens with: 2, or 1 (no guidance) if the model cannot be guided."""
         return 1.0 if self.null_class is None else 2.0
 
     def guidance(self, given, class_name: str) -> float:
-        """Return the guidance scale to draw a class with: `given`, or 1 where the model cannot be guided.
+        """Return the guidance scale: `given`, or 1 (no guidance) for "no class" and for a model that cannot be guided.
 
         Raises:
             Refused: if `given` is not a number from 0 to MAX_GUIDANCE.
@@ -87,9 +87,9 @@ class Model:
 
     @cached_property
     def max_evaluations(self) -> int:
-        """The number of UNet evaluations, each of one image, that a request may use.
+        """The number of UNet evaluations that a request may use. One evaluation takes one image.
 
-        It is the number that this machine can do in DDPM_REQUEST_SECONDS, measured and rounded down to two digits.
+        This machine can do this number in DDPM_REQUEST_SECONDS. It is measured, and rounded down to two digits.
         """
         labels, ends = self.class_numbers(IN_TURN, 4), [time.perf_counter()]
         for x_0 in self.draw(range(4), "DDIM", min(4, self.T), labels):
@@ -102,11 +102,14 @@ class Model:
         return evaluations // digits * digits
 
     def affordable_steps(self, number: int, wanted: int) -> int:
-        """Return the steps for `number` images: `wanted`, or fewer if a request may not use so many. At least 1."""
+        """Return how many steps a request may use to draw `number` images: at most `wanted`, but at least 1."""
         return max(1, min(wanted, self.T, self.max_evaluations // number))
 
     def quick_steps(self, number: int) -> int:
-        """Return how many DDIM steps draw `number` images in about QUICK_SECONDS: 10 to 50, or what is affordable."""
+        """Return how many DDIM steps draw `number` images in about QUICK_SECONDS: 10 to 50.
+
+        If a request may not use as many steps, return the number that a request may use.
+        """
         steps = int(QUICK_SECONDS * self.speed / number)
         return self.affordable_steps(number, min(50, max(10, steps)))
 
@@ -130,7 +133,7 @@ class Model:
     def draw_frames(self, seeds, sampler: str, steps: int, *more) -> Iterator[tuple[int, torch.Tensor, bool]]:
         """Draw, and yield (step, x_0, is_due) after each step. Steps count from 1.
 
-        `is_due` says that the page should show this step: every FRAME_SECONDS, and the last one.
+        `is_due` is True if the page should show this step: after every FRAME_SECONDS, and after the last step.
         """
         shown = time.perf_counter()
         for i, x_0 in enumerate(self.draw(seeds, sampler, steps, *more), 1):
@@ -158,10 +161,9 @@ class Model:
     def is_unfamiliar(self, x_0: torch.Tensor) -> bool:
         """Return whether an image (1, C, H, W) in [-1, 1] looks like nothing that the model has learned.
 
-        The image gets noise with alpha_bar near 1/2, and the network predicts the clean image. The image is unfamiliar
-        if the mean squared error of this prediction is above 0.003 + twice the largest error for four images that the
-        model drew.
-        For a slow model, or one that always needs a class, the result is False.
+        The image gets noise, with alpha_bar near 1/2, and the network predicts the clean image. The image is
+        unfamiliar if the mean squared error of this prediction is above 2 E + 0.003, where E is the largest error for
+        four images that the model drew. The result is False for a slow model, and for a model that needs a class.
         """
         if self.restoration is None or not self.is_fast:
             return False
@@ -172,7 +174,7 @@ class Model:
         return max(self._denoising_error(self.example(seed)) for seed in range(4))
 
     def _denoising_error(self, x_0: torch.Tensor) -> float:
-        """Return the mean squared error of the network's guess from x_t, over four noises, where alpha_bar is 1/2."""
+        """Return the mean squared error of the network's guess, from four noisy copies with alpha_bar near 1/2."""
         t = 1 + int((self.scheduler.alphas_cumprod - 0.5).abs().argmin())
         x_0 = x_0.repeat(4, 1, 1, 1)
         x_t, _ = self.forward(x_0, t, seed=0)

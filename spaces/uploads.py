@@ -1,4 +1,4 @@
-"""Keep visitors' uploads in a folder of their own, open no other file, and bound their number and size."""
+"""Keep visitors' uploads in a folder of their own, open no other file, and limit the uploads in number and size."""
 
 import contextlib
 import os

@@ -93,7 +93,7 @@ def seed_box(name: str | None = None) -> gr.Number:
     """Return a box for the seed, with a button that sets a random one.
 
     Args:
-        name: the tab, if its button goes on to the next seeds at each press, see `next_seeds`; else None.
+        name: the tab, if each press of its button takes the next seeds, see `next_seeds`. None: the seed stays.
     """
     info = None if name is None else "each press takes the next seeds; a seed that you type stays"
     with gr.Row(elem_classes="seed"):
@@ -110,11 +110,13 @@ def seed_box(name: str | None = None) -> gr.Number:
 
 
 def next_seeds(name: str, trigger, inputs: list, seed: gr.Number, *, count: str, first: list | None = None):
-    """Go on to the next seeds if the shown settings are drawn already. Return the trigger of what comes next.
+    """Set the seed to the next one at each `trigger`, if the images of the current settings are already drawn.
+
+    Return the trigger of what comes next.
 
     Args:
-        count: JavaScript for the number of seeds that a press takes, from `settings`, the values of the inputs.
-        first: the values of the inputs for the images that the page opens with. None: there are none.
+        count: a JavaScript expression: how many seeds a press takes. In it, `settings` has the values of the inputs.
+        first: the values of the inputs for the images that the page opens with. None: the page opens without images.
     """
     js = NEXT.replace("NAME", name).replace("PLACE", str(inputs.index(seed))).replace("COUNT", f"({count})")
     js = with_data(js.replace("MAX_SEED", str(MAX_SEED)), "FIRST", first)
@@ -165,7 +167,10 @@ def image_inputs(model: Model) -> list[gr.components.Component]:
 
 
 def example_buttons(examples: dict[str, list], inputs: list) -> list:
-    """Add a row of buttons that set the inputs to an example each. Return the triggers of what comes after a click."""
+    """Add a row of buttons, one for each example. A click sets the inputs to the values of the example.
+
+    Return for each button the trigger of what comes after a click.
+    """
     gr.Markdown("Try one of these:", elem_classes="try")
     events = []
     with gr.Row(elem_classes="examples"):
@@ -189,8 +194,8 @@ def restore_from_link(page: gr.Blocks, tabs: gr.Tabs, settings: dict[str, dict],
     A value out of range becomes the nearest bound. The server checks all values again.
 
     Args:
-        settings: the settings that each tab returned, by its name.
-        highest: the upper bounds of settings whose slider ends lower when the page loads.
+        settings: for each tab, by its name, the dict that its `add` returned.
+        highest: upper bounds, by the name of the setting. A slider may end lower when the page loads.
     """
     about = {
         name: {key: _range(one, highest.get(key)) for key, one in part.items()} for name, part in settings.items()
@@ -200,19 +205,22 @@ def restore_from_link(page: gr.Blocks, tabs: gr.Tabs, settings: dict[str, dict],
 
 
 def _range(component, highest: int | None) -> dict:
-    """Return which values a link may give to a component."""
+    """Return the values that a link may give to a component: {"choices": ...}, or {"low": ..., "high": ...}."""
     if isinstance(component, (gr.Radio, gr.Dropdown)):
         return {"choices": [value for _, value in component.choices]}
     return {"low": component.minimum, "high": highest or component.maximum}
 
 
 def with_data(js: str, name: str, data) -> str:
-    """Return JavaScript in which a name is replaced by data."""
+    """Return the JavaScript with `data` as JSON in place of `name`."""
     return js.replace(name, json.dumps(data))
 
 
 def mark_stale(name: str, inputs: list, status: gr.HTML, triggers: list, *, again: str):
-    """Mark the results of a tab as old while its inputs differ from those at the last event of `triggers`."""
+    """Mark the results of a tab as old while the inputs differ from the inputs of these results.
+
+    An event of `triggers` draws new results. `again` says how a visitor can do so.
+    """
     changes = [one.input if hasattr(one, "input") and not isinstance(one, gr.Number) else one.change for one in inputs]
     js = STALE.replace("NAME", name).replace("AGAIN", again)
     gr.on(changes, None, inputs, status, js=js, api_visibility="private")
@@ -221,9 +229,10 @@ def mark_stale(name: str, inputs: list, status: gr.HTML, triggers: list, *, agai
 
 
 def publish(function, *, model: Model, inputs: list, outputs: list, **options):
-    """Offer `function(model, *inputs)` in the API, under its name. A refusal is an error there.
+    """Offer `function(model, *inputs)` in the API, under the name of the function.
 
-    The event belongs to a hidden button, because gradio needs a component for it.
+    If the function refuses, the caller gets an error. The event belongs to a hidden button, because gradio needs a
+    component for an event.
     """
     event = gr.Button(visible=False).click
     event(partial(function, model), inputs, outputs, api_name=function.__name__, **options)
@@ -232,12 +241,12 @@ def publish(function, *, model: Model, inputs: list, outputs: list, **options):
 def answer(trigger, function, *, model: Model, inputs: list, outputs: list, refused: tuple = (), **options):
     """Let an event of the page call `function(model, *inputs)`, and return the event.
 
-    The second output is the status line. It says why the function refused or failed. No message is shown over the
-    page then, because it would cover the results.
+    The second output must be the status line. If the function refuses or fails, the status line says why. No message
+    is shown over the page then, because a message would cover the results.
 
     Args:
         trigger: e.g. `button.click`.
-        refused: the values of the first outputs if the function refused; by default, they keep their values.
+        refused: values for the first outputs if the function refuses or fails. All other outputs keep their values.
         options: more options of the event, such as BUSY or QUICK.
     """
     page = _with_reason(partial(function, model), len(outputs), refused)

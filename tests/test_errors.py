@@ -165,7 +165,7 @@ BAD = {
     "half a checkpoint": ([*TINY, "--resume_from_checkpoint={root}/checkpoint-3"], "is not a complete checkpoint"),
     "checkpoint of another model": (
         [*TINY, "--output_dir={root}/run", "--resume_from_checkpoint=latest", "--base_channels=16"],
-        "is of another model (its network has block_out_channels [8, 16], this run's has [16, 32])",
+        "is of another model (block_out_channels is [8, 16] in the checkpoint, but [16, 32] in this run)",
     ),
     "checkpoint without ema": (
         [*TINY, "--output_dir={root}/run", "--resume_from_checkpoint=latest", "--use_ema"],

@@ -223,7 +223,7 @@ def test_latest_does_not_start_again_over_incomplete_checkpoints(ran, pipeline):
         shutil.rmtree(ran / "unet")
         (ran / "model_index.json").unlink()
     before = listing(ran)
-    wanted = "found no complete checkpoint in .*, but parts of checkpoint-3: give --overwrite_output_dir instead"
+    wanted = "found no complete checkpoint in .*, but an incomplete checkpoint-3: give --overwrite_output_dir instead"
     with pytest.raises(UserError, match=wanted):
         train(config(ran, "--use_ema", "--resume_from_checkpoint=latest"))
     assert listing(ran) == before

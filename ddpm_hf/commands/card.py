@@ -11,8 +11,8 @@ def add_flags(parser):
     parser.add_argument("run", help="folder of a run or of an export")
     parser.add_argument(
         "--hub_model_id",
-        help="repository named on the card; default: the one last pushed to, else the run's --hub_model_id, else the "
-        "folder's name",
+        help="repository named on the card; default: the repository of the last push, else the run's --hub_model_id, "
+        "else the name of the folder",
     )
 
 

@@ -16,8 +16,8 @@ def add_flags(parser):
         "--vary",
         type=names,
         default=[],
-        help="settings that may differ, separated by commas, e.g. sampler, or n_gen,sampler.num_inference_steps; "
-        "default: none",
+        help="settings that may differ, e.g. sampler; separate several settings by commas, e.g. "
+        "n_gen,sampler.num_inference_steps; default: none",
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
 

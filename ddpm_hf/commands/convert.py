@@ -1,10 +1,10 @@
 """Convert pickled weights, a bare UNet, or a checkpoint of another program to a pipeline with safetensors.
 
-The checkpoint-<step> folders of diffusers' train_unconditional.py contain UNets, but no noise schedule. The defaults
-of that script are used, unless flags give another schedule.
+The checkpoint-<step> folders of diffusers' train_unconditional.py contain UNets, but no noise schedule. The
+schedule is the default of that script, unless flags give another one.
 
 A checkpoint (.pt) of OpenAI's improved-diffusion or guided-diffusion needs the flags that it was trained with, unless
-its file has the name of a published checkpoint. docs/convert.md says which of them can be converted.
+its file has the name of a published checkpoint. docs/convert.md says which checkpoints can be converted.
 
 ddpm_hf convert old-model new-model                        # a pipeline whose weights are pickled (.bin)
 ddpm_hf convert ddpm-model-64/checkpoint-500 new-model --ddpm_beta_schedule squaredcos_cap_v2
@@ -26,8 +26,8 @@ FILE_FLAGS = ["original", "original_flags"]
 def add_flags(parser):
     parser.add_argument(
         "model",
-        help="folder or Hub id of a pipeline or a UNet, checkpoint folder of diffusers' script, or checkpoint file of "
-        "OpenAI's improved-diffusion or guided-diffusion",
+        help="a pipeline or a UNet (folder or Hub id), a checkpoint folder of diffusers' script, or a checkpoint file "
+        "of OpenAI's improved-diffusion or guided-diffusion",
     )
     parser.add_argument("output", help="new folder to write")
     add = parser.add_argument

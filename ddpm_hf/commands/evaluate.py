@@ -23,8 +23,8 @@ def add_flags(parser):
     parser.add_argument(
         "subject",
         nargs="?",
-        help="a model (folder, checkpoint or Hub id), or samples: a folder with PNG files (or with subfolders of "
-        "them), or an .npz file whose arr_0 is uint8 (N, H, W, C)",
+        help="model to score (folder, checkpoint or Hub id). Or samples to score: a folder of PNG files, also in "
+        "subfolders, or an .npz file whose arr_0 is uint8 (N, H, W, C)",
     )
     parser.add_argument(
         "--from_samples",
@@ -53,9 +53,9 @@ def add_measurement_flags(parser):
     add(
         "--suite",
         choices=SUITES,
-        help="how much is measured. smoke: 256 images by DDIM in 10 steps. fast: 2,000 by DDIM in 50. standard: "
-        "10,000 by DDIM in 50. paper: 50,000 by DDPM in all T steps, and bits_per_dim from all held-out images and "
-        "timesteps. Default: fast",
+        help="how much is measured. smoke: 256 images by DDIM in 10 steps. fast: 2,000 images by DDIM in 50 steps. "
+        "standard: 10,000 images by DDIM in 50 steps. paper: 50,000 images by DDPM in all T steps, and bits_per_dim "
+        "from all held-out images and all timesteps. Default: fast",
     )
     add("--num_images", type=int, help="number of generated images; default: the suite's number")
     add(
@@ -88,9 +88,12 @@ def add_data_flags(parser):
     add("--dataset_config_name", help="configuration of the dataset, if it has several")
     add("--image_column", help="column with the images")
     add("--label_column", help="column with the classes")
-    add("--validation_split", help="held-out images: the name of a split, or a count or share of the training images")
+    add(
+        "--validation_split",
+        help="held-out images: the name of a split, or how many of the training images (a count or a share)",
+    )
     add("--class_names", type=names, help="keep only these classes, e.g. cat,dog")
-    add("--channels", type=int, help="channels of the images: 1 (grey), 3 (RGB), 4 (RGBA), or the number in arrays")
+    add("--channels", type=int, help="number of channels: 1 (grey), 3 (RGB) or 4 (RGBA); for arrays, their own number")
     add(
         "--pixel_range",
         type=names,
@@ -107,7 +110,7 @@ def add_data_flags(parser):
         choices=["first", "all", "channels"],
         help="use the first page of each file, each page as an image, or all pages as the channels of one image",
     )
-    add("--resolution", help="size in pixels for --calibrate without a model, e.g. 64 or 48x64; default: 32")
+    add("--resolution", help="image size in pixels, if --calibrate has no model, e.g. 64 or 48x64; default: 32")
     add(
         "--reference",
         metavar="NPZ",
@@ -125,14 +128,14 @@ def add_network_flags(parser):
     add(
         "--inception",
         metavar="FILE",
-        help="weights of the Inception network for FID; default: downloads those of pytorch-fid",
+        help="weights of the Inception network for FID; default: the weights of pytorch-fid, which are downloaded",
     )
     add(
         "--inception_pipeline",
         choices=PIPELINES,
         default="tf1",
-        help="how images are resized and scaled for Inception: tf1 (TTUR, EDM, torch-fidelity), pytorch (pytorch-fid) "
-        "or antialias (torchmetrics from 1.8); default: tf1",
+        help="how images are resized and scaled for Inception: tf1 (as in TTUR, EDM and torch-fidelity), pytorch (as "
+        "in pytorch-fid) or antialias (as in torchmetrics 1.8 and later); default: tf1",
     )
     add(
         "--dinov2",
@@ -145,10 +148,13 @@ def add_network_flags(parser):
 def add_output_flags(parser):
     add = parser.add_argument_group("output").add_argument
     add(
-        "--output", metavar="JSON", help="file for the record; default: evaluations/... in the run's or current folder"
+        "--output",
+        metavar="JSON",
+        help="file for the record; default: a new file in evaluations/, in the folder of the run if there is one, "
+        "else in the current folder",
     )
     add("--overwrite", action="store_true", help="replace the record in --output")
-    add("--samples_dir", help="folder for the images; default: evaluation_samples/... in the run's or current folder")
+    add("--samples_dir", help="folder for the images; default: a folder in evaluation_samples/, beside evaluations/")
     add("--cache_dir", help="folder that keeps features of real images; default: ddpm_hf in HuggingFace's cache")
 
 

@@ -14,8 +14,8 @@ def add_flags(parser):
     add_weights_flag(parser)
     parser.add_argument(
         "--pipeline",
-        help="pipeline that `DiffusionPipeline.from_pretrained(OUTPUT, trust_remote_code=True)` loads, e.g. "
-        "restoration; default: class_guided if the model has classes or a --classifier is given, else DDPMPipeline",
+        help="name of the pipeline that `DiffusionPipeline.from_pretrained(OUTPUT, trust_remote_code=True)` loads, "
+        "e.g. restoration; default: class_guided if the model has classes or --classifier is given, else DDPMPipeline",
     )
 
 

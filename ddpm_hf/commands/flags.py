@@ -33,7 +33,10 @@ def number_or_auto(text: str) -> int | str:
 
 
 def setting(text: str) -> tuple[str, object]:
-    """Return the name and the value of a setting such as `order=3`: a number, true, false, null, or else a text."""
+    """Return the name and the value of a setting such as `order=3`.
+
+    The value is read as JSON, e.g. as a number, true or null. If it is not JSON, it stays a text.
+    """
     name, equals, value = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
@@ -60,8 +63,8 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
     add(
         "--variance_type",
         choices=["fixed_small", "fixed_large", "learned_range"],
-        help="variance of ddpm's noise; default: the model's own if all T steps are taken, else fixed_small "
-        "(learned_range is kept)",
+        help="variance of ddpm's noise; default: the variance type of the model; but if this is fixed_large and fewer "
+        "than T steps are taken, fixed_small",
     )
     add(
         "--dtype",

@@ -12,7 +12,8 @@ from pathlib import Path
 def add_flags(parser):
     parser.add_argument("model", help="folder of a pipeline, checkpoint-<step> of a run, or Hub id")
     parser.add_argument(
-        "input", help="an image, or a folder of images, of any size that the UNet can halve at each level"
+        "input",
+        help="an image, or a folder of images. The UNet must be able to halve the height and the width at each level",
     )
     parser.add_argument("output", help="a .png file, or a folder for .png files with the names of the inputs")
     add = parser.add_argument
@@ -20,14 +21,14 @@ def add_flags(parser):
     add(
         "--noise_level",
         type=float,
-        help="standard deviation of the noise in the input, for pixels in [0, 1]; default: estimated for denoise, the "
-        "noise of rounding to 8 bits for other tasks",
+        help="standard deviation of the noise in the input, for pixels in [0, 1]; default: for denoise, it is "
+        "estimated; for other tasks, it is the noise of rounding to 8 bits",
     )
     add(
         "--mask",
         metavar="FILE|FOLDER",
-        help="for inpaint: a mask image, or a folder that has a mask of the same name for each input. White areas "
-        "of a mask are painted. If a mask has transparent parts, its opaque areas are painted instead, in any color",
+        help="for inpaint: a mask image, or a folder that has a mask of the same name for each input. Areas to paint "
+        "are white. If a mask has transparent parts, all its opaque parts are areas to paint, whatever their color",
     )
     add(
         "--scale_factor",
@@ -35,7 +36,11 @@ def add_flags(parser):
         help="for super_resolution: how many times wider and higher the result is; default: 2",
     )
     add("--blur_sigma", type=float, help="for deblur: standard deviation of the Gaussian blur in pixels; default: 1")
-    add("--num_inference_steps", type=int, help="number of steps; default: 1 for denoise, else 25, but T at most")
+    add(
+        "--num_inference_steps",
+        type=int,
+        help="number of steps; default: 1 for denoise, else 25, or T if T is below 25",
+    )
     add(
         "--num_samples",
         type=int,

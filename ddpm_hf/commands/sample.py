@@ -30,9 +30,9 @@ def add_flags(parser):
         "--pixel_type",
         choices=["uint8", "uint16", "float32"],
         help="type of the pixels. uint8 has values from 0 to 255. uint16 and float32 have values in the --pixel_range "
-        "of the training; without one, uint16 is from 0 to 65535 and float32 from 0 to 1. Images that PNG cannot hold "
-        "are written as .npy. Default: float32 for a model that was trained with --preserve_input_precision, else "
-        "uint8",
+        "of the training. If the model was trained without --pixel_range, uint16 has values from 0 to 65535, and "
+        "float32 from 0 to 1. Images that PNG cannot hold are written as .npy. Default: float32 for a model that was "
+        "trained with --preserve_input_precision, else uint8",
     )
     add_sampler_flags(parser)
 

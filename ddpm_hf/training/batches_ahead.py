@@ -18,12 +18,13 @@ AHEAD = 2  # batches that are drawn before they are needed
 
 
 class Batch(NamedTuple):
-    """What one forward pass needs.
+    """The input of one forward pass.
 
     Attributes:
-        tensors: the batch that a loss takes (see losses.py), on the device of the run, with its "ordinals" (B,). For a
-            classifier also "weights" (B,): 0 for images without a class, else 1.
-        uniform: the numbers of `draw_uniform` (B,) with --timestep_sampling loss_second_moment, else None.
+        tensors: the batch that a loss takes (see losses.py), on the device of the run, and the "ordinals" (B,) of its
+            images. The batch of a classifier also has "weights" (B,): 0 for images without a class, else 1.
+        uniform: the random numbers (B,) that `draw_uniform` returns. None without --timestep_sampling
+            loss_second_moment.
         dropout_seed: the seed of the dropout masks.
         stream: the position in a streamed dataset after this batch; None for other data.
     """
@@ -35,14 +36,13 @@ class Batch(NamedTuple):
 
 
 def draw_batches(run) -> Iterator[Batch]:
-    """Yield the batches of this process from the run's next image on, without end.
+    """Yield the next batches of this process, without end.
 
-    A thread draws them ahead. Every random number is keyed by the seed and an image's ordinal, so drawing ahead does
-    not change the batches. An image that cannot be read raises its error when its batch is due. Closing the
-    iterator stops the thread.
+    A thread draws the batches ahead. This does not change them, because each random number depends only on the seed
+    and on the ordinal of an image. Closing the iterator stops the thread.
 
     Raises:
-        UserError: for an image that cannot be read.
+        UserError: for an image that cannot be read, when its batch is due.
     """
     config, accelerator = run.config, run.accelerator
     device, on_gpu = accelerator.device, accelerator.device.type == "cuda"

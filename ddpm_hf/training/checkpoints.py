@@ -1,9 +1,9 @@
 """Prepare the run folder; save, find, check and load its checkpoints.
 
 A checkpoint is either complete or absent, and saving one never changes the earlier ones. accelerate writes the
-weights, the optimizer and the gradient scaler. We add the EMA as safetensors, and the counters as plain tensors and
-numbers that `weights_only` can read. All files are written to the folder `checkpoint-<step>.tmp`, which is renamed
-when every process is done. If a kill leaves a .tmp folder, the next run removes it.
+weights, the optimizer and the gradient scaler. We add the EMA as safetensors, and the counters as state.pt, which
+torch.load can read with weights_only=True. All files are written to the folder `checkpoint-<step>.tmp`. When every
+process is done, this folder is renamed. If a kill leaves a .tmp folder, the next run removes it.
 """
 
 import contextlib
@@ -53,12 +53,12 @@ class TrainState:
     Saved in state.pt (the fields in SAVED, and `interrupted` if it is not empty):
         seconds: time of the training steps alone, without validation, scores, sheets and checkpoints.
         best_score, best_measure: the score of the model in best/ (lower is better), and the name of this score.
-        pending: the losses and the gradient norm of each step since the last line of metrics.jsonl, one row per step.
-        stream: the position in a streamed dataset, after the last batch that was used.
-        loss_history: the last losses of each timestep, for --timestep_sampling loss_second_moment; see
-            timestep_sampling.py. Equal in every process.
-        interrupted: the tasks of this step that a signal interrupted, by their names in periodic.py. The resumed run
-            does them before its next step.
+        pending: a row for each step since the last line of metrics.jsonl, with its losses and its gradient norm.
+        stream: the position in a streamed dataset, after the last batch that was used; None for other data.
+        loss_history: the last losses of each timestep, see timestep_sampling.py. All processes have the same history.
+            None without --timestep_sampling loss_second_moment.
+        interrupted: the names of the tasks that a signal interrupted at this step, see TASKS in periodic.py. The
+            resumed run does these tasks before its next step.
 
     Not saved, because these fields belong to the current process:
         signals: the numbers of the signals caught so far.
@@ -87,8 +87,9 @@ def find_checkpoint(config) -> Path | None:
     """Return the checkpoint to resume from, or None to start a new run. Nothing is written.
 
     Raises:
-        UserError: if the checkpoint to resume from does not exist or is not complete, if the run folder is not empty
-            and the flags neither resume nor overwrite its run, or if --output_dir or --logging_dir cannot be used.
+        UserError: if the checkpoint to resume from does not exist or is not complete, if --output_dir or
+            --logging_dir cannot be used, or if the run folder is not empty and its run is neither resumed nor
+            overwritten.
     """
     output_dir = Path(config.output_dir)
     with writing("the run", output_dir):  # a name that is too long raises an error here
@@ -122,9 +123,9 @@ def find_checkpoint(config) -> Path | None:
             return found[-1]
         if parts := checkpoint_folders(output_dir):  # they may hold work, so a new start does not remove them
             raise UserError(
-                f"--resume_from_checkpoint latest found no complete checkpoint in {output_dir}, but parts of "
-                f"{parts[-1].name}: give --overwrite_output_dir instead to remove these and start again, or another "
-                "--output_dir."
+                f"--resume_from_checkpoint latest found no complete checkpoint in {output_dir}, but an "
+                f"incomplete {parts[-1].name}: give --overwrite_output_dir instead to remove this run, or "
+                "another --output_dir."
             )
     taken = in_use(output_dir)
     if taken and config.resume_from_checkpoint == "latest":
@@ -136,14 +137,17 @@ def find_checkpoint(config) -> Path | None:
         )
     if taken and not is_run(output_dir) and (strange := checkpoint_folders(output_dir)):
         raise UserError(
-            f"--output_dir {output_dir} has a {strange[0].name}, but no train_config.json of a run, so it is not "
-            f"overwritten: remove {strange[0].name}, or give another folder."
+            f"--output_dir {output_dir} has a {strange[0].name}, but no train_config.json of a run, so the folder is "
+            f"not overwritten: remove {strange[0].name}, or give another folder."
         )
     return None
 
 
 def check_places(output_dir: Path, logging_dir: str):
-    """Raise a UserError if --logging_dir or something in the folder has a name that the run needs for another file."""
+    """Raise a UserError for a --logging_dir where the run writes other files, and for names that are already taken.
+
+    A name is taken if the folder has a file where the run writes a folder, or a folder where the run writes a file.
+    """
     folders = sorted({name.split("/")[0] for name in [*RUN_FILES, *RECORDS] if "/" in name})
     files = ["train_config.json", "metrics.jsonl", "model_index.json"]
     if (first := Path(logging_dir).parts[0]) in [*folders, *files, "README.md"] or is_checkpoint_name(first):
@@ -164,7 +168,7 @@ def in_use(folder: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder has a train_config.json that a run of ddpm_hf wrote, not another program."""
+    """Return whether a folder has a train_config.json of a run of ddpm_hf. Other programs also use this name."""
     try:
         record = read_json(folder / "train_config.json", missing={})
     except UserError:
@@ -175,10 +179,10 @@ def is_run(folder: Path) -> bool:
 
 
 def can_start_again(folder: Path, logging_dir: str) -> bool:
-    """Return whether `latest` may start a new run, because the previous run was killed before its first checkpoint.
+    """Return whether the previous run was killed before its first checkpoint. `latest` then starts a new run.
 
-    Before train_config.json, a run writes only the lock and the folder of its tracker. Before its first checkpoint, it
-    writes no network.
+    Before train_config.json, a run writes only the lock, the folder of its tracker and temporary files. A run saves no
+    network before its first checkpoint.
     """
     first = {LOCK, ".writable.tmp", ".train_config.json.tmp", Path(logging_dir).parts[0]}
     if {path.name for path in folder.iterdir()} <= first:
@@ -191,8 +195,8 @@ def output_dir_locked(config, checkpoint: Path | None):
     """Create the run folder if it is missing, and keep other runs out of it during a `with` block.
 
     Raises:
-        UserError: if the folder cannot be written to, or if another run is writing to it, or has changed it since
-            `find_checkpoint` returned `checkpoint`.
+        UserError: if the folder cannot be written to, if another run is writing to it, or if another run has changed
+            it since `find_checkpoint` returned `checkpoint`.
     """
     output_dir = Path(config.output_dir)
     with contextlib.ExitStack() as stack:
@@ -207,7 +211,8 @@ def output_dir_locked(config, checkpoint: Path | None):
 def replaced_by(config, checkpoint: Path | None) -> list[Path]:
     """Return the files and checkpoints of an earlier run that this run will replace. Nothing is removed.
 
-    Only files with names that a run writes are listed, and only in the folder of a run. All others are the user's.
+    The list has only names that a run writes. If the folder is not that of a run, the list is empty. All other files
+    belong to the user.
     """
     output_dir = Path(config.output_dir)
     resumed_here = checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve()
@@ -238,9 +243,9 @@ def abandoned(output_dir: Path, checkpoint: Path) -> list[Path]:
 
 
 def last_sheet(checkpoint: Path) -> float:
-    """Return the number of the last epoch whose sample sheet may have been drawn up to a checkpoint.
+    """Return the last epoch, counted from 1, whose sample sheet may have been drawn before a checkpoint.
 
-    It is infinite for checkpoints of earlier versions that do not say how long an epoch is.
+    Checkpoints of earlier versions may not say how long an epoch is. For these, return infinity.
     """
     images_seen = read_state(checkpoint)["images_seen"]
     with reading(checkpoint):
@@ -254,7 +259,7 @@ def last_sheet(checkpoint: Path) -> float:
 
 
 def step_of_best(output_dir: Path) -> int:
-    """Return the step of the model in best/, or 0 if best.json does not give it, as in folders of earlier versions."""
+    """Return the step of the model in best/, or 0 if best.json is missing or has no step, as in earlier versions."""
     with contextlib.suppress(UserError):
         step = read_json(output_dir / "best" / "best.json", missing={}).get("step")
         return step if isinstance(step, int) else 0
@@ -268,10 +273,10 @@ def has_best(output_dir: Path, step: int) -> bool:
 
 
 def records(output_dir: Path, after: int | None = None) -> list[Path]:
-    """Return the records in the run's evaluations/ and the pictures that belong to them; not the user's own files.
+    """Return the records in the run's evaluations/, and the pictures of these records, but no other files.
 
     Args:
-        after: return only the records of training steps after this one. None: all records.
+        after: a training step. Only records of later steps are returned. None: all records.
     """
     found = []
     for path in files_in(output_dir, ["evaluations/*.json" if after is None else "evaluations/step_#.json"]):
@@ -362,13 +367,13 @@ def remove_checkpoint(checkpoint: Path):
 def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema, rows: list, power_averages=None):
     """Write `checkpoint-<step>`. Every process calls this.
 
-    If there are then more than --checkpoints_total_limit checkpoints, the oldest are removed.
+    If the run then has more than --checkpoints_total_limit checkpoints, the oldest ones are removed.
 
     Args:
-        facts: what the checkpoint's train_config.json has besides the flags: "unet" and "scheduler" (their configs),
-            "class_names" (of a conditional UNet, else None), "base_model" (as in the run's train_config.json) and
-            "facts" (the result of `facts_to_compare`).
-        rows: the rows of `state.pending`, each summed over the processes.
+        facts: the content of the checkpoint's train_config.json besides the flags: "unet" and "scheduler" (their
+            configs), "class_names" (None if the UNet is not conditional), "base_model" (as in the run's
+            train_config.json) and "facts" (the result of `facts_to_compare`).
+        rows: `state.pending` summed over the processes, as `pending_rows` returns it.
 
     Raises:
         UserError: if the checkpoint cannot be written. The earlier checkpoints are then unchanged.
@@ -414,11 +419,11 @@ def saved_config(checkpoint: Path) -> dict:
 
 
 def check_same_run(checkpoint: Path, run) -> list[str]:
-    """Refuse a checkpoint that a run cannot continue. Return lines to print: the step, and warnings about changes.
+    """Return lines to print about the checkpoint that a run resumes: its step, and warnings about changed settings.
 
     Raises:
-        UserError: if the checkpoint is of another model or diffusion process, if it lacks an average of the weights
-            that the flags ask for, if it is past the end of this run, or if it is damaged.
+        UserError: if the checkpoint is damaged, has another network or noise schedule, has no average of the weights
+            although the flags ask for one, or is past the end of this run.
     """
     check_files(checkpoint)
     saved = saved_config(checkpoint)
@@ -430,7 +435,7 @@ def check_same_run(checkpoint: Path, run) -> list[str]:
     if run.config.use_ema and not (checkpoint / "ema.safetensors").is_file():
         raise UserError(f"{checkpoint} was trained without --use_ema: leave --use_ema out, or start a new run.")
     if run.power_averages and not (checkpoint / "power_averages.safetensors").is_file():
-        raise UserError(f"{checkpoint} was trained without --ema_snapshots: leave it out, or start a new run.")
+        raise UserError(f"{checkpoint} was trained without --ema_snapshots: leave this flag out, or start a new run.")
     if step > run.total_steps:
         raise UserError(
             f"{checkpoint} is past the {run.total_steps} steps of this run: give a larger --max_train_steps."
@@ -443,7 +448,7 @@ def read_state(checkpoint: Path) -> dict:
     """Return the content of state.pt: the fields of TrainState in SAVED, and "interrupted".
 
     Raises:
-        UserError: if it is damaged or has other fields, or if the checkpoint is of another step than its name says.
+        UserError: if state.pt is damaged or has other fields, or if its step is not the step in the checkpoint's name.
     """
     with reading(checkpoint):
         saved = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
@@ -457,7 +462,8 @@ def read_state(checkpoint: Path) -> dict:
             raise damaged(checkpoint, "state.pt has interrupted tasks that are not names")
     if saved["step"] != step_of(checkpoint):
         raise UserError(
-            f"{checkpoint} holds step {saved['step']}: rename it to checkpoint-{saved['step']}, or give another one."
+            f"{checkpoint} holds step {saved['step']}: rename it to checkpoint-{saved['step']}, or give another "
+            "checkpoint."
         )
     return saved
 
@@ -468,8 +474,8 @@ def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
         # Skip names with an underscore: diffusers keeps notes there, and their order differs between processes.
         if not name.startswith("_") and saved.get(name) != value:
             raise UserError(
-                f"{checkpoint} is of another model (its network has {name} {saved.get(name)}, this run's has "
-                f"{value}): give the flags that it was trained with, or another --output_dir."
+                f"{checkpoint} is of another model ({name} is {saved.get(name)} in the checkpoint, but {value} "
+                f"in this run): give the flags that it was trained with, or another --output_dir."
             )
 
 

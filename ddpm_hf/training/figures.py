@@ -38,7 +38,10 @@ GUIDED_CLASSES, GUIDED_STEPS = 10, 25  # at most, in guided.png
 
 
 def forward_strip(scheduler: PaperDDPMScheduler, images: torch.Tensor, path, seed: int) -> Path:
-    """Draw images (N, C, H, W) in [-1, 1] as x_t for t = 0, T/8, ..., T-1: one row and one fixed noise per image."""
+    """Draw images (N, C, H, W) in [-1, 1] with more and more noise: one row per image.
+
+    The columns are x_t for t = 0, T/8, ..., 7T/8, T-1. All columns of a row have the same noise.
+    """
     timesteps = sorted({k * len(scheduler) // 8 for k in range(8)} | {len(scheduler) - 1})
     noise = [torch.randn(images.shape[1:], generator=keyed_generator(seed, "forward", k)) for k in range(len(images))]
     rows = [scheduler.q_sample(x[None], e[None], torch.tensor(timesteps)) for x, e in zip(images.cpu(), noise)]
@@ -56,7 +59,9 @@ def reverse_strip(frames: list[tuple[torch.Tensor, torch.Tensor]], labels: list[
 
 
 def reverse_gif(frames: list[torch.Tensor], path) -> Path:
-    """Draw a looping GIF of up to 16 images that form from noise, in up to 40 frames. The last one is shown for 2 s.
+    """Draw a looping GIF of up to 16 images that form from noise, in up to 40 frames.
+
+    The last frame is shown for 2 s.
 
     `frames` are samples (N, C, H, W) in [-1, 1], in the order from noise to image.
     """
@@ -70,15 +75,15 @@ def reverse_gif(frames: list[torch.Tensor], path) -> Path:
 
 
 def ddim_steps(T: int) -> list[int]:
-    """Return the numbers of steps that `ddim_sheet` shows for a model of T timesteps: DDIM_STEPS, but T at most."""
+    """Return the numbers of steps that `ddim_sheet` shows: those of DDIM_STEPS, with T instead of larger numbers."""
     return sorted({min(count, T) for count in DDIM_STEPS})
 
 
 def ddim_sheet(unet, scheduler, path, seed, *, num_images, on_step=None, class_labels=None) -> Path:
     """Draw the same images by DDIM in 5, 10, 20 and 50 steps: one labelled row for each number of steps.
 
-    Numbers above T become T. The timesteps are trailing: they begin at the noisiest one, because samples begin as pure
-    noise. At most the first 8 of `num_images` are drawn.
+    If T is below 50, T replaces the larger numbers of steps. The timesteps are trailing, i.e. they begin at T-1,
+    because samples begin as pure noise. At most 8 images are drawn.
     """
     numbers, rows = range(min(num_images, SHEET_IMAGES)), []
     labels = None if class_labels is None else class_labels[: len(numbers)]
@@ -109,7 +114,7 @@ def guided_sheet(model: Pretrained, path, seed, *, num_images, on_step=None) -> 
 
 
 def plot(mosaic, titles: list[str], height: float, **ratios):
-    """Return an empty matplotlib Figure, and its axes as a dict by their letter in `mosaic`."""
+    """Return an empty matplotlib Figure, and a dict of its axes. The keys are the letters in `mosaic`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, height), dpi=120)
@@ -124,7 +129,10 @@ def plot(mosaic, titles: list[str], height: float, **ratios):
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the moving mean over a thirtieth of the curve, or over less at the start, where losses fall steeply."""
+    """Return the moving mean of a curve, over a thirtieth of its points.
+
+    At the start, where losses fall steeply, the mean is over fewer points.
+    """
     total = np.concatenate([[0], np.cumsum(values)])
     at = np.arange(len(values))
     half_width = np.minimum(at // 2, math.ceil(len(values) / 60))
@@ -186,7 +194,8 @@ def loss_figure(metrics_path, path) -> Path | None:
 def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
     """Plot beta, abar and log-SNR over t/T.
 
-    For comparison, a dashed line shows Nichol's cosine schedule, or Ho's linear one if the model has the cosine.
+    For comparison, a dashed line shows Nichol's cosine schedule. If this is the schedule of the model, the dashed line
+    shows Ho's linear schedule.
     """
     T, config = len(scheduler), scheduler.config
     own = config.beta_schedule if config.trained_betas is None else "its own betas"
@@ -221,15 +230,17 @@ def run_figures(
     on_step=None,
     class_labels=None,
 ):
-    """Draw the figures of a run, except guided.png, into `output_dir`/figures. loss.png needs a metrics.jsonl.
+    """Draw the figures of a run, except guided.png, into `output_dir`/figures.
+
+    loss.png is drawn only if `output_dir` has a metrics.jsonl.
 
     Args:
-        images: real images (N, C, H, W) in [-1, 1]. Up to 4 of them show how noise is added.
-        num_images: number of samples. DDPM and DDIM draw them from the same noise. The GIF shows up to 16 of them,
-            and ddim.png up to 8.
+        images: real images (N, C, H, W) in [-1, 1]. The first 4 show how noise is added.
+        num_images: how many samples to draw. DDPM and DDIM start from the same noise. The GIF shows the first 16
+            samples, and ddim.png the first 8.
         num_inference_steps: DDPM steps of the reverse process; None: all T.
         on_step: called after every step of sampling, as in `draw`.
-        class_labels: labels of the `num_images` samples, for a conditional UNet.
+        class_labels: for a conditional UNet, the label of each sample.
     """
     folder = Path(output_dir, "figures")
     loss_figure(Path(output_dir, "metrics.jsonl"), folder / "loss.png")
@@ -287,10 +298,10 @@ def figures_of_run(folder: Path, model: Pretrained, train_set, config: TrainingC
 
 
 def config_of(model: Pretrained, **changes) -> TrainingConfig:
-    """Return the config of the run that trained a model, with some flags changed.
+    """Return the config of the run that trained a model, with the flags in `changes` changed.
 
     Raises:
-        UserError: if this version cannot read its train_config.json.
+        UserError: if this version cannot read the train_config.json of the run.
     """
     try:
         return TrainingConfig(**model.run["flags"] | changes)
@@ -304,7 +315,7 @@ def redraw_figures(folder: str | Path):
     """Draw the figures of a run again, from its pipeline, its metrics and its data.
 
     Raises:
-        UserError: if the folder is not that of a run of a DDPM, if the run has no pipeline yet, if another process is
+        UserError: if the folder is not the run of a DDPM, if the run has no pipeline yet, if another process is
             writing to the folder, or if the data of the run cannot be read.
     """
     folder = Path(folder)

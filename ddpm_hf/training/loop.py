@@ -43,9 +43,9 @@ class FinishedRun:
         step: the last optimizer step.
         finished: True if all steps were taken and all figures drawn; False if a signal stopped the run.
         signal: the number of the signal that stopped the run, or None.
-        losses: the losses in the last line of metrics.jsonl; {} if no line was written. They are "loss" and, if
-            measured in that line, "validation_loss" and "validation_loss_ema". For each there is also a list with
-            its mean in each quarter of the timesteps, e.g. "loss_by_band".
+        losses: the losses in the last line of metrics.jsonl: "loss" and, if this line has a validation,
+            "validation_loss" and "validation_loss_ema". Each loss also has a list of its means in the four quarters
+            of the timesteps, e.g. "loss_by_band". If no line was written, `losses` is {}.
     """
 
     folder: Path
@@ -74,8 +74,8 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     Signals are caught only in the main thread. `train` can be called several times in one process, and in any thread.
 
     Raises:
-        UserError: if the input cannot be trained on (nothing is written then), if a loss is not finite, or if a file
-            cannot be written. The last checkpoint stays valid in all cases.
+        UserError: if the input cannot be trained on; nothing is written then. Also if a loss is not finite, or if a
+            file cannot be written; the last checkpoint stays valid then.
 
     Example:
         >>> smaller = {"base_channels": 8, "ddpm_num_inference_steps": 10, "eval_batch_size": 4}
@@ -127,7 +127,7 @@ def rehearse(config: TrainingConfig):
 
 
 def seconds_per_step(run: Run) -> float:
-    """Take up to 30 steps in about 10 seconds, and return the mean seconds of a step. The first one is not counted."""
+    """Take a first step, then up to 30 steps in about 10 seconds. Return the mean seconds of these later steps."""
     device = run.accelerator.device
     run.model.train()
 
@@ -190,7 +190,7 @@ def take_steps(run: Run):
 def step(run: Run, batches):
     """Take one optimizer step: Algorithm 1 of Ho et al., with accumulation, clipping and the moving average.
 
-    The CPU only issues the work of the step. It reads no result, because the GPU would have to wait meanwhile.
+    The CPU only tells the GPU what to compute. The CPU reads no result, because the GPU would then have to wait.
     """
     config, accelerator, state = run.config, run.accelerator, run.state
     for group in run.optimizer.param_groups:

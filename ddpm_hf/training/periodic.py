@@ -1,6 +1,6 @@
 """Do what is due between steps: log lines, validation, scores, sample sheets, checkpoints, pipelines and pushes.
 
-`what_is_due` says what is due after a step. `run_due_tasks` calls the functions in TASKS for it, one after another.
+`what_is_due` names the tasks that are due after a step. `run_due_tasks` runs these tasks, in the order of TASKS.
 """
 
 import json
@@ -32,7 +32,7 @@ from .validation import mean, per_band, validate
 
 
 def epochs_between(run: Run) -> dict[str, int]:
-    """Return the tasks that are due every few epochs and at the end of this run, each with its number of epochs."""
+    """Return the repeated tasks as {name: n}. Each task is due every n epochs, and at the end of this run."""
     config = run.config
     every = {"pipeline": config.save_model_epochs}
     if run.validation_set is not None:
@@ -72,7 +72,7 @@ def due_when_resumed(run: Run) -> set[str]:
 def run_due_tasks(run: Run, due: set[str], images_per_second: float | None) -> dict:
     """Run the tasks that are due, in the order of TASKS, and return the log line. Every process calls this.
 
-    If a signal interrupts a task, `due` is changed: "stop" is added, and tasks left to the resumed run are removed.
+    If a signal interrupts a task, "stop" is added to `due`, and the tasks that the resumed run will do are removed.
 
     Args:
         images_per_second: the speed of the steps, for the log line; None if no step was timed.
@@ -96,9 +96,9 @@ def run_due_tasks(run: Run, due: set[str], images_per_second: float | None) -> d
 
 
 def leave_to_resumed_run(run: Run, due: set[str], tasks: set[str]):
-    """Stop after this step, because a signal interrupted one of `tasks`. The resumed run does them all again.
+    """Stop after this step, because a signal interrupted one of `tasks`. The resumed run does all of `tasks` again.
 
-    For them it needs the weights of this step, so a checkpoint of this step is saved.
+    These tasks need the weights of this step, so a checkpoint of this step is saved.
     """
     state = run.state
     announce_stop(state)
@@ -126,16 +126,16 @@ def add_averages(run: Run, due: set[str], line: dict):
 
 
 def add_validation_loss(run: Run, due: set[str], line: dict):
-    """Add the validation loss to `line`. With --best_by validation_loss, save best/ if it is the lowest so far."""
+    """Add the validation loss to `line`. If --best_by is this loss, and it is the lowest so far, save best/."""
     line |= validate(run)
     if run.config.best_by == "validation_loss":
         keep_best(run, "validation_loss", line["validation_loss" if run.ema is None else "validation_loss_ema"])
 
 
 def add_scores(run: Run, due: set[str], line: dict):
-    """Add the scores to `line`. If --best_by names one of them and it is the best so far, save best/.
+    """Add the scores to `line`. Save best/ if the score that --best_by names is the best so far.
 
-    After a signal no more images are drawn. The resumed run then measures the scores, and writes the log line.
+    After a signal, no more images are drawn. The resumed run measures the scores instead, and writes the log line.
     """
     config = run.config
     try:
@@ -152,7 +152,7 @@ def add_scores(run: Run, due: set[str], line: dict):
 
 
 def keep_best(run: Run, measure: str, value: float | None):
-    """Save the pipeline in best/ if `value` (None: not measured) is the lowest of this measure so far."""
+    """Save the pipeline in best/ if `value` is the lowest value of `measure` so far. Save nothing if it is None."""
     config, state = run.config, run.state
     if not config.save_best or value is None or not run.accelerator.is_main_process:
         return
@@ -338,8 +338,8 @@ def save_network(run: Run, folder: Path):
 def pending_rows(run: Run) -> list[torch.Tensor]:
     """Return the losses and gradient norms since the last log line: a row per step, summed over processes, on the CPU.
 
-    A checkpoint saves these sums. When it is loaded, only the main process takes them back, so that the sums over all
-    processes are again the same, bit for bit.
+    A checkpoint saves these sums. When a run loads the checkpoint, the main process takes the sums, and the others
+    take zeros. So the next sum over all processes is the same, bit for bit.
 
     Raises:
         UserError: if a loss or a gradient is not finite. The message names the first such step.
@@ -364,7 +364,7 @@ def pending_rows(run: Run) -> list[torch.Tensor]:
 
 
 def averages(rows: list[torch.Tensor]) -> dict:
-    """Average rows of steps: the losses over all images, and the norm of the gradient over all steps."""
+    """Return the averages of the rows of several steps: losses over all images, the gradient norm over all steps."""
     table = torch.stack(rows).double()
     sums, counts = table[:, :-1].sum(dim=0).view(2, NUM_BANDS)
     norms = table[:, -1][table[:, -1].isfinite()]

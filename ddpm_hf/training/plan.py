@@ -44,10 +44,9 @@ def disk(run: Run) -> str:
 
 
 def forward_passes(run: Run) -> dict[str, float]:
-    """Return how many images pass through the network apart from training steps, for each kind of work.
+    """Return how many forward passes of one image the main process needs besides training, for each kind of work.
 
-    An image counts once for each pass. The numbers are for one process, the main process, which draws all images of
-    figures. All processes share the other work.
+    The main process draws all images of the figures. All processes share the other work.
     """
     config, processes, count = run.config, run.accelerator.num_processes, count_tasks(run)
     measured = 1 + (run.ema is not None) + (config.objective == "classify")
@@ -60,7 +59,7 @@ def forward_passes(run: Run) -> dict[str, float]:
 
 
 def figure_passes(run: Run) -> int:
-    """Return how many images pass through the network for the figures that show samples."""
+    """Return how many forward passes of one image the figures need."""
     config, T = run.config, run.config.ddpm_num_steps
     strip, sheet = min(16, config.eval_batch_size), min(SHEET_IMAGES, config.eval_batch_size)
     passes = strip * config.ddpm_num_inference_steps + sheet * sum(ddim_steps(T))
@@ -70,7 +69,7 @@ def figure_passes(run: Run) -> int:
 
 
 def seconds_left(run: Run, seconds_per_step: float) -> tuple[float, float]:
-    """Return the seconds that the remaining steps take, and those of validation, sample sheets, scores and figures."""
+    """Return the seconds for the remaining steps, and those for validation, sample sheets, scores and figures."""
     steps = (run.total_steps - run.state.step) * seconds_per_step
     images = run.global_batch / run.accelerator.num_processes
     # A forward pass takes about a third of a training step, because the backward pass takes about twice as long.
@@ -90,7 +89,7 @@ def time_and_memory(run: Run, seconds_per_step: float) -> str:
 
 
 def memory_used(device: torch.device) -> str:
-    """Return, as text, the memory of this process, or on a CUDA device the peak memory of its tensors so far."""
+    """Return the memory of this process as text. On a CUDA device, return the peak memory of its tensors instead."""
     if device.type == "cuda":
         return f"{format_bytes(torch.cuda.max_memory_allocated(device))} of the GPU"
     return format_bytes(psutil.Process().memory_info().rss)
@@ -105,7 +104,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time in the largest unit of which there are at least two, e.g. "52 minutes"."""
+    """Return a time as text, in the largest unit that gives at least 2, e.g. "52 minutes"."""
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             count = seconds / size
@@ -114,9 +113,9 @@ def format_seconds(seconds: float) -> str:
 
 
 def draw_preview(run: Run) -> Path:
-    """Draw the first 16 training images, cropped and mirrored as in training; below them, noisy at four timesteps.
+    """Draw the first 16 training images as the network sees them, and below each image its x_t at four timesteps.
 
-    The file is next to the run folder, which a dry run does not create. Return the path of the file.
+    The picture is next to the run folder, because a dry run does not create this folder. Return its path.
     """
     config, T = run.config, run.config.ddpm_num_steps
     batch = next(training_batches(run.train_set, replace(config, train_batch_size=16), 0, 0, 1))

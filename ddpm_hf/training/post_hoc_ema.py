@@ -1,4 +1,7 @@
-"""Average the weights of a finished run over another length, and find the best length (post-hoc EMA)."""
+"""Average the weights of a finished run over a length chosen after training, or find the best length (post-hoc EMA).
+
+models/post_hoc_ema.py defines the length of an average.
+"""
 
 import tempfile
 from dataclasses import replace
@@ -34,22 +37,26 @@ def average_after_training(
 ) -> dict:
     """Write a pipeline whose weights are averaged over another length than during training, and return its facts.
 
-    With several lengths, each is measured. The best one is written, with a plot ema_sweep.png beside it. The facts are
-    also written to ema.json. They are the chosen "length", the "step", "by" (None for one length), and "lengths", a
-    list of dicts. Each dict has the "length" and the "error": the relative error of the average, because snapshots
-    give it only approximately. If the length was measured, the dict also has the "value" and "lower_is_better".
+    If there are several lengths, each is measured. The pipeline of the best length is written, with a plot
+    ema_sweep.png beside it.
 
     Args:
         folder: a run with --ema_snapshots.
         output: a folder that does not exist yet.
-        lengths: the lengths, as shares of the training up to `step`. None: SWEEP.
+        lengths: the lengths, as shares of the training up to `step`. None: the lengths in SWEEP.
         by: the score that decides between lengths: validation_loss, or a metric of `evaluate`.
-        num_images: how many images to draw for a metric. None: as many as `evaluate` draws.
-        step: the step at which the average ends, one of the snapshots. None: the last snapshot.
+        num_images: if `by` is a metric, how many images to draw. None: as many as `evaluate` draws.
+        step: the step at which the average ends. It must have a snapshot. None: the last step with a snapshot.
+
+    Returns:
+        The facts, which are also written to ema.json: the chosen "length", the "step", "by" (None for one length) and
+        "lengths", a list with a dict for each length. The dict has the "length" and the "error": the relative error of
+        the average, because snapshots give it only approximately. The dict of a measured length also has the "value"
+        and "lower_is_better".
 
     Raises:
-        UserError: if the run has no pipeline yet or no snapshots, for a length that is not allowed, or if `by` cannot
-            be measured. Nothing is written then.
+        UserError: if the run has no pipeline yet or no snapshots, if a length is too small or too large, or if `by`
+            cannot be measured. Nothing is written then.
     """
     output, folder, lengths = check_new_output("OUTPUT", output), Path(folder), sorted(set(lengths or SWEEP))
     for length in lengths:
@@ -94,7 +101,7 @@ def cost(row: dict) -> float:
 
 
 def _note(error: float) -> str:
-    """Return a warning about an average that the snapshots do not determine well, or an empty text."""
+    """Return a warning if the relative error of an average is above INEXACT, else an empty text."""
     if error <= INEXACT:
         return ""
     return f"  (approximate, with a relative error of {error:.0%}: train with more --ema_snapshots)"
@@ -134,7 +141,7 @@ def _metric_measure(metric: str, num_images: int | None):
 
 
 def sweep_figure(rows: list[dict], by: str, path: Path) -> Path:
-    """Plot the measured value of each length, and mark the best, and those that are only approximate."""
+    """Plot the measured value of each length. Mark the best length, and the lengths whose error is above INEXACT."""
     figure, axes = plot("A", [f"{by.replace('_', ' ')} of averages of the weights"], 4)
     best = min(rows, key=cost)
     marks = [("", rows, "o-", BLUE, 5), (f"best: length {best['length']:g}", [best], "o", ORANGE, 9)]

@@ -39,9 +39,9 @@ DECIDE = {
 
 
 def facts_to_compare(run, step: int) -> dict:
-    """Return facts on the data, the length and the learning rate of a run, which the flags alone do not determine.
+    """Return facts about the data, the steps and the learning rate of a run that do not follow from its flags alone.
 
-    A checkpoint of the optimizer step `step` saves them.
+    The checkpoint of the optimizer step `step` saves these facts.
     """
     names = ("data_fingerprint", "num_images", "global_batch_size", "total_steps")
     facts = {name: run.facts[name] for name in names}
@@ -50,7 +50,7 @@ def facts_to_compare(run, step: int) -> dict:
 
 
 def labels_fingerprint(run) -> str | None:
-    """Return a hash of the classes of the training images; None if the run does not use them, or for a stream.
+    """Return a hash of the classes of the training images; None for a stream, or if the run does not use classes.
 
     The data fingerprint covers only the images.
     """
@@ -77,7 +77,8 @@ def check_fixed_flags(name: str, flags: dict, run):
 def changed_flags(flags: dict, run) -> list[tuple]:
     """Return (name, value in the checkpoint, value in the run) of each flag that has changed.
 
-    A flag that the checkpoint does not have counts as its default, because defaults keep the earlier behaviour.
+    The checkpoint of an earlier version may lack a flag. The flag then has its default, which keeps the earlier
+    behaviour.
     """
     before = {field.name: field.default for field in fields(TrainingConfig)} | flags
     now = json.loads(json.dumps(run.config.to_dict()))

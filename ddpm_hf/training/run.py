@@ -95,7 +95,7 @@ class Run:
 
     @property
     def pretrained(self) -> Pretrained:
-        """The published weights, in the form that samplers and metrics take."""
+        """The published weights as a `Pretrained`, which samplers and metrics take."""
         facts = {
             "name": Path(self.config.output_dir).resolve().name,
             "revision": None,
@@ -149,7 +149,7 @@ def open_run(config: TrainingConfig) -> Run:
 
 
 def check_run(config: TrainingConfig) -> tuple[Run, Path | None]:
-    """Return a run in the state before its next step, and the checkpoint that it resumes, if any. Print a summary.
+    """Return a run in the state before its next step, and its checkpoint (None for a new run). Print a summary.
 
     Nothing is written, so the run cannot be trained yet: `open_run` prepares its folder.
 
@@ -221,7 +221,7 @@ def build_run(config: TrainingConfig, checkpoint: Path | None) -> tuple[Run, lis
 
 
 def flags_of_preset(config) -> dict:
-    """Return the flags of the preset that the user did not give, with their values."""
+    """Return the flags of the preset as {name: value}, without the flags that the user gave."""
     if config.preset is None:
         return {}
     return {name: value for name, value in PRESETS[config.preset].flags.items() if name not in config.given_flags}
@@ -238,10 +238,12 @@ def ignored_folder_warning(config) -> list[str]:
 
 
 def build_network(config, train_set, base: BaseModel | None, saved: dict | None) -> tuple[nn.Module, dict]:
-    """Return the network of a run, and the result of `copy_weights` if it starts from another model, else {}.
+    """Return the network of a run, and the result of `copy_weights`, or {} if no weights are copied.
+
+    Weights are copied when a new run starts from another model.
 
     Args:
-        base: the model of --init_from.
+        base: the model of --init_from, or None.
         saved: the train_config.json of the checkpoint to resume, or None.
     """
     build = build_classifier if config.objective == "classify" else functools.partial(build_unet, base=base)
@@ -291,9 +293,9 @@ def prepare_folder(run: Run, checkpoint: Path | None):
 
 
 def restore_state(run: Run, checkpoint: Path | None):
-    """Put the run into the state of its checkpoint, or at the start without a checkpoint. Every process calls this.
+    """Put the run into the state of its checkpoint. If `checkpoint` is None, the run starts from the beginning.
 
-    Nothing is written.
+    Every process calls this. Nothing is written.
 
     Raises:
         UserError: if the checkpoint is damaged.

@@ -15,8 +15,8 @@ def count_steps(config, num_images: int | None, global_batch: int) -> tuple[int,
     Every step has exactly `global_batch` images, so the last step may take some images of the next epoch.
 
     Raises:
-        UserError: if a batch is larger than the set, or if the length of a stream is unknown and --max_train_steps is
-            not given.
+        UserError: if one step takes more images than there are, or if the length of a stream is unknown and
+            --max_train_steps is not given.
     """
     if num_images is None:
         if config.max_train_steps is None:
@@ -31,7 +31,7 @@ def count_steps(config, num_images: int | None, global_batch: int) -> tuple[int,
 
 
 def learning_rate_schedule(config, optimizer, total_steps: int):
-    """Return one of diffusers' schedules as a function: optimizer step (from 0) -> learning rate. It has no state.
+    """Return the schedule --lr_scheduler of diffusers as a function: optimizer step (from 0) -> learning rate.
 
     Raises:
         UserError: for a name that diffusers does not know, or a schedule that is impossible with these flags.
@@ -65,7 +65,7 @@ def warmup_warning(config, total_steps: int) -> list[str]:
 
 
 def ema_warning(config, total_steps: int) -> list[str]:
-    """Return a list with one warning if 5 % or more of the final EMA are the weights after the first step, else []."""
+    """Return a list with one warning if the initial weights keep a share of 5 % or more in the final EMA, else []."""
     if not config.use_ema or config.init_from is not None or ema_decay(config, 1) == 0:
         return []
     left = math.exp(sum(math.log(ema_decay(config, step)) for step in range(1, min(total_steps, 100_000))))

@@ -1,7 +1,8 @@
 """Score a model during training with few images. Scores are comparable, because the noise is the same each time.
 
 Images are drawn by DDIM in 50 steps from the published weights. Their seeds begin at 1,000,000,000. `evaluate`
-uses other seeds by default: a checkpoint that was chosen by its score on some noise looks too good on the same noise.
+uses other seeds by default. With the same seeds, the model in best/ would look too good, because it was chosen by its
+score on these seeds.
 """
 
 from dataclasses import replace
@@ -26,7 +27,9 @@ BOUND_TIMESTEPS = 20
 
 
 def open_evaluation(config, model: Pretrained, train_set, validation_set) -> tuple[Evaluation | None, list[str]]:
-    """Return the inputs of --eval_metrics (None without metrics), and warnings about metrics that will be skipped.
+    """Return the inputs of --eval_metrics, and warnings about metrics that will be skipped.
+
+    If --eval_metrics is not given, the inputs are None.
 
     Args:
         model: the model of the run, before the first step.
@@ -61,10 +64,11 @@ def open_evaluation(config, model: Pretrained, train_set, validation_set) -> tup
 
 
 def score_run(run, on_step) -> tuple[dict[str, float], float | None]:
-    """Return the scores of the published weights as `{id: value}`, and the value for --best_by (lower is better).
+    """Return the scores of the published weights as `{id: value}`, and the value for --best_by, where lower is better.
 
-    Every process calls this and draws its share of the images. The main process returns the scores and writes the
-    record evaluations/step_<n>.json; the others return ({}, None). `on_step` is called after every step of sampling.
+    The value is None if --best_by names no metric, or a metric that failed. Every process calls this and draws its
+    share of the images. The main process writes the record evaluations/step_<n>.json. The others return ({}, None).
+    `on_step` is called after every step of sampling.
     """
     config, step = run.config, run.state.step
     path = Path(config.output_dir) / "evaluations" / f"step_{step:07d}.json"

@@ -13,7 +13,7 @@ VALIDATION_IMAGES = 1024  # enough for three digits of the loss; costs a few per
 def validate(run: Run) -> dict:
     """Return the validation losses for the log line: the loss of the raw weights, and that of the EMA if there is one.
 
-    For a classifier, the accuracy of the published weights on the noisy images is added.
+    A classifier also gets the accuracy of its published weights on the same noisy images.
     """
     line = {}
     measures = {"validation_loss": (run.network, run.loss)}
@@ -30,11 +30,12 @@ def validate(run: Run) -> dict:
 
 @torch.no_grad()
 def validation_loss(run: Run, network, measure) -> torch.Tensor:
-    """Return sums and counts (2, 4), as `by_band` does, of `measure(network, batch)` on up to 1,024 held-out images.
+    """Measure up to 1,024 held-out images with `measure(network, batch)`, which returns one number per image.
 
-    Each image has its own fixed noise and timestep, and the timesteps are spread evenly. The losses of two runs, or of
-    two epochs, thus differ only because of the weights. Every process measures a share of the images. A conditional
-    UNet gets the class of each image. A classifier is measured only on images that have a class.
+    Return (2, 4): the sum of these numbers and the count of images, in each quarter of the timesteps. Each image has
+    its own fixed noise and timestep, and the timesteps are spread evenly. The losses of two runs, or of two epochs,
+    thus differ only because of the weights. Every process measures a share of the images. A conditional UNet gets the
+    class of each image. A classifier is measured only on images that have a class.
     """
     config, accelerator, image_set = run.config, run.accelerator, run.validation_set
     rows = torch.arange(len(image_set))

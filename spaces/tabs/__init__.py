@@ -1,1 +1,1 @@
-"""The tabs of the page, one file each. `add(model)` lays out the tab. Its buttons run the functions above `add`."""
+"""The tabs of the page, one file each. `add(model)` lays out a tab, whose buttons run the other functions."""

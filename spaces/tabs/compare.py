@@ -41,7 +41,7 @@ def compare(model: Model, seed, class_name, guidance):
 
 
 def add(model: Model) -> dict[str, gr.components.Component]:
-    """Build the tab. Return the inputs that a link restores, by their names in the link."""
+    """Build the tab. Return the inputs that a link can set, as {name in the link: input}."""
     with gr.Tab("Compare", id="compare"), gr.Row(elem_classes="sides"):
         with widgets.inputs_column():
             what = "Draw images from the same noise, with DDIM in 5, 10, 20 and 50 steps, and with DDPM in many."

@@ -120,7 +120,7 @@ def examples(model: Model, steps: int) -> dict[str, list]:
 
 
 def add(model: Model) -> dict[str, gr.components.Component]:
-    """Build the tab. Return the inputs that a link restores, by their names in the link."""
+    """Build the tab. Return the inputs that a link can set, as {name in the link: input}."""
     first_number = 8 if max(model.size) <= 64 else 4
     first_cost = first_number * evaluations(model.first_guidance)
     first_steps = model.quick_steps(first_cost)

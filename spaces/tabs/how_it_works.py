@@ -25,7 +25,10 @@ and adds no noise."""
 
 # Gradio passes these arguments by position. Its API uses their names.
 def forward(model: Model, source, upload, drawing, t, seed):
-    """Return (gallery, status, bar). The gallery shows x_0, x_t and the x_0 that the network predicts from x_t."""
+    """Return (gallery, status, percentage of the image in x_t).
+
+    The gallery shows x_0, x_t and the x_0 that the network predicts from x_t.
+    """
     t, seed = whole("t", t, 0, model.T), whole("seed", seed, 0, MAX_SEED)
     x_0 = visitor_image(model, source, upload, drawing, seed)
     x_t, alpha_bar = model.forward(x_0, t, seed + 1)  # seed + 1, because `seed` drew the model's own image
@@ -37,7 +40,7 @@ def forward(model: Model, source, upload, drawing, t, seed):
 
 
 def add(model: Model) -> dict[str, gr.components.Component]:
-    """Build the tab. Return the inputs that a link restores, by their names in the link."""
+    """Build the tab. Return the inputs that a link can set, as {name in the link: input}."""
     with gr.Tab("How it works", id="how_it_works") as tab:
         with gr.Row(elem_classes="sides"):
             with widgets.inputs_column():

@@ -17,9 +17,9 @@ NEEDS_NO_CLASS = "This model always needs a class, and such models cannot restor
 
 
 def noise(size: tuple[int, int], level: int) -> tuple[dict, str]:
-    """Return the restoration pipeline's arguments to add or remove noise, and a caption.
+    """Return the arguments with which the restoration pipeline adds or removes noise, and a caption.
 
-    `level` is 0 to 2, from light to strong. The functions below do the same for other kinds of damage.
+    `level` is 0 (light), 1 or 2 (strong). The functions below return the same for other kinds of damage.
     """
     sigma = (0.15, 0.3, 0.5)[level]
     return {"task": "denoise", "noise_level": sigma}, f"Noise of {sigma}"
@@ -121,7 +121,7 @@ def first_pictures(model: Model) -> tuple[list[dict], str]:
 
 
 def add(model: Model) -> dict[str, gr.components.Component]:
-    """Build the tab. Return the inputs that a link restores, by their names in the link."""
+    """Build the tab. Return the inputs that a link can set, as {name in the link: input}."""
     with gr.Tab("Restore", id="restore"):
         if model.restoration is None:
             gr.Markdown(NEEDS_NO_CLASS)
