@@ -387,9 +387,15 @@ ODD_SCORES = {
 
 
 def test_whole_records_are_compared(tmp_path, capsys):
-    (tmp_path / "a.json").write_text(json.dumps(SCORES))
-    main(["compare", str(tmp_path / "a.json"), str(tmp_path / "a.json")])
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps(SCORES))
+    main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     assert "fid" in capsys.readouterr().out
+    once = tmp_path / "a.json"
+    said = refused(capsys, "compare", once, tmp_path / "b.json", once)
+    assert "a.json is given 2 times: give each record once." in said
+    with pytest.raises(UserError, match="there is nothing to compare"):
+        ddpm_hf.compare()
 
 
 @pytest.mark.parametrize("name", ODD_SCORES)

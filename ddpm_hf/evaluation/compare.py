@@ -41,8 +41,8 @@ def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
         markdown: return the table as Markdown instead of aligned text.
 
     Raises:
-        UserError: if a record cannot be read, or if the records were measured in different ways. The message names the
-            settings that differ.
+        UserError: if there is no record, or one is given twice or cannot be read, or if the records were measured in
+            different ways. The message names the settings that differ.
 
     Example:
         >>> settings = dict(metrics=["bits_per_dim"], suite="smoke", bound_images=2, overwrite=True)
@@ -55,6 +55,10 @@ def compare(*records, vary: list[str] = (), markdown: bool = False) -> str:
         ['published', 'raw', 'better', 'best']
     """
     paths = [Path(getattr(record, "path", record)) for record in records]  # of an `Evaluated`, or the path itself
+    if not paths:
+        raise UserError("there is nothing to compare: give records that `evaluate` wrote.")
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise UserError(f"{twice[0]} is given {paths.count(twice[0])} times: give each record once.")
     headings = [path.stem for path in paths]
     if len(set(headings)) < len(paths):
         headings = [str(path) for path in paths]

@@ -31,7 +31,10 @@ def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]
         if output.resolve() == place.resolve():
             raise UserError(f"OUTPUT {output} is the same file as INPUT: give another name as OUTPUT.")
         if output.suffix not in (".png", ".npy") or output.is_dir():
-            raise UserError(f"OUTPUT is {output}, but results are written as PNG files: give a name ending in .png.")
+            raise UserError(
+                f"OUTPUT is {output}, which is no name for a result: give a name ending in .png, or in .npy for images "
+                "of 5 or more channels."
+            )
         return [Item(0, place, output, find_mask(place, mask, output))]
     if not place.is_dir():
         raise UserError(f"INPUT {place} is neither a file nor a folder: give an image or a folder of images.")
