@@ -237,9 +237,9 @@ class RestorationPipeline(DiffusionPipeline):
     def _unclip(self, y: Tensor, sigma: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the noise level (N,) of y (N, C, H, W), and y with new noise in pixels that were clipped.
 
-        If `sigma` is None, estimate it: solve sigma^2 = mean (y - D)^2 / (1 - mean dD/dy) by iteration, where D is the
-        image denoised at sigma. By Tweedie's and Stein's formulas, this sigma has the highest likelihood. The
-        iteration starts from the median estimate of Donoho & Johnstone 1994.
+        If `sigma` is None, estimate it: solve sigma^2 = mean((y - D)^2) / (1 - mean(dD_i / dy_i)) by iteration. D is
+        the image denoised at sigma, and i a pixel. By Tweedie's and Stein's formulas, this sigma has the highest
+        likelihood. The iteration starts from the median estimate of Donoho & Johnstone 1994.
 
         If all pixels of an image are in [-1, 1], its pixels at -1 or 1 count as clipped. Each clipped pixel gets a
         random value from the part of N(D, sigma^2) beyond -1 or 1. This raises the PSNR of digits at sigma 0.25 from

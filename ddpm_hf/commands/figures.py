@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def add_flags(parser):
-    parser.add_argument("run", help="folder of a run with a pipeline")
+    parser.add_argument("run", help="run folder that contains a pipeline")
 
 
 def run(arguments):

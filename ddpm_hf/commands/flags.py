@@ -69,7 +69,7 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
     add(
         "--dtype",
         default="float32",
-        help="precision inside the UNet: float32, bfloat16, float16 or auto (bfloat16 if the hardware can multiply "
+        help="precision inside the UNet: float32, bfloat16, float16 or auto (bfloat16 if the hardware computes in "
         "it, else float32); default: float32",
     )
     add(

@@ -65,7 +65,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         return cls(num_train_timesteps=num_train_timesteps, beta_schedule="squaredcos_cap_v2", **config)
 
     def stock(self) -> DDPMScheduler:
-        """Return this scheduler as an object of diffusers' own class, with equal betas, to be saved and published."""
+        """Return this scheduler as an object of diffusers' own class with the same betas, to save and publish."""
         return DDPMScheduler.from_config(self.arguments)
 
     @property

@@ -1,4 +1,4 @@
-"""The metrics that compare features of generated and real images: Fréchet distances, KID, precision, recall, IS."""
+"""The metrics in the features of a network: Fréchet distances, KID, precision, recall and the Inception score."""
 
 from accelerate import PartialState
 

@@ -179,7 +179,7 @@ def is_entry(entry) -> bool:
 
 
 def is_value(value) -> bool:
-    """Return whether a value of a record is a number, or None for a number that was not measured."""
+    """Return True for a number, and for None, which stands in a record for a number that was not measured."""
     return value is None or type(value) in (int, float)
 
 

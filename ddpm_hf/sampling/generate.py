@@ -37,11 +37,11 @@ def sample(
     Args:
         model: a folder, a checkpoint, a Hub id, or what `load` returned.
         sampler: ddpm, ddim, dpmsolver++ or a `Sampler`.
-        output: a folder to write the images to, or a file whose name ends in .npz. If a call is interrupted, the same
-            call draws only the missing images.
-        pixel_type: the type of the pixels in `output`: uint8, uint16 or float32. uint16 and float32 pixels are in the
-            --pixel_range of the training. None: float32 for a model that was trained with --preserve_input_precision,
-            else uint8.
+        output: a folder to write the images to, or a file whose name ends in .npz. After an interruption, repeat
+            the call: it draws only the missing images.
+        pixel_type: the type of the pixels in `output`: uint8, uint16 or float32. uint16 and float32 pixels are scaled
+            to the --pixel_range of the training. None: float32 for a model that was trained with
+            --preserve_input_precision, else uint8.
         batch_size: images per batch, at least 1. "auto": up to 512 on a GPU, 64 elsewhere. If memory runs out, batches
             are halved. The batch size changes the images only by round-off.
         settings: the other fields of `Sampler`: num_inference_steps, seed, eta, class_labels, size, ...
