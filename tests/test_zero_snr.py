@@ -6,7 +6,9 @@ import torch
 from conftest import TINY, model_of, untrained_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
+from ddpm_hf import UserError
 from ddpm_hf.config.command_line import parse_config
+from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.diffusion.likelihood import prior_term
 from ddpm_hf.diffusion.losses import OBJECTIVES
 from ddpm_hf.diffusion.scheduler import make_scheduler
@@ -98,3 +100,9 @@ def test_predicting_the_noise_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse_config([*TINY, "--rescale_betas_zero_snr"])
     assert "give --prediction_type v_prediction" in capsys.readouterr().err
+
+
+def test_weights_that_leave_out_the_last_timestep_are_refused():
+    for prediction_type in ("v_prediction", "sample"):
+        with pytest.raises(UserError, match="the first step of sampling would not be trained"):
+            TrainingConfig(rescale_betas_zero_snr=True, prediction_type=prediction_type, snr_gamma=5.0)
