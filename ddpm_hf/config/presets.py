@@ -233,7 +233,7 @@ PRESETS = {
         ),
     ),
     "afhq-cat-cpu": Preset(
-        "AFHQ cats at 32 px: 84 minutes on 1 CPU core, or 20 with --max_train_steps 2400",
+        "AFHQ cats at 32 px: 75 minutes on 1 CPU core, or 18 with --max_train_steps 2400",
         dict(
             COLOR_CPU,
             dataset_name="huggan/AFHQ",
@@ -243,6 +243,9 @@ PRESETS = {
             # channels (here).
             base_channels=24,
             channel_mults=[1, 2, 4, 6],
+            # Both lower the validation loss in the same time (here).
+            resnet_time_scale_shift="scale_shift",  # Nichol
+            timestep_sampling="low_discrepancy",
             max_train_steps=10_200,
             learning_rate=2e-3,
             lr_warmup_steps=100,  # as mnist-cpu
