@@ -32,8 +32,8 @@ def find_items(place: Path, output: Path, mask: str | Path | None) -> list[Item]
             raise UserError(f"OUTPUT {output} is the same file as INPUT: give another name as OUTPUT.")
         if output.suffix not in (".png", ".npy") or output.is_dir():
             raise UserError(
-                f"OUTPUT is {output}, which is no name for a result: give a name ending in .png, or for images of 5 "
-                "or more channels in .npy."
+                f"OUTPUT {output} cannot be the file of a result: give a name ending in .png, or in .npy if the "
+                "images have 5 or more channels."
             )
         return [Item(0, place, output, find_mask(place, mask, output))]
     if not place.is_dir():
