@@ -34,8 +34,8 @@ def writing(what: str, path, *, also: tuple = ()):
     """In a `with` block that writes, turn the errors of a full disk or a read-only folder into a UserError.
 
     Args:
-        also: more exceptions that mean that writing failed. If the block calls torch.save, give RuntimeError, which
-            torch.save then raises. Such a block must not compute, because a computation can raise RuntimeError too.
+        also: more exceptions that mean that writing failed. For torch.save, this is RuntimeError. A block with
+            RuntimeError in `also` must not compute, because a computation can raise RuntimeError too.
     """
     try:
         yield

@@ -109,7 +109,7 @@ def damaged(checkpoint: Path, reason: str) -> UserError:
 
 @contextlib.contextmanager
 def reading(checkpoint: Path):
-    """In a `with` block that reads a checkpoint, turn every error into a UserError, except that memory is full.
+    """In a `with` block that reads a checkpoint, turn every error into a UserError, except if memory ran out.
 
     Damaged files, and files of other programs, raise too many kinds of errors to list them.
     """

@@ -10,7 +10,7 @@ BODY_SECONDS = 120  # for the body: 10 MB at 700 kbit/s
 
 
 def close_half_sent(server, seconds: float = HEAD_SECONDS):
-    """Watch a uvicorn server in a thread, and close connections that wait for the head of a request for too long."""
+    """Watch a uvicorn server in a thread, and close connections on which no head of a request arrives in time."""
 
     def watch():
         before = {}

@@ -95,7 +95,7 @@ def seed_box(name: str | None = None) -> gr.Number:
     Args:
         name: the tab, if each press of its button takes the next seeds, see `next_seeds`. None: the seed stays.
     """
-    info = None if name is None else "each press takes the next seeds; a seed that you type stays"
+    info = None if name is None else "each press takes the next seeds, but keeps a seed that you typed"
     with gr.Row(elem_classes="seed"):
         limits = dict(precision=0, minimum=0, maximum=MAX_SEED)
         seed = gr.Number(0, label="Seed", info=info, min_width=120, scale=3, **limits)
@@ -169,7 +169,7 @@ def image_inputs(model: Model) -> list[gr.components.Component]:
 def example_buttons(examples: dict[str, list], inputs: list) -> list:
     """Add a row of buttons, one for each example. A click sets the inputs to the values of the example.
 
-    Return for each button the trigger of what comes after a click.
+    Return each button's `then`, with which to add what follows a click.
     """
     gr.Markdown("Try one of these:", elem_classes="try")
     events = []

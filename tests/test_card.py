@@ -199,8 +199,8 @@ def test_each_metric_is_shown_once_by_its_best_record_and_quick_checks_never(tmp
     fid("smoke.json", 256, 1.5)
     card = card_of(tmp_path)
     command = f"`python -m ddpm_hf evaluate {tmp_path.name}` scores 2,000 images"
-    too_small = "Only a quick check was made (`--suite smoke`), which is too small for its scores to be shown: "
-    assert too_small + command in card.text and "more than 256 are enough" in card.text
+    too_few = "Only a quick check was made (`--suite smoke`), and it used too few images for its scores to be shown. "
+    assert f"{too_few}More than 256 images are enough: {command}." in card.text
     assert not card.data.eval_results
     (tmp_path / "evaluations" / "smoke.json").unlink()
     assert f"Not scored yet: {command}" in card_of(tmp_path).text
@@ -322,7 +322,7 @@ def test_the_card_of_a_learned_variance_does_not_promise_ddim(tmp_path):
     [
         ("fixed_small", None, []),
         ("fixed_large", None, ["`DDPMPipeline` needs all 1000 steps"]),
-        ("learned_range", None, ["`DDPMPipeline` draws the images of `ddpm_hf sample --timesteps linspace`"]),
+        ("learned_range", None, ["`DDPMPipeline` draws the same images as `ddpm_hf sample --timesteps linspace`"]),
         ("learned_range", "trailing", ["`DDPMPipeline` needs all 1000 steps"]),  # as earlier versions saved it
     ],
 )
@@ -335,7 +335,7 @@ def test_the_card_says_what_stock_ddpm_does_in_fewer_steps(tmp_path, variance_ty
     text = ModelCard.load(tmp_path / "README.md").text
     assert all(sentence in text for sentence in said)
     assert said or "needs all" not in text and "--timesteps linspace" not in text
-    assert (variance_type == "learned_range") or "If the number of steps divides 1000, these are the images" in text
+    assert (variance_type == "learned_range") or "If the number of steps divides 1000, the images are those" in text
 
 
 def test_the_cards_of_conditional_models_and_classifiers(guidance_models, tmp_path):

@@ -140,7 +140,7 @@ def test_files_and_folders_take_their_own_flags(checkpoint, golden, tmp_path, ca
         f"{path} new": 'give --original improved-diffusion (or guided-diffusion) and --original_flags "--image_size',
         f"{path} new --original=improved --original_flags=--image_size=32": "did you mean improved-diffusion?",
         f"{path} new --weights=raw": "holds one set of weights",
-        f"{path} new --ddpm_num_steps=5": "is a checkpoint file, whose schedule --original_flags gives",
+        f"{path} new --ddpm_num_steps=5": "is a checkpoint file, which takes --original_flags instead",
         f"{tmp_path} new --original=improved-diffusion": "is not a checkpoint file: leave --original out",
         f"{tmp_path}/text.pt new": "text.pt cannot be loaded",
     }.items():

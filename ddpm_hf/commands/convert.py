@@ -66,7 +66,7 @@ def run(arguments):
     is_file = os.path.isfile(arguments.model)
     for name in FOLDER_FLAGS if is_file else FILE_FLAGS:
         if name in given:
-            what = "a checkpoint file, whose schedule --original_flags gives" if is_file else "not a checkpoint file"
+            what = "a checkpoint file, which takes --original_flags instead" if is_file else "not a checkpoint file"
             raise UserError(f"{arguments.model} is {what}: leave --{name} out.")
     if is_file and arguments.weights == "raw":
         raise UserError(f"{arguments.model} holds one set of weights: leave --weights out.")

@@ -93,7 +93,11 @@ def add_data_flags(parser):
         help="held-out images: the name of a split, or how many of the training images (a count or a share)",
     )
     add("--class_names", type=names, help="keep only these classes, e.g. cat,dog")
-    add("--channels", type=int, help="number of channels: 1 (grey), 3 (RGB) or 4 (RGBA); for arrays, their own number")
+    add(
+        "--channels",
+        type=int,
+        help="number of channels: 1 (grey), 3 (RGB) or 4 (RGBA); for arrays, as many as they have",
+    )
     add(
         "--pixel_range",
         type=names,

@@ -112,8 +112,8 @@ class ModelOptions:
     )
     init_from: str | None = flag(
         None,
-        "Model whose weights to start from: Hub id, or folder of a pipeline, a checkpoint or a UNet; if you do not "
-        "give their flags, its noise schedule, prediction type, image size and architecture are used too [added]",
+        "Model whose weights to start from: Hub id, or folder of a pipeline, a checkpoint or a UNet; its noise "
+        "schedule, prediction type, image size and architecture are used too, unless you give their flags [added]",
     )
     base_channels: int | None = flag(None, "Channels of the first level; default: 128 [added]", at_least=1)
     channel_mults: list[str] | None = flag(

@@ -205,7 +205,7 @@ def scale(images):
 
 
 def draw_augmentations(ordinals, config, random_crop):
-    """Return the random arguments of `read_batch` for a range of ordinals: `crop_generators` and `mirrored`."""
+    """Return the random arguments `crop_generators` and `mirrored` of `read_batch`, for images with these ordinals."""
     generators = [keyed_generator(config.seed, "augment", n) for n in ordinals] if random_crop else None
     mirrored = draws_for(ordinals, flips, config.seed, FLIP_BLOCK) if config.random_flip else None
     return {"crop_generators": generators, "mirrored": mirrored}

@@ -74,7 +74,7 @@ def survey(items, channels, pixel_range, size, pages=None) -> tuple[int, list[st
     if channels is None and len(found) > 1 and not found <= {1, 3}:
         raise UserError(
             f"the images have different numbers of channels ({', '.join(map(str, sorted(found)))}): give --channels "
-            "with one of these numbers, and only the images that have it."
+            "with one of these numbers, and leave out the images with other numbers."
         )
     depths = [kind.depth for kind in kinds]
     is_plain = channels is None and 3 in found and not any(kind.is_array for kind in kinds)

@@ -72,8 +72,8 @@ class PaperDDPMScheduler(DDPMScheduler):
     def arguments(self) -> dict:
         """The arguments of DDPMScheduler that make this scheduler: its config without the entries that begin with _.
 
-        `from_config` would ignore the arguments in the entry `_use_default_values`. diffusers lists an argument there
-        even if it was given by position.
+        With the entry `_use_default_values`, `from_config` would ignore all arguments that this entry lists. diffusers
+        lists an argument there even if it was given by position.
         """
         return {name: value for name, value in self.config.items() if not name.startswith("_")}
 
@@ -313,7 +313,7 @@ class PaperDDPMScheduler(DDPMScheduler):
 
 
 def _of_diffusers(beta_schedule: str) -> Callable[..., PaperDDPMScheduler]:
-    """Return the function that BETA_SCHEDULES has for a `beta_schedule` of diffusers."""
+    """Return the entry of BETA_SCHEDULES for a `beta_schedule` of diffusers, e.g. "linear"."""
 
     def schedule(num_train_timesteps: int, **config) -> PaperDDPMScheduler:
         _check_num_timesteps(num_train_timesteps)

@@ -40,7 +40,7 @@ def spread_timesteps(ordinals: Tensor, num_train_timesteps: int, seed: int) -> T
     The timestep of image n is floor(T ((u + n phi) mod 1)), where phi is the golden ratio and u is a random number in
     [0, 1) for the whole run. Each timestep is uniform. But every batch has small and large timesteps, so its mean loss
     varies less. The low-discrepancy sampler of Kingma et al. 2021 (Variational Diffusion Models, appendix I.1) has the
-    same aim. It gives image i of a batch (u + i / B) mod 1. Here nothing depends on the batch.
+    same aim. There, image i of a batch uses (u + i / B) mod 1. Here, nothing depends on the batch.
     """
     phi = (5**0.5 - 1) / 2  # the golden ratio without its whole part
     u = torch.rand((), dtype=torch.float64, generator=keyed_generator(seed, "timesteps"))

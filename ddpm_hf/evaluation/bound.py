@@ -59,7 +59,7 @@ def bits_per_dim(look: Look) -> list[dict]:
 
 
 def bound_rows(evaluation) -> tuple[Any, list[int], list[int] | None]:
-    """Return the ImageSet of bits_per_dim, the indices of the images to use, and the indices of the pilot images.
+    """Return the ImageSet for bits_per_dim, the indices of the images to use, and the indices of the pilot images.
 
     The pilot images are a few of the images to use. All T terms of their bounds are computed first, to decide how
     often each timestep is drawn. If all T terms of every image are computed anyway, there are no pilot images, and

@@ -59,7 +59,7 @@ class Cifar10Classifier(SmallClassifier):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return float32 features (B, 224) and logits (B, 10) for square uint8 images (B, 3, H, H).
 
-        H must be a multiple of 32. Larger images are reduced to 32x32 by averaging squares of pixels.
+        H must be a multiple of 32. Larger images are reduced to 32x32 by averaging square blocks of pixels.
 
         Raises:
             UserError: for images of another type or size.

@@ -185,7 +185,7 @@ def describe_unlike(unlike: dict[str, str]) -> str:
 
 
 def group_of(field: str) -> str:
-    """Return the name of a group of fields, for `vary`: "sampler", "data", or the last part of the dotted field."""
+    """Return the short name for a field in `vary`: "sampler", "data", or the last part of the dotted field."""
     start, _, rest = field.partition(".")
     return start if start in ("sampler", "data") else rest.rpartition(".")[2] or start
 

@@ -54,7 +54,7 @@ def kid(look: Look) -> list[dict]:
 def precision_recall(look: Look) -> list[dict]:
     """Return precision, recall, density and coverage of the generated images.
 
-    The last generated images are left out if there are more of them than features of real images.
+    If there are more generated images than features of real images, the last generated images are left out.
     """
     real = look.train.features
     features = look.generated.features[: len(real)]

@@ -76,7 +76,7 @@ def memorization_report(
 
     A pair is (index of a generated image, index of its nearest training image, distance). At most `num_held_out`
     held-out images are used, evenly spaced. They are split into two halves, A and B. The measures are:
-    - threshold: a distance. 1 % of the images in A are nearer than it to a training image.
+    - threshold: a distance. For 1 % of the images in A, the nearest training image is nearer than this.
     - share_below_threshold: the share of generated images that are nearer to a training image than the threshold.
       This measure finds a few close copies.
     - authpct: the percentage of generated images that are authentic (Alaa et al. 2022). Image x is authentic if its

@@ -19,7 +19,7 @@ FEWEST = 40  # images, because a standard error is estimated from 20 blocks of a
 class Look:
     """The input of a metric. The last four attributes are None for a metric without an extractor.
 
-    `look.entry(id, value, lower_is_better=..., se=..., floor=...)` makes an entry.
+    `look.entry(id, value, lower_is_better=..., se=..., floor=...)` makes an entry for the record.
 
     Attributes:
         evaluation: `evaluation.train` and `evaluation.held_out` are the real images. Their method `get(indices)`

@@ -167,7 +167,7 @@ def is_record(content: dict) -> bool:
 
 
 def is_entry(entry) -> bool:
-    """Return whether a value is a metric's entry in a record. It must be marked as skipped, or have all numbers."""
+    """Return whether a value is a metric's entry in a record. An entry may lack numbers only if marked as skipped."""
     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
         return False
     if not isinstance(entry.get("extra", {}), dict) or not isinstance(entry.get("reason"), (str, type(None))):

@@ -423,7 +423,7 @@ def _split_qkv(name: str, tensor: Tensor, flags: dict, head_dim: int | None) -> 
     width = len(tensor) // 3
     if len(tensor) % 3 or width % (head_dim or width):
         raise ValueError(
-            f"its {name} has {len(tensor)} rows, but heads of {head_dim} channels need others: give the right flags"
+            f"its {name} has {len(tensor)} rows, which do not fit heads of {head_dim} channels: give the right flags"
         )
     heads = 1 if flags.get("use_new_attention_order") else width // (head_dim or width)
     rows = tensor.reshape(heads, 3, width // heads, *tensor.shape[1:])

@@ -46,7 +46,7 @@ def read_mask(path: Path) -> torch.Tensor:
 
 
 def read_masks_in_memory(mask):
-    """Convert a mask, or each mask of a list, with `painted_pixels` if it is a PIL image. Return the result."""
+    """Return a mask or a list of masks, with PIL images converted by `painted_pixels`."""
     if isinstance(mask, (list, tuple)):
         return [read_masks_in_memory(one) for one in mask]
     return painted_pixels(mask, "the mask") if isinstance(mask, Image.Image) else mask

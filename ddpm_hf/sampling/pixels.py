@@ -107,7 +107,7 @@ def trained_range(model: Pretrained) -> tuple[float, float] | None:
 
 
 def recorded_format(record: dict | None) -> PixelFormat | None:
-    """Return the format in the record of samples. Return None if the record has none: 8-bit images, grey or RGB."""
+    """Return the format that a record of samples states, or None, which means 8-bit images, grey or RGB."""
     if not record or "pixels" not in record:
         return None
     pixels = record["pixels"]

@@ -218,8 +218,9 @@ class Sampler:
             return lines
         return [
             *lines,
-            f"Warning: sampling starts from pure noise at t = {first}, but at this t the model expects a part of an "
-            f"image (abar is {signal:.2g}): give --timesteps trailing, which starts at t = {last}.",
+            f"Warning: sampling starts from pure noise at t = {first}, but at this t the model was trained on "
+            f"images that are not pure noise (abar is {signal:.2g}): give --timesteps trailing, which starts at "
+            f"t = {last}.",
         ]
 
 

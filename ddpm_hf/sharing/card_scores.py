@@ -52,7 +52,7 @@ def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
 
 
 def way_of_drawing(record: dict) -> dict:
-    """Return the settings of a record's sampler without the seed. They are equal for all images of a table."""
+    """Return a record's sampler settings without the seed. All images behind a card's tables have the same ones."""
     return record["sampler"] | {"seed": None}
 
 
@@ -129,8 +129,8 @@ def no_scores(records: dict[str, dict], name: str) -> str:
         return f"Not scored yet: {command} scores {scored}, and adds the scores here."
     most = SUITES["smoke"]["num_images"]
     return (
-        f"Only a quick check was made (`--suite smoke`), which is too small for its scores to be shown: {command} "
-        f"scores {scored}, and more than {most} are enough."
+        "Only a quick check was made (`--suite smoke`), and it used too few images for its scores to be shown. More "
+        f"than {most} images are enough: {command} scores {scored}."
     )
 
 

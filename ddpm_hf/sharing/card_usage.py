@@ -89,12 +89,12 @@ def fewer_steps(name: str, scheduler: dict) -> str:
     else:
         call = f"DDIMPipeline.from_pretrained({in_python(name)})(num_inference_steps={few}).images[0]"
         sentences.append(
-            f"To draw in fewer steps: {code(call)}. If the number of steps divides {steps}, these are the images of "
-            "`ddpm_hf sample --sampler ddim`."
+            f"To draw in fewer steps: {code(call)}. If the number of steps divides {steps}, the images are those "
+            "that `ddpm_hf sample --sampler ddim` draws."
         )
     if is_learned and ends_at_0:
         sentences.append(
-            f"In fewer steps than {steps}, `DDPMPipeline` draws the images of `ddpm_hf sample --timesteps "
+            f"In fewer steps than {steps}, `DDPMPipeline` draws the same images as `ddpm_hf sample --timesteps "
             f"{scheduler['timestep_spacing']}`."
         )
     elif scheduler["variance_type"] != "fixed_small":

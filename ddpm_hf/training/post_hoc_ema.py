@@ -96,7 +96,7 @@ def average_after_training(
 
 
 def cost(row: dict) -> float:
-    """Return the measured value of a row of "lengths", with its sign changed if higher values are better."""
+    """Return the value that was measured for one length, negated if higher values are better."""
     return row["value"] if row["lower_is_better"] else -row["value"]
 
 
