@@ -18,7 +18,8 @@ def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
     `keyed_generator(config.seed, "noise", image_ordinal)`.
 
     torch's CPU generator keeps only 32 bits of a seed, so there are 2^32 streams. Two different keys share a
-    stream with a probability of 2^-32. Among a million keys, about 116 pairs share one. Expected values stay right.
+    stream with a probability of 2^-32. Among a million keys, about 116 pairs share one. This does not bias
+    expected values.
     """
     digest = hashlib.blake2b("/".join(map(str, (seed, *key))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

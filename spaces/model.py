@@ -87,9 +87,9 @@ class Model:
 
     @cached_property
     def max_evaluations(self) -> int:
-        """The number of UNet evaluations that a request may use. One evaluation takes one image.
+        """The number of UNet evaluations, each of one image, that a request may use.
 
-        This machine can do this number in DDPM_REQUEST_SECONDS. It is measured, and rounded down to two digits.
+        It is how many this machine does in DDPM_REQUEST_SECONDS, as measured, rounded down to two digits.
         """
         labels, ends = self.class_numbers(IN_TURN, 4), [time.perf_counter()]
         for x_0 in self.draw(range(4), "DDIM", min(4, self.T), labels):

@@ -110,12 +110,12 @@ def seed_box(name: str | None = None) -> gr.Number:
 
 
 def next_seeds(name: str, trigger, inputs: list, seed: gr.Number, *, count: str, first: list | None = None):
-    """Set the seed to the next one at each `trigger`, if the images of the current settings are already drawn.
+    """At each `trigger`, advance the seed by `count` if the images of the current settings are already drawn.
 
-    Return the trigger of what comes next.
+    Return a trigger that fires after this. Draw the images at this trigger, so that they use the new seed.
 
     Args:
-        count: a JavaScript expression: how many seeds a press takes. In it, `settings` has the values of the inputs.
+        count: a JavaScript expression. In it, `settings` is the list of the values of the inputs.
         first: the values of the inputs for the images that the page opens with. None: the page opens without images.
     """
     js = NEXT.replace("NAME", name).replace("PLACE", str(inputs.index(seed))).replace("COUNT", f"({count})")
@@ -217,9 +217,9 @@ def with_data(js: str, name: str, data) -> str:
 
 
 def mark_stale(name: str, inputs: list, status: gr.HTML, triggers: list, *, again: str):
-    """Mark the results of a tab as old while the inputs differ from the inputs of these results.
+    """Mark the results of a tab as old while its inputs are not those that the results were drawn with.
 
-    An event of `triggers` draws new results. `again` says how a visitor can do so.
+    The events `triggers` draw new results. `again` tells a visitor how, e.g. "press Compare".
     """
     changes = [one.input if hasattr(one, "input") and not isinstance(one, gr.Number) else one.change for one in inputs]
     js = STALE.replace("NAME", name).replace("AGAIN", again)

@@ -238,7 +238,7 @@ def test_a_damaged_later_checkpoint_is_kept_under_another_name(tmp_path, capsys)
     capsys.readouterr()
     train(parse_config([*flags, "--max_train_steps=4", "--resume_from_checkpoint=latest"]))
     said = capsys.readouterr().out
-    assert "Resuming from" in said and "it is now checkpoint-4.damaged." in said
+    assert "Resuming from" in said and "so it was renamed to checkpoint-4.damaged." in said
     assert (tmp_path / "run" / "checkpoint-4.damaged" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "checkpoint-9.damaged" / "thesis.txt").read_text() == "mine"
     assert (tmp_path / "run" / "checkpoint-4" / "state.pt").is_file()

@@ -233,7 +233,8 @@ def test_every_level_halves_both_sides(tmp_path):
     with pytest.raises(UserError, match="--resolution 12x34 cannot be halved 2 times.* sides that are multiples of 4"):
         build(resolution="12x34", channel_mults=[1, 2, 2])
     with pytest.raises(
-        UserError, match=r"has 8, but the levels of this UNet are \[12, 6\] .* \(their shorter sides\)"
+        UserError,
+        match=r"has 8, but the levels of this UNet have sides of \[12, 6\] .* \(the shorter side of each level\)",
     ):
         build(resolution="12x32", channel_mults=[1, 2], attention_resolutions=[8])
     untrained_unet([12, 32], channels=3).save_config(tmp_path)

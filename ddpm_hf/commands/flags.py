@@ -63,8 +63,8 @@ def add_sampler_flags(parser, name="ddpm, ancestral sampling", steps="all T for 
     add(
         "--variance_type",
         choices=["fixed_small", "fixed_large", "learned_range"],
-        help="variance of ddpm's noise; default: the variance type of the model; but if this is fixed_large and fewer "
-        "than T steps are taken, fixed_small",
+        help="variance of ddpm's noise; default: the variance type of the model, but fixed_small instead of "
+        "fixed_large if fewer than T steps are taken",
     )
     add(
         "--dtype",

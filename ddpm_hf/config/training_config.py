@@ -180,8 +180,8 @@ class DiffusionOptions:
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
         "epsilon",
         "What the UNet predicts: epsilon (the noise), sample (the clean image), or v_prediction (a mix of both). "
-        "With sample, all timesteps weigh the same in the loss; --snr_gamma 1e9 weights it by the SNR, as diffusers' "
-        "script does",
+        "If it predicts sample, all timesteps have the same weight in the loss. --snr_gamma 1e9 weights them by the "
+        "SNR, as diffusers' script does",
     )
     rescale_betas_zero_snr: bool = flag(
         False, "Change the noise schedule so that its last timestep is pure noise; not for epsilon prediction [added]"

@@ -146,7 +146,7 @@ def _describe(source, held_out, rows, classes, several):
 
 
 def _unused_classes(features, is_listed):
-    """If a column is named like classes but is not used, return a list with one phrase about it, else []."""
+    """Return a list with one phrase about a column of LABEL_NAMES that is not used for classes, else []."""
     for name in sorted(LABEL_NAMES & set(features or {})):
         dtype = getattr(features[name], "dtype", "")
         if is_listed and _can_be_classes(dtype):

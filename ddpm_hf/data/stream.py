@@ -45,7 +45,10 @@ class StreamedSet(Dataset):
         return self.num_images
 
     def get(self, indices):
-        """Return the images at `indices`, (B,C,H,W) float32 in [-1, 1]. Indices from 64 on are left out."""
+        """Return the images at `indices`, (B,C,H,W) float32 in [-1, 1].
+
+        Only the first 64 images of the stream are kept for this, and larger indices are left out.
+        """
         return read_batch([self.sample[k] for k in indices if k < len(self.sample)], self.read, self.size)
 
     def state_dict(self):

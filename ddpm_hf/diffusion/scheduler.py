@@ -382,6 +382,6 @@ def _pairs(rising_timesteps) -> list[tuple[int, int]]:
 
 
 def _like(coefficient: Tensor, sample: Tensor) -> Tensor:
-    """Return coefficients, one per image, so that they multiply `sample`: in its dtype, but at least float32."""
+    """Return coefficients, one per image, shaped to multiply `sample`, in its dtype but at least float32."""
     dtype = torch.promote_types(sample.dtype, torch.float32)
     return coefficient.to(dtype).to(sample.device, non_blocking=True).reshape(-1, *[1] * (sample.ndim - 1))

@@ -191,7 +191,7 @@ def group_of(field: str) -> str:
 
 
 def check_vary(vary: list[str], fields: list[str]):
-    """Raise a UserError if a name in `vary` is not one of the dotted `fields`, and not a beginning such as sampler."""
+    """Raise a UserError if a name in `vary` is neither one of the dotted `fields` nor the beginning of one."""
     parts = [field.split(".") for field in fields]
     known = dict.fromkeys(".".join(part[:n]) for part in parts for n in range(1, len(part) + 1))
     for name in vary:

@@ -1,8 +1,9 @@
 """A small digit classifier that scores models of MNIST. Its weights come with the package.
 
 The metric `fd_mnist-<first 8 digits of the SHA256 of the weights>` is the Fréchet distance in the features of this
-classifier. It is not FID. With another classifier, values differ: by up to a factor of two if only the seed of its
-training was another. The weights are therefore fixed. This command made them in about two minutes on one CPU core:
+classifier. It is not FID. Another classifier gives other values. They differ by up to a factor of two even if only the
+seed of its training differs. The weights are therefore fixed. This command made them in about two minutes on one CPU
+core:
 
     python -m ddpm_hf.evaluation.train_classifier digits --dataset_name ylecun/mnist --output digits.safetensors
 """

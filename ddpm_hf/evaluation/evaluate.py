@@ -374,7 +374,7 @@ def entries_of(name: str, look: Look) -> list[dict]:
 def _real_features(evaluation: Evaluation, name: str) -> tuple[Reference, Reference | None]:
     """Return the References of the training images and of the held-out images. Compute them once per extractor.
 
-    The Reference of the held-out images is None if there are fewer than FEWEST.
+    The Reference of the held-out images is None if fewer than FEWEST images are held out.
     """
     if name not in evaluation.real:
         extractor = evaluation.extractors[name]
@@ -443,7 +443,7 @@ def check_count(evaluation: Evaluation):
 
 
 def warnings_about(evaluation: Evaluation) -> list[str]:
-    """Return the lines to print before the work: warnings, and the size of the images if there is no model."""
+    """Return the lines to print before the work: warnings and, without a model, the size to score images at."""
     reasons = by_reason({name: evaluation.why_skipped(name) for name in evaluation.metrics})
     lines = [f"Warning: {ids} will be skipped: {reason}" for ids, reason in reasons]
     if evaluation.model is None:

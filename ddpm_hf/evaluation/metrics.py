@@ -77,7 +77,7 @@ def _photos(train, model) -> bool:
 CLOSENESS = {
     "precision": "precision: share of images close to a real image",
     "recall": "recall: share of real images close to a generated image",
-    "density": "density: how many real images are close to an image",
+    "density": "density: how many real images are close to a generated image",
     "coverage": "coverage: share of real images with a neighbour",
 }
 

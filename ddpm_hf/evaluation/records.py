@@ -17,8 +17,8 @@ from ..sizes import write_size
 
 EVALUATION_SCHEMA = "ddpm_hf.eval/1"
 COPYING = (
-    "Is the model copying? Yes, if authpct or median_ratio is far below the value of real images, or another score is "
-    "far above it."
+    "Is the model copying? Yes, if authpct or median_ratio is far below the value of real images, or another "
+    "memorization score is far above it."
 )
 NOTHING_KNOWN = "A model that knows nothing about the images has 8 bits_per_dim, because a pixel value has 8 bits."
 PACKAGES = ["ddpm_hf", "torch", "diffusers", "transformers", "numpy", "pillow"]

@@ -129,8 +129,8 @@ def unet_kwargs(config, channels: int, saved: dict | None = None) -> dict:
     attention = sizes[-2:-1] if config.attention_resolutions is None else config.attention_resolutions
     if unknown := sorted(set(attention) - set(sizes)):
         raise UserError(
-            f"--attention_resolutions has {unknown[0]}, but the levels of this UNet are {sizes} pixels wide"
-            f"{'' if sides[0] == sides[1] else ' (their shorter sides)'}: choose from these widths."
+            f"--attention_resolutions has {unknown[0]}, but the levels of this UNet have sides of {sizes} "
+            f"pixels{'' if sides[0] == sides[1] else ' (the shorter side of each level)'}: choose from these sizes."
         )
     base = 128 if config.base_channels is None else config.base_channels
     block_out_channels = [base * mult for mult in mults]

@@ -75,15 +75,17 @@ def check_unet(config: dict, index: dict | None = None):
     embeddings = config.get("num_class_embeds")
     if labels and embeddings and embeddings - len(labels) not in (0, 1):
         raise ValueError(
-            f"it names {len(labels)} classes, but its num_class_embeds is {embeddings}, and only the last one "
-            'may have no name, for "no class"'
+            f"it names {len(labels)} classes, but its num_class_embeds is {embeddings}, and must be the number of "
+            'classes, or one more with "no class"'
         )
     channels = config.get("in_channels", 3)
     try:
         output_shape = _output_shape(json.dumps(config), channels, height, width)
     except Exception as error:  # diffusers checks little, so a bad config may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"the UNet2DModel of its unet config cannot be built or cannot draw ({reason})") from error
+        raise ValueError(
+            f"its UNet config describes a UNet2DModel that cannot be built or cannot draw images ({reason})"
+        ) from error
     if output_shape[2:] != (height, width):
         raise ValueError(f"its UNet turns {height}x{width} pixels into {output_shape[2]}x{output_shape[3]}")
     if output_shape[1] not in (channels, 2 * channels):

@@ -208,8 +208,8 @@ def _check_tensors(tensors):
         raise ValueError("it has no convolution input_blocks.0.0: give a checkpoint of one of these programs")
     if first.shape[1] == 6:
         raise ValueError(
-            "its input_blocks.0.0 takes 6 channels, so it enlarges images, and diffusers has no such pipeline for a "
-            "UNet2DModel: give a model that draws from noise"
+            "its input_blocks.0.0 takes 6 channels, so it enlarges images, and diffusers has no pixel-space "
+            "pipeline that does this with a UNet2DModel: give a model that draws from noise"
         )
 
 

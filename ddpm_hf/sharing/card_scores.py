@@ -137,7 +137,7 @@ def no_scores(records: dict[str, dict], name: str) -> str:
 def scores(records: dict[str, dict], chosen: list[tuple[str, dict]], name: str) -> str:
     """Return Markdown with tables of the chosen scores, and how each of their records was measured.
 
-    The scores about copying have a table of their own, because neither direction is better.
+    The scores about copying have their own table, because for them neither lower nor higher values are better.
     """
     if not chosen:
         return no_scores(records, name)
@@ -161,9 +161,9 @@ def scores(records: dict[str, dict], chosen: list[tuple[str, dict]], name: str) 
             ]
         )
     what = (
-        "The column “real images” has the score of the same number of real held-out images, or of all if there are "
-        "fewer. A good model comes close to it. “images” is how many were scored. “measured” links to the record, "
-        "which has every detail:"
+        "“images” is how many images were scored. “real images” is the score of as many held-out real images, or of "
+        "all if there are fewer. A good model comes close to it. “measured” links to the record, which has every "
+        "detail:"
     )
     if any(entry["id"] == "bits_per_dim" for _, entry in chosen):
         what = f"{NOTHING_KNOWN} {what}"

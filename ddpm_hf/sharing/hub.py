@@ -33,7 +33,7 @@ def create_repository(name: str, private: bool = False, token: str | None = None
     A run calls this function before its first step. If it cannot push, it fails before the training and not after it.
 
     Args:
-        private: whether the repository must be private. If False, the Hub decides about a new one.
+        private: whether the repository must be private. If False, a new one gets the default of its owner on the Hub.
         space: for a Space, the arguments `repo_type` and `space_sdk` of `HfApi.create_repo`.
 
     Raises:

@@ -352,7 +352,9 @@ def set_damaged_aside(output_dir: Path, checkpoint: Path) -> list[str]:
             while os.path.lexists(aside := path.with_name(f"{path.name}.damaged{f'-{number}' * (number > 1)}")):
                 number += 1
             path.rename(aside)
-            sentences.append(f"Warning: {path} is not a complete checkpoint of this version; it is now {aside.name}.")
+            sentences.append(
+                f"Warning: {path} is not a complete checkpoint of this version, so it was renamed to {aside.name}."
+            )
     return sentences
 
 

@@ -35,10 +35,10 @@ def average_after_training(
     num_images: int | None = None,
     step: int | None = None,
 ) -> dict:
-    """Write a pipeline whose weights are averaged over another length than during training, and return its facts.
+    """Write a pipeline whose weight average has another length than in training, and return its facts.
 
-    If there are several lengths, each is measured. The pipeline of the best length is written, with a plot
-    ema_sweep.png beside it.
+    ddpm_hf/models/post_hoc_ema.py defines the length of an average. If there are several lengths, each is measured.
+    The pipeline of the best length is written, with a plot ema_sweep.png beside it.
 
     Args:
         folder: a run with --ema_snapshots.
@@ -50,9 +50,9 @@ def average_after_training(
 
     Returns:
         The facts, which are also written to ema.json: the chosen "length", the "step", "by" (None for one length) and
-        "lengths", a list with a dict for each length. The dict has the "length" and the "error": the relative error of
-        the average, because snapshots give it only approximately. The dict of a measured length also has the "value"
-        and "lower_is_better".
+        "lengths", a list with a dict for each length. The dict has the "length" and the "error", the relative error of
+        the average that is computed from the snapshots. The dict of a measured length also has the "value" and
+        "lower_is_better".
 
     Raises:
         UserError: if the run has no pipeline yet or no snapshots, if a length is too small or too large, or if `by`

@@ -39,7 +39,7 @@ DECIDE = {
 
 
 def facts_to_compare(run, step: int) -> dict:
-    """Return facts about the data, the steps and the learning rate of a run that do not follow from its flags alone.
+    """Return facts about the data, steps and learning rate of a run, which its flags alone do not determine.
 
     The checkpoint of the optimizer step `step` saves these facts.
     """

@@ -26,7 +26,9 @@ def start_tracker(config, accelerator):
         folder.mkdir(parents=True, exist_ok=True)  # wandb uses another folder if this one is missing
         accelerator.init_trackers("ddpm_hf", config=flags, init_kwargs={"wandb": {"dir": str(folder)}})
     except Exception as error:  # each tracker raises its own errors
-        raise UserError(f"--logger {config.logger} cannot start ({error}): set it up, or give none.") from error
+        raise UserError(
+            f"--logger {config.logger} cannot start ({error}): set it up, or give --logger none."
+        ) from error
 
 
 @functools.cache

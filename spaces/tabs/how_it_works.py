@@ -25,9 +25,10 @@ and adds no noise."""
 
 # Gradio passes these arguments by position. Its API uses their names.
 def forward(model: Model, source, upload, drawing, t, seed):
-    """Return (gallery, status, percentage of the image in x_t).
+    """Return (gallery, status, 100 alpha_bar).
 
-    The gallery shows x_0, x_t and the x_0 that the network predicts from x_t.
+    The gallery shows x_0, x_t and the x_0 that the network predicts from x_t. The page shows the number as the image's
+    share of x_t, in percent.
     """
     t, seed = whole("t", t, 0, model.T), whole("seed", seed, 0, MAX_SEED)
     x_0 = visitor_image(model, source, upload, drawing, seed)
