@@ -44,7 +44,7 @@ def check_processes():
 def gather_in_order(numbers: Iterable[int], values: Iterable) -> list:
     """Return the values of all processes, sorted by `numbers`. All processes must call this function.
 
-    Each process gives its own `values`, and in `numbers` one number for each value. Each gets the values of all.
+    Each process passes its own `values`, and `numbers` with one number for each value. Each gets the same full list.
     """
     return [value for _, value in sorted(gather_object(list(zip(numbers, values))), key=lambda pair: pair[0])]
 

@@ -208,7 +208,7 @@ class ReconstructionPipeline(DiffusionPipeline):
             num_images: at least 2. The first and the last are reconstructions of a and b.
             num_inference_steps, num_fixed_point_iterations, output_type: see `invert` and `decode`.
             class_labels: one number for all images, or None; see `invert`.
-            generator: one for both random latents, first that of a, or a list of two: one for a and one for b.
+            generator: one, or a list with one for a and one for b. A single one draws the latent of a, then that of b.
 
         Raises:
             ValueError: for images or arguments that do not suit this model.

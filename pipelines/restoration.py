@@ -338,7 +338,7 @@ class RestorationPipeline(DiffusionPipeline):
         return 2 * image - 1, None if is_unknown else 2 * sigma.expand(N)
 
     def check_inputs(self, num_images: int, steps: int, samples: int, eta: float, generator):
-        """Raise ValueError for numbers out of range, and for a conditional UNet without "no class"."""
+        """Raise ValueError for numbers out of range, and for a conditional UNet with no embedding for "no class"."""
         check_steps(steps, self.scheduler.config.num_train_timesteps)
         check_generator(generator, num_images)
         _check(isinstance(samples, int) and samples >= 1, f"num_samples is {samples}; give a whole number from 1 on.")

@@ -108,7 +108,7 @@ class Model:
     def quick_steps(self, number: int) -> int:
         """Return how many DDIM steps draw `number` images in about QUICK_SECONDS: 10 to 50.
 
-        If a request may not use as many steps, return the number that a request may use.
+        If a request may not use so many steps, return the most that it may use.
         """
         steps = int(QUICK_SECONDS * self.speed / number)
         return self.affordable_steps(number, min(50, max(10, steps)))

@@ -93,7 +93,7 @@ def seed_box(name: str | None = None) -> gr.Number:
     """Return a box for the seed, with a button that sets a random one.
 
     Args:
-        name: the tab, if each press of its button takes the next seeds, see `next_seeds`. None: the seed stays.
+        name: the name of the tab, if its main button changes the seed, see `next_seeds`. None: it does not.
     """
     info = None if name is None else "each press takes the next seeds, but keeps a seed that you typed"
     with gr.Row(elem_classes="seed"):
@@ -195,7 +195,7 @@ def restore_from_link(page: gr.Blocks, tabs: gr.Tabs, settings: dict[str, dict],
 
     Args:
         settings: for each tab, by its name, the dict that its `add` returned.
-        highest: upper bounds, by the name of the setting. A slider may end lower when the page loads.
+        highest: the upper bound of a setting, by its name, if its slider has a lower maximum when the page loads.
     """
     about = {
         name: {key: _range(one, highest.get(key)) for key, one in part.items()} for name, part in settings.items()

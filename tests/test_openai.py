@@ -102,7 +102,7 @@ REFUSED = [
     ("cifar10", "{} --learn_sigma False", dict, "out.2.weight makes a conv_out.weight of shape (6"),
     ("cifar10", "{} --diffusion_steps 500", dict, "time_embed.0 is given 1000 t/500"),
     ("cifar10", "{} --noise_schedule cosin", dict, "give linear or cosine"),
-    ("cifar10", "{} --image_size 48", dict, "--image_size is 48"),
+    ("cifar10", "{} --image_size 48", dict, "do not follow from --image_size 48"),
     ("cifar10", "{}", without("middle_block.1.qkv.bias"), "lacks middle_block.1.qkv.bias"),
     ("cifar10", "{}", lambda t: t | {"extra.weight": t["out.0.bias"]}, "its extra.weight has no place"),
     ("cifar10", "{}", lambda t: t | {"out.0.bias": t["out.0.bias"] / 0}, "not all finite"),

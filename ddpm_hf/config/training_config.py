@@ -408,8 +408,9 @@ class TrainingConfig(*reversed(GROUPS)):
             )
         if self.rescale_betas_zero_snr and self.snr_gamma is not None:
             raise UserError(
-                "--rescale_betas_zero_snr makes the SNR of the last timestep 0, and with --snr_gamma so is its weight "
-                "in the loss, so the first step of sampling would not be trained: leave one of the two out."
+                "--rescale_betas_zero_snr makes the SNR of the last timestep 0. With --snr_gamma, this timestep then "
+                "has the weight 0 in the loss, so the first step of sampling would not be trained: leave one of the "
+                "two out."
             )
         if self.objective == "classify":
             unused = ["class_conditional", "eval_metrics", "model_config_name_or_path", "init_from", "snr_gamma"]

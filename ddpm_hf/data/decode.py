@@ -67,13 +67,13 @@ def to_array(image, channels=None, exact=False, pixel_range=None):
     Args:
         image: a Pillow image, or an array (H,W,C).
         channels: for a Pillow image: 1 (grey), 2 (grey and opacity), 3 (RGB) or 4 (RGBA); None: 3. With 1 or 3,
-            transparent parts become white. For an array: as many channels as the array has, or None. If it has one
-            channel, 3 is allowed too.
+            transparent parts become white. For an array: None, or the number of channels that it has. An array of one
+            channel can also become 3 equal channels.
         pixel_range: the values of black and white in images of more than 8 bits. None: 0 and 65535 for integers, 0
             and 1 for floats.
 
     Raises:
-        UserError: if a value is not finite or outside `pixel_range`, or if the image does not have these channels.
+        UserError: if a value is not finite or outside `pixel_range`, or if `channels` does not suit the image.
     """
     if isinstance(image, np.ndarray):
         return _array_to_array(image, channels, exact, pixel_range)

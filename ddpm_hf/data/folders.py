@@ -132,7 +132,7 @@ def list_files(folder: Path) -> dict[str, tuple[int, int] | None]:
 
 
 def _check_link(root, name, is_folder):
-    """Raise a UserError if a link to a folder, or to a file that would be read, leads out of `root`.
+    """Raise a UserError for a link that leads out of `root`, to a folder or to a file that would be read.
 
     Otherwise, a downloaded dataset could contain links to any file of this machine. Links inside the cache of the Hub
     are allowed, because there the files of a dataset are links to a folder `blobs`.

@@ -1,4 +1,4 @@
-"""Say in an error about data where its flags come from, if the user did not type them."""
+"""Say in an error message where a flag comes from, if the user did not type it."""
 
 import contextlib
 import re

@@ -129,7 +129,7 @@ def _caches(config):
 
 
 def _load_copy(folder, tables, config):
-    """Return the Source of a local copy of a Hub dataset. The note names tables that are not used."""
+    """Return the Source of a local copy of a Hub dataset. Its `note` names tables that are not used."""
     arguments = {"path": str(folder), "name": config.dataset_config_name}
     with loading(folder):
         if not WILDCARDS.isdisjoint(str(folder.resolve())):  # `datasets` would read the path as a pattern

@@ -78,7 +78,7 @@ def _nats_per_pixel(
 
 
 def discretized_log_likelihood(images: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Return the log-probability in nats of each 8-bit pixel: a Gaussian, integrated over the bin of its level.
+    """Return the log-probability in nats of each 8-bit pixel: the log of a Gaussian's integral over the pixel's bin.
 
     This is eq. 13 of Ho et al. 2020. The normal CDF is approximated by tanh, and each probability is raised to at
     least 1e-12, as in the code that computed the published bits/dim. The error is about 0.01 bits/dim at t = 0. All

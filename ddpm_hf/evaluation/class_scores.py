@@ -25,7 +25,7 @@ def fd_cifar10(look: Look) -> list[dict]:
 
 
 def classifier_scores(look: Look, stem: str) -> list[dict]:
-    """Return the scores of a SmallClassifier. `stem` is the beginning of the ids of the Fréchet distances."""
+    """Score the generated images with a SmallClassifier. `stem` begins the ids of the Fréchet distances."""
     entries = frechet(look, f"{stem}-{look.extractor.sha256[:8]}_{look.count}")
     coverage = precision_recall(look)[-1]
     wanted = class_counts(look.evaluation.train, look.train.logits, look.extractor.class_names)

@@ -125,7 +125,7 @@ def comparison(records: dict[str, dict], vary: list[str] = (), markdown: bool = 
 def direction(entries: dict[str, dict]) -> str:
     """Return which values of a score are better: "lower" or "higher".
 
-    Return "" if the entries disagree or do not say it, and for scores about copying.
+    Return "" if the entries give no direction or different ones, and for scores about copying.
 
     Args:
         entries: a dict from the heading of a record to its entry of the score.
@@ -191,7 +191,10 @@ def group_of(field: str) -> str:
 
 
 def check_vary(vary: list[str], fields: list[str]):
-    """Raise a UserError if a name in `vary` is neither one of the dotted `fields` nor the beginning of one."""
+    """Raise a UserError for a name in `vary` that is not one of the dotted `fields` or the beginning of one.
+
+    The beginning of `sampler.eta` is `sampler`.
+    """
     parts = [field.split(".") for field in fields]
     known = dict.fromkeys(".".join(part[:n]) for part in parts for n in range(1, len(part) + 1))
     for name in vary:

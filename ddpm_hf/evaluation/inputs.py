@@ -72,7 +72,7 @@ def choose_sampler(model: Pretrained, sampler: str | Sampler | None, settings: d
     The warnings of the sampler are printed.
 
     Args:
-        settings: fields of the sampler. If they do not set the number of steps, the suite sets it for its own sampler.
+        settings: fields of the sampler. If they set no steps, the suite's own sampler takes the steps of the suite.
         suite: a row of SUITES.
 
     Raises:

@@ -35,7 +35,7 @@ class SmallClassifier(Extractor):
 
     @staticmethod
     def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the scaled input of `body` for uint8 training images, each changed at random."""
+        """Change uint8 training images at random. Return them scaled as `body` needs them."""
         raise NotImplementedError
 
 

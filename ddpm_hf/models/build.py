@@ -178,10 +178,10 @@ def unet_kwargs(config, channels: int, saved: dict | None = None) -> dict:
 def middle_norm_groups(config, norm_num_groups: int, saved: dict | None) -> int | None:
     """Return UNet2DModel's `attn_norm_num_groups`, the groups of the GroupNorm before the middle attention.
 
-    If the result is None, diffusers makes no GroupNorm for blocks with scale_shift, and `norm_num_groups` groups for
-    other blocks. Nichol & Dhariwal's UNet always has the GroupNorm (improved-diffusion `unet.py: AttentionBlock`), so
-    we request it for scale_shift. Earlier versions of this package did not. A network that is resumed from such a
-    checkpoint must be built without the GroupNorm. `saved` is the config of the network in the checkpoint to resume.
+    If the result is None, diffusers leaves out this GroupNorm for scale_shift, and otherwise makes it with
+    `norm_num_groups` groups. Nichol & Dhariwal's UNet always has it (improved-diffusion `unet.py: AttentionBlock`), so
+    we request it for scale_shift. Earlier versions of this package did not. To resume one of their checkpoints, the
+    network must be built without it. `saved` is the config of the network in the checkpoint to resume.
     """
     if config.resnet_time_scale_shift == "default":
         return None

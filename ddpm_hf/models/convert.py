@@ -147,7 +147,10 @@ def _new_scheduler(schedule: dict) -> PaperDDPMScheduler:
 
 
 def _read_unet(folder: Path, config: dict) -> UNet2DModel:
-    """Return the UNet in a folder. Pickles become safetensors first, so that diffusers reads and renames weights."""
+    """Return the UNet in a folder. Pickled weights are first saved as safetensors, which diffusers then loads.
+
+    diffusers also renames weights whose names an earlier version of it wrote.
+    """
     check_shards(folder)
     if any(folder.glob("*.safetensors")):
         return read_network(UNet2DModel, folder)

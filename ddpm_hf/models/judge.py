@@ -186,8 +186,8 @@ def check_schedule(scheduler):
         )
     if signal[-1] == 0 and scheduler.config.prediction_type == "epsilon":
         raise ValueError(
-            "its noise schedule leaves no signal at the end, where a prediction of the noise (prediction_type "
-            "epsilon) does not determine an image"
+            "its noise schedule leaves no signal at the end, so the predicted noise (prediction_type epsilon) says "
+            "nothing about the image there"
         )
 
 

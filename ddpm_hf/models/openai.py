@@ -243,8 +243,8 @@ def _scheduler(flags: dict) -> PaperDDPMScheduler:
         return scheduler
     if T % 1000:
         raise ValueError(
-            f"its time_embed.0 is given 1000 t/{T} (--rescale_timesteps True), but diffusers gives a UNet2DModel "
-            "whole timesteps, so --diffusion_steps must be a multiple of 1000: give such a model"
+            f"with --rescale_timesteps True, its time_embed.0 is given 1000 t/{T}, but diffusers gives a "
+            "UNet2DModel the timesteps 0, 1, 2, ...: give a model whose --diffusion_steps is a multiple of 1000"
         )
     alpha_bar = scheduler.alphas_cumprod64[:: T // 1000]
     before = torch.nn.functional.pad(alpha_bar[:-1], (1, 0), value=1.0)
@@ -260,8 +260,9 @@ def _levels(flags: dict) -> tuple[list[int], list[bool]]:
         rates = [size // int(resolution) for resolution in flags["attention_resolutions"].split(",")]
     except (KeyError, ValueError, ZeroDivisionError):
         raise ValueError(
-            f"--image_size is {size}, --channel_mult {flags.get('channel_mult') or 'not given'} and "
-            f"--attention_resolutions {flags['attention_resolutions']}: give the flags of its training command"
+            f"its levels do not follow from --image_size {size}, --channel_mult "
+            f"{flags.get('channel_mult') or '(not given)'} and --attention_resolutions "
+            f"{flags['attention_resolutions']}: give the flags of its training command"
         ) from None
     widths = [int(flags["num_channels"] * mult) for mult in mults]
     if widths[0] != flags["num_channels"]:

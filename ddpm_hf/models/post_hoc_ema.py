@@ -123,10 +123,11 @@ def inner_products(steps: np.ndarray, gammas: np.ndarray, others: np.ndarray, th
 def mixture(steps: list[int], gammas: list[float], step: int, gamma: float) -> tuple[np.ndarray, float]:
     """Return the factors of a sum of snapshots that approximates another average, and the relative error of the sum.
 
-    `steps` and `gammas` describe the snapshots, `step` and `gamma` the wanted average. The factors are the least
-    squares solution for the shares of the steps (section 3.2 of the paper). The factors must sum to 1, so that weights
-    that never change stay exact. The error is the L2 norm of the difference between the shares in the sum and the
-    wanted shares, divided by the L2 norm of the wanted shares.
+    `steps` and `gammas` describe the snapshots, `step` and `gamma` the wanted average. In an average, each training
+    step has a share (see `inner_products`). By least squares, the factors bring the shares in the sum as close as
+    possible to the wanted shares (section 3.2 of the paper). The factors must sum to 1, so that weights that never
+    change stay exact. The error is the L2 norm of the difference between the shares in the sum and the wanted shares,
+    divided by the L2 norm of the wanted shares.
     """
     t, g = np.array(steps, dtype=np.float64), np.array(gammas, dtype=np.float64)
     wanted = np.array([step], dtype=np.float64), np.array([gamma], dtype=np.float64)

@@ -193,7 +193,7 @@ def _read_recorded(files: list[Path], pixels: PixelFormat) -> np.ndarray:
 
 
 def find_pngs(folder: Path) -> list[Path]:
-    """Return the PNG files of a folder, or of its subfolders (e.g. one per class) if it has none, sorted by name.
+    """Return the sorted PNG files of a folder. If it has none, return those of its subfolders, e.g. one per class.
 
     Raises:
         UserError: if a subfolder is a set of samples of its own, or if the folder and a subfolder have PNG files.

@@ -83,7 +83,7 @@ def is_quick_check(entry: dict, record: dict) -> bool:
 
 
 def is_headline(id: str) -> bool:
-    """Return whether a card's metadata has a score: not if it is about copying or classes, or density or coverage."""
+    """Return False for scores that a card's metadata leaves out: those about copying, classes, density or coverage."""
     return not is_about_copying(id) and not id.startswith(("class_", "density", "coverage"))
 
 

@@ -345,8 +345,8 @@ def check_classes(config, train_set):
         and (train_set.labels is None or train_set.labels.min() < 0)
     ):
         raise UserError(
-            'some of these images may have no class, but --label_dropout 0 trains no "no class" embedding: give e.g. '
-            "--label_dropout 0.1."
+            "some of these images may have no class, but with --label_dropout 0 the network has no embedding for "
+            "them: give e.g. --label_dropout 0.1."
         )
 
 

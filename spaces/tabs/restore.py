@@ -117,7 +117,7 @@ def restore(model: Model, source, upload, drawing, damage, strength, seed, progr
 def first_pictures(model: Model) -> tuple[list[dict], str]:
     """Return the gallery and the status that the tab opens with."""
     if not model.is_fast:
-        return [], "Ready. Choose an image of the model, upload one or draw one."
+        return [], "Ready. Choose the model's own image, upload one or draw one."
     return degrade(model, SOURCES[0], None, "", "Hole", "Medium", 0)
 
 
