@@ -96,7 +96,7 @@ def add_data_flags(parser):
     add(
         "--channels",
         type=int,
-        help="number of channels: 1 (grey), 3 (RGB) or 4 (RGBA); for arrays, as many as they have",
+        help="channels: 1 (grey), 2 (grey and opacity), 3 (RGB) or 4 (RGBA); for arrays, as many as they have",
     )
     add(
         "--pixel_range",

@@ -67,14 +67,14 @@ def survey(items, channels, pixel_range, size, pages=None) -> tuple[int, list[st
         pages: see `decode.open_image`.
 
     Raises:
-        UserError: for an image that cannot be read, or for arrays with different numbers of channels.
+        UserError: for an image that cannot be read, or for arrays of more than one number of channels.
     """
     kinds = [use_file(partial(_kind, pages=pages), item) for item in items]
     found = {kind.channels for kind in kinds}
     if channels is None and len(found) > 1 and not found <= {1, 3}:
         raise UserError(
             f"the images have different numbers of channels ({', '.join(map(str, sorted(found)))}): give --channels "
-            "with one of these numbers, and leave out the images with other numbers."
+            "with one of these numbers, and leave out the arrays with other numbers."
         )
     depths = [kind.depth for kind in kinds]
     is_plain = channels is None and 3 in found and not any(kind.is_array for kind in kinds)

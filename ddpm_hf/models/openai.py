@@ -226,9 +226,9 @@ def _classifier_flags(flags: dict) -> dict:
 def _scheduler(flags: dict) -> PaperDDPMScheduler:
     """Return the scheduler of a model.
 
-    With --rescale_timesteps, the network was trained with the timesteps 1000 t/T. A scheduler of diffusers has only
-    whole timesteps. So for T = 4000, the new scheduler has every 4th timestep of the old one, and the network gets
-    1000 t/T = 0, 1, ..., 999. The new betas keep abar at these timesteps (Nichol & Dhariwal 2021, eq. 19).
+    With --rescale_timesteps, the network was trained with the timesteps 1000 t/T. diffusers gives it 0, 1, 2, ... So
+    for T = 4000, the new scheduler has every 4th timestep of the old one, where 1000 t/T is 0, 1, ..., 999. The new
+    betas keep abar at these timesteps (Nichol & Dhariwal 2021, eq. 19).
     """
     T, name = flags["diffusion_steps"], flags["noise_schedule"]
     if name not in SCHEDULES:
@@ -424,7 +424,7 @@ def _split_qkv(name: str, tensor: Tensor, flags: dict, head_dim: int | None) -> 
     width = len(tensor) // 3
     if len(tensor) % 3 or width % (head_dim or width):
         raise ValueError(
-            f"its {name} has {len(tensor)} rows, which do not fit heads of {head_dim} channels: give the right flags"
+            f"its {name} has {len(tensor)} rows, not 3 times a multiple of {head_dim or 1}: give the right flags"
         )
     heads = 1 if flags.get("use_new_attention_order") else width // (head_dim or width)
     rows = tensor.reshape(heads, 3, width // heads, *tensor.shape[1:])
