@@ -9,8 +9,9 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from ddpm_hf import UserError
+from ddpm_hf import TrainingConfig, UserError
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.models.pretrained import Pretrained
 from ddpm_hf.pictures import image_sheet, to_uint8
 from ddpm_hf.sampling.samplers import draw, image_generators
 from ddpm_hf.training import figures
@@ -142,7 +143,8 @@ def test_gif_of_28_px_images_loops_rests_and_is_small(tmp_path):
 
 
 def test_the_ddim_sheet_has_a_labelled_row_for_each_number_of_steps(tmp_path, unet, scheduler):
-    path = figures.ddim_sheet(unet, scheduler, tmp_path / "ddim.png", seed=5, num_images=2)
+    model = Pretrained(unet, scheduler, {}, {}, tmp_path)
+    path = figures.ddim_sheet(model, tmp_path / "ddim.png", seed=5, num_images=2)
     picture = np.asarray(Image.open(path))
     assert figures.ddim_steps(10) == [5, 10] and figures.ddim_steps(30) == [5, 10, 20, 30]
     left = picture.shape[1] - (2 * 128 + 4)
@@ -153,7 +155,7 @@ def test_the_ddim_sheet_has_a_labelled_row_for_each_number_of_steps(tmp_path, un
         top = 32 + row * 132
         assert (picture[top : top + 128, left:] == np.asarray(figures.tile(figures.resize(images, 128), 2))).all()
         assert picture[top : top + 128, :left].min() < 50  # the label
-    many = Image.open(figures.ddim_sheet(unet, scheduler, tmp_path / "many.png", seed=5, num_images=16))
+    many = Image.open(figures.ddim_sheet(model, tmp_path / "many.png", seed=5, num_images=16))
     assert many.width == left + 8 * 132 - 4
 
 
@@ -182,10 +184,24 @@ def test_every_axis_says_what_it_shows_on_an_opaque_background(tmp_path, schedul
     assert all(contrast(color) >= 3 for color in figures.BANDS.values())
 
 
-def test_run_figures_draws_them_all(tmp_path, unet, scheduler):
+class Zeros:
+    """A training set of grey images."""
+
+    num_images = 2
+
+    def get(self, indices):
+        return torch.zeros(len(indices), 1, 8, 8)
+
+
+def draw_figures(folder, unet, scheduler, **flags):
+    config = TrainingConfig(dataset_name="digits", ddpm_num_steps=10, **flags)
+    figures.figures_of_run(folder, Pretrained(unet, scheduler, {}, {}, folder), Zeros(), config)
+    return {path.name for path in (folder / "figures").iterdir()}
+
+
+def test_all_figures_of_a_run_are_drawn(tmp_path, unet, scheduler):
     metrics(tmp_path / "metrics.jsonl", 3, validation_loss=0.4)
-    figures.run_figures(tmp_path, unet, scheduler, torch.zeros(2, 1, 8, 8), seed=0, num_images=3)
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    names = draw_figures(tmp_path, unet, scheduler, ddpm_num_inference_steps=10, eval_batch_size=3)
     plots, strips = {"loss.png", "schedule.png"}, {"forward.png", "reverse.png", "reverse.gif"}
     assert names == plots | strips | {"ddim.png"}
     strip = Image.open(tmp_path / "figures" / "reverse.png")
@@ -194,9 +210,6 @@ def test_run_figures_draws_them_all(tmp_path, unet, scheduler):
     assert "import matplotlib.pyplot" not in Path(figures.__file__).read_text()
 
 
-def test_run_figures_of_a_pipeline_without_metrics(tmp_path, unet, scheduler):
-    figures.run_figures(
-        tmp_path, unet, scheduler, torch.zeros(1, 1, 8, 8), seed=0, num_images=1, num_inference_steps=2
-    )
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
+def test_the_figures_of_a_run_without_metrics(tmp_path, unet, scheduler):
+    names = draw_figures(tmp_path, unet, scheduler, ddpm_num_inference_steps=2, eval_batch_size=1)
     assert "loss.png" not in names and "reverse.gif" in names

@@ -6,6 +6,7 @@ factors without smoothing, so that a pixel becomes a square. Plots do not use py
 
 import contextlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import evenly, near_square, resize, save_picture, side_by_side, strip, tile, to_uint8
 from ..randomness import keyed_generator
 from ..run_folder import read_metrics
-from ..sampling.guidance import guide
-from ..sampling.samplers import draw, image_generators
+from ..sampling.samplers import distinct_steps
+from ..sampling.settings import Sampler
 
 
 BLUE, ORANGE, GREEN, GREY = "#1f6fb4", "#e07b1a", "#2f9e57", "#9a9a9a"
@@ -79,19 +80,17 @@ def ddim_steps(T: int) -> list[int]:
     return sorted({min(count, T) for count in DDIM_STEPS})
 
 
-def ddim_sheet(unet, scheduler, path, seed, *, num_images, on_step=None, class_labels=None) -> Path:
+def ddim_sheet(model: Pretrained, path, seed, *, num_images, on_step=None) -> Path:
     """Draw the same images by DDIM in 5, 10, 20 and 50 steps: one labelled row for each number of steps.
 
     If T is below 50, T replaces the larger numbers of steps. The timesteps are trailing, i.e. they begin at T-1,
     because samples begin as pure noise. At most 8 images are drawn.
     """
     numbers, rows = range(min(num_images, SHEET_IMAGES)), []
-    labels = None if class_labels is None else class_labels[: len(numbers)]
-    options = dict(sampler="ddim", spacing="trailing", on_step=on_step, class_labels=labels)
-    for count in ddim_steps(len(scheduler)):
-        images = draw(unet, scheduler, image_generators(seed, numbers), num_inference_steps=count, **options)
-        rows.append(to_uint8(images))
-    row_labels = [f"DDIM, {count} steps" for count in ddim_steps(len(scheduler))]
+    for count in ddim_steps(len(model.scheduler)):
+        sampler = Sampler(name="ddim", num_inference_steps=count, seed=seed).resolve(model)
+        rows.append(to_uint8(sampler.draw(model, numbers, on_step)))
+    row_labels = [f"DDIM, {count} steps" for count in ddim_steps(len(model.scheduler))]
     return strip(rows, [f"image {k}" for k in numbers], row_labels, path)
 
 
@@ -100,15 +99,13 @@ def guided_sheet(model: Pretrained, path, seed, *, num_images, on_step=None) -> 
 
     All rows start from the same noise, so that they differ only by the class.
     """
-    network = guide(model.unet, model.scheduler, model.classes, 2.0)
     numbers, classes = range(min(num_images, SHEET_IMAGES)), range(min(len(model.classes), GUIDED_CLASSES))
     steps = min(GUIDED_STEPS, len(model.scheduler))
-    options = dict(sampler="ddim", num_inference_steps=steps, spacing="trailing", on_step=on_step)
-    rows = []
-    for label in classes:
-        generators = image_generators(seed, numbers)
-        images = draw(network, model.scheduler, generators, class_labels=[label] * len(numbers), **options)
-        rows.append(to_uint8(images))
+    sampler = Sampler(name="ddim", num_inference_steps=steps, seed=seed, guidance_scale=2.0)
+    rows = [
+        to_uint8(replace(sampler, class_labels=label).resolve(model).draw(model, numbers, on_step))
+        for label in classes
+    ]
     names = [str(model.classes.names[k] if model.classes.names else k)[:24] for k in classes]
     return strip(rows, [f"image {k}" for k in numbers], names, path)
 
@@ -218,50 +215,9 @@ def schedule_figure(scheduler: PaperDDPMScheduler, path) -> Path:
     return save_picture(figure.savefig, path)
 
 
-def run_figures(
-    output_dir,
-    unet,
-    scheduler,
-    images,
-    seed,
-    *,
-    num_images=16,
-    num_inference_steps=None,
-    on_step=None,
-    class_labels=None,
-):
-    """Draw the figures of a run, except guided.png, into `output_dir`/figures.
-
-    loss.png is drawn only if `output_dir` has a metrics.jsonl.
-
-    Args:
-        images: real images (N, C, H, W) in [-1, 1]. The first 4 show how noise is added.
-        num_images: how many samples to draw. DDPM and DDIM start from the same noise. The GIF shows the first 16
-            samples, and ddim.png the first 8.
-        num_inference_steps: DDPM steps of the reverse process; None: all T.
-        on_step: called after every step of sampling, as in `draw`.
-        class_labels: for a conditional UNet, the label of each sample.
-    """
-    folder = Path(output_dir, "figures")
-    loss_figure(Path(output_dir, "metrics.jsonl"), folder / "loss.png")
-    schedule_figure(scheduler, folder / "schedule.png")
-    forward_strip(scheduler, images[:4], folder / "forward.png", seed)
-    steps = scheduler.subsequence(num_inference_steps, "trailing")
-    total = len(steps) + sum(ddim_steps(len(scheduler)))
-    with tqdm(total=total, desc="Figures", unit="step") as bar:
-
-        def count(*step):
-            bar.update()
-            if on_step is not None:
-                on_step(*step)
-
-        options = dict(num_images=num_images, on_step=count, class_labels=class_labels)
-        reverse_figures(unet, scheduler, folder, seed, steps=steps, **options)
-        ddim_sheet(unet, scheduler, folder / "ddim.png", seed, **options)
-
-
-def reverse_figures(unet, scheduler, folder, seed, *, steps, num_images, on_step, class_labels):
-    """Sample by DDPM on the timesteps `steps`, and draw reverse.png and reverse.gif."""
+def reverse_figures(model: Pretrained, folder: Path, sampler: Sampler, *, num_images, on_step):
+    """Draw reverse.png and reverse.gif: how a resolved `sampler` turns noise into images."""
+    steps = distinct_steps(model.scheduler, sampler.num_inference_steps, sampler.timesteps)
     kept = evenly(range(len(steps)), FRAMES)
     frames = []
 
@@ -271,30 +227,40 @@ def reverse_figures(unet, scheduler, folder, seed, *, steps, num_images, on_step
             label = f"t = {steps[i][1]}" if i < num_steps - 1 else "image"
             frames.append((label, [part.cpu() for part in pair]))
 
-    generators = image_generators(seed, range(num_images))
-    options = dict(num_inference_steps=len(steps), spacing="trailing", on_step=keep_frame)
-    draw(unet, scheduler, generators, class_labels=class_labels, **options)
+    sampler.draw(model, range(num_images), keep_frame)
     captions, pairs = zip(*evenly(frames, 9))
     reverse_strip([[part[:3] for part in pair] for pair in pairs], captions, folder / "reverse.png")
     reverse_gif([samples for _, (samples, _) in frames], folder / "reverse.gif")
 
 
-def figures_of_run(folder: Path, model: Pretrained, train_set, config: TrainingConfig, on_step=None):
-    """Draw the figures of `run_figures` into `folder`/figures, and guided.png if the model can be guided."""
-    num_images = min(16, config.eval_batch_size)
-    run_figures(
-        folder,
-        model.unet,
-        model.scheduler,
-        train_set.get(list(range(min(4, train_set.num_images or 4)))),
-        config.seed,
-        num_images=num_images,
-        num_inference_steps=config.ddpm_num_inference_steps,
-        on_step=on_step,
-        class_labels=model.classes.in_turn(range(num_images)),
-    )
+def figures_of_run(run_folder: Path, model: Pretrained, train_set, config: TrainingConfig, on_step=None):
+    """Draw the figures of a run into `run_folder`/figures.
+
+    loss.png is drawn only if the folder has a metrics.jsonl, and guided.png only if the model can be guided. DDPM and
+    DDIM start from the same noise. The GIF shows the first 16 samples, and ddim.png the first 8.
+
+    Args:
+        train_set: its first 4 images show how noise is added.
+        on_step: called after every step of sampling, as in `draw`.
+    """
+    folder, seed, num_images = Path(run_folder, "figures"), config.seed, min(16, config.eval_batch_size)
+    loss_figure(Path(run_folder, "metrics.jsonl"), folder / "loss.png")
+    schedule_figure(model.scheduler, folder / "schedule.png")
+    images = train_set.get(list(range(min(4, train_set.num_images or 4))))
+    forward_strip(model.scheduler, images, folder / "forward.png", seed)
+    sampler = Sampler(num_inference_steps=config.ddpm_num_inference_steps, seed=seed).resolve(model)
+    total = sampler.num_inference_steps + sum(ddim_steps(len(model.scheduler)))
+    with tqdm(total=total, desc="Figures", unit="step") as bar:
+
+        def count(*step):
+            bar.update()
+            if on_step is not None:
+                on_step(*step)
+
+        reverse_figures(model, folder, sampler, num_images=num_images, on_step=count)
+        ddim_sheet(model, folder / "ddim.png", seed, num_images=num_images, on_step=count)
     if model.classes.no_class is not None:
-        guided_sheet(model, Path(folder, "figures", "guided.png"), config.seed, num_images=num_images, on_step=on_step)
+        guided_sheet(model, folder / "guided.png", seed, num_images=num_images, on_step=on_step)
 
 
 def config_of(model: Pretrained, **changes) -> TrainingConfig:
