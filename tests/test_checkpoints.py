@@ -90,7 +90,7 @@ def test_every_damaged_checkpoint_is_one_sentence(ran):
             damage(checkpoint)
             with pytest.raises(UserError, match=r"checkpoint-2 is damaged \(.+\): remove it and take an") as error:
                 check_same_run(checkpoint, run)
-                load_checkpoint(run.accelerator, checkpoint, run.state, run.ema)
+                load_checkpoint(run, checkpoint)
             assert "\n" not in str(error.value), name
             shutil.rmtree(checkpoint)
             saved.rename(checkpoint)
@@ -221,7 +221,7 @@ def test_other_labels_of_the_same_images_are_noticed_by_a_run_that_uses_them(ima
         if turn == 0:
             run.state.step = 1
             facts = {"unet": dict(run.network.config), "facts": facts_to_compare(run, 1)}
-            save_checkpoint(run.accelerator, run.config, run.state, facts=facts, ema=None, rows=[])
+            save_checkpoint(run, facts, [])
     assert ("labels_fingerprint" in said[1]) == (flag != "--random_flip") and "Resuming" in said[1]
     assert "data_fingerprint" not in said[1]
 

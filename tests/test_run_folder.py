@@ -77,7 +77,7 @@ def test_a_run_of_an_earlier_version_goes_on_without_the_group_norm_that_it_lack
     network = {"unet": dict(old.network.config), "class_names": None}
     if objective == "classify":
         del network["unet"]["attn_norm_num_groups"]  # earlier classifiers do not have this argument
-    save_checkpoint(old.accelerator, old.config, old.state, facts=network, ema=None, rows=[])
+    save_checkpoint(old, network, [])
     resumed = open_run(parse_config([*flags, f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=latest"]))
     assert resumed.network.mid_block.attentions[0].group_norm is None and resumed.state.step == 1
     if objective == "simple":

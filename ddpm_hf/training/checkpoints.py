@@ -366,8 +366,8 @@ def remove_checkpoint(checkpoint: Path):
     remove(partial)
 
 
-def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema, rows: list, power_averages=None):
-    """Write `checkpoint-<step>`. Every process calls this.
+def save_checkpoint(run, facts: dict, rows: list):
+    """Write `checkpoint-<step>` of a run. Every process calls this.
 
     If the run then has more than --checkpoints_total_limit checkpoints, the oldest ones are removed.
 
@@ -380,16 +380,17 @@ def save_checkpoint(accelerator, config, state: TrainState, *, facts: dict, ema,
     Raises:
         UserError: if the checkpoint cannot be written. The earlier checkpoints are then unchanged.
     """
+    accelerator, config, state = run.accelerator, run.config, run.state
     final = Path(config.output_dir) / f"checkpoint-{state.step}"
     partial = final.with_name(final.name + ".tmp")
     try:
         with writing("a checkpoint", final, also=(RuntimeError,)):
             accelerator.save_state(str(partial))
             if accelerator.is_main_process:
-                if ema is not None:
-                    safetensors.torch.save_file(ema.state_dict(), partial / "ema.safetensors")
-                if power_averages:
-                    safetensors.torch.save_file(state_of(power_averages), partial / "power_averages.safetensors")
+                if run.ema is not None:
+                    safetensors.torch.save_file(run.ema.state_dict(), partial / "ema.safetensors")
+                if run.power_averages:
+                    safetensors.torch.save_file(state_of(run.power_averages), partial / "power_averages.safetensors")
                 record = {"flags": config.to_dict()} | facts
                 (partial / "train_config.json").write_text(json.dumps(record))
                 saved = {name: getattr(state, name) for name in SAVED} | {"pending": rows}
@@ -481,12 +482,13 @@ def check_same_network(checkpoint: Path, saved: dict, network_config: dict):
             )
 
 
-def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema, power_averages=None):
-    """Restore the weights, the optimizer, all averages and `state`, in place. Every process calls this.
+def load_checkpoint(run, checkpoint: Path):
+    """Restore the weights, the optimizer, all averages and the state of a run, in place. Every process calls this.
 
     Raises:
         UserError: if a file is damaged.
     """
+    accelerator, state = run.accelerator, run.state
     with reading(checkpoint):
         accelerator.load_state(str(checkpoint))
         for name, value in read_state(checkpoint).items():
@@ -498,12 +500,11 @@ def load_checkpoint(accelerator, checkpoint: Path, state: TrainState, ema, power
     # Each row is already a sum over all processes, so only the main process keeps it. The others keep zeros.
     device, keep = accelerator.device, accelerator.is_main_process
     state.pending = [(row if keep else torch.zeros_like(row)).to(device) for row in state.pending]
-    if ema is not None:
-        with reading(checkpoint):
-            ema.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
-    if power_averages:
-        with reading(checkpoint):
-            load_state(power_averages, safetensors.torch.load_file(checkpoint / "power_averages.safetensors"))
+    with reading(checkpoint):
+        if run.ema is not None:
+            run.ema.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
+        if run.power_averages:
+            load_state(run.power_averages, safetensors.torch.load_file(checkpoint / "power_averages.safetensors"))
 
 
 def keep_metrics_up_to(output_dir, step: int):

@@ -226,21 +226,14 @@ def add_snapshot(run: Run, due: set[str], line: dict):
 
 def save_checkpoint(run: Run, due: set[str], line: dict):
     """Write checkpoint-<step>, with everything that is needed to resume exactly."""
-    checkpoints.save_checkpoint(
-        run.accelerator,
-        run.config,
-        run.state,
-        facts={
-            "unet": dict(run.network.config),
-            "scheduler": run.scheduler.arguments,
-            "base_model": run.facts["base_model"],
-            "class_names": run.class_names,
-            "facts": facts_to_compare(run, run.state.step),
-        },
-        ema=run.ema,
-        power_averages=run.power_averages,
-        rows=pending_rows(run),
-    )
+    facts = {
+        "unet": dict(run.network.config),
+        "scheduler": run.scheduler.arguments,
+        "base_model": run.facts["base_model"],
+        "class_names": run.class_names,
+        "facts": facts_to_compare(run, run.state.step),
+    }
+    checkpoints.save_checkpoint(run, facts, pending_rows(run))
 
 
 def save_published(run: Run, due: set[str], line: dict):

@@ -302,7 +302,7 @@ def restore_state(run: Run, checkpoint: Path | None):
     """
     config, state = run.config, run.state
     if checkpoint is not None:
-        checkpoints.load_checkpoint(run.accelerator, checkpoint, state, run.ema, run.power_averages)
+        checkpoints.load_checkpoint(run, checkpoint)
         for group in run.optimizer.param_groups:
             group.update(adam_settings(config))  # replace those of the checkpoint
         if state.stream is not None:
