@@ -23,15 +23,16 @@ from ddpm_hf.__main__ import main
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.data.dataset import load_images
 from ddpm_hf.evaluation import compare
-from ddpm_hf.evaluation.cifar10_classifier import load_cifar10_classifier
+from ddpm_hf.evaluation.cifar10_classifier import Cifar10Classifier
 from ddpm_hf.evaluation.class_scores import class_counts
-from ddpm_hf.evaluation.digit_classifier import load_digit_classifier
+from ddpm_hf.evaluation.digit_classifier import DigitClassifier
 from ddpm_hf.evaluation.extractor import EXTRACTORS
 from ddpm_hf.evaluation.features import extract, images_at
 from ddpm_hf.evaluation.inputs import match_channels
 from ddpm_hf.evaluation.metrics import in_words
 from ddpm_hf.evaluation.records import COPYING, NOTHING_KNOWN, read_record, record_table
 from ddpm_hf.evaluation.reference import read_reference, reference_of
+from ddpm_hf.evaluation.small_classifier import load_weights
 from ddpm_hf.evaluation.statistics import frechet_distance, mean_and_covariance
 from ddpm_hf.sampling.sample_set import read_samples
 from ddpm_hf.sharing.card_scores import eval_result
@@ -86,7 +87,7 @@ def test_a_record_says_what_was_measured(record, digit_folder, tiny_run):
     assert content["sampler"]["method"] == "ddim" and content["sampler"]["num_inference_steps"] == 3
     assert content["data"]["train"]["n"] == 120 and content["data"]["held_out"]["n"] == 60
     assert content["data"]["name"] == digit_folder.name and str(digit_folder.parent) not in record.read_text()
-    assert content["extractors"]["digits"]["sha256"] == load_digit_classifier().sha256
+    assert content["extractors"]["digits"]["sha256"] == load_weights(DigitClassifier).sha256
     entries = {entry["id"]: entry for entry in content["metrics"]}
     fd = entries["fd_mnist-9ea1c6a6_40_full"]
     assert (fd["n_gen"], fd["n_ref"]) == (40, 120) and fd["se"] > 0 and fd["value"] > fd["floor"] > 0
@@ -172,7 +173,7 @@ def test_anyone_can_check_a_number_from_the_samples(record, tiny_run, digit_fold
 
 
 def test_the_distance_is_that_of_the_features(record, digit_folder):
-    classifier = load_digit_classifier()
+    classifier = load_weights(DigitClassifier)
     train, _ = load_images(TrainingConfig(dataset_name=str(digit_folder), resolution=28, validation_split="test"))
     samples = [np.asarray(Image.open(path)) for path in sorted((record.parent / "samples").glob("*.png"))]
     features = [classifier(images)[0] for images in (torch.tensor(np.stack(samples))[:, None], train.pixels)]
@@ -289,8 +290,8 @@ def test_floors_do_not_depend_on_the_order_of_the_files(tiny_run, record, digits
     evaluate(tiny_run, *flags, "--output", tmp_path / "r.json")
     found = entries_of(tmp_path / "r.json")
     assert digits[1].labels.diff().min() >= 0  # class by class
-    features, _ = load_digit_classifier()(digits[1].pixels[:40])
-    train, _ = load_digit_classifier()(digits[0].pixels)
+    features, _ = load_weights(DigitClassifier)(digits[1].pixels[:40])
+    train, _ = load_weights(DigitClassifier)(digits[0].pixels)
     prefix, _ = frechet_distance(*mean_and_covariance(features), *mean_and_covariance(train))
     assert found["fd_mnist-9ea1c6a6_40_full"]["floor"] < 0.7 * prefix
     assert found["class_total_variation"]["floor"] < 0.25
@@ -305,7 +306,7 @@ def test_digits_of_a_subset_are_counted_by_their_names(digit_folder):
 
 def test_color_images_of_ten_classes_have_the_scores_of_cifar10(tmp_path):
     """The classes of these photos are not those that they show, so only the numbers that depend on classes are odd."""
-    names = load_cifar10_classifier().class_names
+    names = load_weights(Cifar10Classifier).class_names
     for k in range(120):
         photo = load_sample_images().images[k % 2][k : k + 32, 3 * k : 3 * k + 32]
         path = tmp_path / "data" / ("train", "test")[k // 2 % 2] / names[k % 10] / f"{k}.png"
@@ -314,9 +315,9 @@ def test_color_images_of_ten_classes_have_the_scores_of_cifar10(tmp_path):
     flags = ["--dataset_name", tmp_path / "data", "--validation_split", "test", "--resolution", 32]
     evaluate("--calibrate", *flags, "--num_images", 60, "--features", "cifar10", "--output", tmp_path / "c.json")
     content = json.loads((tmp_path / "c.json").read_text())
-    assert content["extractors"]["cifar10"]["sha256"] == load_cifar10_classifier().sha256
+    assert content["extractors"]["cifar10"]["sha256"] == load_weights(Cifar10Classifier).sha256
     entries = {entry["id"]: entry for entry in content["metrics"]}
-    distance = entries[f"fd_cifar10-{load_cifar10_classifier().sha256[:8]}_60_full"]
+    distance = entries[f"fd_cifar10-{load_weights(Cifar10Classifier).sha256[:8]}_60_full"]
     assert distance["value"] > 0 and distance["floor"] == pytest.approx(distance["value"])
     assert 0 <= entries["class_total_variation"]["value"] <= 1 and "kid60_full_cifar10" in entries
     assert any(entry["id"].startswith("coverage60") for entry in content["metrics"])
@@ -338,7 +339,7 @@ def test_images_that_do_not_fit_in_memory_are_decoded_in_chunks(digits, monkeypa
 
 
 def test_a_reference_is_computed_once_and_read_by_pytorch_fid_and_edm(digits, tmp_path):
-    classifier = load_digit_classifier()
+    classifier = load_weights(DigitClassifier)
     first = reference_of(classifier, digits[0], "train", cache_dir=tmp_path)
     (path,) = (tmp_path / "references").glob("*.npz")
     classifier.forward = None  # it is not asked again
@@ -351,7 +352,7 @@ def test_a_reference_is_computed_once_and_read_by_pytorch_fid_and_edm(digits, tm
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_the_batch_size_does_not_matter_to_features(digits, batch_size):
-    classifier = load_digit_classifier()
+    classifier = load_weights(DigitClassifier)
     whole = extract(classifier, digits[0]).features
     assert torch.allclose(extract(classifier, digits[0], batch_size=batch_size).features, whole, atol=1e-5)
 
@@ -376,11 +377,11 @@ def statistics(path, d=64, **more):
 )
 def test_statistics_of_something_else_are_refused(tmp_path, make, wanted):
     with pytest.raises(UserError, match=wanted):
-        read_reference(make(tmp_path / "stats.npz"), load_digit_classifier())
+        read_reference(make(tmp_path / "stats.npz"), load_weights(DigitClassifier))
 
 
 def test_foreign_statistics_are_read_with_a_pipeline(tmp_path):
-    found = read_reference(statistics(tmp_path / "stats.npz"), load_digit_classifier(), "28px")
+    found = read_reference(statistics(tmp_path / "stats.npz"), load_weights(DigitClassifier), "28px")
     assert found.mean.shape == (64,) and found.features is None
 
 
@@ -521,7 +522,7 @@ def test_settings_of_a_sampler_are_refused_for_samples(tiny_run, tmp_path, monke
 def test_a_damaged_cache_is_made_anew(tmp_path):
     config = TrainingConfig(dataset_name="digits", resolution=32, class_names=["3"])
     train, _ = load_images(config, 1)
-    extractor = load_digit_classifier()
+    extractor = load_weights(DigitClassifier)
     first = reference_of(extractor, train, "images", cache_dir=tmp_path)
     (path,) = (tmp_path / "references").iterdir()
     path.write_bytes(path.read_bytes()[:100])

@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from ddpm_hf import UserError
 from ddpm_hf.evaluation import cifar10_classifier, digit_classifier
-from ddpm_hf.evaluation.cifar10_classifier import Cifar10Classifier, load_cifar10_classifier
-from ddpm_hf.evaluation.digit_classifier import DigitClassifier, load_digit_classifier
+from ddpm_hf.evaluation.cifar10_classifier import Cifar10Classifier
+from ddpm_hf.evaluation.digit_classifier import DigitClassifier
 from ddpm_hf.evaluation.features import full_precision
 from ddpm_hf.evaluation.small_classifier import load_weights, shift_randomly
 from ddpm_hf.evaluation.statistics import frechet_distance, mean_and_covariance
@@ -21,12 +21,12 @@ from ddpm_hf.evaluation.train_classifier import main, train_classifier
 
 @pytest.fixture(scope="module")
 def classifier():
-    return load_digit_classifier()
+    return load_weights(DigitClassifier)
 
 
 @pytest.fixture(scope="module")
 def color_classifier():
-    return load_cifar10_classifier()
+    return load_weights(Cifar10Classifier)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_the_command_trains_and_keeps_what_is_there(digits, tmp_path, capsys):
     output = tmp_path / "weights.safetensors"
     command = ["digits", f"--dataset_name={tmp_path / 'data'}", f"--output={output}", "--num_epochs=1"]
     main(command)
-    assert load_digit_classifier(output).sha256 in capsys.readouterr().out
+    assert load_weights(DigitClassifier, output).sha256 in capsys.readouterr().out
     before = output.read_bytes()
     with pytest.raises(SystemExit) as refusal:
         main([*command, "--seed=1"])

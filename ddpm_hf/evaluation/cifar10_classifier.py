@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..errors import UserError
 from .features import full_precision
-from .small_classifier import SmallClassifier, load_weights, shift_randomly
+from .small_classifier import SmallClassifier, shift_randomly
 
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
@@ -34,6 +34,8 @@ class Cifar10Classifier(SmallClassifier):
     """
 
     name = "cifar10"
+    metric = "fd_cifar10"
+    weights = WEIGHTS
     pipeline = "32px"
     num_features = 224
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -103,12 +105,3 @@ def _block(channels_in: int, channels: int) -> list[nn.Module]:
 def scale(images: Tensor) -> Tensor:
     """Return uint8 images as float32 of the same shape, scaled to mean 0 and deviation 1 over CIFAR-10."""
     return (images.float() / 255 - MEAN.to(images.device)) / DEVIATION.to(images.device)
-
-
-def load_cifar10_classifier(weights: str | Path | None = None) -> Cifar10Classifier:
-    """Return the classifier in eval mode on the CPU. `weights` is a safetensors file; None: the one in the package.
-
-    Raises:
-        UserError: if the file does not hold weights of this classifier.
-    """
-    return load_weights(Cifar10Classifier, weights or WEIGHTS)

@@ -9,24 +9,14 @@ from .metric_input import Look, random_rows
 from .reference import kept_rows
 
 
-def fd_mnist(look: Look) -> list[dict]:
-    """Return the scores of the digit classifier: distances in its features, class balance, confidence, coverage.
+def classifier_scores(look: Look) -> list[dict]:
+    """Score the images with a SmallClassifier: distances in its features, class balance, confidence, coverage.
 
     The Fréchet distances are not FID. Their ids contain the hash of the classifier, because values of different
-    classifiers cannot be compared. If digits were requested, another score is the share of images that show the
-    requested digit.
+    classifiers cannot be compared. If classes of the classifier were requested, another score is the share of images
+    that show the requested class.
     """
-    return classifier_scores(look, "fd_mnist")
-
-
-def fd_cifar10(look: Look) -> list[dict]:
-    """Return the same scores as `fd_mnist`, but with the CIFAR-10 classifier."""
-    return classifier_scores(look, "fd_cifar10")
-
-
-def classifier_scores(look: Look, stem: str) -> list[dict]:
-    """Score the generated images with a SmallClassifier. `stem` begins the ids of the Fréchet distances."""
-    entries = frechet(look, f"{stem}-{look.extractor.sha256[:8]}_{look.count}")
+    entries = frechet(look, f"{look.extractor.metric}-{look.extractor.sha256[:8]}_{look.count}")
     coverage = precision_recall(look)[-1]
     wanted = class_counts(look.evaluation.train, look.train.logits, look.extractor.class_names)
     report = statistics.class_report(look.generated.logits, wanted)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .features import full_precision
-from .small_classifier import SmallClassifier, load_weights, shift_randomly
+from .small_classifier import SmallClassifier, shift_randomly
 
 
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
@@ -30,6 +30,8 @@ class DigitClassifier(SmallClassifier):
     """
 
     name = "digits"
+    metric = "fd_mnist"
+    weights = WEIGHTS
     pipeline = "28px"
     num_features = 64
     class_names = tuple("0123456789")
@@ -78,12 +80,3 @@ class DigitClassifier(SmallClassifier):
 def scale(images: Tensor) -> Tensor:
     """Return uint8 images as float32 of the same shape, scaled to mean 0 and deviation 1 over MNIST."""
     return (images.float() / 255 - 0.1307) / 0.3081
-
-
-def load_digit_classifier(weights: str | Path | None = None) -> DigitClassifier:
-    """Return the classifier in eval mode on the CPU. `weights` is a safetensors file; None: the one in the package.
-
-    Raises:
-        UserError: if the file does not hold weights of this classifier.
-    """
-    return load_weights(DigitClassifier, weights or WEIGHTS)

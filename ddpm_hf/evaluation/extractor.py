@@ -1,22 +1,21 @@
 """The extractors by name: networks that turn images into features, which the scores compare."""
 
+from functools import partial
+
 from accelerate import PartialState
 
 from ..errors import UserError, no_such
-from .cifar10_classifier import Cifar10Classifier, load_cifar10_classifier
-from .digit_classifier import DigitClassifier, load_digit_classifier
+from .cifar10_classifier import Cifar10Classifier
+from .digit_classifier import DigitClassifier
 from .dinov2 import load_dinov2
 from .features import Extractor
 from .inception import load_inception
+from .small_classifier import load_weights
 
 
-EXTRACTORS = {
-    "inception": load_inception,
-    "dinov2": load_dinov2,
-    "digits": load_digit_classifier,
-    "cifar10": load_cifar10_classifier,
-}
 CLASSIFIERS = {kind.name: kind for kind in (DigitClassifier, Cifar10Classifier)}  # train_classifier.py trains these
+EXTRACTORS = {"inception": load_inception, "dinov2": load_dinov2}
+EXTRACTORS |= {name: partial(load_weights, kind) for name, kind in CLASSIFIERS.items()}
 
 
 def load_extractor(name: str, **options) -> Extractor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .bound import bits_per_dim
-from .class_scores import fd_cifar10, fd_mnist
+from .class_scores import classifier_scores
 from .extractor import CLASSIFIERS
 from .feature_scores import fd_dinov2, fid, inception_score, kid, precision_recall
 from .memorization import memorization
@@ -111,8 +111,8 @@ METRICS = {
         inception_score, "inception", _photos, {"is": "inception_score"}, {"is": "Inception score"}
     ),
     "fd_dinov2": Metric(fd_dinov2, "dinov2", words={"fd_dinov2": "Fréchet distance of DINOv2's features"}),
-    "fd_mnist": Metric(fd_mnist, "digits", lambda train, model: is_digits(train), words=CLASSIFIED),
-    "fd_cifar10": Metric(fd_cifar10, "cifar10", lambda train, model: is_cifar10(train), words=CLASSIFIED),
+    "fd_mnist": Metric(classifier_scores, "digits", lambda train, model: is_digits(train), words=CLASSIFIED),
+    "fd_cifar10": Metric(classifier_scores, "cifar10", lambda train, model: is_cifar10(train), words=CLASSIFIED),
     "bits_per_dim": Metric(
         bits_per_dim, None, lambda train, model: model is not None, words={"bits_per_dim": "bits per dimension"}
     ),

@@ -20,12 +20,16 @@ class SmallClassifier(Extractor):
     A subclass sets the attributes below, and the modules `body` (images to features) and `head` (features to logits).
 
     Attributes:
+        metric: the name of the metric of this classifier, which is the beginning of the ids of its distances.
+        weights: the file of weights in the package.
         class_names: the names of the classes, in the order of the logits.
         dataset: the name of the training data, for messages.
         resolution, channels: the size and the number of channels of the training images.
         recipe: the settings with which `train_classifier` trains this classifier by default.
     """
 
+    metric: str
+    weights: Path
     class_names: tuple[str, ...]
     dataset: str
     resolution: int
@@ -39,13 +43,13 @@ class SmallClassifier(Extractor):
         raise NotImplementedError
 
 
-def load_weights(kind: type[SmallClassifier], weights: str | Path) -> SmallClassifier:
-    """Return a classifier with the weights of a safetensors file, in eval mode on the CPU.
+def load_weights(kind: type[SmallClassifier], weights: str | Path | None = None) -> SmallClassifier:
+    """Return a classifier in eval mode on the CPU. `weights` is a safetensors file; None: the one in the package.
 
     Raises:
         UserError: if the file does not hold weights of this classifier.
     """
-    path = Path(weights)
+    path = Path(weights or kind.weights)
     with torch.device("meta"):
         classifier = kind()
     try:
