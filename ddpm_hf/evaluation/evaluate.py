@@ -345,8 +345,7 @@ def score(evaluation: Evaluation, images: torch.Tensor) -> list[dict]:
             # All processes extract features, and the main process computes the score from them.
             train, held_out = _real_features(evaluation, extractor_name)
             if extractor_name not in generated:
-                size = evaluation.batch_size
-                generated[extractor_name] = extract(extractor, images, None, size, "generated images")
+                generated[extractor_name] = extract(extractor, images, evaluation.batch_size, "generated images")
             if PartialState().is_main_process:
                 look = Look(evaluation, images, extractor, generated[extractor_name], train, held_out)
                 entries += entries_of(name, look)

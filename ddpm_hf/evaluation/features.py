@@ -81,7 +81,7 @@ def images_at(source, indices) -> torch.Tensor:
 
 
 @torch.no_grad()
-def extract(extractor: Extractor, source, indices=None, batch_size: int = 64, what: str = "images") -> Features:
+def extract(extractor: Extractor, source, batch_size: int = 64, what: str = "images") -> Features:
     """Return the features of the images in `source`, a uint8 tensor or an ImageSet, on every process.
 
     Every process must call this function with the same arguments. Each process takes a share of the batches, and this
@@ -90,15 +90,13 @@ def extract(extractor: Extractor, source, indices=None, batch_size: int = 64, wh
     by 1e-6 of the largest feature.
 
     Args:
-        indices: the indices of the images in `source`. None: all images.
         what: the name of the images in the progress bar.
     """
     state = PartialState()
-    indices = range(len(source)) if indices is None else indices
-    mine = ranges(len(indices), batch_size)[state.process_index :: state.num_processes]
+    mine = ranges(len(source), batch_size)[state.process_index :: state.num_processes]
 
     def features_of(batch: range) -> tuple[torch.Tensor, torch.Tensor | None]:
-        features, logits = extractor(images_at(source, [indices[k] for k in batch]).to(state.device))
+        features, logits = extractor(images_at(source, list(batch)).to(state.device))
         return features.float().cpu(), None if logits is None else logits.float().cpu()
 
     found = {}

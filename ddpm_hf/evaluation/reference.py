@@ -65,7 +65,7 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
     if path.is_file():
         with contextlib.suppress(UserError):  # a damaged file is replaced
             return read_reference(path)
-    found = extract(extractor, image_set, None, batch_size, what)
+    found = extract(extractor, image_set, batch_size, what)
     mean, covariance = mean_and_covariance(found.features)
     rows = kept_rows(len(image_set))
     logits = None if found.logits is None else found.logits[rows]
