@@ -21,6 +21,7 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ..errors import UserError
+from ..memory import ranges
 from ..randomness import draws_for, keyed_generator
 from ..sizes import read_size
 from .arrays import MAGIC, pages_as_channels, read_npy, upright, white_of
@@ -230,14 +231,24 @@ def decode_all(rows, read, center_crop, pixels):
     read(next(undecoded(rows, [0])))
     is_fast = time.perf_counter() - started < THREADS_PAY_FROM
     with ThreadPoolExecutor() as pool, tqdm(desc="reading", total=len(rows), unit=" images", disable=None) as bar:
-        for start in range(0, len(rows), CHUNK):
-            items = undecoded(rows, range(start, min(start + CHUNK, len(rows))))
+        for chunk in ranges(len(rows), CHUNK):
+            items = undecoded(rows, chunk)
             arrays = list(map(read, items) if is_fast else pool.map(read, items))
             if not center_crop and any(array.shape[:2] != pixels.shape[2:] for array in arrays):
                 return None
-            pixels[start : start + CHUNK] = [_crop(array, pixels.shape[2:]) for array in arrays]
+            pixels[chunk.start : chunk.stop] = [_crop(array, pixels.shape[2:]) for array in arrays]
             bar.update(len(arrays))
     return torch.from_numpy(pixels)
+
+
+def use_items(use, rows, title, unit):
+    """Return `use(item)` for each row, in a list. It is called on threads, and a progress bar is shown."""
+    results = []
+    with ThreadPoolExecutor() as pool, tqdm(desc=title, total=len(rows), unit=unit, disable=None) as bar:
+        for chunk in ranges(len(rows), CHUNK):  # one call of `map` would read all items into memory
+            results += pool.map(use, undecoded(rows, chunk))
+            bar.update(len(chunk))
+    return results
 
 
 def undecoded(rows, indices):

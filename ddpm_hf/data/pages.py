@@ -1,15 +1,13 @@
 """Make each page of an image file an image of its own."""
 
 import io
-from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 from PIL import Image
-from tqdm import tqdm
 
 from ..errors import UserError
 from .arrays import page_numbers, page_of
-from .decode import CHUNK, undecoded, use_file
+from .decode import CHUNK, use_file, use_items
 
 
 IN_PNG = {"1", "L", "LA", "I;16", "I;16B", "P", "RGB", "RGBA"}  # the modes that Pillow writes to PNG without a loss
@@ -26,11 +24,7 @@ def split_pages(rows, cache_dir) -> tuple[datasets.Dataset, int]:
         rows: a `datasets.Dataset` with undecoded images.
         cache_dir: the cache of `datasets`; None: its default.
     """
-    numbers = []
-    with ThreadPoolExecutor() as pool, tqdm(desc="pages", total=len(rows), unit=" files", disable=None) as bar:
-        for start in range(0, len(rows), CHUNK):
-            numbers += pool.map(_pages_of, undecoded(rows, range(start, min(start + CHUNK, len(rows)))))
-            bar.update(len(numbers) - start)
+    numbers = use_items(_pages_of, rows, "pages", " files")
     if all(pages == [0] for pages in numbers):
         return rows, 0
     split = datasets.Dataset.from_generator(

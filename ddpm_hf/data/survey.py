@@ -1,16 +1,14 @@
 """Check images before training: skip unreadable images, and warn of likely mistakes in a sample of the images."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from PIL import ExifTags
-from tqdm import tqdm
 
 from ..errors import UserError
 from .arrays import page_numbers
-from .decode import CHUNK, item_name, open_image, short_reason, to_array, undecoded, use_file
+from .decode import item_name, open_image, short_reason, to_array, use_file, use_items
 
 
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"}
@@ -27,12 +25,7 @@ def skip_unreadable(rows, pixel_range, pages=None):
     Raises:
         UserError: if no image can be read.
     """
-    problems = []
-    with ThreadPoolExecutor() as pool, tqdm(desc="checking", total=len(rows), unit=" images", disable=None) as bar:
-        for start in range(0, len(rows), CHUNK):
-            items = undecoded(rows, range(start, min(start + CHUNK, len(rows))))
-            problems += pool.map(partial(_problem, pixel_range=pixel_range, pages=pages), items)
-            bar.update(len(problems) - start)
+    problems = use_items(partial(_problem, pixel_range=pixel_range, pages=pages), rows, "checking", " images")
     readable = [row for row, problem in enumerate(problems) if problem is None]
     skipped = [problem for problem in problems if problem is not None]
     if not readable and skipped:
