@@ -81,7 +81,7 @@ def open_base_model(config: TrainingConfig, saved: dict | None) -> BaseModel | N
         check_shards(unet_folder)
         unet = read_network(UNet2DModel, unet_folder)
     facts = {"name": name if revision else folder.resolve().name, "revision": revision}
-    facts["unet_sha256"] = weights_hash(unet)
+    facts["unet_sha256"] = weights_hash(unet.state_dict())
     return BaseModel(
         dict(unet.config), None, unet.state_dict(), Classes(None, unet.config.num_class_embeds or 0), facts
     )

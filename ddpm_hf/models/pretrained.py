@@ -288,7 +288,7 @@ def _pretrained(unet, scheduler, facts: dict, *, run: dict, folder: Path, classe
     """Return a `Pretrained` with the UNet in eval mode. Add commit, hash and number of parameters to `facts`."""
     unet = unet.eval().requires_grad_(False)
     facts = {"train_step": None, **facts, "commit": run.get("git_commit")}
-    facts |= {"unet_sha256": weights_hash(unet), "schedule": schedule_hash(scheduler)}
+    facts |= {"unet_sha256": weights_hash(unet.state_dict()), "schedule": schedule_hash(scheduler)}
     facts |= {"parameters": sum(each.numel() for each in unet.parameters())}
     return Pretrained(unet, scheduler, facts, run, folder, classes)
 
@@ -326,21 +326,16 @@ def schedule_hash(scheduler: PaperDDPMScheduler) -> str:
 def published_hash(folder: Path) -> str | None:
     """Return the `weights_hash` of the UNet in a folder that ddpm_hf wrote. None if its file cannot be read."""
     try:
-        return tensors_hash(safetensors.torch.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+        return weights_hash(safetensors.torch.load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
     except (OSError, safetensors.SafetensorError):
         return None
 
 
-def weights_hash(module: torch.nn.Module) -> str:
-    """Return the SHA-256 of a module's tensors, as float32 in the order of their names.
+def weights_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of the tensors of a state dict, as float32 in the order of their names.
 
     Equal weights have equal hashes, whatever file they were read from.
     """
-    return tensors_hash(module.state_dict())
-
-
-def tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the `weights_hash` of a module with this state dict."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())

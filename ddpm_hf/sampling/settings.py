@@ -192,7 +192,7 @@ class Sampler:
             names = self.classes(model).names
             record["class_names"] = list(names) if names else None  # class_labels are indices of this list
         if self.classifier is not None or self.guidance_scale != 1:
-            classifier = None if self.classifier is None else weights_hash(self.classifier)
+            classifier = None if self.classifier is None else weights_hash(self.classifier.state_dict())
             record |= {"guidance_scale": self.guidance_scale, "classifier": classifier}
         if self.size is not None:
             record["size"] = list(self.size)

@@ -127,7 +127,7 @@ def _metric_measure(metric: str, num_images: int | None):
     """Return a function that scores a model: it returns the score, and whether lower scores are better."""
 
     def measure(model: Pretrained, path: Path) -> tuple[float, bool]:
-        facts = model.facts | {"unet_sha256": weights_hash(model.unet)}
+        facts = model.facts | {"unet_sha256": weights_hash(model.unet.state_dict())}
         with tempfile.TemporaryDirectory() as samples:
             result = evaluate(
                 replace(model, facts=facts), metrics=[metric], num_images=num_images, output=path, samples_dir=samples

@@ -73,7 +73,7 @@ def score_run(run, on_step) -> tuple[dict[str, float], float | None]:
     config, step = run.config, run.state.step
     path = Path(config.output_dir) / "evaluations" / f"step_{step:07d}.json"
     unet = run.published
-    facts = run.evaluation.model.facts | {"unet_sha256": weights_hash(unet), "train_step": step}
+    facts = run.evaluation.model.facts | {"unet_sha256": weights_hash(unet.state_dict()), "train_step": step}
     model = replace(run.evaluation.model, unet=unet, facts=facts)
     pairs = path.with_suffix(".pairs.png")
     record = run_evaluation(replace(run.evaluation, model=model, pairs_path=pairs, on_step=on_step))
