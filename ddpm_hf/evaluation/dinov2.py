@@ -20,6 +20,7 @@ from transformers import Dinov2Model
 from ..errors import UserError
 from ..files import read_json
 from ..hub_requests import HUB_ERRORS, download
+from ..models.pretrained import opening
 from .features import Extractor, check_images, full_precision
 from .inception import MissingWeights
 
@@ -89,17 +90,13 @@ def load_dinov2(source: str = "facebook/dinov2-large") -> DINOv2:
     """
     folder = Path(source) if Path(source).exists() else _from_hub(source)
     wanted = "give a folder or Hub id with config.json and safetensors of a Dinov2Model"
-    try:
+    with opening(source, wanted):
         kind = read_json(folder / "config.json", missing={}).get("model_type")
         if kind != "dinov2":
             raise UserError(f"{source} holds a model of type {kind}, but dinov2 is needed: {wanted}.")
         model, loading = Dinov2Model.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
         )
-    except UserError:
-        raise
-    except Exception as error:  # a broken file may raise anything
-        raise UserError(f"{source} cannot be loaded ({' '.join(str(error).split())}): {wanted}.") from error
     if loading["missing_keys"]:  # transformers would fill in random numbers for missing weights
         raise UserError(f"{source} lacks weights, such as {min(loading['missing_keys'])}: {wanted}.")
     embeddings = model.embeddings
