@@ -70,7 +70,9 @@ def frechet_standard_error(features: Tensor, mean: Tensor, covariance: Tensor, n
     Raises:
         UserError: for fewer than 2 blocks, or fewer than 2 images per block.
     """
-    _check_blocks("frechet_standard_error", len(features), num_blocks)
+    if not 2 <= num_blocks <= len(features) // 2:
+        given = f"frechet_standard_error has {len(features)} images for num_blocks={num_blocks}"
+        raise UserError(f"{given}; give at least 2 images per block, and at least 2 blocks.")
     _check_sizes(features, mean)
     own_mean, own_covariance = mean_and_covariance(features)
     scatter = own_covariance * (len(features) - 1)
@@ -280,12 +282,6 @@ def _check_sizes(a: Tensor, b: Tensor):
     if a.shape[-1] != b.shape[-1]:
         given = f"features of size {a.shape[-1]} cannot be compared with features of size {b.shape[-1]}"
         raise UserError(f"{given}; take both from the same network.")
-
-
-def _check_blocks(name: str, num_images: int, num_blocks: int):
-    if not 2 <= num_blocks <= num_images // 2:
-        given = f"{name} has {num_images} images for num_blocks={num_blocks}"
-        raise UserError(f"{given}; give at least 2 images per block, and at least 2 blocks.")
 
 
 def _root(covariance: Tensor) -> Tensor:
