@@ -8,7 +8,7 @@ wrong by 0.003 bits/dim. With the variance of diffusers' `_get_variance(0)`, L_0
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -119,7 +119,6 @@ def bound_terms(
     *,
     num_evaluations: int,
     batch_size: int = 64,
-    on_step: Callable[[int, int], None] | None = None,  # called with (evaluations done, evaluations in all)
     progress: bool = True,
     **options,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
@@ -142,7 +141,7 @@ def bound_terms(
     """
     if images.dtype != torch.uint8:
         raise UserError(f"images are {images.dtype}; the bound is on 8-bit images: give uint8 from 0 to 255.")
-    evaluations, was_training, done = iter(evaluations), unet.training, 0
+    evaluations, was_training = iter(evaluations), unet.training
 
     def evaluate(batch: list[tuple[int, int, float]]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         rows, timesteps = (torch.tensor([pair[k] for pair in batch]) for k in (0, 1))
@@ -158,9 +157,6 @@ def bound_terms(
             for batch, terms in in_batches(evaluate, iter(lambda: list(islice(evaluations, batch_size)), [])):
                 yield terms
                 bar.update(len(batch))
-                done += len(batch)
-                if on_step is not None:
-                    on_step(done, num_evaluations)
     finally:
         unet.train(was_training)
 
@@ -241,7 +237,7 @@ def bits_per_dim(
         if pilot is None:
             labels = options.get("class_labels")
             n = num_pilot_images(T, num_images * num_timesteps)
-            few = options | {"class_labels": None if labels is None else labels[:n], "on_step": None}
+            few = options | {"class_labels": None if labels is None else labels[:n]}
             pilot = pilot_probabilities(unet, scheduler, images[:n], indices[:n], seed=seed, **few)
         evaluations = _drawn_evaluations(pilot, num_timesteps, seed, indices)
         count = len(evaluations)
