@@ -12,15 +12,17 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_obj
 from .errors import UserError
 
 
+PROCESS_TIMEOUT = timedelta(hours=2)  # for processes that wait while one draws or scores; as in diffusers' script
+
+
 def start_processes():
     """Connect the processes of this launch, so that PartialState knows about all of them.
 
     Raises:
         UserError: for the same reasons as in `check_processes`.
     """
-    # Create an Accelerator, because PartialState alone does not read ACCELERATE_USE_CPU. The timeout is two hours,
-    # because processes may wait that long while another process computes scores.
-    Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
+    # Create an Accelerator, because PartialState alone does not read ACCELERATE_USE_CPU.
+    Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)])
     check_processes()
 
 

@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from ..models.classifier import NoisyClassifier
 from ..models.ema import make_ema
 from ..models.post_hoc_ema import make_power_averages
 from ..models.pretrained import Pretrained, schedule_hash
-from ..processes import check_processes, has_bfloat16
+from ..processes import PROCESS_TIMEOUT, check_processes, has_bfloat16
 from ..provenance import PACKAGES, command, git_commit, version
 from ..sharing.hub import create_repository
 from . import checkpoints
@@ -51,9 +50,6 @@ from .checkpoints import SECOND_RUN, TrainState
 from .schedule import count_steps, ema_warning, learning_rate_schedule, warmup_warning
 from .scoring import open_evaluation
 from .trackers import start_tracker
-
-
-PROCESS_TIMEOUT = timedelta(hours=2)  # for processes that wait while one draws figures; as in diffusers' script
 
 
 @dataclass(frozen=True, kw_only=True)
