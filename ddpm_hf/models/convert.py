@@ -68,7 +68,9 @@ def convert(name: str | Path, output: str | Path, *, weights: str = "published",
             raise ValueError(f"it is a {str(config.get('_class_name'))[:60]}, not a UNet2DModel")
         judge.check_index(index)
         judge.check_unet(config, index)
-        scheduler = _read_scheduler(name, folder, schedule) if has_index else _new_scheduler(schedule)
+        if has_index and schedule:
+            raise UserError(f"{name} has a scheduler of its own: leave --{min(schedule)} out.")
+        scheduler = read_scheduler(folder) if has_index else _new_scheduler(schedule)
         judge.check_schedule(scheduler)
         unet = _read_unet(unet_folder, config)
         judge.check_together(unet.config, scheduler.config)
@@ -127,13 +129,6 @@ def _unet_folder(name: str, folder: Path, weights: str) -> Path:
             f"{name} has no config.json of a UNet: give a pipeline, a UNet, or a checkpoint of diffusers' script."
         )
     return found
-
-
-def _read_scheduler(name: str, folder: Path, schedule: dict) -> PaperDDPMScheduler:
-    """Return the scheduler of a pipeline. Raise a UserError if a flag of `schedule` was given."""
-    if schedule:
-        raise UserError(f"{name} has a scheduler of its own: leave --{min(schedule)} out.")
-    return read_scheduler(folder)
 
 
 def _new_scheduler(schedule: dict) -> PaperDDPMScheduler:
