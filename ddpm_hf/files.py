@@ -124,12 +124,11 @@ def remove(path: Path):
         path.unlink(missing_ok=True)
 
 
-def read_json(path: Path, *, like: type = dict, missing=None):
-    """Return the content of a JSON file. If the file does not exist and `missing` is given, return `missing`.
+def read_json(path: Path, *, missing: dict | None = None) -> dict:
+    """Return the JSON object in a file. If the file does not exist and `missing` is given, return `missing`.
 
     Raises:
-        UserError: if the file cannot be read, is too large, or is refused by `parse_json`. Also if the content is not
-            of the type `like` (dict or list).
+        UserError: if the file cannot be read, is too large, holds something else, or is refused by `parse_json`.
     """
     if missing is not None and not path.exists():
         return missing
@@ -141,8 +140,8 @@ def read_json(path: Path, *, like: type = dict, missing=None):
         content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): give a complete JSON file.") from error
-    if not isinstance(content, like):
-        raise UserError(f"{path} contains a JSON {type(content).__name__}, not a {like.__name__}: give another file.")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} contains a JSON {type(content).__name__}, not a dict: give another file.")
     return content
 
 
