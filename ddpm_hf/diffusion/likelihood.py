@@ -134,7 +134,7 @@ def bound_terms(
             batch size and the number of processes do not change the noise.
         evaluations: triples (row of `images`, timestep, weight).
         num_evaluations: the length of `evaluations`, for the progress bar.
-        options: the arguments seed, variance_type, clip, dtype and class_labels of `_evaluate`.
+        options: the arguments seed, variance_type, clip and class_labels of `_evaluate`.
 
     Raises:
         UserError: if the images are not uint8, or if variance_type is learned_range but the UNet has no 2C outputs.
@@ -172,17 +172,17 @@ def _evaluate(
     seed: int = 0,
     variance_type: str | None = None,  # None: that of the scheduler's config
     clip: bool = True,
-    dtype: torch.dtype = torch.float64,  # outside the UNet; float32 (for MPS) changes a term by 1e-5
     class_labels: Tensor | None = None,  # (N,), one per image, for a conditional UNet
 ) -> tuple[Tensor, Tensor]:
     """Return `bits` and `floored` of one batch, as in `bound_terms`: both float64 (B,) on the CPU."""
-    device = unet.device
+    device = torch.device("cpu") if unet.device.type == "mps" else unet.device  # MPS has no float64
     generators = [keyed_generator(seed, "bound", index, t) for index, t in zip(indices, timesteps.tolist())]
     noise = torch.stack([torch.randn(images.shape[1:], generator=generator) for generator in generators])
-    x0, t = images.to(device, dtype) / 127.5 - 1, timesteps.to(device)
-    noisy = scheduler.q_sample(x0, noise.to(device, dtype), t)
-    labels = None if class_labels is None else class_labels[rows].to(device)
-    prediction, predicted_variance = unet(noisy.to(unet.dtype), t, class_labels=labels).sample.to(dtype), None
+    x0, t = images.to(device, torch.float64) / 127.5 - 1, timesteps.to(device)
+    noisy = scheduler.q_sample(x0, noise.to(device, torch.float64), t)
+    labels = None if class_labels is None else class_labels[rows].to(unet.device)
+    output = unet(noisy.to(unet.device, unet.dtype), t.to(unet.device), class_labels=labels).sample
+    prediction, predicted_variance = output.to(device, torch.float64), None
     if prediction.shape[1] == 2 * images.shape[1]:
         prediction, predicted_variance = prediction.chunk(2, dim=1)
     nats = _nats_per_pixel(
@@ -196,8 +196,7 @@ def _evaluate(
         clip=clip,
     )
     floored = (nats > -math.log(FLOOR) - 1e-4) & (t == 0).view(-1, 1, 1, 1)
-    means = (nats.mean(dim=(1, 2, 3)) / math.log(2), floored.to(dtype).mean(dim=(1, 2, 3)))
-    return tuple(mean.to("cpu", torch.float64) for mean in means)
+    return (nats.mean(dim=(1, 2, 3)) / math.log(2)).cpu(), floored.double().mean(dim=(1, 2, 3)).cpu()
 
 
 def bits_per_dim(
