@@ -14,6 +14,8 @@ HALF_WRITTEN = re.compile(
     r"|\.saving|\.push-\w{8}"
 )
 
+DRY_RUN = ".dry_run.png"  # the picture of a dry run is OUTPUT_DIR followed by this, because OUTPUT_DIR is not created
+
 
 def is_checkpoint_name(name: str) -> bool:
     """Return whether a folder of this name is a checkpoint: checkpoint-<step>."""

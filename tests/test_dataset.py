@@ -415,6 +415,14 @@ def test_the_run_inside_the_data_folder_is_not_data(open_folder, tmp_path, capsy
     assert capsys.readouterr().out == "Data: 2 images of 3 files: 1 is not an image (runs/a/).\n"
 
 
+def test_the_picture_of_a_dry_run_is_not_data(open_folder, tmp_path, capsys):
+    # As after `cd x; ddpm_hf train --train_data_dir . --output_dir model --dry_run`
+    folder = write_images(tmp_path / "x", ["cat/1.png", "dog/2.png", "model.dry_run.png"])
+    assert len(open_folder(folder)[0]) == 2
+    expected = "2 images of 3 files: 1 is not an image (model.dry_run.png); classes: cat 1, dog 1."
+    assert capsys.readouterr().out == f"Data: {expected}\n"
+
+
 def test_many_classes_are_said_in_short(open_folder, tmp_path, capsys):
     open_folder(write_images(tmp_path / "x", [f"{k:02d}/{n}.png" for k in range(12) for n in range(1 + k % 2)]))
     assert capsys.readouterr().out == "Data: 18 images of 18 files; 12 classes with 1 to 2 images each.\n"

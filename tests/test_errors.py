@@ -51,6 +51,8 @@ def broken(tmp_path_factory):
     (root / "mine" / "samples").mkdir(parents=True)
     (root / "mine" / "samples" / "holiday.jpg").touch()
     train(parse_config([*TINY, "--max_train_steps=2", f"--output_dir={root / 'run'}"]))
+    (root / "run" / "samples" / "mine").mkdir()
+    pixels.save(root / "run" / "samples" / "mine" / "1.png")
     return root
 
 
@@ -132,6 +134,14 @@ BAD = {
     "all held out": (["--dataset_name={images}", "--validation_split=12"], "--validation_split"),
     "batch larger than the set": (["--dataset_name={images}", "--train_batch_size=13"], "there are only 12"),
     # the folder
+    "images in the folder of the run": (
+        ["--train_data_dir={images}", "--output_dir={images}", "--overwrite_output_dir"],
+        "are where the run would write its own files",
+    ),
+    "images in the samples of the run": (
+        ["--dataset_name={root}/run/samples/mine", "--output_dir={root}/run", "--resume_from_checkpoint=latest"],
+        "are where the run would write its own files",
+    ),
     "folder in use": ([*TINY, "--output_dir={root}/run"], "is not empty: give --resume_from_checkpoint latest"),
     "folder is a file": ([*TINY, "--output_dir={root}/file"], "is a file"),
     "folder with too long a name": ([*TINY, "--output_dir=" + "a" * 300], "could not be written to aaa"),

@@ -25,6 +25,7 @@ import pyarrow.parquet
 from PIL import Image
 
 from ..errors import UserError
+from ..run_folder import DRY_RUN
 
 
 # Formats of Pillow that are not pictures, or that Pillow cannot decode by itself.
@@ -96,8 +97,9 @@ def list_files(folder: Path) -> dict[str, tuple[int, int] | None]:
     """Return the files below a folder, sorted by path: `{path relative to folder: (bytes, time of last change)}`.
 
     The value is None for a broken link, and for anything else that is not a regular file, e.g. a pipe. The folder of a
-    run of ddpm_hf is one entry with the value None, and its files are not listed. Hidden files and folders are left
-    out. A link to a folder is not followed, because it leads to files of `folder` that are listed already.
+    run of ddpm_hf is one entry with the value None, and its files are not listed. The picture of a dry run has the
+    value None, too. Hidden files and folders are left out. A link to a folder is not followed, because it leads to
+    files of `folder` that are listed already.
 
     Raises:
         UserError: if a folder cannot be read, or a link to an image or a folder leads out of `folder`.
@@ -118,7 +120,8 @@ def list_files(folder: Path) -> dict[str, tuple[int, int] | None]:
                 if entry.is_symlink():
                     _check_link(root, name, entry.is_dir())
                 if not entry.is_dir():
-                    stat = entry.stat() if entry.is_file() else None
+                    is_data = entry.is_file() and not entry.name.endswith(DRY_RUN)
+                    stat = entry.stat() if is_data else None
                     found[name] = stat and (stat.st_size, stat.st_mtime_ns)
                 elif not entry.is_symlink():
                     ahead.append(f"{name}/")

@@ -40,6 +40,7 @@ from ..run_folder import (
 from .resume_changes import check_fixed_flags, warnings_about
 
 
+FOLDERS = sorted({name.split("/")[0] for name in [*RUN_FILES, *RECORDS] if "/" in name})  # a run writes in these
 SECOND_RUN = "wait until that run ends, or give another --output_dir"
 # The fields of TrainState in state.pt, and their types. All checkpoints have these.
 SAVED = {"step": int, "images_seen": int, "seconds": (int, float), "best_score": (int, float), "best_measure": str}
@@ -97,6 +98,7 @@ def find_checkpoint(config) -> Path | None:
     if is_file:
         raise UserError(f"--output_dir {output_dir} is a file: give the name of a folder.")
     check_places(output_dir, config.logging_dir)
+    check_data_is_elsewhere(config)
     if config.resume_from_checkpoint is not None and config.overwrite_output_dir:
         raise UserError(
             "--resume_from_checkpoint goes on with a run and --overwrite_output_dir removes it: give only one of them."
@@ -148,11 +150,10 @@ def check_places(output_dir: Path, logging_dir: str):
 
     A name is taken if the folder has a file where the run writes a folder, or a folder where the run writes a file.
     """
-    folders = sorted({name.split("/")[0] for name in [*RUN_FILES, *RECORDS] if "/" in name})
     files = ["train_config.json", "metrics.jsonl", "model_index.json"]
-    if (first := Path(logging_dir).parts[0]) in [*folders, *files, "README.md"] or is_checkpoint_name(first):
+    if (first := Path(logging_dir).parts[0]) in [*FOLDERS, *files, "README.md"] or is_checkpoint_name(first):
         raise UserError(f"--logging_dir {logging_dir} is where the run writes other files: give a name such as logs.")
-    for name in [*folders, *files, first]:
+    for name in [*FOLDERS, *files, first]:
         is_folder = (output_dir / name).is_dir()
         if os.path.lexists(output_dir / name) and is_folder == (name in files):
             found, needed = ("folder", "file") if is_folder else ("file", "folder")
@@ -160,6 +161,23 @@ def check_places(output_dir: Path, logging_dir: str):
                 f"--output_dir {output_dir} has a {found} named {name}, where the run writes a {needed}: move it "
                 "away, or give another folder."
             )
+
+
+def check_data_is_elsewhere(config):
+    """Raise a UserError if the images are in a place where the run writes its own files.
+
+    Otherwise a resumed run would train on its own sample sheets, and --overwrite_output_dir would remove images.
+    """
+    output_dir, data = Path(config.output_dir), Path(config.dataset_name or config.train_data_dir)
+    if not data.is_dir() or (config.dataset_name == "digits" and is_run(data)):  # then the digits are the bundled ones
+        return
+    data = data.resolve()
+    places = [(output_dir / name).resolve() for name in (*FOLDERS, config.logging_dir)]
+    if data == output_dir.resolve() or any(map(data.is_relative_to, places)):
+        raise UserError(
+            f"the images in {data} are where the run would write its own files, because --output_dir is {output_dir}: "
+            "give another --output_dir."
+        )
 
 
 def in_use(folder: Path) -> bool:
@@ -392,7 +410,7 @@ def save_checkpoint(run, facts: dict, rows: list):
                 if run.power_averages:
                     safetensors.torch.save_file(state_of(run.power_averages), partial / "power_averages.safetensors")
                 record = {"flags": config.to_dict()} | facts
-                (partial / "train_config.json").write_text(json.dumps(record))
+                (partial / "train_config.json").write_text(json.dumps(record), encoding="utf-8")
                 saved = {name: getattr(state, name) for name in SAVED} | {"pending": rows}
                 saved |= {"interrupted": state.interrupted} if state.interrupted else {}
                 torch.save(saved, partial / "state.pt")
@@ -417,7 +435,7 @@ def saved_config(checkpoint: Path) -> dict:
         UserError: if it cannot be read.
     """
     with reading(checkpoint):
-        saved = json.loads((checkpoint / "train_config.json").read_text())
+        saved = json.loads((checkpoint / "train_config.json").read_text(encoding="utf-8"))
         return {**saved, "flags": dict(saved["flags"]), "unet": dict(saved["unet"])}
 
 
@@ -513,4 +531,4 @@ def keep_metrics_up_to(output_dir, step: int):
     if path.is_file():
         text = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
         with writing("metrics.jsonl", path):
-            write_beside(path, lambda partial: partial.write_text(text))
+            write_beside(path, lambda partial: partial.write_text(text, encoding="utf-8"))

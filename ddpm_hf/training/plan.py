@@ -10,6 +10,7 @@ import torch
 from ..data.batches import training_batches
 from ..diffusion.losses import draw_noise
 from ..pictures import strip, to_uint8
+from ..run_folder import DRY_RUN
 from .figures import GUIDED_CLASSES, GUIDED_STEPS, SHEET_IMAGES, ddim_steps
 from .periodic import epochs_between
 from .run import Run
@@ -127,5 +128,5 @@ def draw_preview(run: Run) -> Path:
     labels = (
         [names[k][:12] if k >= 0 else "no class" for k in batch["labels"].tolist()] if names else [""] * len(images)
     )
-    path = Path(f"{Path(config.output_dir)}.dry_run.png")
+    path = Path(f"{Path(config.output_dir)}{DRY_RUN}")
     return strip([to_uint8(row) for row in rows.values()], labels, list(rows), path)
