@@ -16,6 +16,7 @@ from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.config.presets import PRESETS
 from ddpm_hf.config.training_config import TrainingConfig
 from ddpm_hf.diffusion.scheduler import PaperDDPMScheduler
+from ddpm_hf.errors import UserError
 from ddpm_hf.models.ema import ema_decay
 from ddpm_hf.provenance import git_commit
 from ddpm_hf.sampling.samplers import draw, image_generators
@@ -152,6 +153,14 @@ def test_presets_are_listed(capsys):
     assert capsys.readouterr().out.count("\n") == len(PRESETS)
     command(["presets", "cifar10"])
     assert json.loads(capsys.readouterr().out)["flags"]["train_batch_size"] == 128
+
+
+def test_weights_that_diverge_in_the_last_step_are_not_saved(tmp_path):
+    flags = ["--lr_scheduler=constant", "--learning_rate=1e30", "--lr_warmup_steps=0", "--max_grad_norm=0"]
+    flags += ["--objective=classify", "--validation_split=4", "--max_train_steps=1", f"--output_dir={tmp_path}"]
+    with pytest.raises(UserError, match="the validation loss became nan or infinite at step 1 .*no checkpoint yet"):
+        train(parse_config([*TINY, "--class_names=3,7", *flags]))
+    assert not {"checkpoint-1", "classifier", "metrics.jsonl"} & {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_tiny_model_learns_one_image_by_heart(tmp_path):

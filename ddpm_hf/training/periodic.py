@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -126,8 +127,17 @@ def add_averages(run: Run, due: set[str], line: dict):
 
 
 def add_validation_loss(run: Run, due: set[str], line: dict):
-    """Add the validation loss to `line`. If --best_by is this loss, and it is the lowest so far, save best/."""
-    line |= validate(run)
+    """Add the validation loss to `line`. If --best_by is this loss, and it is the lowest so far, save best/.
+
+    Raises:
+        UserError: if the loss is not finite. The steps may all have had finite losses, but the last of them can make
+            the weights too large.
+    """
+    measured = validate(run)
+    means = [value for value in measured.values() if isinstance(value, float)]
+    if not all(map(math.isfinite, means)):
+        raise diverged(run, "the validation loss", run.state.step)
+    line |= measured
     if run.config.best_by == "validation_loss":
         keep_best(run, "validation_loss", line["validation_loss" if run.ema is None else "validation_loss_ema"])
 
@@ -173,7 +183,7 @@ def write_log_line(run: Run, due: set[str], line: dict):
     """Append `line` to metrics.jsonl, and give its numbers to the tracker."""
     folder = Path(run.config.output_dir)
     if run.accelerator.is_main_process:
-        with writing("metrics.jsonl", folder), open(folder / "metrics.jsonl", "a") as metrics:
+        with writing("metrics.jsonl", folder), open(folder / "metrics.jsonl", "a", encoding="utf-8") as metrics:
             metrics.write(json.dumps(line) + "\n")
         numbers = {k: v for k, v in (line | line.get("scores", {})).items() if isinstance(v, (int, float))}
         trackers.log(run.accelerator, lambda tracker: tracker.log(numbers, step=run.state.step))
@@ -347,13 +357,18 @@ def pending_rows(run: Run) -> list[torch.Tensor]:
         first = int((~checked.isfinite().all(dim=1)).nonzero()[0])
         step = state.step - len(table) + first + 1
         what = "the gradient" if checked[first, :-1].isfinite().all() else "the loss"
-        last_good = run_folder.checkpoints(config.output_dir)[-1:]
-        raise UserError(
-            f"{what} became nan or infinite at step {step} (learning rate {run.learning_rate(step - 1):.2g}): "
-            "lower --learning_rate, lengthen --lr_warmup_steps or give --mixed_precision no; "
-            + (f"the last good checkpoint is {last_good[0]}." if last_good else "there was no checkpoint yet.")
-        )
+        raise diverged(run, what, step)
     return list(table)
+
+
+def diverged(run: Run, what: str, step: int) -> UserError:
+    """Return the error of a run in which `what`, e.g. "the loss", is not finite at an optimizer step."""
+    last_good = run_folder.checkpoints(run.config.output_dir)[-1:]
+    return UserError(
+        f"{what} became nan or infinite at step {step} (learning rate {run.learning_rate(step - 1):.2g}): "
+        "lower --learning_rate, lengthen --lr_warmup_steps or give --mixed_precision no; "
+        + (f"the last good checkpoint is {last_good[0]}." if last_good else "there was no checkpoint yet.")
+    )
 
 
 def averages(rows: list[torch.Tensor]) -> dict:
