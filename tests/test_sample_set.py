@@ -228,17 +228,17 @@ def test_bad_flags_are_one_sentence_and_leave_nothing(tiny_run, tmp_path, capsys
     assert not files(tmp_path / "x")
 
 
-@pytest.mark.parametrize("name", ["x", "x.npz"])
+@pytest.mark.parametrize("name", ["x/", "x.npz"])
 def test_a_sheet_of_the_user_stays_and_our_own_is_replaced(tiny_run, tmp_path, capsys, name):
     arguments = [
         "sample",
         str(tiny_run),
         "--output",
-        str(tmp_path / name),
+        f"{tmp_path}/{name}",
         "--num_inference_steps=2",
         "--num_images=1",
     ]
-    sheet = tmp_path / f"{name}.sheet.png"
+    sheet = tmp_path / f"{name.rstrip('/')}.sheet.png"
     sheet.write_bytes(b"mine")
     with pytest.raises(SystemExit) as exit:
         main(arguments)

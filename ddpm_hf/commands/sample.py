@@ -59,7 +59,7 @@ def run(arguments):
     output = arguments.output
     if output is None:
         output = Path("samples", f"{name}-seed{sampler.seed}")
-    sheet = Path(f"{output}.sheet.png")
+    sheet = Path(f"{Path(output)}.sheet.png")  # Path drops a slash at the end
     check_sheet(sheet, output)
     for warning in sampler.warnings(model):
         PartialState().print(warning, flush=True)
