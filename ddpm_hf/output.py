@@ -46,6 +46,6 @@ def drop_failing_output():
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # the process was started with this output closed, and tqdm writes to it nevertheless
-            stream = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays open)
         if not isinstance(stream, LossyStream):
             setattr(sys, name, LossyStream(stream))

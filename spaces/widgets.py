@@ -153,8 +153,8 @@ def image_inputs(model: Model) -> list[gr.components.Component]:
     )
     drawing = gr.HTML(
         "",
-        html_template=(HERE / "sketch.html").read_text(),
-        js_on_load=(HERE / "sketch.js").read_text(),
+        html_template=(HERE / "sketch.html").read_text(encoding="utf-8"),
+        js_on_load=(HERE / "sketch.js").read_text(encoding="utf-8"),
         label="Drawing",
         visible="hidden",
         apply_default_css=False,

@@ -167,3 +167,22 @@ def test_nothing_pulls_torchvision():
     for name in ("setup.cfg", "constraints.txt"):
         text = (ROOT / name).read_text()
         assert not re.search(r"torchvision|torch-fidelity|timm|lpips", text)
+
+
+FILES_OF_TEXT = sorted(path for part in (PACKAGE, ROOT / "spaces", ROOT / "pipelines") for path in part.rglob("*.py"))
+
+
+def test_every_text_is_read_and_written_as_utf_8():
+    """Without `encoding`, Python takes that of the system. In Latin-1, the emojis of a Space cannot be read."""
+    found = []
+    for path in FILES_OF_TEXT:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+                continue
+            is_open = isinstance(node.func, ast.Name) and node.func.id == "open"
+            mode = [word.value for word in node.keywords if word.arg == "mode"] + node.args[1:2]
+            is_binary = any("b" in str(getattr(value, "value", "")) for value in mode)
+            is_text = isinstance(node.func, ast.Attribute) and node.func.attr in ("read_text", "write_text")
+            if is_text or is_open and not is_binary:
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found

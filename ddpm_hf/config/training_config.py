@@ -99,7 +99,7 @@ class DataOptions:
         None, "Held-out images: the name of a split, a count (500), or a share of the training images (0.05) [added]"
     )
     dataloader_num_workers: int = flag(
-        0, "Extra processes that decode images, for datasets that do not fit in memory", at_least=0
+        0, "Extra processes that decode images, for datasets that do not fit in memory", at_least=0, at_most=1024
     )
 
 
@@ -216,8 +216,10 @@ class OptimisationOptions:
 
     train_batch_size: int = flag(16, "Images per process in one forward pass", at_least=1)
     gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step", at_least=1)
-    num_epochs: int = flag(100, "Passes over the training images", at_least=1)
-    max_train_steps: int | None = flag(None, "Optimizer steps, instead of --num_epochs [added]", at_least=1)
+    num_epochs: int = flag(100, "Passes over the training images", at_least=1, at_most=10**6)
+    max_train_steps: int | None = flag(
+        None, "Optimizer steps, instead of --num_epochs [added]", at_least=1, at_most=10**12
+    )
     learning_rate: float = flag(1e-4, "Highest learning rate, after warm-up", at_least=0)
     lr_scheduler: str = flag("cosine", "Learning-rate schedule of diffusers, e.g. constant_with_warmup or cosine")
     lr_warmup_steps: int = flag(500, "Optimizer steps of linear warm-up", at_least=0)
@@ -255,7 +257,7 @@ class OutputOptions:
     checkpoints_total_limit: int | None = flag(None, "Number of checkpoints to keep; default: all", at_least=1)
     save_images_epochs: int = flag(10, "Epochs between sheets of preview images", at_least=1)
     save_model_epochs: int = flag(10, "Epochs between saves of the pipeline", at_least=1)
-    eval_batch_size: int = flag(16, "Images on each sheet of previews", at_least=1)
+    eval_batch_size: int = flag(16, "Images on each sheet of previews", at_least=1, at_most=10_000)
     validation_epochs: int = flag(1, "Epochs between measurements of the validation loss [added]", at_least=1)
     ema_snapshots: int = flag(
         0,

@@ -265,7 +265,7 @@ def code_of(function: Callable) -> str | None:
         return None
     try:
         file = Path(inspect.getsourcefile(function) or "")
-        text = file.read_text() if file.is_file() else inspect.getsource(function)
+        text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else inspect.getsource(function)
     except (OSError, TypeError):
         return secrets.token_hex(4)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -72,4 +72,5 @@ def write_space(folder: Path, model: str):
     for module in (judge, hub_requests):
         shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
     card = folder / "README.md"
-    card.write_text(card.read_text().replace("\n---\n", f"\nmodels:\n- {model}\n---\n", 1))
+    text = card.read_text(encoding="utf-8").replace("\n---\n", f"\nmodels:\n- {model}\n---\n", 1)
+    card.write_text(text, encoding="utf-8")

@@ -53,8 +53,8 @@ def add(model: Model) -> dict[str, gr.components.Component]:
             status = widgets.status_line("Ready: press Compare, then move the slider over the steps.")
             shown = gr.HTML(
                 [],
-                html_template=(HERE / "compare.html").read_text(),
-                js_on_load=(HERE / "compare.js").read_text(),
+                html_template=(HERE / "compare.html").read_text(encoding="utf-8"),
+                js_on_load=(HERE / "compare.js").read_text(encoding="utf-8"),
                 label="Samplers",
                 apply_default_css=False,
             )
