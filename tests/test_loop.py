@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from ddpm_hf.errors import UserError
 from ddpm_hf.models.ema import ema_decay
 from ddpm_hf.provenance import git_commit
 from ddpm_hf.sampling.samplers import draw, image_generators
-from ddpm_hf.training.loop import train
+from ddpm_hf.training.loop import catching_signals, train
 
 
 FLAGS = [
@@ -153,6 +154,20 @@ def test_presets_are_listed(capsys):
     assert capsys.readouterr().out.count("\n") == len(PRESETS)
     command(["presets", "cifar10"])
     assert json.loads(capsys.readouterr().out)["flags"]["train_batch_size"] == 128
+
+
+def test_a_closed_terminal_stops_a_run_in_order_but_not_under_nohup():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, caught in [(signal.SIG_DFL, [signal.SIGHUP, signal.SIGHUP]), (signal.SIG_IGN, [])]:
+            signal.signal(signal.SIGHUP, handler)
+            found = []
+            with catching_signals(found):
+                signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(signal.SIGHUP)
+            assert found == caught and signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_weights_that_diverge_in_the_last_step_are_not_saved(tmp_path):

@@ -70,7 +70,8 @@ class FinishedRun:
 def train(config: TrainingConfig) -> FinishedRun | None:
     """Train as `config` says, and return the finished run. A dry run makes no run folder and returns None.
 
-    After SIGINT or SIGTERM, training finishes the current step, saves a checkpoint and the pipeline, and stops.
+    After SIGINT, SIGTERM or SIGHUP (the terminal was closed), training finishes the current step, saves a checkpoint
+    and the pipeline, and stops.
     Signals are caught only in the main thread. `train` can be called several times in one process, and in any thread.
 
     Raises:
@@ -247,22 +248,27 @@ def progress_bar(run: Run) -> tqdm:
 
 @contextlib.contextmanager
 def catching_signals(caught: list[int]):
-    """Append the number of a SIGINT or SIGTERM to `caught`, instead of ending the process.
+    """Append the number of a SIGINT, SIGTERM or SIGHUP to `caught`, instead of ending the process.
 
-    If the same signal comes a second time, it acts as usual. Python allows handlers only in the main thread, so in
-    other threads signals act as usual.
+    If the same signal comes a second time, it acts as usual. But a second SIGHUP changes nothing, because the system
+    and the shell may both send one if a terminal is closed. A SIGHUP that is ignored stays ignored, because `nohup`
+    asks for that. Python allows handlers only in the main thread, so in other threads signals act as usual.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {}
+    before, hangup = {}, getattr(signal, "SIGHUP", None)  # Windows has no SIGHUP
 
     def note(number, frame):
         # Do not print here, because a signal may interrupt any line, also one that prints. The loop prints a message.
         caught.append(number)
-        signal.signal(number, before[number])
+        if number != hangup:
+            signal.signal(number, before[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
+    for number in numbers:
         before[number] = signal.signal(number, note)
     try:
         yield
