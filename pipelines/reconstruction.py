@@ -169,10 +169,18 @@ class ReconstructionPipeline(DiffusionPipeline):
         check_steps(num_inference_steps, self.scheduler.config.num_train_timesteps)
         check_output(output_type, callback_on_step_end_tensor_inputs)
         channels = self.unet.config.in_channels
-        if latents.ndim != 4 or latents.shape[1] != channels or not latents.isfinite().all():
+        if not isinstance(latents, torch.Tensor):
+            raise ValueError(f"latents are a {type(latents).__name__}; give a tensor, e.g. what `invert` returned.")
+        if not self._is_batch(latents) or not latents.isfinite().all():
             raise ValueError(
                 f"latents have shape {tuple(latents.shape)}, or have values that are not finite; give finite ones of "
-                f"shape (B, {channels}, H, W)."
+                f"shape (B, {channels}, H, W), with H and W multiples of {self._multiple}."
+            )
+        reference = None if reference is None else self.preprocess(reference)
+        if reference is not None and reference.shape != latents.shape:
+            raise ValueError(
+                f"The reference has shape {tuple(reference.shape)} and the latents {tuple(latents.shape)}; give one "
+                "image of the same size for each latent."
             )
         x = latents = latents.to(self._execution_device, torch.float32)
         labels = self._labels(class_labels, len(latents))
@@ -184,7 +192,7 @@ class ReconstructionPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         psnr = None
         if reference is not None:
-            error = to_output(x, "pt") - self.preprocess(reference).to(x.device)
+            error = to_output(x, "pt") - reference.to(x.device)
             psnr = -10 * error.square().mean(dim=(1, 2, 3)).log10()
         return ReconstructionOutput(to_output(x, output_type), latents, psnr)
 
@@ -215,8 +223,8 @@ class ReconstructionPipeline(DiffusionPipeline):
         """
         check_output(output_type, ())
         check_generator(generator, 2)
-        if num_images < 2:
-            raise ValueError(f"num_images is {num_images}; give at least 2, for the two ends.")
+        if not isinstance(num_images, Integral) or num_images < 2:
+            raise ValueError(f"num_images is {num_images!r}; give a whole number of at least 2, for the two ends.")
         given = [None if image is None else self.preprocess(image) for image in (image_a, image_b)]
         size = self.unet.config.sample_size
         shape = 1, self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
@@ -254,30 +262,41 @@ class ReconstructionPipeline(DiffusionPipeline):
         Raises:
             ValueError: for images of another kind, size, range or number of channels.
         """
-        channels, multiple = self.unet.config.in_channels, 2 ** (len(self.unet.config.block_out_channels) - 1)
+        channels = self.unet.config.in_channels
         if not isinstance(image, (Image.Image, list, np.ndarray, torch.Tensor)):
             raise ValueError(f"The image is a {type(image).__name__}; give a PIL image, an array or a tensor.")
         if isinstance(image, (Image.Image, list)):
             image = image if isinstance(image, list) else [image]
-            sizes = {one.size if isinstance(one, Image.Image) else type(one) for one in image}
-            if len(sizes) != 1 or type in map(type, sizes):
+            sizes = {one.size if isinstance(one, Image.Image) else type(one).__name__ for one in image}
+            if len(sizes) != 1 or str in map(type, sizes):
                 raise ValueError(f"A list holds {sizes or 'nothing'}; give PIL images of one size, or one array.")
             image = np.stack([_pil_to_array(one, channels) for one in image])
         if isinstance(image, np.ndarray) and 2 <= image.ndim <= 4:
             if image.ndim == 2 or (image.ndim == 3 and image.shape[-1] == channels):
                 image = image[None]
-            image = torch.from_numpy(image[..., None] if image.ndim == 3 else image).movedim(-1, 1)
+            image = to_tensor(image[..., None] if image.ndim == 3 else image).movedim(-1, 1)
         elif image.ndim == 3:
             image = image[None]
-        shape = tuple(image.shape)
-        if len(shape) != 4 or shape[1] != channels or 0 in shape or any(size % multiple for size in shape[2:]):
-            wanted = f"(B, {channels}, H, W), with H and W multiples of {multiple}"
-            raise ValueError(f"The images make a batch of shape {shape}; this UNet takes {wanted}.")
+        if not self._is_batch(image):
+            wanted = f"(B, {channels}, H, W), with H and W multiples of {self._multiple}"
+            raise ValueError(f"The images make a batch of shape {tuple(image.shape)}; this UNet takes {wanted}.")
         image = image / 255 if image.dtype == torch.uint8 else image
         if not image.is_floating_point() or not ((image >= 0) & (image <= 1)).all():
-            span = f"from {image.min():g} to {image.max():g}"
+            low, high = image.double().aminmax()  # torch finds no minimum of uint16
+            span = f"from {low:g} to {high:g}"
             raise ValueError(f"The images are {image.dtype} {span}; give uint8, or finite floats in [0, 1].")
         return image.float()
+
+    @property
+    def _multiple(self) -> int:
+        """The number of which height and width must be multiples, because each block but the last halves them."""
+        return 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def _is_batch(self, images: torch.Tensor) -> bool:
+        """Return whether this UNet can take these images or latents: (B, C, H, W) with its C, and sizes that halve."""
+        shape = tuple(images.shape)
+        fits = len(shape) == 4 and shape[1] == self.unet.config.in_channels and 0 not in shape
+        return fits and not any(size % self._multiple for size in shape[2:])
 
     def _labels(self, class_labels, num_images: int) -> torch.Tensor | None:
         num_embeds, num_names = self.unet.config.num_class_embeds, len(self.config.id2label or {})
@@ -328,6 +347,17 @@ def _pil_to_array(image: Image.Image, channels: int) -> np.ndarray:
 
 
 # Pipeline files cannot import each other, so each has its own copies of these functions. A test compares them.
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """Return an array of numbers as a tensor, whatever the order of its axes and bytes in memory.
+
+    Raises:
+        ValueError: for an array of other things than numbers.
+    """
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"The image is an array of {array.dtype}; give uint8, or floats in [0, 1].")
+    return torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
 
 
 def to_output(images: torch.Tensor, output_type: str, **options):

@@ -280,6 +280,8 @@ class RestorationPipeline(DiffusionPipeline):
         config, labels = self.scheduler.config, {}
         if self.unet.config.get("num_class_embeds") is not None:
             labels["class_labels"] = torch.full_like(t, self.unet.config.num_class_embeds - 1, dtype=torch.int64)
+        if self.unet.config.get("time_embedding_type") == "learned":  # a table, which has only whole timesteps
+            t = t.round().long()
         output = self.unet(x.to(self.unet.dtype), t, **labels).sample.float()
         output = output[:, : x.shape[1]]  # further channels predict the variance
         reach = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else math.inf
@@ -308,7 +310,7 @@ class RestorationPipeline(DiffusionPipeline):
         if task != "inpaint":
             return torch.ones(N, 1, H, W, device=self._execution_device)
         _check(mask is not None, "inpaint needs a mask; give one that is white in the areas to paint.")
-        masks = _pixels(mask, 1).to(self._execution_device)
+        masks = to_pixels(mask, 1).to(self._execution_device)
         fits = len(masks) in (1, N) and masks.shape[2:] == (H, W) and (masks >= 0).all()
         _check(fits, f"The mask has shape {[*masks.shape]}; give 1 or {N} masks of {H}x{W}, 0 to keep, 1 to paint.")
         return (masks <= masks.amax((1, 2, 3), True) / 2).float().expand(N, -1, -1, -1)
@@ -319,10 +321,10 @@ class RestorationPipeline(DiffusionPipeline):
         fits = task != "colorize" or self.unet.config.in_channels == 3
         _check(fits, "colorize needs a model of RGB images, and this one draws other images; give another model.")
         k = scale_factor if task == "super_resolution" else 1
-        _check(isinstance(k, int) and k >= 1, f"scale_factor is {k}; give a whole number from 1 on.")
+        _check(type(k) is int and k >= 1, f"scale_factor is {k!r}; give a whole number from 1 on.")
         _check(0 < blur_sigma < math.inf, f"blur_sigma is {blur_sigma}; give a number of pixels above 0.")
         channels = 1 if is_degraded and task == "colorize" else self.unet.config.in_channels
-        image = _pixels(image, channels).to(self._execution_device)
+        image = to_pixels(image, channels).to(self._execution_device)
         N, (H, W), halved = len(image), image.shape[2:], 2 ** (len(self.unet.config.down_block_types) - 1)
         H, W, multiple = (H * k, W * k, halved) if is_degraded else (H, W, math.lcm(halved, k))
         fits = H % multiple == W % multiple == 0
@@ -341,7 +343,8 @@ class RestorationPipeline(DiffusionPipeline):
         """Raise ValueError for numbers out of range, and for a conditional UNet with no embedding for "no class"."""
         check_steps(steps, self.scheduler.config.num_train_timesteps)
         check_generator(generator, num_images)
-        _check(isinstance(samples, int) and samples >= 1, f"num_samples is {samples}; give a whole number from 1 on.")
+        is_count = isinstance(samples, Integral) and samples >= 1
+        _check(is_count, f"num_samples is {samples!r}; give a whole number from 1 on.")
         _check(0 <= eta <= 1, f"eta is {eta}; give a number from 0 to 1.")
         classes, names = self.unet.config.get("num_class_embeds"), self.config.id2label or {}
         has_null = classes in (None, len(names) + 1)
@@ -353,10 +356,10 @@ def _check(is_right: bool, message: str):
         raise ValueError(message)
 
 
-def _pixels(image, channels: int) -> Tensor:
+def to_pixels(image, channels: int) -> Tensor:
     """Return PIL images, arrays or tensors as (N, channels, H, W), float32 on [0, 1]."""
     if isinstance(image, (list, tuple)):
-        images = [_pixels(one, channels) for one in image]
+        images = [to_pixels(one, channels) for one in image]
         _check(len({one.shape[1:] for one in images}) == 1, "The list is empty or has several sizes; give one size.")
         return torch.cat(images)
     is_image = isinstance(image, (Image.Image, np.ndarray, Tensor))
@@ -372,16 +375,27 @@ def _pixels(image, channels: int) -> Tensor:
         image = pixels[..., :channels]
     if isinstance(image, np.ndarray):
         is_grey = image.ndim == 2 or (image.ndim == 3 and channels == 1 != image.shape[-1])
-        image = torch.tensor(image[..., None] if is_grey else image).movedim(-1, -3)
+        image = to_tensor(image[..., None] if is_grey else image).movedim(-1, -3)
     elif channels == 1 and image.ndim < 4:
         image = image[..., None, :, :]
     image = image[None] if image.ndim == 3 else image
-    fits, wanted = image.ndim == 4 and image.shape[1] == channels, f"{channels} channel(s)"
+    fits, wanted = image.ndim == 4 and image.shape[1] == channels and len(image) > 0, f"{channels} channel(s)"
     _check(fits, f"The image is {[*image.shape]}; give {wanted}, as a tensor (N,)C,H,W or an array (N,)H,W[,C].")
     return image / 255 if image.dtype == torch.uint8 else image.float()
 
 
 # Pipeline files cannot import each other, so each has its own copies of these functions. A test compares them.
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """Return an array of numbers as a tensor, whatever the order of its axes and bytes in memory.
+
+    Raises:
+        ValueError: for an array of other things than numbers.
+    """
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"The image is an array of {array.dtype}; give uint8, or floats in [0, 1].")
+    return torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
 
 
 def to_output(images: torch.Tensor, output_type: str, **options):

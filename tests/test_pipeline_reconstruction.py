@@ -255,6 +255,9 @@ def test_refusals(tiny):
         (2 * good, "finite floats in .0, 1."),
         (good * float("nan"), "finite floats in .0, 1."),
         (good.long(), "torch.int64 from 0 to 0; give uint8"),
+        (np.full((8, 8), 300, dtype=np.uint16), "torch.uint16 from 300 to 300; give uint8"),
+        ([good[0]], "A list holds .'Tensor'.; give PIL images"),
+        (np.full((8, 8), "a"), "an array of <U1"),
     ):
         with pytest.raises(ValueError, match=words):
             tiny(image, num_inference_steps=2)
@@ -265,7 +268,11 @@ def test_refusals(tiny):
         (lambda: tiny(good, callback_on_step_end_tensor_inputs=["latents"]), "choose from 'sample'"),
         (lambda: tiny.decode(good[0]), r"give finite ones of shape \(B, 1, H, W\)"),
         (lambda: tiny.decode(good / 0), r"give finite ones of shape \(B, 1, H, W\)"),
+        (lambda: tiny.decode(good.numpy()), "latents are a ndarray"),
+        (lambda: tiny.decode(good[..., :7]), "multiples of 2"),
+        (lambda: tiny.decode(pictures(3), 2, reference=good), r"shape \(1, 1, 8, 8\) and the latents \(3, 1, 8, 8\)"),
         (lambda: tiny.interpolate(num_images=1), "at least 2"),
+        (lambda: tiny.interpolate(num_images=2.5), "num_images is 2.5"),
         (lambda: tiny.interpolate(generator=image_generators(0, [0])), "a list of 1 for 2 images"),
         (lambda: tiny.interpolate(good, pictures(2)), "one image each"),
     ):

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from conftest import ROOT
+from conftest import ROOT, untrained_unet
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
+
+from ddpm_hf.community_pipelines import pipeline_module
 
 
 FILE = str(ROOT / "pipelines" / "restoration.py")
@@ -253,7 +255,8 @@ def test_images_alone_and_in_a_batch_are_the_same(pipe):
 def test_every_form_of_an_image_is_the_same_image(pipe):
     array = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     tensor = torch.from_numpy(array).permute(0, 3, 1, 2)
-    forms = [array, array / 255, tensor, tensor / 255, [Image.fromarray(one) for one in array], [array[0], tensor[1]]]
+    forms = [array, array / 255, array[:, ::-1].copy()[:, ::-1], (array / 255).astype(">f8")]
+    forms += [tensor, tensor / 255, [Image.fromarray(one) for one in array], [array[0], tensor[1]]]
     y = [pipe(form, "denoise", noise_level=0.1, output_type="pt").images for form in forms]
     for other in y[1:]:
         torch.testing.assert_close(other, y[0], atol=1e-5, rtol=0)
@@ -268,6 +271,16 @@ def test_every_form_of_an_image_is_the_same_image(pipe):
     masks += [Image.fromarray(np.uint8(255 * np.eye(8))), [torch.eye(8)] * 2]
     hidden = [pipe.degrade(array, "inpaint", mask=mask) for mask in masks]
     assert all((other == hidden[0]).all() for other in hidden) and (hidden[0][..., 3, 3] == 0.5).all()
+
+
+@pytest.mark.parametrize("task", ["denoise", "super_resolution"])
+def test_a_unet_with_a_table_of_timesteps(task):
+    """Its table has only whole timesteps, and denoising starts between two of them."""
+    unet = untrained_unet(8, channels=3, time_embedding_type="learned", num_train_timesteps=50)
+    pipe = pipeline_module("restoration").RestorationPipeline(unet, DDPMScheduler(50))
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 8, 8, generator=seeded())
+    assert pipe(image, task, num_inference_steps=2, output_type="pt").images.isfinite().all()
 
 
 def test_callback_and_tuple(pipe):
@@ -340,6 +353,9 @@ REFUSALS = [
         {"scale_factor": 3},
         "24x21; give one whose height and width are multiples of 2",
     ),
+    (GOOD, "super_resolution", {"scale_factor": True}, "scale_factor is True"),
+    (GOOD[:0], "denoise", {}, "3 channel"),
+    (GOOD.numpy().astype(object), "denoise", {}, "an array of object"),
     (GOOD, "inpaint", {}, "inpaint needs a mask"),
     (GOOD, "inpaint", {"mask": np.ones((8, 7))}, "mask"),
     (GOOD, "inpaint", {"mask": np.ones((2, 8, 8))}, "mask"),

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 FILES = sorted((ROOT / "pipelines").glob("*.py"))
 SHARED = {
+    "to_tensor": 2,
     "to_output": 3,
     "ddpm_scheduler": 3,
     "trailing_timesteps": 2,
