@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import ROOT, TINY
+from diffusers import DDIMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_saving import tiny_unet
@@ -315,6 +316,17 @@ def test_a_conditional_model_shows_its_guided_sheet_first(guidance_models):
 def test_the_card_of_a_learned_variance_does_not_promise_ddim(tmp_path):
     card = card_of(tmp_path, "--variance_type=learned_range", variance_type="learned_range")
     assert "`DDIMPipeline` cannot use this model" in card.text and "DDIMPipeline.from_pretrained" not in card.text
+
+
+def test_the_card_promises_ddim_only_for_schedules_that_it_knows(tmp_path):
+    card_of(tmp_path, "--ddpm_beta_schedule=sigmoid")
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_schedule": "sigmoid"}))
+    with pytest.raises(NotImplementedError):
+        DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
+    write_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "does not know the noise schedule sigmoid" in card.text and "DDIMPipeline.from_pretrained" not in card.text
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,11 @@ def fewer_steps(name: str, scheduler: dict) -> str:
     ends_at_0 = scheduler["timestep_spacing"] in ("leading", "linspace")
     few = min(50, steps)
     sentences = []
+    named = None if scheduler.get("trained_betas") else scheduler["beta_schedule"]
     if is_learned:
         sentences.append("`DDIMPipeline` cannot use this model, because the UNet also predicts a variance.")
+    elif named in ("sigmoid", "laplace"):
+        sentences.append(f"`DDIMPipeline` cannot use this model, because it does not know the noise schedule {named}.")
     else:
         call = f"DDIMPipeline.from_pretrained({in_python(name)})(num_inference_steps={few}).images[0]"
         sentences.append(
