@@ -314,3 +314,12 @@ def test_subsequence_refusals(arguments, sentence):
     with pytest.raises(UserError) as error:
         make_scheduler("linear", 100).subsequence(*arguments)
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large", "learned_range"])
+def test_a_single_timestep_has_a_finite_variance(variance_type):
+    """Without a step 1, whose variance is used at the end of longer chains, it is beta."""
+    scheduler, image = make_scheduler("linear", 1), torch.zeros(1, 1, 2, 2)
+    given = {"variance_type": variance_type, "predicted_variance": image}
+    log_variance = scheduler.reverse_log_variance(image, 0, None, **given)
+    torch.testing.assert_close(log_variance.exp(), torch.full_like(log_variance, 1e-4))

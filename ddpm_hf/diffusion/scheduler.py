@@ -225,7 +225,7 @@ class PaperDDPMScheduler(DDPMScheduler):
         """Return log sigma^2 of the model's step p(x_t' | x_t), in a shape that broadcasts with `sample`.
 
         It is finite also at t' = -1. It depends on `variance_type`:
-        - fixed_small: log beta~, clipped as in `q_posterior`;
+        - fixed_small: log beta~, clipped as in `q_posterior`; log beta if the scheduler has a single timestep;
         - fixed_large: log beta; at t' = -1, log beta~ of step 1 (Ho et al. 2020, section 3.2 and code);
         - learned_range: interpolated between log beta~ and log beta with the fraction (v + 1) / 2. v in [-1, 1] is
           `predicted_variance`, the second half of the model's output channels (Nichol & Dhariwal 2021, eq. 15).
@@ -243,6 +243,8 @@ class PaperDDPMScheduler(DDPMScheduler):
         is_last, step_1 = prev_timesteps < 0, min(1, len(self) - 1)
         clipped_steps = timesteps.where(~is_last, step_1), prev_timesteps.where(~is_last, step_1 - 1)
         beta_tilde = self.posterior_coefficients(*clipped_steps)[2]
+        if len(self) == 1:  # there is no step 1
+            beta_tilde = beta
 
         kind = variance_type.removesuffix("_log")
         if kind == "fixed_small":
