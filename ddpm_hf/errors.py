@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from numbers import Integral
 
 
 class UserError(ValueError):
@@ -16,6 +17,17 @@ class UserError(ValueError):
     """
 
     on_one_process = False  # True if the other processes may not have hit the error, so that this one must print it
+
+
+def whole_number(flag: str, value) -> int:
+    """Return a whole number as an int, which JSON can hold. The integers of numpy are whole numbers too.
+
+    Raises:
+        UserError: for any other value. True and 2.0 are not whole numbers.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UserError(f"{flag} is {value!r}, but must be a whole number: give another one.")
+    return int(value)
 
 
 def reason_of(error: Exception, lines: int = 1) -> str:

@@ -222,10 +222,12 @@ def test_what_is_painted_is_said_and_nothing_else_changes(tiny_run, images, tmp_
     [
         ({"noise_levl": 0.1}, "did you mean noise_level"),
         ({"batch_size": 2.5}, "must be a whole number of at least 1"),
+        ({"noise_level": [0.1, 0.2]}, "--noise_level is .0.1, 0.2., but must be a number"),
+        ({"num_samples": 2.0}, "--num_samples is 2.0, but must be a whole number"),
         ({"output": "out"}, "give the path of an image or a folder, or leave the output out"),
         ({"task": "inpaint", "mask": [Image.new("L", (28, 28))]}, "1 masks for 2 images"),
     ],
-    ids=["typing error", "batch size", "images and an output", "masks"],
+    ids=["typing error", "batch size", "noise", "samples", "images and an output", "masks"],
 )
 def test_wrong_arguments_in_python_are_one_sentence(tiny_run, tmp_path, monkeypatch, change, said):
     monkeypatch.chdir(tmp_path)
@@ -235,6 +237,17 @@ def test_wrong_arguments_in_python_are_one_sentence(tiny_run, tmp_path, monkeypa
     with pytest.raises(UserError, match=said):
         restore(tiny_run, [image, image], **{"task": "denoise"} | change)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_array_may_hold_all_images_and_masks(tiny_run):
+    """Grey images may lack the axis of channels, and settings may be numbers of numpy."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    masks = images > 128
+    settings = dict(task="inpaint", num_inference_steps=np.int64(1), num_samples=1, batch_size=2, seed=np.int64(3))
+    wanted = restore(tiny_run, list(images), mask=list(masks), **settings)
+    for form in (images, torch.from_numpy(images), images[..., None], images[:, ::-1][:, ::-1]):
+        given = restore(tiny_run, form, mask=masks, **settings)
+        assert len(given) == 3 and all(np.array_equal(one, other) for one, other in zip(given, wanted))
 
 
 @pytest.mark.parametrize(

@@ -348,3 +348,20 @@ def test_arguments_in_python_are_read_or_refused_in_a_sentence(tiny_run, guidanc
         for one in (ddpm_hf.load_classifier(classifier), classifier)
     )
     assert all(np.array_equal(one, other) for one, other in zip(loaded, named))
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path, tiny_run):
+    """samples.json holds them as it holds Python's, and other things are one sentence."""
+    model = load_pretrained(tiny_run)
+    steps, one = np.array([19, 7, 0]), np.int64(1)
+    draw = {"sampler": "ddim", "timesteps": steps, "eta": np.float32(0.5), "seed": one, "class_labels": None}
+    ddpm_hf.sample(model, one, output=tmp_path / "numpy", **draw)
+    draw |= {"timesteps": steps.tolist(), "eta": 0.5, "seed": 1}
+    assert ddpm_hf.sample(model, 1, output=tmp_path / "numpy", **draw) == tmp_path / "numpy"  # complete already
+    for change, words in [({"eta": "0.5"}, "--eta is '0.5'"), ({"seed": 1.0}, "--seed is 1.0, but must be a whole")]:
+        with pytest.raises(UserError, match=words):
+            ddpm_hf.sample(model, 1, **draw | change)
+    with pytest.raises(UserError, match="--num_images is 2.0, but must be a whole number"):
+        ddpm_hf.sample(model, 2.0, **draw)
+    with pytest.raises(UserError, match="--bound_images is '8', but must be a whole number"):
+        ddpm_hf.evaluate(model, suite="smoke", bound_images="8")

@@ -12,7 +12,7 @@ from ..config.training_config import DataOptions, TrainingConfig
 from ..data.dataset import load_images
 from ..data.image_set import ImageSet
 from ..data.origins import naming_origin
-from ..errors import UserError, no_such
+from ..errors import UserError, no_such, whole_number
 from ..files import check_output
 from ..models.pretrained import Pretrained, load_pretrained
 from ..sampling.sample_set import SampleSet, check_count, read_samples
@@ -55,7 +55,8 @@ def choose_suite(suite: str, num_images, bound_images, bound_timesteps) -> dict:
     if suite not in SUITES:
         raise UserError(no_such("suite", suite, SUITES))
     given = {"num_images": num_images, "bound_images": bound_images, "bound_timesteps": bound_timesteps}
-    numbers = SUITES[suite] | {name: value for name, value in given.items() if value is not None}
+    given = {name: whole_number(f"--{name}", value) for name, value in given.items() if value is not None}
+    numbers = SUITES[suite] | given
     check_count(numbers["num_images"])
     images, timesteps = numbers["bound_images"], numbers["bound_timesteps"]
     if images < 0 or timesteps < 0 or timesteps == 1:

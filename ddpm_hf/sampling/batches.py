@@ -36,7 +36,7 @@ def batch_size_of(batch_size: int | str, num_images: int) -> int:
         share = math.ceil(num_images / state.num_processes)
         return min(max(AUTO, share), AUTO_ON_GPU) if state.device.type == "cuda" else AUTO
     if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f"--batch_size is {batch_size}; it must be a whole number of at least 1, or auto.")
+        raise UserError(f"--batch_size is {batch_size!r}; it must be a whole number of at least 1, or auto.")
     return batch_size
 
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, whole_number
 from ..memory import ranges
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import to_pil, to_uint8
@@ -63,7 +63,7 @@ def sample(
     resolved = sampler_named(sampler, settings).resolve(model)
     if output is not None:
         return draw_samples(model, resolved, num_images, output, batch_size=batch_size, pixel_type=pixel_type)
-    if num_images < 1:
+    if whole_number("--num_images", num_images) < 1:
         raise UserError(f"num_images is {num_images}; it must be at least 1.")
     model.unet.to(PartialState().device)
     images = sample_images(model, resolved, range(num_images), batch_size=batch_size)

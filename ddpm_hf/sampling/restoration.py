@@ -13,6 +13,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from ..community_pipelines import pipeline_file, pipeline_module
 from ..data.decode import open_image, use_path
 from ..data.survey import DARK
-from ..errors import UserError, no_such
+from ..errors import UserError, no_such, whole_number
 from ..files import check_output, read_json, write_json, writing
 from ..memory import in_batches, ranges
 from ..models.pretrained import Pretrained, load_pretrained
@@ -112,9 +113,10 @@ def restore(
         >>> len(ddpm_hf.restore("runs/digits", noisy, task="denoise"))
         2
     """
-    settings = {name: value for name, value in settings.items() if value is not None} | {"task": task}
+    settings = {name: plain_number(name, value) for name, value in settings.items() if value is not None}
+    settings["task"] = task
     check_task_settings(settings, mask, batch_size)
-    check_seed(seed)
+    seed = check_seed(seed)
     if output is not None and not isinstance(images, (str, os.PathLike)):
         raise UserError(
             f"images are given as {type(images).__name__}, but an output is given too: give the path of an image or a "
@@ -129,13 +131,34 @@ def restore(
     return restore_files(model, items, settings, output=place, seed=seed, batch_size=batch_size, overwrite=overwrite)
 
 
+def plain_number(name: str, value):
+    """Return the value of a setting as an int or a float, which JSON can hold. Other settings stay as they are.
+
+    Raises:
+        UserError: if the value is not a number, or not a whole number where one is needed.
+    """
+    if name in ("scale_factor", "num_inference_steps", "num_samples"):
+        return whole_number(f"--{name}", value)
+    if name in ("noise_level", "blur_sigma"):
+        if not isinstance(value, Real):
+            raise UserError(f"--{name} is {value!r}, but must be a number: give another one.")
+        return float(value)
+    return value
+
+
 def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size: int) -> list:
     """Restore one image, or a list of images in batches, in memory. Return a list of PIL images or arrays."""
     pipeline = open_pipeline(model)
     output_type = "pil" if model.unet.config.in_channels <= 4 else "np"
-    several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-    images = list(images) if several else [images]
+    channels = 1 if settings["task"] == "colorize" else model.unet.config.in_channels
+    given = images if isinstance(images, (list, tuple)) else [images]
+    with refused_as_user_error("images"):  # one array or tensor may hold several images
+        images = [image for each in given for image in pipeline_module("restoration").to_pixels(each, channels)]
     mask = read_masks_in_memory(mask)
+    if isinstance(mask, (np.ndarray, torch.Tensor)):
+        with refused_as_user_error("the mask"):
+            masks = list(pipeline_module("restoration").to_pixels(mask, 1))
+        mask = masks if len(masks) > 1 else masks[0]
     if isinstance(mask, (list, tuple)) and len(mask) != len(images):
         raise UserError(f"there are {len(mask)} masks for {len(images)} images: give one mask, or one for each image.")
 
@@ -230,7 +253,7 @@ def check_task_settings(settings: dict, mask, batch_size: int):
     if settings.get("blur_sigma", 1) > MAX_BLUR:
         raise UserError(f"--blur_sigma is {settings['blur_sigma']:g}; it must be at most {MAX_BLUR:,} pixels.")
     if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f"--batch_size is {batch_size}; it must be a whole number of at least 1.")
+        raise UserError(f"--batch_size is {batch_size!r}; it must be a whole number of at least 1.")
 
 
 class Accepted(Exception):

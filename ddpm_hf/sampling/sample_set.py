@@ -20,7 +20,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.decode import opacity, open_image, use_path
-from ..errors import UserError
+from ..errors import UserError, whole_number
 from ..files import check_output, parse_json, read_json, read_npz, write_json, write_npz, writing
 from ..locks import LOCK, check_unlocked, locked
 from ..memory import in_batches, ranges
@@ -269,12 +269,14 @@ def file_name(k: int, suffix: str = ".png") -> str:
     return f"{k:06d}{suffix}"
 
 
-def check_count(num_images: int):
-    """Raise a UserError if the number of images is below 1 or above MAX_IMAGES."""
+def check_count(num_images: int) -> int:
+    """Return the number of images as an int. Raise a UserError if it is below 1 or above MAX_IMAGES."""
+    num_images = whole_number("--num_images", num_images)
     if num_images < 1:
         raise UserError(f"--num_images is {num_images}; it must be at least 1.")
     if num_images > MAX_IMAGES:
         raise UserError(f"--num_images is {num_images}; a set of samples has at most {MAX_IMAGES:,} images.")
+    return num_images
 
 
 def draw_samples(
@@ -303,7 +305,7 @@ def draw_samples(
         UserError: if `output` holds other samples or other files, if another process is writing to it, if it cannot be
             written, if an image has pixels that are not finite, or if memory runs out for a single image.
     """
-    check_count(num_images)
+    num_images = check_count(num_images)
     batch_size = batch_size_of(batch_size, num_images)
     output = check_output("--output", output)
     state = PartialState()

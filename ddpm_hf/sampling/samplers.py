@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.scheduler import PaperDDPMScheduler
-from ..errors import UserError, no_such
+from ..errors import UserError, no_such, whole_number
 
 
 @dataclass
@@ -110,10 +110,16 @@ def dpmsolver_step(scheduler: PaperDDPMScheduler, step: Step) -> tuple[Tensor, N
 SAMPLERS = {"ddpm": ddpm_step, "ddim": ddim_step, "dpmsolver++": dpmsolver_step}
 
 
-def check_seed(seed: int):
-    """Raise a UserError if `seed` is not an int from -2^63 to 2^63 - 1. For these seeds, torch accepts seed + k."""
-    if type(seed) is not int or not -(2**63) <= seed < 2**63:
+def check_seed(seed: int) -> int:
+    """Return `seed` as an int from -2^63 to 2^63 - 1. For these seeds, torch accepts seed + k.
+
+    Raises:
+        UserError: for another number, or if `seed` is not a whole number.
+    """
+    seed = whole_number("--seed", seed)
+    if not -(2**63) <= seed < 2**63:
         raise UserError(f"--seed is {seed}, but must be a whole number from -2^63 to 2^63 - 1: give another one.")
+    return seed
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..errors import UserError, no_such
+from ..errors import UserError, no_such, whole_number
 from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.judge import MAX_SIDE
@@ -98,13 +99,16 @@ class Sampler:
             dtype = "bfloat16" if has_bfloat16(PartialState().device) else "float32"
         if dtype not in DTYPES:
             raise UserError(f"--dtype is {dtype!r}; choose {', '.join(DTYPES)} or auto.")
-        check_seed(self.seed)
+        seed = check_seed(self.seed)
+        for name in ("eta", "guidance_scale"):
+            if not isinstance(getattr(self, name), Real):
+                raise UserError(f"--{name} is {getattr(self, name)!r}, but must be a number: give another one.")
         check_settings(self.name, self.eta, self.variance_type, model.unet)
         self.network(model)  # raises a UserError if the model does not support the guidance
         timesteps = self.timesteps
         steps = self.num_inference_steps
-        if steps is not None and type(steps) is not int:
-            raise UserError(f"--num_inference_steps is {steps!r}, but must be a whole number: give another one.")
+        if steps is not None:
+            steps = whole_number("--num_inference_steps", steps)
         if isinstance(timesteps, str) and re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", timesteps):
             timesteps = [int(t) for t in timesteps.split(",")]
         if isinstance(timesteps, str) and steps is None:
@@ -114,7 +118,10 @@ class Sampler:
         return replace(
             self,
             num_inference_steps=steps or len(taken),
-            timesteps=timesteps if isinstance(timesteps, str) else tuple(timesteps),
+            timesteps=timesteps if isinstance(timesteps, str) else tuple(map(int, timesteps)),
+            eta=float(self.eta),
+            guidance_scale=float(self.guidance_scale),
+            seed=seed,
             variance_type=variance_type if "variance_type" in settings_of(self.name) else None,
             dtype=dtype,
             class_labels=self.classes(model).numbers(self.class_labels),
