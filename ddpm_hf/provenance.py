@@ -27,7 +27,7 @@ def command() -> str:
 
 
 def version(package: str) -> str:
-    """Return the version of an installed package. `ddpm_hf` itself may also run without being installed."""
+    """Return the version of an installed package, or of `ddpm_hf`, which need not be installed."""
     return __version__ if package == "ddpm_hf" else metadata.version(package)
 
 

@@ -219,8 +219,8 @@ def test_a_crop_that_loses_much_gets_a_hint(tmp_path):
     ]
     assert hints[1:] == [[], []]
     assert hints[0] == [
-        "Hint: the crop to 64x64 cuts off 33% of the images looked at: --resolution 64x96 (height x width) would keep "
-        "more of them."
+        "Hint: the crop to 64x64 cuts off 33% of the pixels of the images looked at: --resolution 64x96 (height x "
+        "width) would keep more of the pixels."
     ]
 
 

@@ -54,13 +54,14 @@ def survey(items, channels, pixel_range, size, pages=None) -> tuple[int, list[st
 
     Args:
         items: a sample of the images, see decode.py.
-        channels: the number that is wanted. None: the number in arrays, 1 if all pictures are grey, else 3.
+        channels: the number that is wanted. None: for arrays, the number that they have; for pictures, 1 if all
+            are grey, else 3.
         pixel_range: see `decode.to_array`.
         size: (H, W) that images are cropped to.
         pages: see `decode.open_image`.
 
     Raises:
-        UserError: for an image that cannot be read, or for arrays of more than one number of channels.
+        UserError: for an image that cannot be read, or for arrays that differ in their number of channels.
     """
     kinds = [use_file(partial(_kind, pages=pages), item) for item in items]
     found = {kind.channels for kind in kinds}
@@ -127,7 +128,7 @@ def _kind(file, pages) -> Kind:
 
 
 def _crop_hint(shapes: np.ndarray, size: tuple[int, int]) -> list[str]:
-    """Return [] or a hint that cropping cuts off much of the images, and that rectangles would keep more of them.
+    """Return [] or a hint that cropping cuts off many pixels, and that rectangles would keep more of the pixels.
 
     Args:
         shapes: (N, 2), height and width of each image.
@@ -145,8 +146,8 @@ def _crop_hint(shapes: np.ndarray, size: tuple[int, int]) -> list[str]:
     if shorter < 8 or lost(*size) < CROPPED or lost(*better) > lost(*size) / 2 or longer > 4 * shorter:
         return []
     return [
-        f"Hint: the crop to {size[0]}x{size[1]} cuts off {lost(*size):.0%} of the images looked at: --resolution "
-        f"{better[0]}x{better[1]} (height x width) would keep more of them."
+        f"Hint: the crop to {size[0]}x{size[1]} cuts off {lost(*size):.0%} of the pixels of the images looked at: "
+        f"--resolution {better[0]}x{better[1]} (height x width) would keep more of the pixels."
     ]
 
 

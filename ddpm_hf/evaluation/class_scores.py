@@ -13,8 +13,8 @@ def classifier_scores(look: Look) -> list[dict]:
     """Score the images with a SmallClassifier: distances in its features, class balance, confidence, coverage.
 
     The Fréchet distances are not FID. Their ids contain the hash of the classifier, because values of different
-    classifiers cannot be compared. If classes of the classifier were requested, another score is the share of images
-    that show the requested class.
+    classifiers cannot be compared. If images were drawn by class, and the classifier knows these classes, another
+    score is the share of images that it assigns to the requested class.
     """
     entries = frechet(look, f"{look.extractor.metric}-{look.extractor.sha256[:8]}_{look.count}")
     coverage = precision_recall(look)[-1]

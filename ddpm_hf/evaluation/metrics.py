@@ -95,7 +95,7 @@ CLASSIFIED = {
 COPIES = {
     "memorization_share": "share of images close to a training image",
     "memorization_authpct": "images that are authentic, in %",
-    "memorization_median": "distance to training images, divided by that of held-out images",
+    "memorization_median": "distance to training images, divided by the distance of held-out images to them",
     "memorization_exact": "exact copies of training images",
     "memorization_duplicates": "duplicates among the images",
 }

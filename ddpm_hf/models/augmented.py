@@ -27,10 +27,10 @@ def labels_with_augmentation(class_labels: torch.Tensor | None, augmented: torch
 
 @torch.no_grad()
 def without_augmentation(unet, is_conditional: bool):
-    """Return a copy of a UNet that was trained with --augment_probability, without its embeddings of augmented images.
+    """Copy a UNet that was trained with --augment_probability. The copy has no embeddings that mark augmented images.
 
     Args:
-        is_conditional: whether the UNet has classes.
+        is_conditional: whether the UNet has classes, whose embeddings are kept.
     """
     unet = copy.deepcopy(unet)
     table = unet.class_embedding.weight

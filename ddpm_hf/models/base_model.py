@@ -191,7 +191,7 @@ def run_scheduler(config: TrainingConfig, base: BaseModel | None, saved: dict | 
 def unet_arguments(config: TrainingConfig, base: BaseModel, needed: dict) -> dict:
     """Return the UNet2DModel arguments of a run: those of its base model, changed by the flags that were given.
 
-    A preset changes only the dropout of the UNet, because dropout belongs to the training.
+    Of a preset's values for the UNet, only the dropout is used, because it belongs to the training.
 
     Args:
         needed: the entries that depend on the data, e.g. "in_channels".

@@ -136,7 +136,7 @@ def check_sizes(config: dict):
 
 
 def build_unet(config: dict, tensors: dict[str, torch.Tensor]) -> UNet2DModel:
-    """Build the UNet of a config. Raise a ValueError if these tensors do not have the shapes of its weights."""
+    """Build the UNet of a config, with random weights. Raise a ValueError if `tensors` have other shapes."""
     with quiet_diffusers():
         with torch.device("meta"):
             shapes = {name: each.shape for name, each in UNet2DModel.from_config(config).state_dict().items()}

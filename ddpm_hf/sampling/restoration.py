@@ -119,8 +119,8 @@ def restore(
     seed = check_seed(seed)
     if output is not None and not isinstance(images, (str, os.PathLike)):
         raise UserError(
-            f"images are given as {type(images).__name__}, but an output is given too: give the path of an image or a "
-            "folder, or leave the output out."
+            f"an output is given, but the images are given as {type(images).__name__}, not as a path: give the path "
+            "of an image or of a folder of images, or leave the output out."
         )
     items = None if output is None else find_items(Path(images), check_output("OUTPUT", output), mask)
     if not isinstance(model, Pretrained):
