@@ -2,7 +2,7 @@
 
 import pickle
 import re
-from numbers import Integral
+from numbers import Integral, Real
 
 
 class UserError(ValueError):
@@ -28,6 +28,13 @@ def whole_number(flag: str, value) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise UserError(f"{flag} is {value!r}, but must be a whole number: give another one.")
     return int(value)
+
+
+def real_number(flag: str, value) -> float:
+    """Return a real number as a float, which JSON can hold. Raise a UserError for any other value."""
+    if not isinstance(value, Real):
+        raise UserError(f"{flag} is {value!r}, but must be a number: give another one.")
+    return float(value)
 
 
 def reason_of(error: Exception, lines: int = 1) -> str:

@@ -35,6 +35,7 @@ def in_child(program, arguments, log, environment, file_size):
         os.dup2(output.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # even if the tests run under nohup
     if file_size is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))

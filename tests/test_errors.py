@@ -136,11 +136,15 @@ BAD = {
     # the folder
     "images in the folder of the run": (
         ["--train_data_dir={images}", "--output_dir={images}", "--overwrite_output_dir"],
-        "are where the run would write its own files",
+        "would put the files of the run where its images are",
     ),
     "images in the samples of the run": (
         ["--dataset_name={root}/run/samples/mine", "--output_dir={root}/run", "--resume_from_checkpoint=latest"],
-        "are where the run would write its own files",
+        "would put the files of the run where its images are",
+    ),
+    "a Hub id as the name of the run": (
+        ["--dataset_name=me/cats", "--output_dir=me/cats"],
+        "would put the files of the run where its images are (me/cats)",
     ),
     "folder in use": ([*TINY, "--output_dir={root}/run"], "is not empty: give --resume_from_checkpoint latest"),
     "folder is a file": ([*TINY, "--output_dir={root}/file"], "is a file"),

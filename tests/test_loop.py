@@ -178,6 +178,12 @@ def test_weights_that_diverge_in_the_last_step_are_not_saved(tmp_path):
     assert not {"checkpoint-1", "classifier", "metrics.jsonl"} & {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_run_may_be_called_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for more in ["--max_train_steps=1"], ["--max_train_steps=2", "--resume_from_checkpoint=latest"]:
+        assert train(parse_config([*TINY, "--output_dir=digits", *more])).folder.name == "digits"
+
+
 def test_a_tiny_model_learns_one_image_by_heart(tmp_path):
     # The loss of 150 steps on eight digits falls far below that of the untrained model, which is E[eps^2] = 1.
     flags = ["--validation_split=1789", "--max_train_steps=150", "--lr_scheduler=constant"]

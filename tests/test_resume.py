@@ -92,7 +92,7 @@ def test_timesteps_drawn_by_the_losses_after_a_resume_and_of_two_processes(tmp_p
     assert torch.allclose(*histories, rtol=0.01) and not histories[0].isnan().any()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_a_checkpoint_a_pipeline_and_a_message(unbroken, tmp_path, number, code):
     folder = tmp_path / "run"
     child = start(folder)

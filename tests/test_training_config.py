@@ -97,6 +97,9 @@ def test_no_attention_is_an_empty_list(words):
     assert parse_config(["--preset=mnist", *words]).attention_resolutions == []
 
 
+BOUNDED = ["max_train_steps", "num_epochs", "lr_warmup_steps", "eval_batch_size", "dataloader_num_workers"]
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
@@ -112,6 +115,7 @@ def test_no_attention_is_an_empty_list(words):
         (["--preset=mnist", "--dropout=1.5"], "--dropout is 1.5, but must lie between 0 and 1"),
         (["--preset=mnist", "--ema_max_decay=1"], "--ema_max_decay is 1.0"),
         (["--preset=mnist", f"--seed={10**400}"], "but must be at most 4294967295: give a smaller number"),
+        *((["--preset=mnist", f"--{name}={10**20}"], f"is {10**20}, but must be at most") for name in BOUNDED),
         (["--preset=mnist", "--freq_shift=2"], "--freq_shift is 2, but must be at most 1"),
         (["--preset=mnist", "--norm_eps=0"], "--norm_eps is 0.0, but must be positive, e.g. 1e-5."),
         (["--preset=mnist", "--snr_gamma=0"], "--snr_gamma is 0.0, but must be positive"),

@@ -11,7 +11,9 @@ def add_flags(parser):
 
 
 def run(arguments):
+    from ..processes import start_processes
     from ..training.figures import redraw_figures
 
+    start_processes()
     redraw_figures(arguments.run)
     print(f"The figures are in {Path(arguments.run, 'figures')}.")

@@ -222,7 +222,7 @@ class OptimisationOptions:
     )
     learning_rate: float = flag(1e-4, "Highest learning rate, after warm-up", at_least=0)
     lr_scheduler: str = flag("cosine", "Learning-rate schedule of diffusers, e.g. constant_with_warmup or cosine")
-    lr_warmup_steps: int = flag(500, "Optimizer steps of linear warm-up", at_least=0)
+    lr_warmup_steps: int = flag(500, "Optimizer steps of linear warm-up", at_least=0, at_most=10**12)
     adam_beta1: float = flag(0.95, "Decay of Adam's first moment", fraction=True)
     adam_beta2: float = flag(0.999, "Decay of Adam's second moment", fraction=True)
     adam_weight_decay: float = flag(1e-6, "Decoupled weight decay", at_least=0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 
 import torch
 from accelerate import PartialState
@@ -35,9 +36,9 @@ def batch_size_of(batch_size: int | str, num_images: int) -> int:
         state = PartialState()
         share = math.ceil(num_images / state.num_processes)
         return min(max(AUTO, share), AUTO_ON_GPU) if state.device.type == "cuda" else AUTO
-    if type(batch_size) is not int or batch_size < 1:
+    if not isinstance(batch_size, Integral) or isinstance(batch_size, bool) or batch_size < 1:
         raise UserError(f"--batch_size is {batch_size!r}; it must be a whole number of at least 1, or auto.")
-    return batch_size
+    return int(batch_size)
 
 
 def draw_in_batches(

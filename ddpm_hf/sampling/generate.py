@@ -8,13 +8,12 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from ..errors import UserError, whole_number
 from ..memory import ranges
 from ..models.pretrained import Pretrained, load_pretrained
 from ..pictures import to_pil, to_uint8
 from ..processes import gather_in_order
 from .batches import batch_size_of, draw_in_batches
-from .sample_set import draw_samples
+from .sample_set import check_count, draw_samples
 from .samplers import image_shape
 from .settings import Sampler, sampler_named
 
@@ -63,8 +62,7 @@ def sample(
     resolved = sampler_named(sampler, settings).resolve(model)
     if output is not None:
         return draw_samples(model, resolved, num_images, output, batch_size=batch_size, pixel_type=pixel_type)
-    if whole_number("--num_images", num_images) < 1:
-        raise UserError(f"num_images is {num_images}; it must be at least 1.")
+    num_images = check_count(num_images)
     model.unet.to(PartialState().device)
     images = sample_images(model, resolved, range(num_images), batch_size=batch_size)
     return to_pil(images) if images.shape[1] <= 4 else list(images.permute(0, 2, 3, 1).numpy())

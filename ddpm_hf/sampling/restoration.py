@@ -13,7 +13,6 @@ import json
 import math
 import os
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 from ..community_pipelines import pipeline_file, pipeline_module
 from ..data.decode import open_image, use_path
 from ..data.survey import DARK
-from ..errors import UserError, no_such, whole_number
+from ..errors import UserError, no_such, real_number, whole_number
 from ..files import check_output, read_json, write_json, writing
 from ..memory import in_batches, ranges
 from ..models.pretrained import Pretrained, load_pretrained
@@ -140,9 +139,7 @@ def plain_number(name: str, value):
     if name in ("scale_factor", "num_inference_steps", "num_samples"):
         return whole_number(f"--{name}", value)
     if name in ("noise_level", "blur_sigma"):
-        if not isinstance(value, Real):
-            raise UserError(f"--{name} is {value!r}, but must be a number: give another one.")
-        return float(value)
+        return real_number(f"--{name}", value)
     return value
 
 
@@ -156,7 +153,7 @@ def restore_images(model, images, settings: dict, *, mask, seed: int, batch_size
         images = [image for each in given for image in pipeline_module("restoration").to_pixels(each, channels)]
     mask = read_masks_in_memory(mask)
     if isinstance(mask, (np.ndarray, torch.Tensor)):
-        with refused_as_user_error("the mask"):
+        with refused_as_user_error("the mask", cannot="cannot be used"):
             masks = list(pipeline_module("restoration").to_pixels(mask, 1))
         mask = masks if len(masks) > 1 else masks[0]
     if isinstance(mask, (list, tuple)) and len(mask) != len(images):
@@ -252,8 +249,8 @@ def check_task_settings(settings: dict, mask, batch_size: int):
         raise UserError(f"--num_samples is {settings['num_samples']}; it must be at most {MAX_SAMPLES:,}.")
     if settings.get("blur_sigma", 1) > MAX_BLUR:
         raise UserError(f"--blur_sigma is {settings['blur_sigma']:g}; it must be at most {MAX_BLUR:,} pixels.")
-    if type(batch_size) is not int or batch_size < 1:
-        raise UserError(f"--batch_size is {batch_size!r}; it must be a whole number of at least 1.")
+    if whole_number("--batch_size", batch_size) < 1:
+        raise UserError(f"--batch_size is {batch_size}; it must be at least 1.")
 
 
 class Accepted(Exception):
@@ -317,12 +314,12 @@ def stack_masks(masks: list[torch.Tensor | None]) -> dict:
 
 
 @contextlib.contextmanager
-def refused_as_user_error(what: str):
-    """Turn a ValueError of the pipeline into a UserError that names the image."""
+def refused_as_user_error(what: str, cannot: str = "cannot be restored with these flags"):
+    """Turn a ValueError of the pipeline into a UserError that says what cannot be done with which image."""
     try:
         yield
     except ValueError as error:
-        raise UserError(f"{what} cannot be restored with these flags: {error}") from error
+        raise UserError(f"{what} {cannot}: {error}") from error
 
 
 def begin_output(items: list[Item], output: Path, record: dict, *, is_file: bool, overwrite: bool) -> list[Item]:

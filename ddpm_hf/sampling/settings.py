@@ -3,14 +3,13 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from ..errors import UserError, no_such, whole_number
+from ..errors import UserError, no_such, real_number, whole_number
 from ..models.classes import Classes
 from ..models.classifier import NoisyClassifier
 from ..models.judge import MAX_SIDE
@@ -100,10 +99,8 @@ class Sampler:
         if dtype not in DTYPES:
             raise UserError(f"--dtype is {dtype!r}; choose {', '.join(DTYPES)} or auto.")
         seed = check_seed(self.seed)
-        for name in ("eta", "guidance_scale"):
-            if not isinstance(getattr(self, name), Real):
-                raise UserError(f"--{name} is {getattr(self, name)!r}, but must be a number: give another one.")
-        check_settings(self.name, self.eta, self.variance_type, model.unet)
+        eta, guidance_scale = (real_number(f"--{name}", getattr(self, name)) for name in ("eta", "guidance_scale"))
+        check_settings(self.name, eta, self.variance_type, model.unet)
         self.network(model)  # raises a UserError if the model does not support the guidance
         timesteps = self.timesteps
         steps = self.num_inference_steps
@@ -119,8 +116,8 @@ class Sampler:
             self,
             num_inference_steps=steps or len(taken),
             timesteps=timesteps if isinstance(timesteps, str) else tuple(map(int, timesteps)),
-            eta=float(self.eta),
-            guidance_scale=float(self.guidance_scale),
+            eta=eta,
+            guidance_scale=guidance_scale,
             seed=seed,
             variance_type=variance_type if "variance_type" in settings_of(self.name) else None,
             dtype=dtype,

@@ -98,7 +98,6 @@ def find_checkpoint(config) -> Path | None:
     if is_file:
         raise UserError(f"--output_dir {output_dir} is a file: give the name of a folder.")
     check_places(output_dir, config.logging_dir)
-    check_data_is_elsewhere(config)
     if config.resume_from_checkpoint is not None and config.overwrite_output_dir:
         raise UserError(
             "--resume_from_checkpoint goes on with a run and --overwrite_output_dir removes it: give only one of them."
@@ -166,17 +165,19 @@ def check_places(output_dir: Path, logging_dir: str):
 def check_data_is_elsewhere(config):
     """Raise a UserError if the images are in a place where the run writes its own files.
 
-    Otherwise a resumed run would train on its own sample sheets, and --overwrite_output_dir would remove images.
+    Otherwise a resumed run would train on its own sample sheets, and --overwrite_output_dir would remove images. A Hub
+    id must differ from the name of the run's folder, too, because a resumed run would take this folder as the data.
     """
-    output_dir, data = Path(config.output_dir), Path(config.dataset_name or config.train_data_dir)
-    if not data.is_dir() or (config.dataset_name == "digits" and is_run(data)):  # then the digits are the bundled ones
-        return
+    given = config.dataset_name or config.train_data_dir
+    output_dir, data = Path(config.output_dir), Path(given)
+    if given == "digits" and (not data.exists() or (data / "train_config.json").is_file()):
+        return  # the digits are the bundled ones, as in data/sources.py
     data = data.resolve()
     places = [(output_dir / name).resolve() for name in (*FOLDERS, config.logging_dir)]
     if data == output_dir.resolve() or any(map(data.is_relative_to, places)):
         raise UserError(
-            f"the images in {data} are where the run would write its own files, because --output_dir is {output_dir}: "
-            "give another --output_dir."
+            f"--output_dir {output_dir} would put the files of the run where its images are ({given}): give another "
+            "--output_dir."
         )
 
 

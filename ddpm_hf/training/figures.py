@@ -295,8 +295,8 @@ def redraw_figures(folder: str | Path):
         with writing("the figures", folder):
             stack.enter_context(locked(folder, "wait until it ends; a run draws the figures itself"))
         model = load_pretrained(str(folder))
-        model.unet.to(PartialState().device)
         config = config_of(model)
         with naming_origin(model.run["flags"], f"{folder / 'train_config.json'}", "so put its data back there"):
             train_set, _ = load_images(config, model.unet.config.in_channels)
+        model.unet.to(PartialState().device)
         figures_of_run(folder, model, train_set, config)

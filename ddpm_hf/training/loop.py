@@ -71,8 +71,8 @@ def train(config: TrainingConfig) -> FinishedRun | None:
     """Train as `config` says, and return the finished run. A dry run makes no run folder and returns None.
 
     After SIGINT, SIGTERM or SIGHUP (the terminal was closed), training finishes the current step, saves a checkpoint
-    and the pipeline, and stops.
-    Signals are caught only in the main thread. `train` can be called several times in one process, and in any thread.
+    and the pipeline, and stops. Signals are caught only in the main thread. `train` can be called several times in one
+    process, and in any thread.
 
     Raises:
         UserError: if the input cannot be trained on; nothing is written then. Also if a loss is not finite, or if a

@@ -152,6 +152,7 @@ def check_run(config: TrainingConfig) -> tuple[Run, Path | None]:
     Raises:
         UserError: if the input cannot be trained on, or if the checkpoint is damaged.
     """
+    checkpoints.check_data_is_elsewhere(config)
     checkpoint = checkpoints.find_checkpoint(config)
     run, warnings = build_run(config, checkpoint)
     if checkpoint is not None:

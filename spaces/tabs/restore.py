@@ -19,8 +19,8 @@ NEEDS_NO_CLASS = "This model always needs a class, and such models cannot restor
 def noise(size: tuple[int, int], level: int) -> tuple[dict, str]:
     """Return the arguments with which the restoration pipeline adds or removes noise, and a caption.
 
-    `level` is 0 (light), 1 or 2 (strong). The functions below also return arguments and a
-    caption, for other kinds of damage.
+    `level` is 0 (light), 1 or 2 (strong). The functions below also return arguments and a caption, for other kinds
+    of damage.
     """
     sigma = (0.15, 0.3, 0.5)[level]
     return {"task": "denoise", "noise_level": sigma}, f"Noise of {sigma}"
