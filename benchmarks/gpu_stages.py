@@ -444,7 +444,7 @@ def loop(stage: Stage):
         config.checkpointing_steps = config.save_images_epochs = config.save_model_epochs = 10**9  # only the loop
         set_backends()
         run = open_run(config)
-        of_run = backends()
+        of_run = (*backends()[:2], config.cudnn_benchmark)  # a training sets it for its steps only
         steps = training_steps(run)
         steps["bare step: bf16, clipping, fused AdamW, EMA"] = make_step(config)[0]
         per_turn, rounds = (1, 1) if stage.toy else (10, 1000)

@@ -25,6 +25,7 @@ from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.data.batches import training_batches
 from ddpm_hf.models.build import build_unet
 from ddpm_hf.models.pretrained import Pretrained
+from ddpm_hf.processes import tuned_convolutions
 from ddpm_hf.sampling.generate import sample_images
 from ddpm_hf.sampling.settings import Sampler
 from ddpm_hf.sizes import read_size
@@ -116,7 +117,8 @@ def training_steps(run, only: str | None = None) -> dict:
     run.model.train()
 
     def run_step():
-        step(run, batches)
+        with tuned_convolutions(config.cudnn_benchmark):
+            step(run, batches)
         bar.update()
         if due := what_is_due(run):
             run_due_tasks(run, due, 0.0)

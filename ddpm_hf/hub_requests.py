@@ -105,10 +105,13 @@ def download(repo_id: str, patterns: list[str], ignore: str | None = None) -> Pa
 
 
 def short_reason(error: Exception) -> str:
-    """Return a few words on why a request failed. They never contain the token, which is sent only in the headers."""
+    """Return a few words on why a request failed. They never contain the token."""
     if isinstance(error, HfHubHTTPError):
         return f"{error.response.status_code} {error.response.reason_phrase}"
-    return str(error).partition("\n")[0] or type(error).__name__
+    reason = str(error).partition("\n")[0]
+    if "Bearer" in reason:  # the error of a header that cannot be sent quotes it
+        return "the access token has a character that cannot be sent, e.g. a line break"
+    return reason or type(error).__name__
 
 
 def is_denied(error: Exception) -> bool:

@@ -1,10 +1,11 @@
 """List the names of the files in a run folder, and say which of them are published."""
 
+import json
 import re
 from pathlib import Path
 
 from .community_pipelines import shipped
-from .files import parse_json
+from .files import parse_json, write_beside, writing
 from .manifest import is_complete
 
 
@@ -74,6 +75,15 @@ def read_metrics(path: str | Path) -> list[dict]:
         if isinstance(content, dict) and isinstance(content.get("step"), int):
             found.append(content)
     return found
+
+
+def keep_metrics_up_to(output_dir, step: int):
+    """Remove the lines after `step` from the metrics.jsonl of a folder."""
+    path = Path(output_dir) / "metrics.jsonl"
+    if path.is_file():
+        text = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
+        with writing("metrics.jsonl", path):
+            write_beside(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 WEIGHTS = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"]

@@ -58,10 +58,10 @@ def _is_upload(path) -> bool:
 def delete_oldest(folder: Path):
     """Delete the oldest files below the folder of uploads until at most MAX_KEPT bytes in MAX_FILES files are left."""
     files = []
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # gradio deletes files too
-            about = path.lstat()
-            if not stat.S_ISDIR(about.st_mode):
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):  # gradio and other requests delete files too
+                about = path.lstat()
                 files.append((about.st_mtime, about.st_size, path))
     kept, count = sum(size for _, size, _ in files), len(files)
     for _, size, path in sorted(files):

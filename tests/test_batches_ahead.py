@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ddpm_hf.config.command_line import parse_config
 from ddpm_hf.data.batches import training_batches
 from ddpm_hf.diffusion.losses import draw_noise, training_labels
 from ddpm_hf.diffusion.timestep_sampling import HISTORY, draw_uniform, new_history, update_history
-from ddpm_hf.training.batches_ahead import AHEAD, draw_batches
+from ddpm_hf.training.batches_ahead import AHEAD, draw_batches, prepare_thread
 from ddpm_hf.training.loop import step
 from ddpm_hf.training.run import make_optimizer, open_run
 
@@ -28,6 +29,11 @@ ALL += ["--timestep_sampling=loss_second_moment", "--prediction_type=v_predictio
 
 def open_tiny(folder, *flags):
     return open_run(parse_config([*TINY, f"--output_dir={folder}", "--overwrite_output_dir", *flags]))
+
+
+def test_the_thread_starts_for_a_single_gpu_whose_device_has_no_index():
+    with ThreadPoolExecutor(1, initializer=prepare_thread, initargs=(torch.device("cuda"),)) as thread:
+        assert thread.submit(torch.get_num_threads).result() == 1
 
 
 # The numbers.

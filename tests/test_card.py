@@ -130,6 +130,13 @@ def card_of(folder, *flags, record=None, name=None, **scheduler):
     return ModelCard.load(folder / "README.md")
 
 
+def test_a_pipeline_that_was_saved_without_classes_has_a_card(tmp_path):
+    card_of(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"id2label": None}))  # as by RestorationPipeline
+    assert write_card(tmp_path)
+
+
 def test_the_front_matter_and_the_training_of_a_hub_dataset(tmp_path):
     for name in ("samples/epoch_0999.png", "samples/epoch_10000.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -230,7 +237,29 @@ def test_scores_of_two_ways_of_drawing_are_not_mixed(tmp_path):
     card = card_of(tmp_path)
     assert sorted(result.metric_value for result in card.data.eval_results) == [1.5, 6.5]
     assert "| 0.75 ±" in card.text and "| 1.25" not in card.text
-    assert re.search(r"drawn in other ways:\n\n- \[.*\]\(evaluations/plain.json\): FID 1.25 ±", card.text)
+    others = r"drawn in other ways or compared with other data:\n\n- \[.*\]\(evaluations/plain.json\): FID 1.25 ±"
+    assert re.search(others, card.text)
+
+
+@pytest.mark.parametrize("other", ["data", "extractor", "reference"])
+def test_scores_that_cannot_be_compared_do_not_compete(tmp_path, other):
+    """The record with more metrics decides, even if another one has a lower FID."""
+    card_of(tmp_path)
+    (tmp_path / "evaluations").mkdir()
+    fid = ENTRY | {"id": "fid2k_full", "n_gen": 2000, "extractor": "inception-tf1-a"}
+    easy, data = fid | {"value": 5.0}, RECORD["data"]
+    if other == "data":
+        data = data | {"name": "other-data", "train": {"n": 9, "fingerprint": "0" * 16}}
+    elif other == "reference":
+        data = data | {"reference_sha256": "ab" * 32}
+    else:
+        easy["extractor"] = "inception-tf1-b"
+    main = RECORD | {"metrics": [fid | {"value": 30.0}, ENTRY | {"id": "class_accuracy", "n_gen": 2000}]}
+    for name, record in [("easy", RECORD | {"metrics": [easy], "data": data}), ("main", main)]:
+        (tmp_path / "evaluations" / f"{name}.json").write_text(json.dumps(record))
+    card = card_of(tmp_path)
+    assert 30.0 in [result.metric_value for result in card.data.eval_results] and "| 5 ±" not in card.text
+    assert ("against `other-data` (9 training images" in card.text) == (other == "data")
 
 
 @pytest.mark.parametrize(("preset", "has_sources"), [("digits", True), ("mine", False), (None, False)])

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from ddpm_hf.evaluation.features import extract, images_at
 from ddpm_hf.evaluation.inputs import match_channels
 from ddpm_hf.evaluation.metrics import in_words
 from ddpm_hf.evaluation.records import COPYING, NOTHING_KNOWN, read_record, record_table
-from ddpm_hf.evaluation.reference import read_reference, reference_of
+from ddpm_hf.evaluation.reference import read_reference, reference_of, save_reference
 from ddpm_hf.evaluation.small_classifier import load_weights
 from ddpm_hf.evaluation.statistics import frechet_distance, mean_and_covariance
 from ddpm_hf.sampling.sample_set import read_samples
@@ -345,6 +346,9 @@ def test_a_reference_is_computed_once_and_read_by_pytorch_fid_and_edm(digits, tm
     classifier.forward = None  # it is not asked again
     again = reference_of(classifier, digits[0], "train", cache_dir=tmp_path)
     assert torch.equal(first.covariance, again.covariance) and torch.equal(first.features, again.features)
+    with ThreadPoolExecutor(4) as pool:  # as if four commands had computed it
+        list(pool.map(lambda _: save_reference(first, path), range(8)))
+    assert list(path.parent.iterdir()) == [path]
     with np.load(path) as file:  # what both of them do
         assert file["mu"].shape == (64,) and file["sigma"].dtype == np.float64
         assert np.allclose(file["sigma"], np.cov(first.features.double().numpy(), rowvar=False))
@@ -820,6 +824,8 @@ def test_bad_flags_are_one_sentence(tiny_run, digit_folder, record, tmp_path, ca
         lambda record: record["sampler"].update(seed=[1]),
         lambda record: record.update(samples=[1]),
         lambda record: record["samples"].update(n="many"),
+        lambda record: record["metrics"].append({"id": "fid", "status": "skipped", "floor": "x"}),
+        lambda record: record["metrics"].append({"id": "fid", "status": "skipped", "value": 3}),
     ],
 )
 def test_a_record_whose_seed_or_number_is_none_is_refused(tmp_path, change, capsys):

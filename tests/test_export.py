@@ -72,6 +72,14 @@ def test_a_plain_export_is_stock_unless_asked_and_brings_its_records(guidance_mo
     assert "| Optimizer steps | 6 |" in (tmp_path / "mender" / "README.md").read_text()
 
 
+def test_an_export_of_an_earlier_checkpoint_has_no_picture_or_line_of_later_weights(tmp_path):
+    checkpoint = ROOT / "tests" / "fixtures" / "run_5c3000a" / "run" / "checkpoint-4"
+    assert run("export", checkpoint, tmp_path / "new") == 0
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "| Optimizer steps | 4 |" in card and "samples/" not in card and "figures/" not in card
+    assert not (tmp_path / "new" / "samples").exists() and not (tmp_path / "new" / "figures").exists()
+
+
 def test_the_card_of_an_export_names_its_folder_from_here(guidance_models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("export", guidance_models / "plain", "exports/mine") == 0

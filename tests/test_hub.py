@@ -182,6 +182,7 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(hub, tmp_path, run):
         "unknown token": ("me/a", False, OTHER_TOKEN),
         "reader": ("me/public", False, READ_TOKEN),
         "no token": ("me/a", False, None),
+        "line break": ("me/a", False, WRITE_TOKEN + "\r"),
         "public": ("me/public", True, WRITE_TOKEN),
         "bad name": ("a/b/c", False, WRITE_TOKEN),
         "down": ("me/down", False, WRITE_TOKEN),
@@ -219,6 +220,8 @@ attempt("unreachable", "digits-run")
         f"unknown token: cannot push to 'me/a' on {hub.url} (401 Unauthorized): {log_in}",
         f"reader: cannot push to 'me/public' on {hub.url} (403 Forbidden): {log_in}",
         f"no token: cannot push to 'me/a' on {hub.url} (401 Unauthorized): {log_in}",
+        f"line break: cannot push to 'me/a' on {hub.url} (the access token has a character that cannot be sent, "
+        f"e.g. a line break): {later}",
         "public: me/public exists and is public: make it private, or choose another --hub_model_id.",
         "bad name: 'a/b/c' cannot name a repository: give --hub_model_id NAME or USER/NAME.",
         f"down: cannot push to 'me/down' on {hub.url} (500 Internal Server Error): {later}",

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -375,6 +377,18 @@ def test_uploads_are_bounded_on_the_disk(space):
     assert bytes_in(folder) <= 100_000_000
     assert not Path(first).exists() and folder != Path(tempfile.gettempdir(), "gradio")
     assert space.call("degrade", "Upload", mine, "", "Noise", "Light", 0)[0] == "complete"
+
+
+def test_uploads_that_end_together_may_delete_together(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "spaces")
+    uploads = importlib.import_module("uploads")
+    monkeypatch.setattr(uploads, "MAX_FILES", 1)
+    for k in range(400):
+        (tmp_path / str(k)).mkdir()
+        (tmp_path / str(k) / "a.png").touch()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(uploads.delete_oldest, [tmp_path] * 4))
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) <= 1
 
 
 def bytes_in(folder):

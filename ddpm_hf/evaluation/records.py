@@ -167,7 +167,7 @@ def is_record(content: dict) -> bool:
 
 
 def is_entry(entry) -> bool:
-    """Return whether a value is a metric's entry in a record. An entry may lack numbers only if marked as skipped."""
+    """Return whether a value is a metric's entry in a record. Skipped entries have no numbers, others have all."""
     if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
         return False
     if not isinstance(entry.get("extra", {}), dict) or not isinstance(entry.get("reason"), (str, type(None))):
@@ -175,7 +175,9 @@ def is_entry(entry) -> bool:
     if not isinstance(entry.get("lower_is_better"), (bool, type(None))):
         return False
     numbers = ("value", "se", "floor", "n_gen", "n_ref")
-    return entry.get("status") == "skipped" or all(name in entry and is_value(entry[name]) for name in numbers)
+    if entry.get("status") == "skipped":
+        return not any(name in entry for name in numbers)
+    return all(name in entry and is_value(entry[name]) for name in numbers)
 
 
 def is_value(value) -> bool:

@@ -8,12 +8,14 @@ images, which are evenly spaced in the set.
 import contextlib
 import json
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from huggingface_hub.constants import HF_HOME
 
 from ..errors import UserError
@@ -62,9 +64,12 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
     path = Path(cache) / "references" / name
     state = PartialState()
     state.wait_for_everyone()  # no process may look for the file while another one writes it
+    cached = None
     if path.is_file():
         with contextlib.suppress(UserError):  # a damaged file is replaced
-            return read_reference(path)
+            cached = read_reference(path)
+    if all(gather_object([cached is not None])):  # each machine may have a cache of its own
+        return cached
     found = extract(extractor, image_set, batch_size, what)
     mean, covariance = mean_and_covariance(found.features)
     rows = kept_rows(len(image_set))
@@ -104,7 +109,9 @@ def save_reference(reference: Reference, path: Path):
             arrays[name] = getattr(reference, name).numpy()
     with writing("reference statistics", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_npz(path, **arrays)
+        own = path.with_name(f"{secrets.token_hex(4)}-{path.name}")  # two commands may compute the same reference
+        write_npz(own, **arrays)
+        own.replace(path)
 
 
 def read_reference(path, extractor=None, pipeline: str | None = None) -> Reference:

@@ -182,7 +182,7 @@ def introduction(folder: Path, flags: dict, data: str | None, dataset_name: str 
     unet = read_json(folder / "unet" / "config.json", missing={}) or read_json(
         folder / "classifier" / "config.json", missing={}
     )
-    classes = read_json(folder / "model_index.json", missing={}).get("id2label", {})
+    classes = read_json(folder / "model_index.json", missing={}).get("id2label") or {}
     kind = "A denoising diffusion model ([DDPM](https://arxiv.org/abs/2006.11239))"
     if flags.get("objective") == "classify":
         kind = "A classifier of noisy images, to guide a DDPM of the same data and schedule,"

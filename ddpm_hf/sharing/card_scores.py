@@ -31,8 +31,8 @@ def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
     """Return one (name of the record, entry) per metric, from the record that used the most images.
 
     If two records used the same number of images, the better value is taken. Quick checks are left out (see
-    `is_quick_check`). All scores of generated images must have the same sampler settings, because other settings draw
-    other images. The settings are those of the record with the most images (if several: with the most metrics).
+    `is_quick_check`). Scores compete only if they can be compared: they must have the sampler settings, the data and
+    the extractor of the record with the most images (if several: with the most metrics).
     """
     best = {}
     shown = {
@@ -40,20 +40,32 @@ def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
     }
     generated = {file: [images_used(e) for e in entries if e["n_gen"] is not None] for file, entries in shown.items()}
     largest = max(generated, key=lambda file: (max(generated[file], default=0), len(generated[file])), default=None)
+    yardsticks = {metric_of(entry): yardstick(records[largest], entry) for entry in shown.get(largest, [])}
     for file, record in records.items():
         for entry in shown[file]:
-            if entry["n_gen"] is not None and way_of_drawing(record) != way_of_drawing(records[largest]):
+            metric, own = metric_of(entry), yardstick(record, entry)
+            is_of_table = way_of_scoring(record, entry) == way_of_scoring(records[largest], entry)
+            if not is_of_table or own != yardsticks.setdefault(metric, own):
                 continue
-            # The id without the number of images: fid2k_full and fid50k_full are the same metric.
-            metric = re.sub(r"(?<=[a-z_])\d+k?(?=_|$)", "", entry["id"])
             if metric not in best or quality(best[metric][1]) < quality(entry):
                 best[metric] = file, entry
     return list(best.values())
 
 
-def way_of_drawing(record: dict) -> dict:
-    """Return a record's sampler settings without the seed. All images behind a card's tables have the same ones."""
-    return record["sampler"] | {"seed": None}
+def metric_of(entry: dict) -> str:
+    """Return the id without the number of images: fid2k_full and fid50k_full are the same metric."""
+    return re.sub(r"(?<=[a-z_])\d+k?(?=_|$)", "", entry["id"])
+
+
+def way_of_scoring(record: dict, entry: dict) -> list:
+    """Return what all scores in a card's tables share: the data, and for generated images the sampler but its seed."""
+    data = {name: value for name, value in record["data"].items() if name != "reference_sha256"}
+    return [data, None if entry["n_gen"] is None else record["sampler"] | {"seed": None}]
+
+
+def yardstick(record: dict, entry: dict) -> list:
+    """Return what two values of a metric must share to be compared: the extractor, and the file of --reference."""
+    return [entry.get("extractor"), record["data"].get("reference_sha256")]
 
 
 def quality(entry: dict) -> tuple[float, float]:
@@ -181,31 +193,40 @@ def with_error(entry: dict) -> str:
 
 
 def other_ways(records: dict[str, dict], chosen: list[tuple[str, dict]]) -> list[str]:
-    """Return Markdown with the main scores of records whose sampler settings are not in the tables."""
-    shown = [way_of_drawing(records[file]) for file, entry in chosen if entry["n_gen"] is not None]
+    """Return Markdown with the main scores of records whose sampler settings or data are not in the tables."""
+    shown = [way_of_scoring(records[file], entry) for file, entry in chosen]
     lines = []
     for file, record in records.items():
         entries = [
             f"{in_words(entry['id']) or code(entry['id'])} {with_error(entry)}"
             for entry in record["metrics"]
-            if is_shown(entry, record) and entry["n_gen"] is not None
+            if is_shown(entry, record) and way_of_scoring(record, entry) not in shown
             if "_test" not in entry["id"] and (is_headline(entry["id"]) or entry["id"] == "class_accuracy")
         ]
-        if entries and way_of_drawing(record) not in shown:
-            lines.append(f"- [{', '.join(way_in_words(record))}](evaluations/{quote(file)}): {'; '.join(entries)}.")
-    return ["The same weights, drawn in other ways:", "\n".join(lines)] if lines else []
+        if entries:
+            way = ", ".join([*way_in_words(record), data_in_words(record)])
+            lines.append(f"- [{way}](evaluations/{quote(file)}): {'; '.join(entries)}.")
+    return ["The same weights, drawn in other ways or compared with other data:", "\n".join(lines)] if lines else []
 
 
 def measured(record: dict) -> str:
     """Return a sentence in Markdown that says how the scores of a record were measured."""
-    data, cost = record["data"], record["cost"]
+    cost = record["cost"]
     how = way_in_words(record)
     how += [f"weights: {literal(record['model']['weights'])}"] if "weights" in record["model"] else []
-    against = f"against {code(data['name'])} ({number(data['train'].get('n'))} training images"
-    against += f", {number(data['held_out'].get('n'))} held out)" if data.get("held_out") else ")"
     spent = f"drawn in {number(cost.get('drawing_s'))} s, scored in {number(cost.get('scoring_s'))} s"
-    sentence = f"{', '.join(how)}; {against}; {spent}."
+    sentence = f"{', '.join(how)}; {data_in_words(record)}; {spent}."
     return f"{sentence[0].upper()}{sentence[1:]}"
+
+
+def data_in_words(record: dict) -> str:
+    """Return a phrase in Markdown that says with which images the scores of a record compare."""
+    data = record["data"]
+    words = f"against {code(data['name'])} ({number(data['train'].get('n'))} training images"
+    words += f", {number(data['held_out'].get('n'))} held out)" if data.get("held_out") else ")"
+    if "reference_sha256" in data:
+        words += f", FID against the statistics of a file (SHA-256 {literal(str(data['reference_sha256'])[:8])})"
+    return words
 
 
 def way_in_words(record: dict) -> list[str]:

@@ -7,10 +7,10 @@ from ..community_pipelines import pipeline_file
 from ..errors import UserError, suggestion
 from ..files import check_new_output, is_utf_8, new_folder, read_json, write_json, writing
 from ..models.classifier import NoisyClassifier
-from ..models.pretrained import Pretrained, load_classifier, load_pretrained
+from ..models.pretrained import Pretrained, load_classifier, load_pretrained, published_hash
 from ..models.saving import save_classifier, save_pipeline
 from ..provenance import without_paths
-from ..run_folder import RECORDS
+from ..run_folder import RECORDS, keep_metrics_up_to
 from ..sampling.guidance import check_classifier
 from .card import write_card
 from .card_usage import PIPELINES
@@ -82,7 +82,13 @@ def export(
             write_json(new / "model_index.json", index)
         for name in names:
             shutil.copyfile(pipeline_file(name), new / f"{name}.py")
-        copy_published(model.run_folder, new, RECORDS)
+        if published_hash(model.run_folder) == model.facts["unet_sha256"]:
+            copy_published(model.run_folder, new, RECORDS)
+        else:  # the pictures and the later log lines of the run are about other weights
+            step = model.facts["train_step"]
+            metrics = [] if step is None else ["metrics.jsonl"]
+            copy_published(model.run_folder, new, ["train_config.json", *metrics, "evaluations/*.json"])
+            keep_metrics_up_to(new, step)
         if (
             model.facts["revision"] is not None and model.run
         ):  # files in the Hub's cache are links, which copy_published leaves out

@@ -81,7 +81,7 @@ def prepare_thread(device: torch.device):
     """Prepare the thread that draws batches: limit it to one core, and set its GPU. The thread itself calls this."""
     torch.get_num_threads()  # the first use of torch in a thread sets the number, so the next line must come later
     torch.set_num_threads(1)  # leave the other cores to the step
-    if device.type == "cuda":
+    if device.index is not None and device.type == "cuda":  # the device of a single process has no index
         torch.cuda.set_device(device)  # else a new thread uses the first GPU to pin memory
 
 

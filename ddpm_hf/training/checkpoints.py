@@ -21,7 +21,7 @@ import torch
 from ..diffusion.losses import NUM_BANDS
 from ..errors import UserError
 from ..evaluation.records import read_record
-from ..files import read_json, remove, write_beside, writing
+from ..files import read_json, remove, writing
 from ..locks import LOCK, locked
 from ..manifest import check_files, damaged, reading, write_manifest
 from ..models.post_hoc_ema import find_snapshots, load_state, state_of
@@ -34,7 +34,6 @@ from ..run_folder import (
     checkpoints,
     files_in,
     is_checkpoint_name,
-    read_metrics,
     step_of,
 )
 from .resume_changes import check_fixed_flags, warnings_about
@@ -524,12 +523,3 @@ def load_checkpoint(run, checkpoint: Path):
             run.ema.load_state_dict(safetensors.torch.load_file(checkpoint / "ema.safetensors"))
         if run.power_averages:
             load_state(run.power_averages, safetensors.torch.load_file(checkpoint / "power_averages.safetensors"))
-
-
-def keep_metrics_up_to(output_dir, step: int):
-    """Remove the lines after `step` from metrics.jsonl, because the resumed run writes them again."""
-    path = Path(output_dir) / "metrics.jsonl"
-    if path.is_file():
-        text = "".join(json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step)
-        with writing("metrics.jsonl", path):
-            write_beside(path, lambda partial: partial.write_text(text, encoding="utf-8"))

@@ -44,6 +44,7 @@ from ..models.post_hoc_ema import make_power_averages
 from ..models.pretrained import Pretrained, schedule_hash
 from ..processes import PROCESS_TIMEOUT, check_processes, has_bfloat16
 from ..provenance import PACKAGES, command, git_commit, version
+from ..run_folder import keep_metrics_up_to
 from ..sharing.hub import create_repository
 from . import checkpoints
 from .checkpoints import SECOND_RUN, TrainState
@@ -283,8 +284,9 @@ def prepare_folder(run: Run, checkpoint: Path | None):
         if checkpoint is not None:
             for sentence in checkpoints.set_damaged_aside(output_dir, checkpoint):
                 print(sentence, flush=True)
-            # The line of the checkpoint's own step is written again if a signal interrupted its scores.
-            checkpoints.keep_metrics_up_to(output_dir, run.state.step - ("log" in run.state.interrupted))
+            # The resumed run writes the later lines again, and the line of the checkpoint's own step if a signal
+            # interrupted its scores.
+            keep_metrics_up_to(output_dir, run.state.step - ("log" in run.state.interrupted))
         write_train_config(run)
     accelerator.wait_for_everyone()
 
