@@ -116,7 +116,8 @@ def short_reason(error: Exception) -> str:
 
 def is_denied(error: Exception) -> bool:
     """Return whether a request failed because the token is missing, wrong or lacks the permission."""
-    return isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
+    is_refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403, 404)
+    return is_refused or "Bearer" in str(error)  # see short_reason
 
 
 def is_final(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""List the names of the files in a run folder, and say which of them are published."""
+"""The names of the files in a run folder, which of them are published, and the lines of its metrics.jsonl."""
 
 import json
 import re

@@ -321,7 +321,7 @@ class RestorationPipeline(DiffusionPipeline):
         fits = task != "colorize" or self.unet.config.in_channels == 3
         _check(fits, "colorize needs a model of RGB images, and this one draws other images; give another model.")
         k = scale_factor if task == "super_resolution" else 1
-        _check(type(k) is int and k >= 1, f"scale_factor is {k!r}; give an int from 1 on.")
+        _check(type(k) is int and k >= 1, f"scale_factor is {k!r}; give a whole number from 1 on.")
         _check(0 < blur_sigma < math.inf, f"blur_sigma is {blur_sigma}; give a number of pixels above 0.")
         channels = 1 if is_degraded and task == "colorize" else self.unet.config.in_channels
         image = to_pixels(image, channels).to(self._execution_device)
@@ -343,7 +343,8 @@ class RestorationPipeline(DiffusionPipeline):
         """Raise ValueError for numbers out of range, and for a conditional UNet with no embedding for "no class"."""
         check_steps(steps, self.scheduler.config.num_train_timesteps)
         check_generator(generator, num_images)
-        _check(type(samples) is int and samples >= 1, f"num_samples is {samples!r}; give an int from 1 on.")
+        is_whole = isinstance(samples, Integral) and not isinstance(samples, bool)
+        _check(is_whole and samples >= 1, f"num_samples is {samples!r}; give a whole number from 1 on.")
         _check(0 <= eta <= 1, f"eta is {eta}; give a number from 0 to 1.")
         classes, names = self.unet.config.get("num_class_embeds"), self.config.id2label or {}
         has_null = classes in (None, len(names) + 1)

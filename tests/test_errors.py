@@ -136,15 +136,15 @@ BAD = {
     # the folder
     "images in the folder of the run": (
         ["--train_data_dir={images}", "--output_dir={images}", "--overwrite_output_dir"],
-        "would put the files of the run where its images are",
+        "would put the files of the run where its images are looked for",
     ),
     "images in the samples of the run": (
         ["--dataset_name={root}/run/samples/mine", "--output_dir={root}/run", "--resume_from_checkpoint=latest"],
-        "would put the files of the run where its images are",
+        "would put the files of the run where its images are looked for",
     ),
     "a Hub id as the name of the run": (
         ["--dataset_name=me/cats", "--output_dir=me/cats"],
-        "would put the files of the run where its images are (me/cats)",
+        "would put the files of the run where its images are looked for (me/cats)",
     ),
     "folder in use": ([*TINY, "--output_dir={root}/run"], "is not empty: give --resume_from_checkpoint latest"),
     "folder is a file": ([*TINY, "--output_dir={root}/file"], "is a file"),

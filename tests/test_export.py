@@ -73,11 +73,16 @@ def test_a_plain_export_is_stock_unless_asked_and_brings_its_records(guidance_mo
 
 
 def test_an_export_of_an_earlier_checkpoint_has_no_picture_or_line_of_later_weights(tmp_path):
-    checkpoint = ROOT / "tests" / "fixtures" / "run_5c3000a" / "run" / "checkpoint-4"
-    assert run("export", checkpoint, tmp_path / "new") == 0
-    card = (tmp_path / "new" / "README.md").read_text()
-    assert "| Optimizer steps | 4 |" in card and "samples/" not in card and "figures/" not in card
-    assert not (tmp_path / "new" / "samples").exists() and not (tmp_path / "new" / "figures").exists()
+    folder = shutil.copytree(ROOT / "tests" / "fixtures" / "run_5c3000a" / "run", tmp_path / "run")
+    for name in ("samples/epoch_0001.png", "figures/loss.png"):
+        (folder / name).parent.mkdir()
+        shutil.copyfile(ROOT / "docs" / "images" / "mnist_steps.png", folder / name)
+    for model, step, has_pictures in [(folder / "checkpoint-4", 4, False), (folder, 8, True)]:
+        new = tmp_path / f"of step {step}"
+        assert run("export", model, new) == 0
+        card = (new / "README.md").read_text()
+        assert f"| Optimizer steps | {step} |" in card and ("samples/epoch" in card) == has_pictures
+        assert (new / "samples" / "epoch_0001.png").exists() == (new / "figures" / "loss.png").exists() == has_pictures
 
 
 def test_the_card_of_an_export_names_its_folder_from_here(guidance_models, tmp_path, monkeypatch):

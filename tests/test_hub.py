@@ -221,7 +221,7 @@ attempt("unreachable", "digits-run")
         f"reader: cannot push to 'me/public' on {hub.url} (403 Forbidden): {log_in}",
         f"no token: cannot push to 'me/a' on {hub.url} (401 Unauthorized): {log_in}",
         f"line break: cannot push to 'me/a' on {hub.url} (the access token has a character that cannot be sent, "
-        f"e.g. a line break): {later}",
+        f"e.g. a line break): {log_in}",
         "public: me/public exists and is public: make it private, or choose another --hub_model_id.",
         "bad name: 'a/b/c' cannot name a repository: give --hub_model_id NAME or USER/NAME.",
         f"down: cannot push to 'me/down' on {hub.url} (500 Internal Server Error): {later}",

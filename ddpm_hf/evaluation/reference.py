@@ -82,7 +82,7 @@ def reference_of(extractor, image_set, what: str, batch_size: int = 64, cache_di
     }
     reference = Reference(mean, covariance, len(image_set), found.features[rows], logits, meta)
     state.wait_for_everyone()
-    if state.is_main_process:
+    if state.is_local_main_process:
         save_reference(reference, path)
     return reference
 

@@ -243,12 +243,12 @@ def training(folder: Path, run: dict, flags: dict) -> list[str]:
         if field.name != "local_rank" and (flags[field.name] or flags[field.name] != field.default)
     ]
     curve = ["![Loss](figures/loss.png)"] if files_in(folder, ["figures/loss.png"]) else []
+    logged = ", every logged step in [metrics.jsonl](metrics.jsonl)" if files_in(folder, ["metrics.jsonl"]) else ""
     return [
         "## Training\n\n" + code_block("bash", run["command"]) if run.get("command") else "## Training",
         table([["", "value"], *rows], markdown=True),
         *curve,
-        f"{recipe} Every flag is in [train_config.json](train_config.json), every logged step in "
-        "[metrics.jsonl](metrics.jsonl).".lstrip(),
+        f"{recipe} Every flag is in [train_config.json](train_config.json){logged}.".lstrip(),
         f"<details><summary>Flags</summary>\n\n{table([['flag', 'value'], *shown], markdown=True)}\n\n</details>",
     ]
 

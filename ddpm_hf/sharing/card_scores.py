@@ -38,8 +38,7 @@ def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
     shown = {
         file: [entry for entry in record["metrics"] if is_shown(entry, record)] for file, record in records.items()
     }
-    generated = {file: [images_used(e) for e in entries if e["n_gen"] is not None] for file, entries in shown.items()}
-    largest = max(generated, key=lambda file: (max(generated[file], default=0), len(generated[file])), default=None)
+    largest = max(records, key=lambda file: size(shown[file]), default=None)
     yardsticks = {metric_of(entry): yardstick(records[largest], entry) for entry in shown.get(largest, [])}
     for file, record in records.items():
         for entry in shown[file]:
@@ -50,6 +49,12 @@ def best_scores(records: dict[str, dict]) -> list[tuple[str, dict]]:
             if metric not in best or quality(best[metric][1]) < quality(entry):
                 best[metric] = file, entry
     return list(best.values())
+
+
+def size(entries: list[dict]) -> tuple[float, int, float]:
+    """Return a sort key for the entries of a record: most generated images, most metrics, most real images."""
+    generated = [images_used(entry) for entry in entries if entry["n_gen"] is not None]
+    return max(generated, default=0), len(generated), max(map(images_used, entries), default=0)
 
 
 def metric_of(entry: dict) -> str:
@@ -64,8 +69,9 @@ def way_of_scoring(record: dict, entry: dict) -> list:
 
 
 def yardstick(record: dict, entry: dict) -> list:
-    """Return what two values of a metric must share to be compared: the extractor, and the file of --reference."""
-    return [entry.get("extractor"), record["data"].get("reference_sha256")]
+    """Return what two values of a metric must share to be compared: the extractor, and for FID the --reference."""
+    is_fid = metric_of(entry) == "fid_full"
+    return [entry.get("extractor"), record["data"].get("reference_sha256") if is_fid else None]
 
 
 def quality(entry: dict) -> tuple[float, float]:

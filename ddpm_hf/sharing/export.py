@@ -30,7 +30,8 @@ def export(
     The folder has every pipeline file that suits the model. To load the default pipeline, call
     `DiffusionPipeline.from_pretrained(output, trust_remote_code=True)`. To load another one, add
     `custom_pipeline=NAME`. After a push to the Hub, the repository can be loaded in the same way. The records and
-    pictures of a run are copied too, and the card shows them.
+    pictures of a run are copied too, and the card shows them. For the weights of an earlier checkpoint, its pictures
+    and later log lines are left out.
 
     Args:
         model: a folder, a checkpoint, a Hub id, or the result of `load`.
@@ -82,7 +83,7 @@ def export(
             write_json(new / "model_index.json", index)
         for name in names:
             shutil.copyfile(pipeline_file(name), new / f"{name}.py")
-        if published_hash(model.run_folder) == model.facts["unet_sha256"]:
+        if model.run_folder == model.folder or published_hash(model.run_folder) == model.facts["unet_sha256"]:
             copy_published(model.run_folder, new, RECORDS)
         else:  # the pictures and the later log lines of the run are about other weights
             step = model.facts["train_step"]

@@ -168,15 +168,15 @@ def check_data_is_elsewhere(config):
     id must differ from the name of the run's folder, too, because a resumed run would take this folder as the data.
     """
     given = config.dataset_name or config.train_data_dir
-    output_dir, data = Path(config.output_dir), Path(given)
-    if given == "digits" and (not data.exists() or (data / "train_config.json").is_file()):
+    output_dir, data = Path(config.output_dir), Path(given).expanduser()
+    if config.dataset_name == "digits" and (not data.exists() or (data / "train_config.json").is_file()):
         return  # the digits are the bundled ones, as in data/sources.py
     data = data.resolve()
     places = [(output_dir / name).resolve() for name in (*FOLDERS, config.logging_dir)]
     if data == output_dir.resolve() or any(map(data.is_relative_to, places)):
         raise UserError(
-            f"--output_dir {output_dir} would put the files of the run where its images are ({given}): give another "
-            "--output_dir."
+            f"--output_dir {output_dir} would put the files of the run where its images are looked for ({given}): "
+            "give another --output_dir."
         )
 
 
