@@ -108,12 +108,10 @@ def measure(stages: list, seconds: float, out: Path, work: Path, flags: list[str
         outcomes[name] = {"seconds given": share, "outcome": "running"}
         run_stage(name, share, work, flags, lambda: write_tables(stages, outcomes, out, work), outcomes[name])
         print(f"{name}: {outcomes[name]['outcome']}, {outcomes[name]['seconds taken']:.0f} s", flush=True)
-        write_tables(stages, outcomes, out, work)
         write_log(stages, out, work)
-    keep_pictures(stages, out, work)
-    for name, _ in stages:
+        keep_pictures(stages, out, work)
         keep_weights(name, out, work, outcomes)
-    write_tables(stages, outcomes, out, work)
+        write_tables(stages, outcomes, out, work)
     print("\n" + (out / "tables.md").read_text(), flush=True)
 
 

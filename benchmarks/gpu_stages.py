@@ -189,7 +189,7 @@ def make_step(
     weights = list(unet.parameters())
     averages = [weight.detach().clone() for weight in weights]
     # A captured graph replays the kernels only, so the count of the steps has to be on the device.
-    optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=fused, capturable=graph)
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=fused or None, capturable=graph)
     batch = times * config.train_batch_size
     noisy, noise, timesteps = fixed_batch(config, batch, layout)
     network = unet

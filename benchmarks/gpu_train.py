@@ -64,9 +64,9 @@ def train(stage, preset: str, smaller: list[str]):
         stage.found(f"Training {preset}, last lines of metrics.jsonl", f"step {line['step']}", **values)
     if torch.cuda.is_available():
         stage.found("Machine", f"peak GiB of training {preset}", value=torch.cuda.max_memory_allocated() / 2**30)
-    draw_picture(stage, preset, folder)
     parts = pack(folder, preset, packed)
     stage.found("Machine", f"MB of the packed model {preset}", value=sum(each.stat().st_size for each in parts) / 1e6)
+    draw_picture(stage, preset, folder)
 
 
 def stop_after(seconds: float):

@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate import PartialState
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 
 from .errors import UserError
 
@@ -21,9 +21,16 @@ def start_processes():
     Raises:
         UserError: for the same reasons as in `check_processes`.
     """
-    # Create an Accelerator, because PartialState alone does not read ACCELERATE_USE_CPU.
-    Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)])
+    process_state()
     check_processes()
+
+
+def process_state() -> PartialState:
+    """Return accelerate's PartialState, which connects the processes when it is created first.
+
+    PartialState alone does not read ACCELERATE_USE_CPU, as an Accelerator does.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PROCESS_TIMEOUT)
 
 
 def check_processes():
@@ -49,6 +56,21 @@ def gather_in_order(numbers: Iterable[int], values: Iterable) -> list:
     Each process passes its own `values`, and `numbers` with one number for each value. Each gets the same full list.
     """
     return [value for _, value in sorted(gather_object(list(zip(numbers, values))), key=lambda pair: pair[0])]
+
+
+def or_fail_together(compute: Callable):
+    """Return `compute()`. If it fails on one process, raise an error on every process. All must call this function.
+
+    Otherwise the process that failed would go on to another exchange than the one that the others wait in.
+    """
+    result, failure = None, None
+    try:
+        result = compute()
+    except Exception as error:
+        failure = error
+    if any(gather_object([failure is not None])):
+        raise failure or UserError("another process could not compute its share: see its error.")
+    return result
 
 
 @contextlib.contextmanager

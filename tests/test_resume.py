@@ -187,7 +187,7 @@ def test_a_streamed_run_resumes_exactly(tmp_path, image_folder):
 
 def test_two_processes_killed_and_resumed_and_counting_as_one_does(unbroken, tmp_path):
     # Two processes of 8 images are one process that accumulates two batches of 8.
-    flags = ["--gradient_accumulation_steps=1", "--checkpoints_total_limit=9"]
+    flags = ["--gradient_accumulation_steps=1", "--checkpoints_total_limit=9", "--mixed_precision=auto"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish_two(whole, *flags)
     children = start_two(broken, *flags)

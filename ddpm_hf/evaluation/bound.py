@@ -7,7 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..diffusion import likelihood
-from ..processes import gather_in_order
+from ..processes import gather_in_order, or_fail_together
 from .features import images_at
 from .metric_input import Look
 
@@ -34,16 +34,19 @@ def bits_per_dim(look: Look) -> list[dict]:
 
     pilot = None
     if few is not None:
-        pilot = [bound(likelihood.pilot_probabilities, few) if state.is_main_process else None]
-        pilot = broadcast_object_list(pilot)[0]
+        on_main = state.is_main_process
+        pilot = or_fail_together(lambda: bound(likelihood.pilot_probabilities, few) if on_main else None)
+        pilot = broadcast_object_list([pilot])[0]
     share = rows[state.process_index :: state.num_processes]
     bounds = []
+    terms = {"num_timesteps": None if few is None else timesteps, "pilot": pilot}
+    result = or_fail_together(lambda: bound(likelihood.bits_per_dim, share, **terms) if share else None)
     if share:
-        terms = None if few is None else timesteps
-        result = bound(likelihood.bits_per_dim, share, num_timesteps=terms, pilot=pilot)
-        bounds = [{name: values[k] for name, values in result.items()} for k in range(len(share))]
-    bounds = gather_in_order(share, bounds)
-    summary = likelihood.summarise({name: torch.stack([one[name] for one in bounds]) for name in bounds[0]})
+        columns = {name: values.tolist() for name, values in result.items()}
+        bounds = [{name: values[k] for name, values in columns.items()} for k in range(len(share))]
+    bounds = gather_in_order(share, bounds)  # numbers, because a pickled element of a tensor brings the whole tensor
+    columns = {name: torch.tensor([one[name] for one in bounds], dtype=torch.float64) for name in bounds[0]}
+    summary = likelihood.summarise(columns)
     error = {"se": summary["standard_error"], "se_method": "over images"}
     entry = look.entry("bits_per_dim", summary["bits_per_dim"], lower_is_better=True, **error, n_ref=len(rows))
     extra = {

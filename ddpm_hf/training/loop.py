@@ -175,6 +175,8 @@ def take_steps(run: Run):
             if all_agree_to_stop(run, due):
                 due |= {"stop", "checkpoint", "pipeline"}
             if due:
+                if run.accelerator.device.type == "cuda":
+                    torch.cuda.synchronize()  # a log line reads results anyway, and its speed must count their time
                 seconds = time.perf_counter() - started
                 state.seconds += seconds
                 speed = timed_steps * run.global_batch / seconds

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -42,7 +42,7 @@ from ..models.classifier import NoisyClassifier
 from ..models.ema import make_ema
 from ..models.post_hoc_ema import make_power_averages
 from ..models.pretrained import Pretrained, schedule_hash
-from ..processes import PROCESS_TIMEOUT, check_processes, has_bfloat16
+from ..processes import PROCESS_TIMEOUT, check_processes, has_bfloat16, process_state
 from ..provenance import PACKAGES, command, git_commit, version
 from ..run_folder import keep_metrics_up_to
 from ..sharing.hub import create_repository
@@ -364,7 +364,7 @@ def make_accelerator(config) -> Accelerator:
         os.environ.setdefault("LOCAL_RANK", str(config.local_rank))
     reset_accelerate()
     if config.mixed_precision == "auto":
-        config.mixed_precision = "bf16" if has_bfloat16(PartialState(timeout=PROCESS_TIMEOUT).device) else "no"
+        config.mixed_precision = "bf16" if has_bfloat16(process_state().device) else "no"
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
