@@ -221,10 +221,10 @@ def test_what_is_painted_is_said_and_nothing_else_changes(tiny_run, images, tmp_
     ("change", "said"),
     [
         ({"noise_levl": 0.1}, "did you mean noise_level"),
-        ({"batch_size": 2.5}, "must be a whole number of at least 1"),
+        ({"batch_size": 2.5}, "--batch_size is 2.5, but must be a whole number"),
         ({"noise_level": [0.1, 0.2]}, "--noise_level is .0.1, 0.2., but must be a number"),
         ({"num_samples": 2.0}, "--num_samples is 2.0, but must be a whole number"),
-        ({"output": "out"}, "give the path of an image or a folder, or leave the output out"),
+        ({"output": "out"}, "give the path of an image or of a folder of images, or leave the output out"),
         ({"task": "inpaint", "mask": [Image.new("L", (28, 28))]}, "1 masks for 2 images"),
     ],
     ids=["typing error", "batch size", "noise", "samples", "images and an output", "masks"],
